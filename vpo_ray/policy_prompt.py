@@ -1,0 +1,120 @@
+"""The policy's prompt: one place that turns a user's query into the tokens the policy sees.
+
+The task prompt travels with the checkpoint, folded into its chat template, so that sampling,
+training and serving cannot disagree: each applies the tokenizer's own template to one user
+message. User text is data: control tokens in it are broken up before it reaches the template.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SLOT = "{query}"
+_MARK = "{#- vpo_ray: the task prompt is part of this template -#}"
+
+
+class PromptError(ValueError):
+    """A prompt file or chat template that cannot be used."""
+
+
+@cache
+def read_prompt(name: str) -> str:
+    """Text of `builtin:NAME` (the package's own wording) or of a file.
+
+    Raises:
+        PromptError: no such prompt.
+    """
+    builtin = name.removeprefix("builtin:")
+    path = Path(__file__).parent / "prompts" / f"{builtin}.txt" if builtin != name else Path(name)
+    try:
+        return path.read_text("utf-8").strip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "prompts").glob("*.txt")))
+        raise PromptError(f"cannot read the prompt {name!r}: {error}. Built in are: {known}") from error
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Every string that this tokenizer turns into one control token, longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
+    return tuple(sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t)))
+
+
+def neutralise(text: str, tokens: tuple[str, ...]) -> str:
+    """Break up control tokens in user text, so that it can never become one or open a chat turn.
+
+    A space goes after the first character of every occurrence, until none is left: breaking one
+    up may join the characters around it into none, but nested text is covered too.
+    """
+    for token in tokens:
+        while token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
+    """A chat template that puts the last user message into the task prompt and ignores the rest.
+
+    Args:
+        chat_template: the base model's Jinja template.
+        task_prompt: text with exactly one `{query}` slot.
+
+    Raises:
+        PromptError: another number of slots, or a template that already has a task prompt.
+    """
+    if task_prompt.count(SLOT) != 1:
+        raise PromptError(f"a task prompt has exactly one {SLOT} slot, this one has {task_prompt.count(SLOT)}")
+    if is_folded(chat_template):
+        raise PromptError("this checkpoint's chat template already holds a task prompt")
+    before, after = task_prompt.split(SLOT)
+    return (
+        f"{_MARK}"
+        "{%- set vpo_query = (messages | selectattr('role', 'equalto', 'user') | list | last).content -%}"
+        f"{{%- set messages = [{{'role': 'user', 'content': {_literal(before)} ~ vpo_query ~ {_literal(after)}}}] -%}}"
+        f"{chat_template}"
+    )
+
+
+def is_folded(chat_template: str | None) -> bool:
+    return bool(chat_template) and chat_template.startswith(_MARK)  # type: ignore[union-attr]
+
+
+def prompt_ids(tokenizer: Any, query: str) -> list[int]:
+    """Token ids of the policy's prompt for a query, up to where the answer begins.
+
+    Raises:
+        PromptError: the tokenizer's chat template holds no task prompt.
+    """
+    if not is_folded(tokenizer.chat_template):
+        raise PromptError("the tokenizer's chat template holds no task prompt: load it with load_tokenizer()")
+    message = {"role": "user", "content": neutralise(query, control_tokens(tokenizer))}
+    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def load_tokenizer(model: str, task_prompt: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> Any:  # fmt: skip
+    """The policy's tokenizer with the task prompt folded in (kept as it is when it already is).
+
+    Args:
+        model: a local folder or hub id.
+        task_prompt: text with a `{query}` slot; None asks for a checkpoint that carries its own.
+
+    Raises:
+        PromptError: no chat template, or no task prompt to be had.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+    if not is_folded(tokenizer.chat_template):
+        if task_prompt is None:
+            raise PromptError(f"{model}: the chat template holds no task prompt; it is not a vpo_ray policy")
+        tokenizer.chat_template = fold_task_prompt(tokenizer.chat_template, task_prompt)
+    return tokenizer
+
+
+def _literal(text: str) -> str:
+    """A Jinja string literal; Jinja decodes the same escapes as Python."""
+    return "'" + text.encode("unicode_escape").decode("ascii").replace("'", "\\'") + "'"

@@ -1,0 +1,165 @@
+"""The records that flow through the loop: schemas, ids and seeds.
+
+A row starts as a query, becomes K candidates, and grows through the stages; nothing is joined by
+position. Ids and seeds are functions of content, never of time or order, so that the same recipe
+gives the same rows on 1 worker or 100 and a resumed run adds no duplicate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from typing import Any, Literal
+
+import pyarrow as pa
+
+Row = dict[str, Any]
+Verdict = Literal["aligned", "unsafe", "imprecise", "refusal"]
+VERDICTS: tuple[Verdict, ...] = ("aligned", "unsafe", "imprecise", "refusal")
+SPLITS = ("sft", "dpo", "eval")
+
+QUERY = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("unsafe", pa.bool_()),
+    ]
+)
+
+DROPPED = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("row", pa.int64()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("excerpt", pa.string()),
+    ]
+)
+
+_SECONDS = pa.struct([(stage, pa.float64()) for stage in ("sample", "judge", "render", "score")])
+_ANSWER = pa.struct([("question", pa.int32()), ("yes", pa.bool_()), ("probability", pa.float32())])
+_DIMENSION = pa.struct([("name", pa.string()), ("score", pa.float64())])
+
+# One row per candidate. Every stage table has this schema; the columns of later stages are null.
+FEEDBACK = pa.schema(
+    [
+        # sample
+        pa.field("candidate_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("unsafe", pa.bool_()),
+        pa.field("k", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("policy", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("completion_tokens", pa.int32()),
+        # judge: `verdict` of the prompt; for a misaligned one, the refined prompt and its own verdict
+        pa.field("verdict", pa.string()),
+        pa.field("critique", pa.string()),
+        pa.field("refined_prompt", pa.string()),
+        pa.field("refined_verdict", pa.string()),
+        pa.field("refined_critique", pa.string()),
+        # render
+        pa.field("video_key", pa.string()),
+        pa.field("video_uri", pa.string()),
+        pa.field("video_seed", pa.int64()),
+        pa.field("frames", pa.int32()),
+        pa.field("fps", pa.float64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        # score
+        pa.field("reward", pa.string()),
+        pa.field("answers", pa.list_(_ANSWER)),
+        pa.field("dimensions", pa.list_(_DIMENSION)),
+        pa.field("score", pa.float64()),
+        # every stage
+        pa.field("seconds", _SECONDS),
+        pa.field("error", pa.string()),
+        pa.field("error_stage", pa.string()),
+    ]
+)
+
+PAIR = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("chosen", pa.string(), nullable=False),
+        pa.field("rejected", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),  # text | video
+        pa.field("margin", pa.float64()),
+        pa.field("chosen_id", pa.string(), nullable=False),
+        pa.field("rejected_id", pa.string(), nullable=False),
+    ]
+)
+
+SFT = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+    ]
+)
+
+
+def normalise(text: str) -> str:
+    """NFC, line ends as `\\n`, no white space around. Raises UnicodeEncodeError on lone surrogates."""
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").strip()
+    text.encode("utf-8")
+    return text
+
+
+def content_id(*parts: Any, digits: int = 32) -> str:
+    """Hex digest of JSON-able parts; equal parts give equal ids on every machine."""
+    payload = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:digits]
+
+
+def query_id(query: str) -> str:
+    return content_id("query", normalise(query))
+
+
+def candidate_id(query_id: str, k: int, policy: str, sampling: dict[str, Any]) -> str:
+    return content_id("candidate", query_id, k, policy, sampling)
+
+
+def pair_id(kind: str, chosen_id: str, rejected_id: str, chosen: str, rejected: str) -> str:
+    return content_id("pair", kind, chosen_id, rejected_id, chosen, rejected)
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed in [0, 2**31) from content, so that order and worker count cannot change it."""
+    return int(content_id("seed", *parts), 16) % 2**31
+
+
+def share_of(*parts: Any) -> float:
+    """A uniform number in [0, 1) from content; splits and choices are made with it."""
+    return int(content_id("share", *parts)[:13], 16) / 16**13
+
+
+def table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of exactly this schema: absent keys are null, unknown keys refused.
+
+    Raises:
+        ValueError: an unknown key, a null where the schema allows none, or a value of a wrong type.
+    """
+    unknown = {key for row in rows for key in row} - set(schema.names)
+    if unknown:
+        raise ValueError(f"columns {sorted(unknown)} are not in the schema ({', '.join(schema.names)})")
+    for field in schema:
+        if not field.nullable and any(row.get(field.name) is None for row in rows):
+            raise ValueError(f"column {field.name} is null in a row, the schema allows none")
+    try:
+        return pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"a row does not fit the schema: {error}") from error
+
+
+def failed(row: Row, stage: str, reason: str) -> Row:
+    """The row with the error that stopped it; later stages pass it on untouched."""
+    return {**row, "error": reason[:2000], "error_stage": stage}
