@@ -65,7 +65,9 @@ def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
         PromptError: another number of slots, or a template that already has a task prompt.
     """
     if task_prompt.count(SLOT) != 1:
-        raise PromptError(f"a task prompt has exactly one {SLOT} slot, this one has {task_prompt.count(SLOT)}")
+        raise PromptError(
+            f"a task prompt has exactly one {SLOT} slot, this one has {task_prompt.count(SLOT)}"
+        )
     if is_folded(chat_template):
         raise PromptError("this checkpoint's chat template already holds a task prompt")
     before, after = task_prompt.split(SLOT)
@@ -90,10 +92,14 @@ def prompt_ids(tokenizer: Any, query: str) -> list[int]:
     if not is_folded(tokenizer.chat_template):
         raise PromptError("the tokenizer's chat template holds no task prompt: load it with load_tokenizer()")
     message = {"role": "user", "content": neutralise(query, control_tokens(tokenizer))}
-    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=False))
+    return list(
+        tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=False)
+    )
 
 
-def load_tokenizer(model: str, task_prompt: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> Any:  # fmt: skip
+def load_tokenizer(
+    model: str, task_prompt: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The policy's tokenizer with the task prompt folded in (kept as it is when it already is).
 
     Args:

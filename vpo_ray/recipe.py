@@ -19,7 +19,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
 # runs of one run directory; every other key is part of the fingerprint.
-OPERATIONAL = frozenset({"out", "pool", "limits", "serve", "env", "progress", "device", "engine_kwargs", "workers", "use_gpu", "resources_per_worker"})  # fmt: skip
+OPERATIONAL = frozenset(
+    {
+        "out",
+        "pool",
+        "limits",
+        "serve",
+        "env",
+        "progress",
+        "device",
+        "engine_kwargs",
+        "workers",
+        "use_gpu",
+        "resources_per_worker",
+    }
+)
 
 
 class RecipeError(ValueError):
@@ -191,7 +205,10 @@ class Reward(Section):
     model: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    frame_strategy: Literal["chat", "base"] | float = Field("chat", description="chat: 1 fps, at most 24 frames; base: 24 uniform; a number: that many frames a second")  # fmt: skip
+    frame_strategy: Literal["chat", "base"] | float = Field(
+        "chat",
+        description="chat: 1 fps, at most 24 frames; base: 24 uniform; a number: that many frames a second",
+    )
     template: Literal["chat", "vqa", "base"] = "chat"
     rule: Literal["argmax", "margin"] = "argmax"
     convention: Literal["sum01", "mean_pm1"] = "sum01"
@@ -281,7 +298,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _trains_what_it_has(self) -> Recipe:
         if self.sft is not None and self.sft.data is None:
-            raise ValueError("sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, or remove the sft section")  # fmt: skip
+            raise ValueError(
+                "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, or remove the sft section"
+            )
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -289,7 +308,9 @@ class Recipe(Section):
 
     def fingerprint(self, *sections: str) -> str:
         """16 hex digits over every key that changes results (of `sections`, or of all)."""
-        chosen = {k: v for k, v in computed(self.dump()).items() if not sections or k.split(".")[0] in sections}
+        chosen = {
+            k: v for k, v in computed(self.dump()).items() if not sections or k.split(".")[0] in sections
+        }
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -319,13 +340,19 @@ def parse(tree: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         lines = [f"  {_explain(e)}" for e in error.errors()]
-        raise RecipeError(f"{where}: {len(lines)} problem{'s'[: len(lines) > 1]}\n" + "\n".join(lines)) from None
+        raise RecipeError(
+            f"{where}: {len(lines)} problem{'s'[: len(lines) > 1]}\n" + "\n".join(lines)
+        ) from None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys that change results and differ between two dumped recipes, as `key: old -> new`."""
     a, b = computed(old), computed(new)
-    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]  # fmt: skip
+    return [
+        f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
 
 
 def computed(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,7 +394,11 @@ def _explain(error: Mapping[str, Any]) -> str:
     key = ".".join(location) or "recipe"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(_keys_at(location[:-1]))}"
+        hint = (
+            f"; did you mean `{close[0]}`?"
+            if close
+            else f"; known here: {', '.join(_keys_at(location[:-1]))}"
+        )
         return f"{key}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{key}: missing; add it to the recipe or give --set {key}=..."

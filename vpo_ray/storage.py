@@ -53,7 +53,9 @@ class Folder:
         self._open()
 
     def _open(self) -> None:
-        self.fs, self.path = pafs.FileSystem.from_uri(self.uri if "://" in self.uri else Path(self.uri).as_uri())
+        self.fs, self.path = pafs.FileSystem.from_uri(
+            self.uri if "://" in self.uri else Path(self.uri).as_uri()
+        )
 
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
         return (type(self), (self.uri,))
@@ -99,7 +101,9 @@ class Folder:
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         infos = self.fs.get_file_info(selector)
         base = len(self.path) + 1
-        return sorted(i.path[base:] for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix))
+        return sorted(
+            i.path[base:] for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)
+        )
 
 
 class Table(Folder):
@@ -124,7 +128,9 @@ class Table(Folder):
     def parts(self) -> list[str]:
         return self.files(".parquet")
 
-    def batches(self, columns: Sequence[str] | None = None, where: pads.Expression | None = None) -> Iterator[pa.RecordBatch]:  # fmt: skip
+    def batches(
+        self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Stored batches, in the order of part names. A key may occur twice (see `rows`).
 
         Raises:
@@ -133,13 +139,17 @@ class Table(Folder):
         parts = self.parts()
         if not parts:
             return
-        dataset = pads.dataset([f"{self.path}/{p}" for p in parts], schema=self.schema, filesystem=self.fs, format="parquet")  # fmt: skip
+        dataset = pads.dataset(
+            [f"{self.path}/{p}" for p in parts], schema=self.schema, filesystem=self.fs, format="parquet"
+        )
         try:
             yield from dataset.to_batches(columns=list(columns) if columns else None, filter=where)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise StorageError(f"{self.uri} holds a table of another schema: {error}") from error
 
-    def rows(self, columns: Sequence[str] | None = None, where: pads.Expression | None = None) -> Iterator[Row]:
+    def rows(
+        self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
+    ) -> Iterator[Row]:
         """Rows, each key once. Where a key is stored twice (a retried error), a row without an
         error wins over one with."""
         wanted = list(columns) if columns else self.schema.names

@@ -1,0 +1,113 @@
+"""Pair: finished candidates of one query become preference pairs. Pure functions.
+
+Two kinds. A text pair sets a refined prompt that was judged aligned over the misaligned original
+(VPO 3.3, prompt level). A video pair sets a prompt over another of the same query whose video the
+reward model scored lower by more than a margin (VPO 3.3, video level; the dominance rule is in
+its released code only).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import permutations
+
+from vpo_ray.recipe import Pair
+from vpo_ray.records import Row, pair_id, share_of
+
+
+def pairs_of_query(candidates: Sequence[Row], settings: Pair, reasons: Counter[str]) -> list[Row]:
+    """The pairs of one query's candidates.
+
+    Args:
+        candidates: Feedback rows of one query, in any order.
+        reasons: counts why comparisons gave no pair; it is added to.
+
+    Returns:
+        Pair rows, text pairs first.
+    """
+    ordered = sorted(candidates, key=lambda row: row["k"])
+    text = _choose(_text_pairs(ordered, reasons), settings.text_per_query, best=False)
+    video = _choose(
+        _video_pairs(ordered, settings, reasons), settings.video_per_query, settings.choice == "best"
+    )
+    if text and video and settings.precedence != "both":
+        loser = video if settings.precedence == "text" else text
+        reasons[f"gave way to the {settings.precedence} pair"] += len(loser)
+        loser.clear()
+    return text + video
+
+
+def _text_pairs(rows: Sequence[Row], reasons: Counter[str]) -> Iterator[Row]:
+    refined = [row for row in rows if row["refined_prompt"] is not None and row["error"] is None]
+    # One of several misaligned candidates is taken by content, as a shuffle would, not by index.
+    for row in sorted(refined, key=lambda row: share_of("text pair", row["candidate_id"])):
+        if row["refined_verdict"] != "aligned":
+            reasons["refined prompt not aligned"] += 1
+        elif row["refined_prompt"] == row["prompt"]:
+            reasons["refined prompt equal to the original"] += 1
+        else:
+            yield _pair("text", row, row, row["refined_prompt"], row["prompt"], None)
+
+
+def _video_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> Iterator[Row]:
+    scored = [row for row in rows if row["score"] is not None and row["error"] is None]
+    if len(scored) < 2:
+        reasons["fewer than two scored videos"] += 1
+        return
+    found = False
+    for chosen, rejected in permutations(scored, 2):
+        margin = chosen["score"] - rejected["score"]
+        if chosen["prompt"] == rejected["prompt"] or margin <= 0:
+            continue
+        if margin <= settings.margin:
+            reasons["margin too small"] += 1
+        elif not dominates(chosen, rejected, settings.dominance):
+            reasons["not dominant"] += 1
+        else:
+            found = True
+            yield _pair("video", chosen, rejected, chosen["prompt"], rejected["prompt"], margin)
+    if not found:
+        reasons["query without a video pair"] += 1
+
+
+def dominates(chosen: Row, rejected: Row, level: str) -> bool:
+    """True when `chosen` is nowhere worse and somewhere better, by question or by dimension.
+
+    Question level compares yes/no answers over the whole checklist, as VPO's code does.
+    """
+    if level == "none":
+        return True
+    if level == "question":
+        a = {answer["question"]: float(answer["yes"]) for answer in chosen["answers"]}
+        b = {answer["question"]: float(answer["yes"]) for answer in rejected["answers"]}
+    else:
+        a = {dimension["name"]: dimension["score"] for dimension in chosen["dimensions"]}
+        b = {dimension["name"]: dimension["score"] for dimension in rejected["dimensions"]}
+    return a.keys() == b.keys() and all(a[q] >= b[q] for q in a) and any(a[q] > b[q] for q in a)
+
+
+def _choose(found: Iterable[Row], count: int, best: bool) -> list[Row]:
+    """At most `count` pairs, the widest margins first when `best`, each pair of texts once."""
+    rows = list({(row["chosen"], row["rejected"]): row for row in found}.values())
+    if best:
+        rows.sort(key=lambda row: -(row["margin"] or 0.0))
+    return rows[:count]
+
+
+def _pair(
+    kind: str, chosen: Row, rejected: Row, chosen_text: str, rejected_text: str, margin: float | None
+) -> Row:
+    return {
+        "pair_id": pair_id(
+            kind, chosen["candidate_id"], rejected["candidate_id"], chosen_text, rejected_text
+        ),
+        "query_id": chosen["query_id"],
+        "query": chosen["query"],
+        "chosen": chosen_text,
+        "rejected": rejected_text,
+        "kind": kind,
+        "margin": margin,
+        "chosen_id": chosen["candidate_id"],
+        "rejected_id": rejected["candidate_id"],
+    }

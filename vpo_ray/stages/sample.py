@@ -1,0 +1,65 @@
+"""Sample: K candidate prompts per query from the policy.
+
+A candidate's id and seed come from its query, its number k, the policy and the sampling settings,
+so that the same recipe asks for the same candidates on any cluster, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.recipe import Sample
+from vpo_ray.records import Row, candidate_id, failed, seed_of
+
+
+def candidates(query: Row, settings: Sample, policy: str, seed: int) -> Iterator[Row]:
+    """The K rows of one Query row, with everything but the policy's text.
+
+    Args:
+        policy: the policy's identity (see `pipeline.policy_id`).
+        seed: the recipe's seed.
+    """
+    key = sampling_key(settings)
+    for k in range(settings.k):
+        identity = candidate_id(query["query_id"], k, policy, {**key, "seed": seed})
+        yield {
+            "candidate_id": identity,
+            "query_id": query["query_id"],
+            "query": query["query"],
+            "unsafe": query["unsafe"],
+            "k": k,
+            "seed": seed_of("sample", identity),
+            "policy": policy,
+        }
+
+
+def sampling_key(settings: Sample) -> dict[str, Any]:
+    return settings.model_dump(include={"temperature", "top_p", "top_k", "max_tokens"})
+
+
+class Sampler:
+    """Asks the policy for one candidate; the chat engine folds the task prompt in."""
+
+    name = "sample"
+
+    def __init__(self, settings: Sample) -> None:
+        self.settings = settings
+
+    def wants(self, row: Row) -> bool:
+        return row["prompt"] is None and row["error"] is None
+
+    async def __call__(self, row: Row, chat: Chat) -> Row:
+        sampling = Sampling(**sampling_key(self.settings), seed=row["seed"])
+        answer = await chat.complete([{"role": "user", "content": row["query"]}], sampling)
+        prompt = answer.text.strip()
+        if not prompt:
+            return failed(row, self.name, "the policy's answer is empty")
+        return {
+            **row,
+            "prompt": prompt,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+        }
