@@ -1,0 +1,296 @@
+"""The ledger of a run: rows in, out, dropped, skipped and errored at every stage.
+
+It is computed from the tables of the run directory and from nothing else, so it is right after any
+kill and any resume. At every stage `in == out + dropped + skipped + errored`; `reconcile` names
+the stages where rows are not accounted for (a run that was stopped has some in flight).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vpo_ray.recipe import Pair, Recipe
+from vpo_ray.records import Row
+from vpo_ray.storage import RunDir
+
+STAGES = ("curate", "sample", "judge", "render", "score", "pair", "sft", "dpo")
+# The candidate stages in order, each with the table of the rows that left it. A streaming run may
+# keep only the last: a row there carries all that the stages before it did.
+CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
+MAX_REASONS = 40
+
+Ledger = dict[str, Any]
+
+
+def build_ledger(run: RunDir, recipe: Recipe, extra: Mapping[str, Any] | None = None) -> Ledger:
+    """Count every stage of a run.
+
+    Args:
+        extra: what only the running pipeline knows (wall seconds, store hits, pool sizes), kept
+            under the key `extra`.
+
+    Returns:
+        A JSON-able dict: `name`, `fingerprint`, `stages` (for each of STAGES `in`, `out`, and
+        `dropped`, `skipped`, `errored` as counts by reason, `seconds` of work and
+        `seconds_per_row`, and what is particular to the stage) and `extra`.
+    """
+    stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
+    entered = stages["curate"]["splits"].get("dpo", 0) * recipe.sample.k
+    for stage in CANDIDATE_TABLES:
+        stages[stage] = _candidates(run, stage, entered)
+        entered = stages[stage]["out"]
+    stages["pair"] = _pair(run, recipe.pair)
+    stages["sft"] = _training(run, "sft", run.table("sft").count())
+    stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
+    return {
+        "name": recipe.name,
+        "fingerprint": recipe.fingerprint(),
+        "stages": stages,
+        "extra": dict(extra or {}),
+    }
+
+
+def reconcile(ledger: Ledger) -> list[str]:
+    """One sentence for every stage whose rows do not add up; empty when all do."""
+    problems = []
+    for stage, entry in ledger["stages"].items():
+        counts = {kind: sum(entry[kind].values()) for kind in ("dropped", "skipped", "errored")}
+        missing = entry["in"] - entry["out"] - sum(counts.values())
+        if missing:
+            told = " + ".join(f"{n} {kind}" for kind, n in {"out": entry["out"], **counts}.items())
+            what = f"{missing} not accounted for" if missing > 0 else f"{-missing} too many"
+            problems.append(f"{stage}: {entry['in']} in, but {told}: {what}")
+    return problems
+
+
+def funnel(ledger: Ledger) -> dict[str, int]:
+    """What became of the queries that were sampled: candidates, aligned ones, videos, pairs."""
+    stages = ledger["stages"]
+    return {
+        "queries": stages["curate"]["splits"].get("dpo", 0),
+        "candidates": stages["sample"]["out"],
+        "aligned": stages["judge"]["verdicts"].get("aligned", 0),
+        "videos": stages["render"]["videos"],
+        "pairs": stages["pair"]["pairs"],
+    }
+
+
+def reason_of(error: str) -> str:
+    """An error's first line without what differs from row to row, to count errors of one kind."""
+    line = next((part.strip() for part in error.splitlines() if part.strip()), "no message")
+    line = re.sub(r"(?<![\w.])(?:[a-z]+://|/)[^\s'\",;)]+", "PATH", line)
+    line = re.sub(r"\b(?:0x[0-9a-f]+|(?=[a-f]*\d)[0-9a-f]{8,})\b", "ID", line, flags=re.IGNORECASE)
+    line = re.sub(r"\d+(?:[.,]\d+)*", "N", line)
+    return line if len(line) <= 120 else line[:119] + "…"
+
+
+def _entry(entered: int, left: int, **more: Any) -> dict[str, Any]:
+    reasons: dict[str, Any] = {"dropped": {}, "skipped": {}, "errored": {}}
+    return {"in": entered, "out": left, **reasons, "seconds": None, "seconds_per_row": None, **more}
+
+
+def _by_reason(counts: Counter[str]) -> dict[str, int]:
+    """Counts, most frequent first; the tail is summed up so that a ledger stays small."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    tail = sum(n for _, n in ordered[MAX_REASONS:])
+    return dict(ordered[:MAX_REASONS]) | ({"other reasons": tail} if tail else {})
+
+
+def _curate(run: RunDir) -> dict[str, Any]:
+    splits = Counter(row["split"] for row in run.table("queries").rows(["split"]))
+    dropped = Counter(row["reason"] for row in run.table("dropped").rows(["reason"]))
+    kept, by_split = splits.total(), dict(sorted(splits.items()))
+    return _entry(kept + dropped.total(), kept, dropped=_by_reason(dropped), splits=by_split)
+
+
+def _rows(run: RunDir, stage: str, columns: list[str]) -> Iterator[Row]:
+    """Rows that left a stage, from its own table or the nearest later one that holds any."""
+    order = list(CANDIDATE_TABLES)
+    for later in order[order.index(stage) :]:
+        table = run.table(CANDIDATE_TABLES[later])
+        if table.parts():
+            yield from table.rows(columns)
+            return
+
+
+def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
+    """Count one of the candidate stages in a single pass over its table.
+
+    A row that failed before this stage only passed through and is not counted; one that failed
+    after it (seen where a later table stands in) left this stage well.
+    """
+    order = list(CANDIDATE_TABLES)
+    position = order.index(stage)
+    facts = _FACTS[stage]()
+    out = timed = 0
+    seconds = 0.0
+    skipped: Counter[str] = Counter()
+    errored: Counter[str] = Counter()
+    for row in _rows(run, stage, [*facts.columns, "verdict", "seconds", "error", "error_stage"]):
+        failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
+        misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
+        if failed_at < position or (misaligned and stage == "score"):
+            continue
+        spent = (row["seconds"] or {}).get(stage)
+        if spent is not None:
+            seconds, timed = seconds + spent, timed + 1
+        if failed_at == position:
+            errored[reason_of(row["error"])] += 1
+        elif misaligned and stage == "render":
+            skipped[f"not aligned: {row['verdict']}"] += 1
+        else:
+            out += 1
+            facts.add(row)
+    return _entry(
+        entered,
+        out,
+        skipped=_by_reason(skipped),
+        errored=_by_reason(errored),
+        seconds=round(seconds, 3) if timed else None,
+        seconds_per_row=round(seconds / timed, 4) if timed else None,
+        **facts.result(),
+    )
+
+
+class _Sampled:
+    columns = ("prompt_tokens", "completion_tokens")
+
+    def __init__(self) -> None:
+        self.prompt = self.completion = 0
+
+    def add(self, row: Row) -> None:
+        self.prompt += row["prompt_tokens"] or 0
+        self.completion += row["completion_tokens"] or 0
+
+    def result(self) -> dict[str, Any]:
+        return {"tokens": {"prompt": self.prompt, "completion": self.completion}}
+
+
+class _Judged:
+    columns = ("refined_prompt", "refined_verdict")
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.refined = self.refined_aligned = 0
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["verdict"] or "none"] += 1
+        self.refined += row["refined_prompt"] is not None
+        self.refined_aligned += row["refined_verdict"] == "aligned"
+
+    def result(self) -> dict[str, Any]:
+        verdicts = _by_reason(self.verdicts)
+        return {"verdicts": verdicts, "refined": self.refined, "refined_aligned": self.refined_aligned}
+
+
+class _Rendered:
+    columns = ("video_key",)
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+
+    def add(self, row: Row) -> None:
+        self.keys.add(row["video_key"])
+
+    def result(self) -> dict[str, Any]:
+        return {"videos": len(self.keys)}
+
+
+class _Scored:
+    columns = ("score",)
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+        self.low, self.high = float("inf"), float("-inf")
+
+    def add(self, row: Row) -> None:
+        score = row["score"]
+        self.count, self.total = self.count + 1, self.total + score
+        self.low, self.high = min(self.low, score), max(self.high, score)
+
+    def result(self) -> dict[str, Any]:
+        if not self.count:
+            return {"score": None}
+        return {"score": {"mean": self.total / self.count, "min": self.low, "max": self.high}}
+
+
+_FACTS: dict[str, Callable[[], Any]] = {
+    "sample": _Sampled,
+    "judge": _Judged,
+    "render": _Rendered,
+    "score": _Scored,
+}
+
+
+@dataclass
+class _Tally:
+    """What decides whether a query can have a pair, kept small: one for every query."""
+
+    candidates: int = 0
+    failed: int = 0
+    refined: int = 0
+    scores: tuple[float, ...] = ()
+    prompts: frozenset[int] = frozenset()
+
+    def add(self, row: Row) -> None:
+        self.candidates += 1
+        if row["error"] is not None:
+            self.failed += 1
+        elif row["refined_verdict"] == "aligned":
+            self.refined += 1
+        elif row["score"] is not None:
+            self.scores += (row["score"],)
+            self.prompts |= {hash(row["prompt"])}
+
+    def why_no_pair(self, settings: Pair) -> str:
+        if self.failed == self.candidates:
+            return "every candidate failed"
+        if self.refined and not settings.text_per_query:
+            return "text pairs are off (pair.text_per_query)"
+        if self.refined:
+            return "the refined prompt equals the original"
+        if not self.scores:
+            return "no aligned candidate, no aligned refinement"
+        if len(self.scores) == 1:
+            return "one scored video only, no aligned refinement"
+        if not settings.video_per_query:
+            return "video pairs are off (pair.video_per_query)"
+        if len(self.prompts) == 1:
+            return "all scored prompts are the same"
+        if max(self.scores) - min(self.scores) <= settings.margin:
+            return f"all scores within the margin of {settings.margin:g}"
+        return f"no candidate both over the margin and dominant by {settings.dominance}"
+
+
+def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
+    """Rows here are queries: one with a pair is out, one without is dropped and told why."""
+    kinds: Counter[str] = Counter()
+    paired: set[str] = set()
+    for row in run.table("pairs").rows(["query_id", "kind"]):
+        kinds[row["kind"]] += 1
+        paired.add(row["query_id"])
+    tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
+    for row in run.table("feedback").rows(["query_id", "prompt", "refined_verdict", "score", "error"]):
+        tallies[row["query_id"]].add(row)
+    dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
+    out = len(paired & tallies.keys())
+    more = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+    return _entry(len(tallies), out, dropped=_by_reason(dropped), **more)
+
+
+def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:
+    curve = run.metrics(phase)
+    if not curve:
+        return _entry(examples, 0, skipped={"not trained": examples} if examples else {}, steps=0)
+    spent = [line["seconds"] for line in curve if isinstance(line.get("seconds"), (int, float))]
+    return _entry(
+        examples,
+        examples,
+        steps=curve[-1].get("step", len(curve)),
+        seconds=round(sum(spent), 3) if spent else None,
+        seconds_per_row=round(sum(spent) / examples, 4) if spent and examples else None,
+    )
