@@ -1,0 +1,231 @@
+"""The store of rendered videos, addressed by content, so that nothing is rendered twice.
+
+A video's key is a hash of all that decides its pixels: prompt, seed, model, settings and library
+versions. `ab/<key>.mp4` holds the bytes that the reward reads, `ab/<key>.json` beside it says what
+they are. The sidecar is written last: an mp4 without one is an interrupted write and counts as
+absent. A store is a folder on any filesystem of `pyarrow.fs`, shared by runs and recipes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterator
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.fs as pafs
+
+from vpo_ray.recipe import Render
+from vpo_ray.records import content_id
+from vpo_ray.storage import Folder, StorageError
+
+# Keys of the render section that change how a video is made but not its pixels. `model` and
+# `revision` stand in the key as the model's identity. Every other key of the section is a setting
+# that changes pixels, a new one too.
+OPERATIONAL = frozenset(
+    {
+        "model",
+        "revision",
+        "batch_size",
+        "vae_slicing",
+        "time_limit_s",
+        "store",
+        "device",
+        "trust_remote_code",
+        "pool",
+    }
+)
+_LIBRARIES = ("diffusers", "torch", "transformers")
+
+
+class VideoMissing(LookupError):
+    """The store holds no whole video under this key."""
+
+
+class VideoDamaged(ValueError):
+    """The bytes under this key are not those that were written; the next render replaces them."""
+
+
+class Entry(NamedTuple):
+    """One key found in the store: bytes on disk, when last written, and whether it is complete."""
+
+    key: str
+    size: int
+    written: datetime
+    complete: bool
+
+
+def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str, Any]:
+    """All that decides the pixels of a video, as JSON-able parts.
+
+    Args:
+        model: what `engines.video.model_identity` says of the settings' model.
+
+    Settings that are off (null, false, empty) are left out, so that an option which a later version
+    adds does not change the keys of the videos that exist.
+    """
+    chosen = settings.model_dump(mode="json", exclude=set(OPERATIONAL))
+    on = {name: value for name, value in chosen.items() if value not in (None, False, [], {})}
+    return {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": library_versions()}
+
+
+def video_key(settings: Render, prompt: str, seed: int, model: str) -> str:
+    return content_id("video", key_parts(settings, prompt, seed, model))
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Major and minor versions of the libraries that compute pixels: patch releases keep them."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = ".".join(version(name).split(".")[:2])
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+class VideoStore:
+    """Videos by key. Picklable; cheap to make; any number of processes may use one at once.
+
+    Args:
+        uri: a local folder or a URI that `pyarrow.fs` opens. It is made by the first write.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        self.folder = Folder(uri)
+
+    def uri(self, key: str) -> str:
+        return f"{self.folder.uri}/{_name(key, 'mp4')}"
+
+    def info(self, key: str) -> dict[str, Any]:
+        """The sidecar. Raises VideoMissing (none, or unreadable: then nothing tells what the mp4 is)."""
+        try:
+            found = json.loads(self._read(_name(key, "json")))
+        except ValueError as error:
+            raise VideoMissing(f"the sidecar of video {key} in {self.folder.uri} is damaged") from error
+        if not isinstance(found, dict) or not {"length", "sha256"} <= found.keys():
+            raise VideoMissing(f"the sidecar of video {key} in {self.folder.uri} is of another format")
+        return found
+
+    def read(self, key: str) -> bytes:
+        """The mp4, checked against its sidecar.
+
+        Raises:
+            VideoMissing: there is no complete video under this key.
+            VideoDamaged: its bytes are not those that were written.
+        """
+        return self._checked(key, self.info(key))
+
+    def has(self, key: str) -> bool:
+        return self.hit(key) is not None
+
+    def hit(self, key: str) -> dict[str, Any] | None:
+        """The sidecar if the video can be used as it is, None if it has to be rendered.
+
+        On a local disk the bytes are hashed. An object store keeps checksums of its own, so there
+        the length alone is compared and nothing is downloaded.
+        """
+        try:
+            info = self.info(key)
+            if self.folder.is_local:
+                self._checked(key, info)
+                return info
+            file = self.folder.fs.get_file_info(f"{self.folder.path}/{_name(key, 'mp4')}")
+            return info if file.size == info["length"] else None
+        except (VideoMissing, VideoDamaged):
+            return None
+
+    def write(self, key: str, data: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
+        """Store a video and then its sidecar; returns the sidecar with length and hash in it.
+
+        Raises:
+            StorageError: read-only, full, no access.
+        """
+        sidecar = {**sidecar, "key": key, "length": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self.folder.write(_name(key, "mp4"), data)
+        self.folder.write_json(_name(key, "json"), sidecar)
+        return sidecar
+
+    def delete(self, key: str) -> None:
+        """Remove a video, sidecar first, so that no reader takes half an entry for a whole one."""
+        for kind in ("json", "mp4"):
+            try:
+                self.folder.fs.delete_file(f"{self.folder.path}/{_name(key, kind)}")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError(f"cannot delete {self.folder.uri}/{_name(key, kind)}: {error}") from error
+
+    def entries(self) -> Iterator[Entry]:
+        """Every key with a file in the store, complete or not, sorted."""
+        found: dict[str, dict[str, pafs.FileInfo]] = {}
+        for file in self._listing():
+            stem, suffix = os.path.splitext(file.base_name)
+            if suffix in (".mp4", ".json"):
+                found.setdefault(stem, {})[suffix] = file
+        for key, files in sorted(found.items()):
+            size = sum(file.size or 0 for file in files.values())
+            yield Entry(key, size, max(file.mtime for file in files.values()), len(files) == 2)
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Read every video; yields key and problem of each that is missing a file or damaged."""
+        for entry in self.entries():
+            try:
+                self.read(entry.key)
+            except (VideoMissing, VideoDamaged) as error:
+                yield entry.key, str(error)
+
+    def prune(self, before: datetime, keep: Container[str] = (), *, complete: bool = False) -> list[Entry]:
+        """Delete what an interrupted write left, and with `complete` whole videos too.
+
+        Args:
+            before: only what was written before this moment (with a time zone): a write in progress
+                must be left alone.
+            keep: keys that stay, such as those that some run's table still names.
+
+        Returns:
+            What was deleted, leftovers of interrupted writes (`*.tmp`) included under their names.
+        """
+        old = [entry for entry in self.entries() if entry.written < before and entry.key not in keep]
+        gone = [entry for entry in old if complete or not entry.complete]
+        for entry in gone:
+            self.delete(entry.key)
+        for file in self._listing():
+            if file.extension == "tmp" and file.mtime < before:
+                self.folder.fs.delete_file(file.path)
+                gone.append(Entry(file.base_name, file.size or 0, file.mtime, False))
+        return gone
+
+    def _listing(self) -> Iterator[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.folder.path, recursive=True, allow_not_found=True)
+        for file in self.folder.fs.get_file_info(selector):
+            if file.type == pafs.FileType.File:
+                yield file
+
+    def _checked(self, key: str, info: dict[str, Any]) -> bytes:
+        data = self._read(_name(key, "mp4"))
+        if len(data) != info["length"]:
+            raise VideoDamaged(f"{self.uri(key)} has {len(data)} bytes, {info['length']} were written")
+        if hashlib.sha256(data).hexdigest() != info["sha256"]:
+            raise VideoDamaged(f"{self.uri(key)} has other bytes than were written")
+        return data
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self.folder.read(name)
+        except FileNotFoundError as error:
+            raise VideoMissing(f"no {name} in the video store {self.folder.uri}") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {self.folder.uri}/{name}: {error}") from error
+
+
+def _name(key: str, suffix: str) -> str:
+    if not (key.isascii() and key.isalnum()):
+        raise ValueError(f"not a video key: {key!r}")
+    return f"{key[:2]}/{key}.{suffix}"
