@@ -32,6 +32,7 @@ OPERATIONAL = frozenset(
         "workers",
         "use_gpu",
         "resources_per_worker",
+        "max_failures",
     }
 )
 
@@ -211,6 +212,8 @@ class Reward(Section):
     )
     template: Literal["chat", "vqa", "base"] = "chat"
     rule: Literal["argmax", "margin"] = "argmax"
+    yes_tokens: list[str] = Field(["yes"], min_length=1, description="quote them: YAML reads a bare yes as true")
+    no_tokens: list[str] = Field(["no"], min_length=1)
     convention: Literal["sum01", "mean_pm1"] = "sum01"
     checklist: Checklist
     batch_size: Positive = 1
@@ -230,12 +233,17 @@ class Pair(Section):
 
 
 class Train(Section):
-    """One training phase. `beta` is read by DPO only, `data` by SFT only."""
+    """One training phase. `data` is read by SFT only; `beta`, `loss`, `label_smoothing`, `rpo_alpha`
+    and `length_normalise` by DPO only."""
 
     data: str | None = Field(None, description="SFT data: JSONL or Parquet with `query` and `prompt`")
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
     beta: Annotated[float, Field(gt=0)] = 0.1
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    rpo_alpha: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of an SFT term on chosen")
+    length_normalise: bool = False
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1
     global_batch: Positive
@@ -248,7 +256,8 @@ class Train(Section):
     activation_checkpointing: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 3
     deepspeed: dict[str, Any] = {}
-    save_steps: Positive | None = None
+    save_steps: Positive | None = Field(None, description="steps between checkpoints to resume from")
+    max_failures: Annotated[int, Field(ge=0)] = 2
     workers: Positive = 1
     use_gpu: bool = True
     resources_per_worker: dict[str, float] = {}
@@ -264,6 +273,7 @@ class Serve(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Positive = 1024
     max_query_chars: Positive = 4000
+    max_n: Positive = 8
     engine: Engine = Engine()
     pool: Pool = Pool()
 
@@ -299,7 +309,8 @@ class Recipe(Section):
     def _trains_what_it_has(self) -> Recipe:
         if self.sft is not None and self.sft.data is None:
             raise ValueError(
-                "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, or remove the sft section"
+                "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
+                "or remove the sft section"
             )
         return self
 
@@ -345,6 +356,19 @@ def parse(tree: Mapping[str, Any], where: str) -> Recipe:
         ) from None
 
 
+def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
+    """The `serve` section of a recipe, or its defaults, with `serve.key=value` overrides."""
+    if path is not None:
+        return load(path, overrides).serve
+    tree: dict[str, Any] = {"serve": {}}
+    for item in overrides:
+        _override(tree, item)
+    try:
+        return Serve.model_validate(tree["serve"])
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"serve.{_explain(e)}" for e in error.errors())) from None
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys that change results and differ between two dumped recipes, as `key: old -> new`."""
     a, b = computed(old), computed(new)
@@ -358,6 +382,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def computed(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a dumped recipe, by dotted key, without operational ones."""
     return dict(_leaves(tree, ()))
+
+
+def locate(name: str) -> str:
+    """The absolute path of a local folder or file, or the hub id or URI as it is."""
+    return str(Path(name).resolve()) if "://" not in name and Path(name).exists() else name
 
 
 def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
