@@ -1,0 +1,54 @@
+"""Reward models: yes/no answers of a vision-language model about a video, and a score from them.
+
+Every reward has one interface, `RewardModel`, and is built by the name in `reward.kind` of the
+recipe. A new kind is a module with a `build(settings)` and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+from vpo_ray.recipe import Reward
+
+# Recipe name -> module; imported when asked for, because they bring torch.
+KINDS = {"visionreward": "vpo_ray.engines.reward.visionreward"}
+
+
+class RewardError(ValueError):
+    """One video or query that cannot be scored; the rest of its batch can."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: `question` counts from 1, `probability` is that of yes against no."""
+
+    question: int
+    yes: bool
+    probability: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored video. `neither` counts answers whose most likely token is neither yes nor no:
+    a broken tokenizer or template shows as a high count."""
+
+    answers: list[Answer]
+    dimensions: dict[str, float]
+    score: float
+    neither: int = 0
+
+
+class RewardModel(Protocol):
+    """Scores videos for their users' queries."""
+
+    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+        """One result for every video, in order; an exception for one that cannot be scored."""
+        ...
+
+
+def build(settings: Reward) -> RewardModel:
+    """The reward model of a recipe, loaded and ready. Raises ValueError when it cannot be loaded."""
+    return import_module(KINDS[settings.kind]).build(settings)

@@ -1,0 +1,111 @@
+"""Video in: mp4 bytes to the frames that the reward model looks at, and their pixels.
+
+Frame choice, resize and crop follow VisionReward's `inference-video.py` and CogVLM2-Video's
+processor exactly: the scores of a checkpoint mean something only for the input it was trained on.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import av
+import numpy as np
+
+from vpo_ray.engines.reward import RewardError
+
+if TYPE_CHECKING:
+    import torch
+
+Strategy = Literal["chat", "base"] | float
+MAX_FRAMES = 24
+BASE_SECONDS = 60
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def choose(timestamps: Sequence[float], fps: float, strategy: Strategy) -> list[int]:
+    """Indices of the frames to look at.
+
+    Args:
+        timestamps: seconds of every frame, in display order.
+        fps: the clip's average frame rate.
+        strategy: `base`: 24 uniform over the first 60 s (the same frame may occur twice); `chat`:
+            the first frame nearest to each whole second, at most 24; a number: that many a second.
+    """
+    if strategy == "base":
+        end = min(len(timestamps), int(BASE_SECONDS * fps))
+        return [int(i) for i in np.linspace(0, end - 1, MAX_FRAMES, dtype=int)]
+    rate = 1.0 if strategy == "chat" else float(strategy)
+    times = np.asarray(timestamps, dtype=np.float64)
+    # Python's round, half to even, as the reference: a clip that ends at 2.5 s has no third second.
+    count = min(round(float(times.max()) * rate) + 1, MAX_FRAMES)
+    return [int(np.abs(times - i / rate).argmin()) for i in range(count)]
+
+
+def read_frames(video: bytes, strategy: Strategy) -> np.ndarray:
+    """Decode the chosen frames: uint8 RGB (T, H, W, 3).
+
+    Raises:
+        RewardError: no video, no frames, or a video that ends before its last chosen frame.
+    """
+    try:
+        with av.open(io.BytesIO(video)) as container:
+            if not container.streams.video:
+                raise RewardError("the file has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            chosen = choose(*_times(container, stream), strategy)
+            container.seek(0)
+            return _decode(container, stream, chosen)
+    except (av.error.FFmpegError, OverflowError, MemoryError) as error:
+        raise RewardError(f"not a readable video ({len(video)} bytes): {error}") from error
+
+
+def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[float], float]:
+    """Timestamps in display order and the average rate, from packet headers: nothing is decoded."""
+    stamps = [packet.pts for packet in container.demux(stream) if packet.size]
+    if not stamps:
+        raise RewardError("the video has no frames")
+    rate = float(stream.average_rate or stream.base_rate or 0)
+    if rate <= 0:
+        raise RewardError("the video has no frame rate")
+    if any(pts is None for pts in stamps):
+        return [i / rate for i in range(len(stamps))], rate
+    return [float(pts * stream.time_base) for pts in sorted(stamps)], rate
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream, chosen: list[int]) -> np.ndarray:
+    """Frames are converted to RGB only where chosen; decoding stops after the last of them."""
+    wanted, found = set(chosen), {}
+    for index, frame in enumerate(container.decode(stream)):
+        if index in wanted:
+            found[index] = frame.to_ndarray(format="rgb24")
+        if index == chosen[-1]:
+            break
+    if len(found) < len(wanted):
+        raise RewardError(f"the video is cut off: frame {chosen[-1]} is needed, decoding ended at {max(found, default=0)}")  # fmt: skip
+    return np.stack([found[index] for index in chosen])
+
+
+def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """Pixels of the vision tower: uint8 (T, H, W, 3) to float32 (T, 3, size, size).
+
+    CLIP normalisation, short side to `size` (bilinear, no antialias, long side floored), centre
+    crop with the offset rounded half to even.
+    """
+    import torch
+
+    mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1)
+    pixels = (frames.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+    height, width = pixels.shape[-2:]
+    if width < height:
+        shape = (math.floor(height / width * size), size)
+    else:
+        shape = (size, math.floor(width / height * size))
+    pixels = torch.nn.functional.interpolate(pixels, size=shape, mode="bilinear", align_corners=False)
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+    return pixels[:, :, top : top + size, left : left + size].contiguous()

@@ -1,0 +1,135 @@
+"""VisionReward: CogVLM2-Video answers a checklist about a video, all questions in one pass.
+
+A video is decoded once, its frames are encoded once, and one forward reads every question's
+answer from the logits of its last token. What the reference does 29 times is done once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames, model, sequence
+from vpo_ray.engines.reward.checkpoint import CheckpointError
+from vpo_ray.policy_prompt import control_tokens, neutralise
+from vpo_ray.recipe import Reward
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How logits become an answer.
+
+    Args:
+        yes, no: token ids that count as yes and as no.
+        kind: `argmax`: yes when the most likely token of the whole vocabulary is one for yes, as
+            the reference does; `margin`: yes when yes is more likely than no.
+    """
+
+    yes: list[int]
+    no: list[int]
+    kind: str
+
+    def decide(self, logits: torch.Tensor) -> tuple[list[bool], list[float], int]:
+        """Answers and probabilities of yes against no for logits (questions, vocabulary), and how
+        many most likely tokens are neither."""
+        margin = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
+        top = logits.argmax(-1)
+        is_yes = torch.isin(top, torch.tensor(self.yes, device=top.device))
+        is_no = torch.isin(top, torch.tensor(self.no, device=top.device))
+        answers = is_yes if self.kind == "argmax" else margin > 0
+        return answers.tolist(), margin.sigmoid().tolist(), int((~(is_yes | is_no)).sum())
+
+
+class VisionReward:
+    """The published reward model behind the reward interface. Built by `build`."""
+
+    def __init__(self, settings: Reward) -> None:
+        self.settings = settings
+        self.checklist = checklist.load(settings.checklist)
+        folder = _folder(settings.model)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+        self.model = model.load(folder, getattr(torch, settings.dtype), device, settings.attention)
+        self.tokenizer = _tokenizer(folder)
+        self.control_tokens = control_tokens(self.tokenizer)
+        self.rule = Rule(
+            [_token(self.tokenizer, word) for word in settings.yes_tokens],
+            [_token(self.tokenizer, word) for word in settings.no_tokens],
+            settings.rule,
+        )
+
+    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+        """Score videos for their original queries; see `RewardModel.score`."""
+        results: dict[int, Scored | Exception] = {}
+        pixels: dict[int, torch.Tensor] = {}
+        layouts: dict[int, sequence.Layout] = {}
+        for i, (video, query) in enumerate(zip(videos, queries, strict=True)):
+            try:
+                chosen = torch.from_numpy(frames.read_frames(video, self.settings.frame_strategy))
+                layouts[i] = self.layout(len(chosen), query)
+                pixels[i] = frames.preprocess(chosen.to(self.model.device), self.model.config.vision.image_size)
+            except RewardError as error:
+                results[i] = error
+        if layouts:
+            features = self.model.encode(torch.cat(list(pixels.values()))).split([len(p) for p in pixels.values()])
+            logits = self.model.answer(list(layouts.values()), features)
+            results |= {i: self.read(values) for i, values in zip(layouts, logits, strict=True)}
+        return [results[i] for i in range(len(videos))]
+
+    def layout(self, frame_count: int, query: str) -> sequence.Layout:
+        """The row of tokens that asks every question about a video of so many frames."""
+        s, config = self.settings, self.model.config
+        before = sequence.prefix(self.tokenizer, s.template, frame_count, config.vision.frame_tokens, config.pad_token_id)  # fmt: skip
+        safe = neutralise(query, self.control_tokens)
+        asked = [question.ask(safe) for question in self.checklist.questions]
+        return sequence.layout(self.tokenizer, s.template, before, asked, config.max_position_embeddings)
+
+    def read(self, logits: torch.Tensor) -> Scored:
+        """The result of one video from its logits (questions, vocabulary)."""
+        yes, probabilities, neither = self.rule.decide(logits)
+        score, dimensions = self.checklist.score(yes, self.settings.convention)
+        answers = [Answer(i, y, p) for i, (y, p) in enumerate(zip(yes, probabilities, strict=True), 1)]
+        return Scored(answers, dimensions, score, neither)
+
+
+def build(settings: Reward) -> VisionReward:
+    """Load the checkpoint and checklist that a recipe names.
+
+    Raises:
+        CheckpointError: see `model.load`; also a tokenizer that does not fit.
+        ChecklistError: see `checklist.load`.
+    """
+    return VisionReward(settings)
+
+
+def _folder(name: str) -> Path:
+    """A local folder, or the files of a hub id (no remote code among them)."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"reward.model: {name} is no folder here and no hub id that could be fetched: {error}") from error  # fmt: skip
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder}: no tokenizer.json; the reward model reads a fast tokenizer only")
+    # The plain class: AutoTokenizer would ask about the remote code that config.json names.
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _token(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1:
+        raise CheckpointError(f"the tokenizer splits {word!r} into {len(ids)} tokens; yes_tokens and no_tokens are single ones")  # fmt: skip
+    return ids[0]
