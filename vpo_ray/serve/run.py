@@ -1,0 +1,80 @@
+"""Run the endpoint: until interrupted (`vpo serve CHECKPOINT`), or for one question (`make demo`)."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vpo_ray.recipe import Serve
+
+APP = "vpo"
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
+    """Deploy the endpoint, give its base URL for an OpenAI client, and remove it at the end.
+
+    Ray is started when it is not, and then stopped at the end.
+
+    Raises:
+        RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
+        PromptError: the folder is not a checkpoint of a policy (see `build_app`).
+    """
+    import ray
+    from ray import serve
+
+    from vpo_ray.serve.app import build_app
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        app = build_app(checkpoint, settings)
+        if serve.status().proxies:
+            raise RuntimeError(
+                "Ray Serve already runs on this cluster: deploy into it with `serve run`, or stop it"
+            )
+        port = settings.port or free_port(settings.host)
+        serve.start(http_options={"host": settings.host, "port": port})
+        try:
+            serve.run(app, name=APP, route_prefix="/")
+            yield f"http://{settings.host}:{port}/v1"
+        finally:
+            serve.shutdown()
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def serve_forever(checkpoint: str, settings: Serve) -> None:
+    """Serve until SIGINT or SIGTERM; answers that are being written are finished first."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with serving(checkpoint, settings) as url:
+        logger.info("serving %s as %r at %s", checkpoint, settings.model_name, url)
+        stop.wait()
+        logger.info("stopping: running answers are finished first")
+
+
+def ask(checkpoint: str, settings: Serve, query: str) -> str:
+    """One query through the real endpoint, on loopback and a free port; the optimised prompt."""
+    from openai import OpenAI
+
+    with serving(checkpoint, settings.model_copy(update={"host": "127.0.0.1", "port": 0})) as url:
+        client = OpenAI(base_url=url, api_key="none", timeout=120)
+        answer = client.chat.completions.create(
+            model=settings.model_name, messages=[{"role": "user", "content": query}]
+        )
+    return answer.choices[0].message.content or ""
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
