@@ -1,0 +1,121 @@
+"""Rows to token ids: the prompt the policy sees, and the responses whose tokens are learnt.
+
+A response is the text's tokens and the end-of-turn token, nothing else; its tokens are exactly
+the loss mask. Rows that cannot be used are dropped here, each with a counted reason, before a
+worker is started.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from vpo_ray.policy_prompt import control_tokens, fold_task_prompt, neutralise, prompt_ids
+from vpo_ray.records import Row
+
+Phase = Literal["sft", "dpo"]
+
+# Per phase: the row's id, and the columns that hold its responses (for DPO chosen, then rejected).
+COLUMNS: Mapping[Phase, tuple[str, tuple[str, ...]]] = {
+    "sft": ("query_id", ("prompt",)),
+    "dpo": ("pair_id", ("chosen", "rejected")),
+}
+
+
+class TrainError(RuntimeError):
+    """Training that cannot start or go on; the message says what was wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids: int32 arrays; the length of a response counts its end-of-turn token."""
+
+    id: str
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the example in a pack that shares nothing with another."""
+        return len(self.prompt) + self.response_tokens
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(map(len, self.responses))
+
+
+def tokenise(
+    phase: Phase, rows: Iterable[Row], tokenizer: Any, task_prompt: str, max_length: int
+) -> tuple[list[Example], Counter[str]]:
+    """Examples in the order of their ids, and how many rows were dropped for which reason.
+
+    A prompt and its longest response must fit in `max_length` tokens: neither is ever cut, since a
+    response without its end, or a prompt without its query, teaches the wrong thing.
+
+    Raises:
+        TrainError: a row lacks a column, or no row is left.
+    """
+    key, columns = COLUMNS[phase]
+    end = end_of_turn(tokenizer, task_prompt)
+    controls = control_tokens(tokenizer)
+    examples: dict[str, Example] = {}
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        missing = [name for name in (key, "query", *columns) if not isinstance(row.get(name), str)]
+        if missing:
+            raise TrainError(
+                f"a {phase} row has no text in {', '.join(missing)}; it has {', '.join(sorted(row))}"
+            )
+        texts = [row[name] for name in columns]
+        if row[key] in examples:
+            dropped["duplicate"] += 1
+        elif not all(text.strip() for text in texts):
+            dropped["empty response"] += 1
+        elif len(set(texts)) < len(texts):
+            dropped["chosen equals rejected"] += 1
+        else:
+            ids = [
+                tokenizer.encode(neutralise(text, controls), add_special_tokens=False) + end for text in texts
+            ]
+            prompt = prompt_ids(tokenizer, row["query"])
+            if len(prompt) + max(map(len, ids)) > max_length:
+                dropped[f"longer than {max_length} tokens"] += 1
+                continue
+            arrays = tuple(np.array(i, dtype=np.int32) for i in ids)
+            examples[row[key]] = Example(row[key], np.array(prompt, dtype=np.int32), arrays)
+    if not examples:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the table is empty"
+        raise TrainError(f"no row is left to train {phase} on: {reasons}")
+    return [examples[name] for name in sorted(examples)], dropped
+
+
+def end_of_turn(tokenizer: Any, task_prompt: str) -> list[int]:
+    """Ids of what the model's own chat template puts behind an assistant message, up to the first
+    control token (`<|eot_id|>` for Llama 3); the tokenizer's EOS where it puts none.
+
+    Raises:
+        TrainError: the checkpoint carries another task prompt, or there is no such token.
+    """
+    head = fold_task_prompt("", task_prompt)
+    own = tokenizer.chat_template.removeprefix(head)
+    if own == tokenizer.chat_template:
+        raise TrainError(
+            "the checkpoint carries another task prompt than the recipe: set policy.task_prompt to it"
+        )
+    answer = "vpo-ray-answer"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    tail = tokenizer.apply_chat_template(turns, chat_template=own, tokenize=False).rpartition(answer)[2]
+    ids = tokenizer.encode(tail, add_special_tokens=False)
+    stops = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
+    first = next((n for n, token in enumerate(ids) if token in stops), None)
+    if first is not None:
+        return ids[: first + 1]
+    if tokenizer.eos_token_id is None:
+        raise TrainError(
+            "neither the chat template nor the tokenizer has an end-of-turn token; set eos_token"
+        )
+    return [tokenizer.eos_token_id]

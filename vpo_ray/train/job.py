@@ -1,0 +1,159 @@
+"""The driver's side of a phase: check the data, start the workers, hand back what they made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vpo_ray.policy_prompt import load_tokenizer
+from vpo_ray.recipe import Train, computed
+from vpo_ray.records import PAIR, SFT, Row, content_id
+from vpo_ray.storage import Folder, Table
+from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, tokenise
+from vpo_ray.train.model_files import fetch, identity, marker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained policy.
+
+    out: its folder. steps: optimizer steps. metrics: of the last step. rows: trained on, with
+    dropped counts by reason. trained: False when it was there already.
+    """
+
+    out: str
+    steps: int
+    metrics: dict[str, float]
+    rows: int
+    dropped: dict[str, int]
+    trained: bool
+
+
+def train(
+    phase: Phase,
+    settings: Train,
+    *,
+    model: str,
+    rows: Iterable[Row] | str,
+    task_prompt: str,
+    out: str,
+    run_uri: str,
+    seed: int,
+    fingerprint: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TrainResult:
+    """Train the policy on the running Ray cluster and leave a Hugging Face folder at `out`.
+
+    A killed call, made again, goes on from the last checkpoint (`settings.save_steps`); a finished
+    one returns at once.
+
+    Args:
+        phase: `sft` (rows of records.SFT) or `dpo` (rows of records.PAIR).
+        settings: the recipe's section of the phase.
+        model: folder, URI or hub id of the policy to start from; DPO's reference.
+        rows: the rows, or the path of their table.
+        task_prompt: text with a `{query}` slot, folded into the checkpoint's chat template.
+        out: where the trained policy goes, a folder or URI that all workers reach.
+        run_uri: the run directory, for `metrics/<phase>.jsonl` and checkpoints.
+        seed: of the data's order.
+        fingerprint: of the recipe; it is written to the model card and `vpo.json`.
+
+    Raises:
+        TrainError: no usable row, a conflict with the deepspeed section, a loss that is not finite.
+        PromptError: the tokenizer has no chat template.
+    """
+    from vpo_ray.train.zero import deepspeed_config
+
+    if isinstance(rows, str):
+        rows = Table(rows, {"sft": SFT, "dpo": PAIR}[phase], COLUMNS[phase][0]).rows()
+    rows = sorted(rows, key=lambda row: str(row.get(COLUMNS[phase][0])))
+    deepspeed_config(settings, settings.workers)
+    job_id = content_id(
+        "train",
+        phase,
+        fingerprint,
+        computed(settings.model_dump(mode="json")),
+        identity(model, revision),
+        task_prompt,
+        seed,
+        [[row.get(name) for name in (COLUMNS[phase][0], "query", *COLUMNS[phase][1])] for row in rows],
+    )
+    done = marker(out)
+    if done is not None and done["job"] == job_id:
+        log.info("%s is already trained: %s", phase, out)
+        return _result(out, done, trained=False)
+    tokenizer = load_tokenizer(fetch(model, weights=False), task_prompt, revision, trust_remote_code)
+    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, settings.max_length)
+    for reason, count in dropped.items():
+        log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
+    facts: Row = {
+        "phase": phase,
+        "job": job_id,
+        "fingerprint": fingerprint,
+        "base_model": model,
+        "rows": len(examples),
+        "dropped": dict(dropped),
+    }
+    _fit(
+        job_id,
+        phase=phase,
+        settings=settings,
+        model=model,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        examples=examples,
+        tokenizer=tokenizer,
+        end=end_of_turn(tokenizer, task_prompt),
+        out=Folder(out).uri,
+        run_uri=Folder(run_uri).uri,
+        seed=seed,
+        facts=facts,
+    )
+    done = marker(out)
+    if done is None or done["job"] != job_id:
+        raise TrainError(f"{phase}: the workers finished but {out} is not complete; is it on shared storage?")
+    return _result(out, done, trained=True)
+
+
+def _fit(job_id: str, **parts: object) -> None:
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from vpo_ray.train.loop import Job, train_worker
+
+    job = Job(id=job_id, **parts)  # type: ignore[arg-type]
+    settings = job.settings
+    name = f"{job.phase}-{job_id[:16]}"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": ray.put(job)},
+        torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker=settings.resources_per_worker or None,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=f"{job.run_uri}/checkpoints",
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainError(f"{job.phase} failed {settings.max_failures + 1} times: {error}") from error
+    if result.return_value and "stopped" in result.return_value:
+        raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
+    checkpoints = Folder(f"{job.run_uri}/checkpoints/{name}")
+    checkpoints.fs.delete_dir(checkpoints.path)
+
+
+def _result(out: str, facts: Row, trained: bool) -> TrainResult:
+    return TrainResult(out, facts["steps"], facts["metrics"], facts["rows"], facts["dropped"], trained)

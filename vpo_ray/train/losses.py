@@ -1,0 +1,62 @@
+"""The losses, as pure functions of log-probabilities.
+
+Both are sums with a weight per item, so that the caller divides by the size of the *global* batch
+and any spread over workers and micro steps gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpo_ray.recipe import Train
+
+# What a DPO step reports, as means over its pairs.
+DPO_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+
+
+def sft_loss(token_logps: Tensor) -> Tensor:
+    """Negative log-likelihood, summed over the learnt tokens [N]."""
+    return -token_logps.sum()
+
+
+def dpo_loss(
+    logps: Tensor, reference: Tensor, lengths: Sequence[int], settings: Train
+) -> tuple[Tensor, Tensor]:
+    """DPO (arXiv 2305.18290, equation 7) and its options, summed over pairs.
+
+    Args:
+        logps: [2 * pairs] log-probabilities of whole responses: chosen, rejected, chosen, ...
+        reference: the same of the reference policy.
+        lengths: tokens of each response.
+        settings: `beta`, and the options `loss` (ipo: arXiv 2310.12036, equation 17, on mean
+            log-probabilities as its authors advise), `label_smoothing` (conservative DPO),
+            `rpo_alpha` (weight of the chosen response's mean negative log-likelihood, arXiv
+            2404.19733), `length_normalise` (rewards per token, arXiv 2405.14734).
+
+    Returns:
+        The sum of the pairs' losses, and the sums of DPO_METRICS (without gradient).
+    """
+    count = torch.tensor(lengths, dtype=logps.dtype, device=logps.device)
+    ratio = logps - reference
+    if settings.length_normalise or settings.loss == "ipo":
+        ratio = ratio / count
+    delta = ratio[0::2] - ratio[1::2]
+    if settings.loss == "ipo":
+        losses = (delta - 1 / (2 * settings.beta)) ** 2
+    else:
+        smooth = settings.label_smoothing
+        losses = -(1 - smooth) * F.logsigmoid(settings.beta * delta) - smooth * F.logsigmoid(
+            -settings.beta * delta
+        )
+    if settings.rpo_alpha:
+        losses = losses - settings.rpo_alpha * logps[0::2] / count[0::2]
+    with torch.no_grad():
+        chosen, rejected = settings.beta * ratio[0::2], settings.beta * ratio[1::2]
+        won = (chosen > rejected).to(logps.dtype)
+        metrics = (won, chosen - rejected, chosen, rejected, logps[0::2], logps[1::2])
+        sums = torch.stack([metric.sum() for metric in metrics]).double()
+    return losses.sum(), sums

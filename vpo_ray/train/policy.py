@@ -1,0 +1,172 @@
+"""The policy as training sees it: from a pack to the log-probability of every learnt token.
+
+Attention works block by block over the pack's layout, so that examples neither see nor pay for
+each other, and the head computes logits only for learnt tokens, in chunks that bound its memory
+whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpo_ray.train.examples import Example, TrainError
+from vpo_ray.train.packing import Pack, pack
+
+ATTENTION = "vpo_packed"
+
+# Float32 elements of a chunk of logits, and of the probabilities kept for the backward pass; past
+# the second number they are computed again instead. 256 MiB each.
+CHUNK = KEEP = 2**26
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="vpo_packed"` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of [1, heads, T, size] tensors by the layout of a pack; plain causal without one."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layout: Pack | None = options.pop("layout", None)
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    shared = slice(0, layout.prefix)
+    parts = []
+    if layout.prefix:
+        parts.append(
+            _attend(module, query[:, :, shared], key[:, :, shared], value[:, :, shared], None, options)
+        )
+    for block in layout.blocks:
+        own = slice(block.start, block.end)
+        seen = [torch.cat([t[:, :, shared], t[:, :, own]], dim=2) for t in (key, value)]
+        parts.append(_attend(module, query[:, :, own], seen[0], seen[1], block.mask[None, None], options))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
+) -> Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+
+class ResponseHead(nn.Linear):
+    """The output embedding, that can also go straight from hidden states to log-probabilities."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> ResponseHead:
+        """The same parameters (also where ZeRO-3 has partitioned them) in a new module."""
+        head = cls(1, 1, bias=linear.bias is not None, device="meta")
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits of `hidden`, or with `targets` ([N] for hidden [N, d]) their log-probabilities [N],
+        in float32."""
+        if targets is None:
+            return super().forward(hidden)
+        return _LogProbs.apply(hidden, self.weight, self.bias, targets)
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[targets], chunk by chunk. In the backward pass,
+    d/d logits = one_hot(target) - softmax, which is made from what was kept or computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK // weight.shape[0])
+        keep = any(ctx.needs_input_grad) and hidden.shape[0] * weight.shape[0] <= KEEP
+        out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        kept, norms = [], []
+        for h, t, o in zip(hidden.split(rows), targets.split(rows), out.split(rows), strict=True):
+            logits = nn.functional.linear(h, weight, bias).float()
+            norm = logits.logsumexp(dim=-1, keepdim=True)
+            torch.sub(logits.gather(1, t[:, None]), norm, out=o[:, None])
+            norms.append(norm)
+            if keep:
+                kept.append(logits.sub_(norm).exp_())
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(norms))
+        ctx.rows, ctx.kept = rows, kept
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, norms = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if bias is not None else None
+        chunks = zip(*(t.split(ctx.rows) for t in (hidden, targets, norms, grad, d_hidden)), strict=True)
+        for n, (h, t, norm, g, d) in enumerate(chunks):
+            if ctx.kept:
+                d_logits = ctx.kept[n]
+            else:
+                d_logits = nn.functional.linear(h, weight, bias).float().sub_(norm).exp_()
+            d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
+            d_logits = d_logits.to(weight.dtype)
+            torch.mm(d_logits, weight, out=d)
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, h)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.kept = []
+        return d_hidden, d_weight, d_bias, None
+
+
+class PackedPolicy(nn.Module):
+    """A Hugging Face causal LM that takes packs. `forward` gives [N] log-probabilities."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        model.set_output_embeddings(ResponseHead.of(model.get_output_embeddings()))
+        model.config.use_cache = False
+        self.model = model
+
+    def forward(self, pack: Pack, plain: bool = False) -> Tensor:
+        """`plain` runs the model's own forward, for a pack of one response (see check_packing)."""
+        if plain:
+            logits = self.model(input_ids=pack.ids, use_cache=False).logits[0, pack.predict].float()
+            return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+        decoder = self.model.get_decoder()
+        hidden = decoder(input_ids=pack.ids, position_ids=pack.positions, layout=pack, use_cache=False)[0]
+        return self.model.get_output_embeddings()(hidden[0, pack.predict], pack.targets)
+
+
+def response_sums(token_logps: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Sum per response: [N] to [S]."""
+    return torch.stack([part.sum() for part in token_logps.split(list(lengths))])
+
+
+@torch.no_grad()
+def check_packing(policy: Any, example: Example, device: torch.device, tolerance: float) -> None:
+    """Compare packed log-probabilities of an example with the model's own forward pass.
+
+    Models that change logits behind the head, or whose attention is not the usual one, would
+    otherwise train on wrong numbers in silence. Pass the longest example: it shows a sliding
+    window too.
+
+    Raises:
+        TrainError: the mean difference per token is above `tolerance`.
+    """
+    packed = policy(pack([example]).to(device))
+    plain = [
+        policy(pack([Example("", example.prompt, (r,))]).to(device), plain=True) for r in example.responses
+    ]
+    difference = (packed - torch.cat(plain)).abs().mean().item()
+    if not difference <= tolerance:
+        raise TrainError(
+            f"this model's log-probabilities differ by {difference:.3g} per token when packed, at most "
+            f"{tolerance:g} is rounding: its architecture does something between attention and logits "
+            "that packing does not know; use a model with ordinary causal attention, such as Llama or Qwen"
+        )
