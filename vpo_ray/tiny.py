@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 DATA = Path(__file__).parent / "data"
 _MARKER = "tiny.json"
 
@@ -26,11 +26,15 @@ LLAMA3_SPECIAL = (
     "<|end_header_id|>",
     "<|eot_id|>",
 )
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
@@ -99,7 +103,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _texts() -> list[str]:
     """What the tokenizers are trained on: the example queries and prompts, and the task prompts."""
-    rows = [json.loads(line) for path in sorted(DATA.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]  # fmt: skip
+    lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines]
     texts = [value for row in rows for value in row.values()]
     prompts = [path.read_text("utf-8") for path in sorted((Path(__file__).parent / "prompts").glob("*.txt"))]
     return texts + prompts + [question for question, _, _ in QUESTIONS]
@@ -144,7 +149,7 @@ def _llama3_tokenizer(vocab_size: int, words: tuple[str, ...] = ()) -> Any:
                 single=f"{bos} $A",
                 pair=f"{bos} $A {bos} $B",
                 special_tokens=[(bos, tokenizer.token_to_id(bos))],
-            ),  # fmt: skip
+            ),
         ]
     )
     return PreTrainedTokenizerFast(
@@ -216,6 +221,7 @@ def _t5_tokenizer() -> Any:
 
 
 def _cogvideox(folder: Path) -> None:
+    import torch
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -234,7 +240,7 @@ def _cogvideox(folder: Path) -> None:
             num_layers=1,
             num_heads=4,
             feed_forward_proj="gated-gelu",
-        )  # fmt: skip
+        )
     )
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -260,6 +266,12 @@ def _cogvideox(folder: Path) -> None:
         max_text_seq_length=226,
         use_rotary_positional_embeddings=True,
     )
+    # As initialised, a prompt hardly changes a pixel: stronger and sharper attention to it.
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.attn1.to_v.weight.mul_(4)
+            block.attn1.to_out[0].weight.mul_(4)
+            block.attn1.norm_q.weight.mul_(2)
     scheduler = CogVideoXDDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -327,9 +339,12 @@ def _cogvlm2_video(folder: Path) -> None:
         elif len(shape) == 1:
             value = torch.zeros(shape)
         else:
-            # Fan-in scale keeps activations near one, large enough that answers differ by video.
+            # Fan-in scale keeps activations near one; pixels weigh more than positions.
             fan_in = 1 if "embed" in name or name.endswith("oi") else torch.Size(shape[1:]).numel()
             value = torch.randn(shape) * fan_in**-0.5
+        if name.endswith("language_expert_query_key_value.weight"):
+            # Sharper attention, so that questions look at different parts of a video.
+            value[: config.hidden_size] *= 3
         tensors[name] = value.to(torch.bfloat16).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)

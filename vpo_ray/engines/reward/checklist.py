@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import yaml
 
 from vpo_ray import recipe
@@ -94,7 +94,9 @@ def _from_yaml(path: str) -> list[Question]:
 
 def _entry(entry: Any, where: str) -> Question:
     if not isinstance(entry, dict) or not entry.keys() <= {"question", "weight", "dimension"}:
-        raise ChecklistError(f"{where}: write it as {{question: ..., weight: ..., dimension: ...}}, not {entry!r}")
+        raise ChecklistError(
+            f"{where}: write it as {{question: ..., weight: ..., dimension: ...}}, not {entry!r}"
+        )
     text, dimension = entry.get("question"), entry.get("dimension")
     if not isinstance(text, str) or not text.strip():
         raise ChecklistError(f"{where}: its text is {text!r}")
@@ -113,11 +115,13 @@ def _from_published(settings: recipe.Checklist) -> list[Question]:
     except ValueError as error:
         raise ChecklistError(f"{settings.weights}: not JSON: {error}") from error
     if not isinstance(weights, list):
-        raise ChecklistError(f"{settings.weights}: must be a JSON list of numbers, is a {type(weights).__name__}")
+        raise ChecklistError(
+            f"{settings.weights}: must be a JSON list of numbers, is a {type(weights).__name__}"
+        )
     if len(weights) != len(texts):
         raise ChecklistError(
-            f"{settings.weights} has {len(weights)} weights, {settings.questions} has {len(texts)} questions; "
-            "give one weight per question (0 for one that only counts in pairing)"
+            f"{settings.weights} has {len(weights)} weights, {settings.questions} "
+            f"has {len(texts)} questions: give one weight per question (0 for one that only counts in pairing)"
         )
     names = _dimensions(settings.dimensions, len(texts))
     return [
@@ -140,10 +144,14 @@ def _dimensions(ranges: dict[str, str], count: int) -> dict[int, str]:
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
             if not 1 <= first <= last <= count:
-                raise ChecklistError(f"dimensions.{name}: {part.strip()!r} is no range of questions 1 to {count}, such as 5-8")  # fmt: skip
+                raise ChecklistError(
+                    f"dimensions.{name}: {part.strip()!r} is no range of questions 1 to {count}, such as 5-8"
+                )
             for number in range(first, last + 1):
                 if number in names:
-                    raise ChecklistError(f"dimensions.{name}: question {number} belongs to {names[number]} already")
+                    raise ChecklistError(
+                        f"dimensions.{name}: question {number} belongs to {names[number]} already"
+                    )
                 names[number] = name
     absent = [number for number in range(1, count + 1) if number not in names]
     if ranges and absent:

@@ -79,30 +79,26 @@ def read_config(folder: str | Path) -> Config:
     try:
         tree = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot read it ({error}); reward.model is a folder with a CogVLM2-Video checkpoint") from error  # fmt: skip
+        raise CheckpointError(
+            f"{path}: cannot read it ({error}); reward.model is a folder with a CogVLM2-Video checkpoint"
+        ) from error
     if not isinstance(tree, dict) or ARCHITECTURE not in (tree.get("architectures") or []):
         found = tree.get("architectures") if isinstance(tree, dict) else type(tree).__name__
         raise CheckpointError(f"{path}: architectures is {found}, this reward model is {ARCHITECTURE}")
     config = Config(**_fields(Config, tree, path, ""), vision=_vision(tree, path))
     vision = config.vision
-    wrong = [
-        (
-            config.hidden_size % config.num_attention_heads,
-            "hidden_size is no multiple of num_attention_heads",
-        ),
-        (
-            config.num_attention_heads % config.num_multi_query_heads,
-            "num_attention_heads is no multiple of num_multi_query_heads",
-        ),  # fmt: skip
-        (vision.hidden_size % vision.num_heads, "vision_config.hidden_size is no multiple of num_heads"),
-        (vision.grid % 2, "vision_config: an odd number of patches a side cannot be merged 2 x 2"),
-        (
-            vision.num_positions != vision.grid**2 + 1,
-            f"vision_config.num_positions is {vision.num_positions}, {vision.grid} x {vision.grid} patches + cls make {vision.grid**2 + 1}",
-        ),  # fmt: skip
-    ]
-    for bad, message in wrong:
-        if bad:
+    positions = vision.grid**2 + 1
+    wrong = {
+        "hidden_size is no multiple of num_attention_heads": config.hidden_size % config.num_attention_heads,
+        "num_attention_heads is no multiple of num_multi_query_heads": config.num_attention_heads
+        % config.num_multi_query_heads,
+        "vision_config.hidden_size is no multiple of num_heads": vision.hidden_size % vision.num_heads,
+        "vision_config: an odd number of patches a side cannot be merged 2 x 2": vision.grid % 2,
+        f"vision_config.num_positions is {vision.num_positions}, {vision.grid} x {vision.grid} patches and "
+        f"cls make {positions}": vision.num_positions != positions,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
             raise CheckpointError(f"{path}: {message}")
     return config
 
@@ -188,7 +184,9 @@ def shard_files(folder: str | Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     absent = [path.name for path in files if not path.is_file()]
     if absent:
-        raise CheckpointError(f"{folder}: {INDEX} names {', '.join(absent)}, not found there; download the checkpoint again")  # fmt: skip
+        raise CheckpointError(
+            f"{folder}: {INDEX} names {', '.join(absent)}, not found there; download the checkpoint again"
+        )
     if not files:
         raise CheckpointError(
             f"{folder}: no *.safetensors files; CogVLM2-Video is read from safetensors only"
@@ -208,13 +206,21 @@ def check_tensors(folder: str | Path, expected: dict[str, Shape]) -> None:
     for path in shard_files(folder):
         with safe_open(path, "pt") as shard:
             found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-    misshapen = [f"{n} is {list(found[n])}, config.json makes it {list(expected[n])}" for n in sorted(found.keys() & expected.keys()) if found[n] != expected[n]]  # fmt: skip
+    both = sorted(found.keys() & expected.keys())
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": misshapen,
+        "misshapen": [
+            f"{name} is {list(found[name])}, config.json makes it {list(expected[name])}"
+            for name in both
+            if found[name] != expected[name]
+        ],
     }
-    lines = [f"  {len(names)} {kind}: {', '.join(names[:10])}{', ...'[: 5 * (len(names) > 10)]}" for kind, names in problems.items() if names]  # fmt: skip
+    lines = [
+        f"  {len(names)} {kind}: {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "")
+        for kind, names in problems.items()
+        if names
+    ]
     if lines:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json\n" + "\n".join(lines))
 

@@ -60,8 +60,8 @@ def read_frames(video: bytes, strategy: Strategy) -> np.ndarray:
             chosen = choose(*_times(container, stream), strategy)
             container.seek(0)
             return _decode(container, stream, chosen)
-    except (av.error.FFmpegError, OverflowError, MemoryError) as error:
-        raise RewardError(f"not a readable video ({len(video)} bytes): {error}") from error
+    except av.error.FFmpegError as error:
+        raise RewardError(f"not a readable video ({len(video)} bytes): {error.strerror}") from error
 
 
 def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[float], float]:
@@ -86,7 +86,7 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream, chos
         if index == chosen[-1]:
             break
     if len(found) < len(wanted):
-        raise RewardError(f"the video is cut off: frame {chosen[-1]} is needed, decoding ended at {max(found, default=0)}")  # fmt: skip
+        raise RewardError(f"the video is cut off: of the frames {chosen} only {sorted(found)} can be decoded")
     return np.stack([found[index] for index in chosen])
 
 

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
 
-from vpo_ray.engines.reward.checkpoint import CheckpointError, Config, check_tensors, read_config, read_tensors, tensor_shapes  # fmt: skip
+from vpo_ray.engines.reward import checkpoint
+from vpo_ray.engines.reward.checkpoint import CheckpointError, Config
 from vpo_ray.engines.reward.sequence import Layout
 from vpo_ray.engines.reward.vision import VisionTower
 
@@ -116,15 +117,17 @@ def load(
     Raises:
         CheckpointError: another architecture, or tensors that do not fit it (named).
     """
-    config = read_config(folder)
-    check_tensors(folder, tensor_shapes(config))
+    config = checkpoint.read_config(folder)
+    checkpoint.check_tensors(folder, checkpoint.tensor_shapes(config))
     with torch.device("meta"):
         model = CogVLM2Video(config, attention)
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in read_tensors(folder, device):
+    for name, tensor in checkpoint.read_tensors(folder, device):
         for own, part in _rename(name, tensor.to(dtype), config):
             if own in state and not torch.equal(state[own], part):
-                raise CheckpointError(f"{folder}: {name} differs from layer to layer; one set of frequencies is supported")  # fmt: skip
+                raise CheckpointError(
+                    f"{folder}: {name} differs from layer to layer; one set of frequencies is supported"
+                )
             state[own] = part
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
@@ -141,7 +144,10 @@ def _rename(name: str, tensor: torch.Tensor, config: Config) -> list[tuple[str, 
         return [(name, tensor)]
     kv = config.num_multi_query_heads * config.head_dim
     parts = tensor.split([config.hidden_size, kv, kv])
-    return [(name.replace("language_expert_query_key_value", f"{p}_proj"), t) for p, t in zip("qkv", parts, strict=True)]
+    return [
+        (name.replace("language_expert_query_key_value", f"{p}_proj"), t)
+        for p, t in zip("qkv", parts, strict=True)
+    ]
 
 
 def _llama_config(config: Config) -> LlamaConfig:
@@ -181,15 +187,16 @@ def _shared_prefix_attention(
     output = torch.empty_like(query)
     start = 0
     for layout in layouts:
-        end = start + layout.prefix
-        output[:, :, start:end] = attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], None)  # fmt: skip
+        row = slice(start, start + len(layout.tokens.ids))
+        q, k, v, out = (tensor[:, :, row] for tensor in (query, key, value, output))
+        n = layout.prefix
+        out[:, :, :n] = attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], None)
         for i in range(0, len(layout.questions), group):
             ranges = layout.questions[i : i + group]
-            a, b = start + ranges[0][0], start + ranges[-1][1]
-            k = torch.cat([key[:, :, start:end], key[:, :, a:b]], dim=2)
-            v = torch.cat([value[:, :, start:end], value[:, :, a:b]], dim=2)
-            output[:, :, a:b] = attend(query[:, :, a:b], k, v, _mask(ranges, layout.prefix, query.device))
-        start += len(layout.tokens.ids)
+            own = slice(ranges[0][0], ranges[-1][1])
+            seen_k, seen_v = (torch.cat([t[:, :, :n], t[:, :, own]], dim=2) for t in (k, v))
+            out[:, :, own] = attend(q[:, :, own], seen_k, seen_v, _mask(ranges, n, query.device))
+        start = row.stop
     return output.transpose(1, 2), None
 
 

@@ -64,7 +64,9 @@ def positions(vision: Sequence[bool]) -> list[int]:
     return result
 
 
-def layout(tokenizer: Any, template: Template, before: Tokens, questions: Sequence[str], limit: int) -> Layout:
+def layout(
+    tokenizer: Any, template: Template, before: Tokens, questions: Sequence[str], limit: int
+) -> Layout:
     """One row of the prefix and all questions, each restarting after the prefix's last position.
 
     Raises:
@@ -77,7 +79,7 @@ def layout(tokenizer: Any, template: Template, before: Tokens, questions: Sequen
         if first + len(text) > limit:
             raise RewardError(
                 f"question {number} has {len(text)} tokens after {first} positions of video, together "
-                f"{first + len(text)}; the model has {limit} positions: shorten the query or take fewer frames"
+                f"{first + len(text)}; the model has {limit} positions: shorten the query"
             )
         ranges.append((len(ids), len(ids) + len(text)))
         ids += text

@@ -54,7 +54,9 @@ class VisionReward:
         self.settings = settings
         self.checklist = checklist.load(settings.checklist)
         folder = _folder(settings.model)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+        device = (
+            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+        )
         self.model = model.load(folder, getattr(torch, settings.dtype), device, settings.attention)
         self.tokenizer = _tokenizer(folder)
         self.control_tokens = control_tokens(self.tokenizer)
@@ -66,6 +68,16 @@ class VisionReward:
 
     def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
         """Score videos for their original queries; see `RewardModel.score`."""
+        try:
+            return self._score(videos, queries)
+        except torch.OutOfMemoryError as error:
+            if len(videos) == 1:
+                return [RewardError(f"out of memory with this video alone: {error}")]
+        log.warning("out of memory with %d videos at once, going on one by one", len(videos))
+        torch.cuda.empty_cache()
+        return [self.score([v], [q])[0] for v, q in zip(videos, queries, strict=True)]
+
+    def _score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
         results: dict[int, Scored | Exception] = {}
         pixels: dict[int, torch.Tensor] = {}
         layouts: dict[int, sequence.Layout] = {}
@@ -73,11 +85,15 @@ class VisionReward:
             try:
                 chosen = torch.from_numpy(frames.read_frames(video, self.settings.frame_strategy))
                 layouts[i] = self.layout(len(chosen), query)
-                pixels[i] = frames.preprocess(chosen.to(self.model.device), self.model.config.vision.image_size)
+                pixels[i] = frames.preprocess(
+                    chosen.to(self.model.device), self.model.config.vision.image_size
+                )
             except RewardError as error:
                 results[i] = error
         if layouts:
-            features = self.model.encode(torch.cat(list(pixels.values()))).split([len(p) for p in pixels.values()])
+            features = self.model.encode(torch.cat(list(pixels.values()))).split(
+                [len(p) for p in pixels.values()]
+            )
             logits = self.model.answer(list(layouts.values()), features)
             results |= {i: self.read(values) for i, values in zip(layouts, logits, strict=True)}
         return [results[i] for i in range(len(videos))]
@@ -85,7 +101,8 @@ class VisionReward:
     def layout(self, frame_count: int, query: str) -> sequence.Layout:
         """The row of tokens that asks every question about a video of so many frames."""
         s, config = self.settings, self.model.config
-        before = sequence.prefix(self.tokenizer, s.template, frame_count, config.vision.frame_tokens, config.pad_token_id)  # fmt: skip
+        tokens, placeholder = config.vision.frame_tokens, config.pad_token_id
+        before = sequence.prefix(self.tokenizer, s.template, frame_count, tokens, placeholder)
         safe = neutralise(query, self.control_tokens)
         asked = [question.ask(safe) for question in self.checklist.questions]
         return sequence.layout(self.tokenizer, s.template, before, asked, config.max_position_embeddings)
@@ -118,7 +135,9 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(f"reward.model: {name} is no folder here and no hub id that could be fetched: {error}") from error  # fmt: skip
+        raise CheckpointError(
+            f"reward.model: {name} is no folder here and no hub id that could be fetched: {error}"
+        ) from error
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -131,5 +150,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _token(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
-        raise CheckpointError(f"the tokenizer splits {word!r} into {len(ids)} tokens; yes_tokens and no_tokens are single ones")  # fmt: skip
+        raise CheckpointError(
+            f"the tokenizer splits {word!r} into {len(ids)} tokens; yes_tokens and no_tokens are single ones"
+        )
     return ids[0]
