@@ -105,8 +105,9 @@ class VideoStore:
 
     def info(self, key: str) -> dict[str, Any]:
         """The sidecar. Raises VideoMissing (none, or unreadable: then nothing tells what the mp4 is)."""
+        sidecar = self._read(_name(key, "json"))
         try:
-            found = json.loads(self._read(_name(key, "json")))
+            found = json.loads(sidecar)
         except ValueError as error:
             raise VideoMissing(f"the sidecar of video {key} in {self.folder.uri} is damaged") from error
         if not isinstance(found, dict) or not {"length", "sha256"} <= found.keys():

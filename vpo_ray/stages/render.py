@@ -8,11 +8,13 @@ prompt is the only difference between their videos.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -25,18 +27,16 @@ from vpo_ray.videos import VideoStore, key_parts, video_key
 
 log = logging.getLogger(__name__)
 
+STDERR = 2  # the file itself: a replaced sys.stderr may have none
+
+# A video's sidecar, or the reason why there is no video.
+Outcome = dict[str, Any] | str
+
 
 class _Job(NamedTuple):
     key: str
     prompt: str
     seed: int
-
-
-class _Outcome(NamedTuple):
-    """The sidecar of a video, or why there is none; and the seconds spent on it (None for a hit)."""
-
-    info: dict[str, Any] | str
-    seconds: float | None
 
 
 def wants(row: Row) -> bool:
@@ -45,8 +45,10 @@ def wants(row: Row) -> bool:
 
 
 class Renderer:
-    """Fills the video columns of rows. Threads may call one instance: one renders at a time, while
-    the others encode, write and look up.
+    """Fills the video columns of rows.
+
+    Several threads may call one instance: one of them renders while the others encode, write and
+    look up, so a pool that lets two calls into an actor keeps its device busy with one-row blocks.
 
     Args:
         settings: the recipe's render section.
@@ -55,11 +57,15 @@ class Renderer:
 
     Attributes:
         rendered: videos made so far.
-        hits: rows that found their video in the store, or shared one with an earlier row.
+        hits: rows that needed no render of their own: their video was in the store, or an earlier
+            row with the same prompt made it.
 
     Raises:
         VideoModelError: the model's folder is not there.
     """
+
+    name = "render"
+    wants = staticmethod(wants)
 
     def __init__(self, settings: Render, store_uri: str, seed: int) -> None:
         self.settings, self.seed = settings, seed
@@ -69,6 +75,7 @@ class Renderer:
         self._engine: VideoEngine | None = None
         self._device = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._writing: dict[str, Future[Outcome]] = {}
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """The rows in their order; those that `wants` refuses are passed on as they are.
@@ -78,62 +85,80 @@ class Renderer:
             VideoModelError: the model or its settings cannot be used.
         """
         jobs = {index: self._job(row) for index, row in enumerate(rows) if wants(row)}
-        outcomes: dict[str, _Outcome] = {}
-        missing: dict[str, _Job] = {}
-        for job in {job.key: job for job in jobs.values()}.values():
-            info = self.store.hit(job.key)
-            if info is None:
-                missing[job.key] = job
-            else:
-                outcomes[job.key] = _Outcome(info, None)
-        outcomes.update(self._render(list(missing.values())))
+        unique = {job.key: job for job in jobs.values()}
+        outcomes: dict[str, Outcome] = {k: info for k in unique if (info := self.store.hit(k)) is not None}
+        missing = [job for job in unique.values() if job.key not in outcomes]
+        outcomes.update(self._render(missing))
         self.hits += len(jobs) - len(missing)
-        done = list(rows)
+        filled = list(rows)
         for index, job in jobs.items():
-            done[index] = self._filled(rows[index], job, outcomes[job.key])
-            outcomes[job.key] = outcomes[job.key]._replace(seconds=None)  # a twin row cost nothing
-        return done
+            filled[index] = self._filled(rows[index], job, outcomes[job.key])
+        return filled
 
     def _job(self, row: Row) -> _Job:
         seed = seed_of("video", self.seed, row["query_id"])
         return _Job(video_key(self.settings, row["prompt"], seed, self.model), row["prompt"], seed)
 
-    def _filled(self, row: Row, job: _Job, outcome: _Outcome) -> Row:
-        if outcome.seconds is not None:
-            row = {**row, "seconds": {**(row.get("seconds") or {}), "render": outcome.seconds}}
-        if isinstance(outcome.info, str):
-            return failed(row, "render", outcome.info)
-        shape = {name: outcome.info[name] for name in ("frames", "fps", "width", "height")}
+    def _filled(self, row: Row, job: _Job, outcome: Outcome) -> Row:
+        if isinstance(outcome, str):
+            return failed(row, self.name, outcome)
         video = {"video_key": job.key, "video_uri": self.store.uri(job.key), "video_seed": job.seed}
-        return {**row, **video, **shape}
+        return {**row, **video, **{name: outcome[name] for name in ("frames", "fps", "width", "height")}}
 
-    def _render(self, jobs: list[_Job]) -> Iterator[tuple[str, _Outcome]]:
+    def _render(self, jobs: list[_Job]) -> Iterator[tuple[str, Outcome]]:
         """Render jobs batch by batch; a batch is written while the next one renders."""
-        writing: list[tuple[str, Future[_Outcome]]] = []
+        before: dict[str, Future[Outcome]] = {}
         for start in range(0, len(jobs), self.settings.batch_size):
-            batch = jobs[start : start + self.settings.batch_size]
-            videos, seconds = self._frames(batch)
-            # Waiting for the batch before bounds the frames in memory and stops a run whose store is full.
-            yield from ((key, write.result()) for key, write in writing)
-            writing = [
-                (job.key, self._writer.submit(self._write, job, video, seconds))
-                for job, video in zip(batch, videos, strict=True)
-            ]
-        yield from ((key, write.result()) for key, write in writing)
+            writing = self._start(jobs[start : start + self.settings.batch_size])
+            # Waiting for the batch before bounds the frames in memory, and a full store stops the run.
+            yield from ((key, future.result()) for key, future in before.items())
+            before = writing
+        yield from ((key, future.result()) for key, future in before.items())
+
+    def _start(self, batch: list[_Job]) -> dict[str, Future[Outcome]]:
+        """Render a batch and hand it to the writer, without what another thread made meanwhile."""
+        with self._device:
+            futures = {job.key: known for job in batch if (known := self._known(job.key)) is not None}
+            fresh = [job for job in batch if job.key not in futures]
+            videos, seconds = self._frames(fresh)
+            for job, video in zip(fresh, videos, strict=True):
+                future = self._writer.submit(self._write, job, video, seconds)
+                futures[job.key] = self._writing[job.key] = future
+                future.add_done_callback(partial(self._forget, job.key))
+            return futures
+
+    def _known(self, key: str) -> Future[Outcome] | None:
+        """A video that is being written or is in the store."""
+        if (writing := self._writing.get(key)) is not None or (info := self.store.hit(key)) is None:
+            return writing
+        stored: Future[Outcome] = Future()
+        stored.set_result(info)
+        return stored
+
+    def _forget(self, key: str, written: Future[Outcome]) -> None:
+        self._writing.pop(key, None)
 
     def _frames(self, batch: list[_Job]) -> tuple[list[np.ndarray | Exception], float]:
-        """Frames or an error for each job, and the seconds that each took of the device."""
-        with self._device:
-            if self._engine is None:
-                self._engine = VideoEngine(self.settings)
-            start = time.perf_counter()
+        """Frames or an error for each job, and the seconds of the device that each took."""
+        if not batch:
+            return [], 0.0
+        if self._engine is None:
+            self._engine = VideoEngine(self.settings)
+        # The engine ends a slow render between two steps. One that hangs within a step can only be
+        # ended with its process; the pool then tries its rows elsewhere.
+        hung = 2 * self.settings.time_limit_s * len(batch) + 60
+        faulthandler.dump_traceback_later(hung, exit=True, file=STDERR)
+        start = time.perf_counter()
+        try:
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
-            return videos, (time.perf_counter() - start) / len(batch)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return videos, (time.perf_counter() - start) / len(batch)
 
-    def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> _Outcome:
+    def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> Outcome:
         if isinstance(video, Exception):
             log.warning("video %s was not rendered: %s", job.key, video)
-            return _Outcome(str(video), seconds)
+            return str(video)
         data = encode(video, self.settings.fps, self.settings.crf)
         frames, height, width, _ = video.shape
         sidecar = {
@@ -148,4 +173,4 @@ class Renderer:
         }
         info = self.store.write(job.key, data, sidecar)
         self.rendered += 1
-        return _Outcome(info, seconds)
+        return info

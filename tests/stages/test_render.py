@@ -1,0 +1,159 @@
+"""The render stage on the tiny CogVideoX pipeline: what is rendered, stored, reused and refused."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vpo_ray import storage
+from vpo_ray.engines.video import VideoModelError, probe
+from vpo_ray.recipe import Render
+from vpo_ray.records import FEEDBACK, Row, seed_of, table
+from vpo_ray.stages.render import Renderer, wants
+from vpo_ray.storage import StorageError
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def settings(tiny_models: Path) -> Render:
+    size = {"frames": 9, "height": 32, "width": 48}
+    return Render(model=str(tiny_models / "video"), dtype="float32", steps=1, batch_size=2, **size)
+
+
+def candidate(prompt: str | None, query: str = "q", **columns: Any) -> Row:
+    row = {"candidate_id": f"{query}-{prompt}", "query_id": query, "query": "a query", "k": 0, "seed": 5}
+    return {**row, "prompt": prompt, "verdict": "aligned", **columns}
+
+
+def test_only_aligned_prompts_without_an_error_are_rendered(settings: Render, tmp_path: Path) -> None:
+    rows = [
+        candidate("unsafe", verdict="unsafe"),
+        candidate(None),
+        candidate("failed", error="broken", error_stage="sample"),
+        candidate("unjudged", verdict=None),
+        candidate("good"),
+    ]
+    assert [wants(row) for row in rows] == [False, False, False, False, True]
+    renderer = Renderer(settings, str(tmp_path), 7)
+    done = renderer(rows)
+    assert done[:4] == rows[:4]
+    assert done[4]["video_key"]
+    assert renderer.rendered == 1
+
+
+def test_rows_get_their_video(settings: Render, tmp_path: Path) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+    rows = [candidate("a cat"), candidate("a dog"), candidate("a cat"), candidate("a cat", query="p")]
+    done = renderer(rows)
+    table(done, FEEDBACK)
+    assert [row["video_seed"] for row in done] == [seed_of("video", 7, q) for q in "qqqp"]
+    # One prompt of one query is one video, whoever asks; another query has another seed.
+    cat, dog, twin, other = (row["video_key"] for row in done)
+    assert cat == twin
+    assert len({cat, dog, other}) == 3
+    assert (renderer.rendered, renderer.hits) == (3, 1)
+    for row in done:
+        data = renderer.store.read(row["video_key"])
+        assert Path(row["video_uri"]).read_bytes() == data
+        assert probe(data) == (row["frames"], row["fps"], row["width"], row["height"]) == (9, 8.0, 48, 32)
+    info = renderer.store.info(cat)
+    assert (info["prompt"], info["seed"], info["settings"]["steps"]) == ("a cat", done[0]["video_seed"], 1)
+
+
+def test_a_second_run_renders_nothing_and_loads_nothing(settings: Render, tmp_path: Path) -> None:
+    rows = [candidate("a cat"), candidate("a dog")]
+    first = Renderer(settings, str(tmp_path), 7)(rows)
+    again = Renderer(settings.model_copy(update={"batch_size": 1}), str(tmp_path), 7)
+    assert again(rows) == first
+    assert (again.rendered, again.hits) == (0, 2)
+    assert again._engine is None
+
+
+def test_a_damaged_video_is_rendered_again(settings: Render, tmp_path: Path) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+    (row,) = renderer([candidate("a cat")])
+    file = Path(row["video_uri"])
+    good = file.read_bytes()
+    for bad in (good[:-10], good[:-1] + b"\x00" if good[-1:] != b"\x00" else good[:-1] + b"\x01"):
+        file.write_bytes(bad)
+        assert renderer([candidate("a cat")]) == [row]
+        assert file.read_bytes() == good
+    assert renderer.rendered == 3
+
+
+def test_batches_make_the_same_videos(settings: Render, tmp_path: Path) -> None:
+    rows = [candidate(prompt) for prompt in ("a cat", "a dog", "rain", "a street at night", "fire")]
+    keys = []
+    for size in (1, 5):
+        batch = settings.model_copy(update={"batch_size": size})
+        keys.append([row["video_key"] for row in Renderer(batch, str(tmp_path / str(size)), 7)(rows)])
+    assert keys[0] == keys[1]
+
+
+def test_a_row_that_cannot_be_rendered_carries_the_reason(settings: Render, tmp_path: Path) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+    renderer([candidate("warm up")])
+    assert renderer._engine is not None
+    pipeline = renderer._engine.pipeline
+    poison = pipeline.tokenizer("Q").input_ids[-2]
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight[poison] = float("nan")
+    bad, blank, good = renderer([candidate("Q"), candidate("  "), candidate("a cat")])
+    assert (bad["error_stage"], blank["error_stage"], good.get("error_stage")) == ("render", "render", None)
+    assert "NaN" in bad["error"]
+    assert "empty" in blank["error"]
+    assert "video_key" not in bad
+    assert renderer.store.has(good["video_key"])
+    table([bad, blank, good], FEEDBACK)
+
+
+def test_a_slow_render_is_an_error_row(settings: Render, tmp_path: Path) -> None:
+    slow = Renderer(settings.model_copy(update={"time_limit_s": 1e-6}), str(tmp_path), 7)
+    (row,) = slow([candidate("a cat")])
+    assert "time_limit_s" in row["error"]
+
+
+def test_a_store_that_cannot_be_written_stops_the_run(settings: Render, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="file/videos"):
+        Renderer(settings, str(tmp_path / "file" / "videos"), 7)([candidate("a cat")])
+
+
+def test_a_store_that_fills_up_stops_the_run_which_then_resumes(
+    settings: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [candidate(f"prompt {i}") for i in range(6)]
+    renderer = Renderer(settings, str(tmp_path), 7)
+    write = storage.Folder.write
+
+    def full_after_two(folder: storage.Folder, name: str, data: bytes) -> None:
+        if renderer.rendered >= 2:
+            raise StorageError(f"cannot write {name}: no space left on device")
+        write(folder, name, data)
+
+    monkeypatch.setattr(storage.Folder, "write", full_after_two)
+    with pytest.raises(StorageError, match="no space left"):
+        renderer(rows)
+    renderer._writer.shutdown()
+    monkeypatch.undo()
+    assert list(renderer.store.verify()) == []
+    resumed = Renderer(settings, str(tmp_path), 7)
+    assert all(row["video_key"] for row in resumed(rows))
+    assert (resumed.hits, resumed.rendered) == (2, 4)
+
+
+def test_threads_share_one_device_and_render_nothing_twice(settings: Render, tmp_path: Path) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+    blocks = [[candidate("shared"), candidate(f"own {n}")] for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(renderer, blocks))
+    assert all(renderer.store.has(row["video_key"]) for rows in done for row in rows)
+    assert renderer.rendered == 5
+
+
+def test_a_model_that_is_not_there_is_refused_at_once(settings: Render, tmp_path: Path) -> None:
+    with pytest.raises(VideoModelError, match="runs/tiny/absent"):
+        Renderer(settings.model_copy(update={"model": "runs/tiny/absent"}), str(tmp_path), 7)
