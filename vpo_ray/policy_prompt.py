@@ -7,6 +7,7 @@ message. User text is data: control tokens in it are broken up before it reaches
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,11 @@ def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
         )
     if is_folded(chat_template):
         raise PromptError("this checkpoint's chat template already holds a task prompt")
-    before, after = task_prompt.split(SLOT)
+    before, after = map(_literal, task_prompt.split(SLOT))
     return (
         f"{_MARK}"
         "{%- set vpo_query = (messages | selectattr('role', 'equalto', 'user') | list | last).content -%}"
-        f"{{%- set messages = [{{'role': 'user', 'content': {_literal(before)} ~ vpo_query ~ {_literal(after)}}}] -%}}"
+        f"{{%- set messages = [{{'role': 'user', 'content': {before} ~ vpo_query ~ {after}}}] -%}}"
         f"{chat_template}"
     )
 
@@ -91,10 +92,25 @@ def prompt_ids(tokenizer: Any, query: str) -> list[int]:
     """
     if not is_folded(tokenizer.chat_template):
         raise PromptError("the tokenizer's chat template holds no task prompt: load it with load_tokenizer()")
-    message = {"role": "user", "content": neutralise(query, control_tokens(tokenizer))}
-    return list(
-        tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=False)
-    )
+    return chat_ids(tokenizer, [{"role": "user", "content": query}])
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins; control tokens in its texts are
+    broken up, so that only the template opens turns."""
+    tokens = control_tokens(tokenizer)
+    safe = [{**message, "content": neutralise(message["content"], tokens)} for message in messages]
+    return list(tokenizer.apply_chat_template(safe, add_generation_prompt=True, return_dict=False))
+
+
+def load_chat_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A tokenizer with a chat template. Raises PromptError when it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+    return tokenizer
 
 
 def load_tokenizer(
@@ -109,11 +125,7 @@ def load_tokenizer(
     Raises:
         PromptError: no chat template, or no task prompt to be had.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    if not tokenizer.chat_template:
-        raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+    tokenizer = load_chat_tokenizer(model, revision, trust_remote_code)
     if not is_folded(tokenizer.chat_template):
         if task_prompt is None:
             raise PromptError(f"{model}: the chat template holds no task prompt; it is not a vpo_ray policy")

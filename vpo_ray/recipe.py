@@ -144,6 +144,7 @@ class Judge(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     max_tokens: Positive = 1024
     critique_max_chars: Positive = 1200
+    prompt_max_chars: Positive = 2000
     word_limit: Positive = 200
     engine: Engine = Engine()
     pool: Pool = Pool()
@@ -212,7 +213,9 @@ class Reward(Section):
     )
     template: Literal["chat", "vqa", "base"] = "chat"
     rule: Literal["argmax", "margin"] = "argmax"
-    yes_tokens: list[str] = Field(["yes"], min_length=1, description="quote them: YAML reads a bare yes as true")
+    yes_tokens: list[str] = Field(
+        ["yes"], min_length=1, description="quote them: YAML reads a bare yes as true"
+    )
     no_tokens: list[str] = Field(["no"], min_length=1)
     convention: Literal["sum01", "mean_pm1"] = "sum01"
     checklist: Checklist

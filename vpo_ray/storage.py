@@ -8,10 +8,11 @@ of a part comes from the ids in it, so that writing the same rows twice leaves o
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
 }
+
+
+def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Rows in lists of `size`, the last one shorter."""
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
 
 
 class StorageError(RuntimeError):
@@ -116,32 +124,50 @@ class Table(Folder):
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.uri, self.schema, self.key))
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Write rows as one part named by their keys. Raises ValueError on a wrong schema."""
+    def append(self, rows: Sequence[Row]) -> str:
+        """Write rows as one part named by their keys, and return its name ("" for no rows).
+
+        Raises:
+            ValueError: a row does not fit the schema.
+            StorageError: the part cannot be written.
+        """
         if not rows:
-            return
+            return ""
         sink = pa.BufferOutputStream()
         pq.write_table(table(list(rows), self.schema), sink, compression="zstd")
-        name = content_id(sorted(str(row[self.key]) for row in rows))
-        self.write(f"{name}.parquet", sink.getvalue().to_pybytes())
+        name = f"{content_id(sorted(row[self.key] for row in rows))}.parquet"
+        self.write(name, sink.getvalue().to_pybytes())
+        return name
 
     def parts(self) -> list[str]:
         return self.files(".parquet")
 
+    def replace(self, rows: Iterable[Row], rows_per_part: int = 1000) -> int:
+        """Make the table hold exactly these rows; returns how many. A kill in between leaves old
+        and new parts together, which the next call mends."""
+        old, count = set(self.parts()), 0
+        for chunk in chunks(rows, rows_per_part):
+            old.discard(self.append(chunk))
+            count += len(chunk)
+        for name in old:
+            self.fs.delete_file(f"{self.path}/{name}")
+        return count
+
     def batches(
-        self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
+        self,
+        columns: Sequence[str] | None = None,
+        where: pads.Expression | None = None,
+        parts: Sequence[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Stored batches, in the order of part names. A key may occur twice (see `rows`).
+        """Stored batches of all parts (or of some). A key may occur twice (see `rows`).
 
         Raises:
-            StorageError: a part has another schema.
+            StorageError: a part is damaged or has another schema.
         """
-        parts = self.parts()
-        if not parts:
+        paths = [f"{self.path}/{part}" for part in (self.parts() if parts is None else parts)]
+        if not paths:
             return
-        dataset = pads.dataset(
-            [f"{self.path}/{p}" for p in parts], schema=self.schema, filesystem=self.fs, format="parquet"
-        )
+        dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
         try:
             yield from dataset.to_batches(columns=list(columns) if columns else None, filter=where)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:

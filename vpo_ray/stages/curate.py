@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,9 +187,9 @@ def _json(path: str, column: str) -> Iterator[Any]:
 
 
 def _csv(path: str, column: str) -> Iterator[Any]:
-    text = io.TextIOWrapper(open(path, "rb"), encoding="utf-8-sig", errors="surrogateescape", newline="")
-    with text:
-        reader = csv.DictReader(text)
+    # Bytes that are no UTF-8 come as lone surrogates, which `normalise` refuses row by row.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
         if column not in (reader.fieldnames or []):
             raise InputError(f"queries.path {path}: no column {column!r}; it has {reader.fieldnames}")
         for record in reader:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
-from vpo_ray.records import VERDICTS, Row, Verdict
+from vpo_ray.records import VERDICTS, Row, Verdict, seed_of
+
+
+Ask = Callable[[str, dict[str, Any]], Awaitable[str]]
 
 
 class JudgeError(ValueError):
@@ -37,21 +42,21 @@ class Judging:
         self.settings = settings
         self.critique_prompt = read_prompt(settings.critique_prompt)
         self.refine_prompt = read_prompt(settings.refine_prompt)
-        self.sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=0)
 
     def wants(self, row: Row) -> bool:
         return row["prompt"] is not None and row["verdict"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        first = await self._critique(row["query"], row["prompt"], chat)
+        ask = partial(self._ask, chat, row)
+        first = await self._critique(row["query"], row["prompt"], ask)
         row = {**row, "verdict": first.verdict, "critique": first.critique}
         if first.verdict == "aligned":
             return row
-        refined = await self._refine(row["query"], row["prompt"], first.critique, chat)
+        refined = await self._refine(row["query"], row["prompt"], first.critique, ask)
         fault = refined_fault(refined, row["prompt"], self.settings.word_limit)
         if fault is not None:
             return {**row, "refined_prompt": refined, "refined_critique": f"not judged: {fault}"}
-        second = await self._critique(row["query"], refined, chat)
+        second = await self._critique(row["query"], refined, ask)
         return {
             **row,
             "refined_prompt": refined,
@@ -59,23 +64,32 @@ class Judging:
             "refined_critique": second.critique,
         }
 
-    async def _critique(self, query: str, prompt: str, chat: Chat) -> Judgement:
+    async def _critique(self, query: str, prompt: str, ask: Ask) -> Judgement:
         text = fill(self.critique_prompt, query=query, prompt=prompt)
-        schema = _schema(critique=_string(self.settings.critique_max_chars), verdict={"enum": list(VERDICTS)})
-        answer = await chat.complete([{"role": "user", "content": text}], self.sampling, schema)
-        return parse_judgement(answer.text)
+        critique = _string(self.settings.critique_max_chars)
+        return parse_judgement(await ask(text, {"critique": critique, "verdict": {"enum": list(VERDICTS)}}))
 
-    async def _refine(self, query: str, prompt: str, critique: str, chat: Chat) -> str:
+    async def _refine(self, query: str, prompt: str, critique: str, ask: Ask) -> str:
         text = fill(self.refine_prompt, query=query, prompt=prompt, critique=critique)
-        # The limit is in words; English prose has about 7 characters a word with its space.
-        schema = _schema(
-            prompt=_string(min(self.settings.word_limit * 8, self.settings.critique_max_chars * 2))
-        )
-        answer = await chat.complete([{"role": "user", "content": text}], self.sampling, schema)
-        value = _object(answer.text).get("prompt")
+        answer = await ask(text, {"prompt": _string(self.settings.prompt_max_chars)})
+        value = _object(answer).get("prompt")
         if not isinstance(value, str):
-            raise JudgeError(f"the refinement has no text `prompt`: {answer.text[:200]!r}")
+            raise JudgeError(f"the refinement has no text `prompt`: {answer[:200]!r}")
         return value.strip()
+
+    async def _ask(self, chat: Chat, row: Row, text: str, properties: dict[str, Any]) -> str:
+        """One turn; its seed comes from the candidate and the question, so a rerun asks the same."""
+        seed = seed_of("judge", row["candidate_id"], text)
+        sampling = Sampling(
+            temperature=self.settings.temperature, max_tokens=self.settings.max_tokens, seed=seed
+        )
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+        return (await chat.complete([{"role": "user", "content": text}], sampling, schema)).text
 
 
 def fill(template: str, **values: str) -> str:
@@ -91,10 +105,13 @@ def fill(template: str, **values: str) -> str:
 def parse_judgement(text: str) -> Judgement:
     """Raises JudgeError for anything but an object with a known verdict and a critique."""
     value = _object(text)
-    verdict, critique = value.get("verdict"), value.get("critique")
-    if verdict not in get_args(Verdict) or not isinstance(critique, str):
-        raise JudgeError(f"the judge's answer has no verdict of {', '.join(VERDICTS)}: {text[:200]!r}")
-    return Judgement(verdict, critique)
+    critique = value.get("critique")
+    for verdict in VERDICTS:
+        if value.get("verdict") == verdict and isinstance(critique, str):
+            return Judgement(verdict, critique)
+    raise JudgeError(
+        f"the judge's answer has no critique and verdict of {', '.join(VERDICTS)}: {text[:200]!r}"
+    )
 
 
 def refined_fault(refined: str, original: str, word_limit: int) -> str | None:
@@ -112,21 +129,13 @@ def refined_fault(refined: str, original: str, word_limit: int) -> str | None:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        # Grammars let raw control characters into strings; they do no harm to a verdict.
+        value = json.loads(text, strict=False)
     except json.JSONDecodeError as error:
         raise JudgeError(f"the judge's answer is not JSON ({error.msg}): {text[:200]!r}") from error
     if not isinstance(value, dict):
         raise JudgeError(f"the judge's answer is not an object: {text[:200]!r}")
     return value
-
-
-def _schema(**properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
 
 
 def _string(max_chars: int) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""`vpo`: one command for the whole loop and one for each of its stages.
+
+vpo run recipe.yaml                 everything, or what is left of it
+vpo plan recipe.yaml                check the recipe and say what it will take
+vpo sample|judge|render|score ...   one stage, from its table to the next
+vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from vpo_ray import recipe as recipes
+from vpo_ray.recipe import Recipe
+
+STAGE_COMMANDS = {
+    "curate": "read raw queries into queries/",
+    "sft": "train the policy on sft.data into checkpoints/sft",
+    "sample": "queries/ to candidates/ with the policy",
+    "judge": "candidates/ to verdicts/ with the judge: critique, refine, judge again",
+    "render": "verdicts/ to renders/ with the video model",
+    "score": "renders/ to feedback/ with the reward model",
+    "pair": "feedback/ to pairs/",
+    "dpo": "train the policy on pairs/ into checkpoints/dpo",
+    "report": "write ledger.json and report/index.html",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit status: 0 done, 1 the run failed or was stopped, 2 wrong usage or input."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for name in ("httpx", "vllm", "torch", "filelock", "urllib3", "asyncio", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where this stopped", 130)
+    except Exception as error:
+        # Our own errors explain themselves; for any other the trace is what a bug report needs.
+        if not type(error).__module__.startswith("vpo_ray"):
+            logging.getLogger(__name__).exception("unexpected failure")
+        return _fail(str(error) or type(error).__name__, 2 if isinstance(error, ValueError) else 1)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"vpo: error: {message}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vpo",
+        description="Make a prompt optimiser for your own text-to-video model, on Ray.",
+        epilog="Start with: vpo tiny runs/tiny && vpo run jobs/recipes/tiny.yaml",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show debug logs and the workers' output"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=run, name=name)
+        return sub
+
+    def with_recipe(
+        name: str, help: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        sub = command(name, help, run)
+        sub.add_argument("recipe", help="recipe file (YAML)")
+        sub.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a key, e.g. render.steps=30",
+        )
+        return sub
+
+    whole = with_recipe("run", "run the whole loop; again to go on where it stopped", _run)
+    whole.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
+    tiny = command(
+        "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
+    )
+    tiny.add_argument("folder", metavar="DIR")
+    for name, text in STAGE_COMMANDS.items():
+        sub = with_recipe(name, text, _stage)
+        if name in ("sample", "judge", "render", "score"):
+            sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
+    serve.add_argument("checkpoint", help="a folder that `vpo run` made, e.g. runs/demo/checkpoints/dpo")
+    serve.add_argument("--recipe", help="recipe file whose `serve` section to use")
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. serve.port=9000"
+    )
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    overrides = list(arguments.set) + ([f"out={arguments.out}"] if arguments.out else [])
+    return recipes.load(arguments.recipe, overrides)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from vpo_ray import loop
+    from vpo_ray.plan import check
+
+    recipe = _load(arguments)
+    check(recipe)
+    loop.connect(arguments.verbose)
+    run = loop.run_loop(recipe, retry_errors=arguments.retry_errors)
+    from vpo_ray.summary import summary
+
+    sys.stdout.write(summary(run))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from vpo_ray.plan import plan
+
+    sys.stdout.write(plan(_load(arguments)))
+    return 0
+
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from vpo_ray.tiny import make_tiny
+
+    make_tiny(arguments.folder)
+    sys.stdout.write(f"tiny checkpoints are in {arguments.folder}\n")
+    return 0
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    from vpo_ray import loop
+
+    recipe = _load(arguments)
+    run = loop.open_run(recipe)
+    name: str = arguments.name
+    if name == "curate":
+        loop.curate_queries(recipe, run)
+    elif name == "pair":
+        loop.make_pairs(recipe, run)
+    elif name != "report":
+        loop.connect(arguments.verbose)
+        policy = loop.train_sft(recipe, run) if name in ("sft", "sample", "dpo") else recipe.policy.model
+        if name == "dpo":
+            loop.train_dpo(recipe, run, policy)
+        elif name != "sft":
+            loop.generate_feedback(recipe, run, policy, (name,), arguments.retry_errors)
+    loop.write_ledger(recipe, run)
+    where = f"{loop.write_report(recipe, run)}" if name == "report" else f"{run.uri}/ledger.json"
+    sys.stdout.write(f"{name}: done, see {where}\n")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from vpo_ray import loop
+    from vpo_ray.serve import serve_forever
+
+    settings = recipes.load_serve(arguments.recipe, arguments.set)
+    loop.connect(arguments.verbose)
+    serve_forever(recipes.locate(arguments.checkpoint), settings)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,155 @@
+"""The vLLM backend of the chat engine: `ray.data.llm`'s own actor pool, driven row by row.
+
+`ray.data.llm` brings the engine, its placement (tensor parallel, accelerator types), LoRA, metrics
+and the restart of an actor whose engine died. Its batch function gives one answer a row; ours runs
+a text stage on each row, with as many turns as the row needs, all rows of all batches at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS, vLLMEngineStageUDF
+
+from vpo_ray.engines.chat import Answer, Chat, ChatError, ChatStage, Message, Sampling
+from vpo_ray.policy_prompt import chat_ids
+from vpo_ray.pools import Outcome
+from vpo_ray.recipe import Engine, Pool
+from vpo_ray.records import Row, failed
+
+logger = logging.getLogger(__name__)
+
+
+class VllmChat:
+    """Chat on a vLLM async engine; requests of all callers are batched by the engine."""
+
+    def __init__(self, wrapper: Any, tokenizer: Any) -> None:
+        self.engine, self.slots = wrapper.engine, wrapper.semaphore
+        self.tokenizer = tokenizer
+        self.max_model_len: int = wrapper._vllm_config.model_config.max_model_len
+        self._ids = itertools.count()
+
+    async def complete(
+        self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None = None
+    ) -> Answer:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import StructuredOutputsParams
+
+        ids = chat_ids(self.tokenizer, messages)
+        if len(ids) + sampling.max_tokens > self.max_model_len:
+            raise ChatError(
+                f"{len(ids)} prompt tokens and {sampling.max_tokens} to generate exceed the model's "
+                f"{self.max_model_len}: raise engine.max_model_len or lower max_tokens"
+            )
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            structured_outputs=(StructuredOutputsParams(json=schema) if schema else None),
+        )
+        async with self.slots:
+            stream = self.engine.generate(TokensPrompt(prompt_token_ids=ids), params, str(next(self._ids)))
+            async for output in stream:
+                final = output
+        answer = final.outputs[0]
+        return Answer(answer.text, answer.finish_reason or "unknown", len(ids), len(answer.token_ids))
+
+
+class VllmStageActor(vLLMEngineStageUDF):
+    """One replica of a text stage: an engine, and the stage that runs rows on it."""
+
+    def __init__(
+        self,
+        *args: Any,
+        stage: Callable[[], ChatStage],
+        tokenizer: Callable[[], Any],
+        outcome: Outcome,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage()
+        self.outcome = outcome
+        self.chat: Chat = VllmChat(self.llm, tokenizer())
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        rows = batch.to_pylist()
+        done = await asyncio.gather(*(self._run(row) for row in rows if self.stage.wants(row)))
+        yield await asyncio.to_thread(self.outcome.publish, rows, done)
+
+    async def _run(self, row: Row) -> Row:
+        with self.outcome.timed(1) as seconds:
+            done = await self._answer(row)
+        return self.outcome.charge(done, seconds[0])
+
+    async def _answer(self, row: Row) -> Row:
+        try:
+            return await self.stage(row, self.chat)
+        except _VLLM_FATAL_ERRORS:
+            # The engine's process is gone: leave, so that Ray restarts this actor with a fresh one
+            # and takes the batch again. A raised error would come back to this same actor.
+            logger.exception("the vLLM engine died, leaving for a restart")
+            os._exit(1)
+        except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
+            return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
+
+
+def vllm_pool(
+    dataset: Any,
+    model: str,
+    engine: Engine,
+    pool: Pool,
+    *,
+    stage: Callable[[], ChatStage],
+    tokenizer: Callable[[], Any],
+    outcome: Outcome,
+    batch_size: int,
+    restarts: dict[str, int],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Run a text stage over a dataset of FEEDBACK rows on a pool of vLLM engines.
+
+    Args:
+        stage, tokenizer: made once in every actor.
+        outcome: where rows go and how they are counted.
+        restarts: Ray's `max_restarts` and `max_task_retries` of the actors.
+    """
+    bundle: dict[str, float] = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    kwargs: dict[str, Any] = {
+        "dtype": engine.dtype,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "trust_remote_code": trust_remote_code,
+        "enable_prefix_caching": True,
+        # A model that may put white space between JSON tokens may never stop doing so.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        "revision": revision,
+        "max_model_len": engine.max_model_len,
+        **engine.engine_kwargs,
+    }
+    config = vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
+        concurrency=pool.size,
+        batch_size=batch_size,
+        max_concurrent_batches=engine.max_concurrent_batches,
+        accelerator_type=pool.accelerator_type,
+        placement_group_config={"bundle_per_worker": {k: v for k, v in bundle.items() if v}},
+        runtime_env={"env_vars": {"VLLM_LOGGING_LEVEL": "WARNING", **engine.env}},
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+    )
+    processor = build_processor(config)
+    arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
+    arguments["fn_constructor_kwargs"] |= {"stage": stage, "tokenizer": tokenizer, "outcome": outcome}
+    return dataset.map_batches(VllmStageActor, batch_format="pyarrow", **(arguments | restarts))

