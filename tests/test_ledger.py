@@ -104,7 +104,7 @@ def _score(row: dict[str, Any], score: float) -> dict[str, Any]:
 
 def test_every_stage_adds_up_and_tells_why(run: RunDir, recipe: Recipe) -> None:
     full_run(run)
-    ledger = build_ledger(run, recipe, extra={"wall_seconds": 12.5})
+    ledger = build_ledger(run, recipe)
     assert reconcile(ledger) == []
     stages = ledger["stages"]
     counts = {name: (entry["in"], entry["out"]) for name, entry in stages.items()}
@@ -132,7 +132,6 @@ def test_every_stage_adds_up_and_tells_why(run: RunDir, recipe: Recipe) -> None:
     assert stages["pair"]["dropped"] == {"one scored video only, no aligned refinement": 2}
     assert stages["dpo"]["skipped"] == {"not trained": 2}
     assert funnel(ledger) == {"queries": 4, "candidates": 11, "aligned": 8, "videos": 7, "pairs": 2}
-    assert ledger["extra"] == {"wall_seconds": 12.5}
     assert json.loads(json.dumps(ledger)) == ledger
 
 
@@ -169,8 +168,15 @@ def test_a_retried_error_counts_once(run: RunDir, recipe: Recipe) -> None:
 def test_training_counts_examples_steps_and_seconds(run: RunDir, recipe: Recipe) -> None:
     run.table("sft").append([{"query_id": str(i), "query": "q", "prompt": "p"} for i in range(8)])
     run.write_metrics("sft", [{"step": step, "loss": 1.0, "seconds": 0.5} for step in (1, 2, 3, 4)])
-    sft = build_ledger(run, recipe)["stages"]["sft"]
-    assert (sft["in"], sft["out"], sft["steps"], sft["seconds"]) == (8, 8, 4, 2.0)
+    assert build_ledger(run, recipe)["stages"]["sft"]["skipped"] == {"training has not ended": 8}
+    run.write_json(
+        "checkpoints/sft/vpo.json", {"rows": 7, "dropped": {"longer than 512 tokens": 1}, "steps": 4}
+    )
+    ledger = build_ledger(run, recipe)
+    sft = ledger["stages"]["sft"]
+    assert (sft["in"], sft["out"], sft["steps"], sft["seconds"]) == (8, 7, 4, 2.0)
+    assert sft["dropped"] == {"longer than 512 tokens": 1}
+    assert reconcile(ledger) == []
 
 
 @pytest.mark.parametrize(

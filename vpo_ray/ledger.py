@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +26,13 @@ MAX_REASONS = 40
 Ledger = dict[str, Any]
 
 
-def build_ledger(run: RunDir, recipe: Recipe, extra: Mapping[str, Any] | None = None) -> Ledger:
+def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     """Count every stage of a run.
 
-    Args:
-        extra: what only the running pipeline knows (wall seconds, store hits, pool sizes), kept
-            under the key `extra`.
-
     Returns:
-        A JSON-able dict: `name`, `fingerprint`, `stages` (for each of STAGES `in`, `out`, and
+        A JSON-able dict: `name`, `fingerprint`, and `stages` (for each of STAGES `in`, `out`, and
         `dropped`, `skipped`, `errored` as counts by reason, `seconds` of work and
-        `seconds_per_row`, and what is particular to the stage) and `extra`.
+        `seconds_per_row`, and what is particular to the stage).
     """
     stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
     entered = stages["curate"]["splits"].get("dpo", 0) * recipe.sample.k
@@ -46,12 +42,7 @@ def build_ledger(run: RunDir, recipe: Recipe, extra: Mapping[str, Any] | None = 
     stages["pair"] = _pair(run, recipe.pair)
     stages["sft"] = _training(run, "sft", run.table("sft").count())
     stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
-    return {
-        "name": recipe.name,
-        "fingerprint": recipe.fingerprint(),
-        "stages": stages,
-        "extra": dict(extra or {}),
-    }
+    return {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
 
 
 def reconcile(ledger: Ledger) -> list[str]:
@@ -283,14 +274,19 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
 
 
 def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:
+    """Rows here are training examples; what the finished checkpoint says of them is what counts."""
     curve = run.metrics(phase)
-    if not curve:
-        return _entry(examples, 0, skipped={"not trained": examples} if examples else {}, steps=0)
-    spent = [line["seconds"] for line in curve if isinstance(line.get("seconds"), (int, float))]
+    made = f"checkpoints/{phase}/vpo.json"
+    if not run.exists(made):
+        why = "training has not ended" if curve else "not trained"
+        return _entry(examples, 0, skipped={why: examples} if examples else {}, steps=len(curve))
+    facts = run.read_json(made)
+    seconds = sum(line["seconds"] for line in curve)
     return _entry(
         examples,
-        examples,
-        steps=curve[-1].get("step", len(curve)),
-        seconds=round(sum(spent), 3) if spent else None,
-        seconds_per_row=round(sum(spent) / examples, 4) if spent and examples else None,
+        facts["rows"],
+        dropped=facts["dropped"],
+        steps=facts["steps"],
+        seconds=round(seconds, 3),
+        seconds_per_row=round(seconds / facts["rows"], 4) if facts["rows"] else None,
     )
