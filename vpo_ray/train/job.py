@@ -121,7 +121,14 @@ def train(
 
 def _fit(job_id: str, **parts: object) -> None:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from vpo_ray.train.loop import Job, train_worker
@@ -143,6 +150,7 @@ def _fit(job_id: str, **parts: object) -> None:
             storage_path=f"{job.run_uri}/checkpoints",
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -151,8 +150,8 @@ class Worker:
         found = sorted({i for part in everywhere for i in part})
         if found:
             raise Stopped(
-                f"the {what} is not a finite number in step {step + 1}; rows in that batch: {', '.join(found)}. "
-                "Look at these rows, or lower the learning rate; the last checkpoint is kept"
+                f"the {what} is not a finite number in step {step + 1}; "
+                f"rows in that batch: {', '.join(found)}. Look at these rows, or lower the learning rate; the last checkpoint is kept"
             )
 
     @torch.no_grad()
@@ -196,9 +195,9 @@ class Worker:
             progress = Folder(folder).read_json(PROGRESS)
             if progress["workers"] != self.workers:
                 raise Stopped(
-                    f"{self.job.phase}: the checkpoint at step {progress['step']} was written by "
-                    f"{progress['workers']} workers, this run has {self.workers}; a sharded checkpoint needs the "
-                    f"same number. Set workers to {progress['workers']}, or remove {checkpoint.path} to start over"
+                    f"the checkpoint at step {progress['step']} was written by {progress['workers']} workers, "
+                    f"this run has {self.workers}; a sharded checkpoint needs the same number. Set workers to "
+                    f"{progress['workers']}, or remove {Path(checkpoint.path).parent} to start over"
                 )
             self.engine.load_checkpoint(folder, tag="state")
         self.curve = progress["curve"]
@@ -280,7 +279,7 @@ def _weights_id(model: str, revision: str | None, rank: int) -> str:
     """Names the weights by content, the same on every rank: from rank 0's files."""
     from transformers.utils import cached_file
 
-    names = [None]
+    names: list[str | None] = [None]
     if rank == 0:
         folder = (
             model

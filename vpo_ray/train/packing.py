@@ -9,7 +9,6 @@ pack, and a prompt once for both responses of a pair, with the same result as wi
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +63,7 @@ def pack(examples: Sequence[Example], share: bool = True) -> Pack:
     all, for comparison)."""
     if not share:
         examples = [Example(e.id, e.prompt, (r,)) for e in examples for r in e.responses]
-    prefix = len(os.path.commonprefix([e.prompt.tolist() for e in examples])) if share else 0
+    prefix = _common_prefix([e.prompt for e in examples]) if share else 0
     ids, positions = [examples[0].prompt[:prefix]], [np.arange(prefix)]
     predict, targets, lengths, blocks = [], [], [], []
     start = prefix
@@ -92,6 +91,13 @@ def pack(examples: Sequence[Example], share: bool = True) -> Pack:
         _row(targets),
         tuple(lengths),
     )
+
+
+def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
+    """How many tokens all prompts start with alike."""
+    shortest = min(map(len, prompts))
+    differs = np.any([p[:shortest] != prompts[0][:shortest] for p in prompts], axis=0)
+    return int(differs.argmax()) if differs.any() else shortest
 
 
 def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:

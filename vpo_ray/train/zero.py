@@ -7,6 +7,7 @@ is refused by name, so that two places never disagree in silence.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,8 @@ def prepare_process(use_gpu: bool) -> None:
     the process group that Ray Train has set up."""
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # torch tells every rank, several times, that functions DeepSpeed calls have new names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     # Its all-reduce through shared memory is compiled on first use, which needs g++ and ninja on
