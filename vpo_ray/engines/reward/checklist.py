@@ -121,7 +121,7 @@ def _from_published(settings: recipe.Checklist) -> list[Question]:
     if len(weights) != len(texts):
         raise ChecklistError(
             f"{settings.weights} has {len(weights)} weights, {settings.questions} "
-            f"has {len(texts)} questions: give one weight per question (0 for one that only counts in pairing)"
+            f"has {len(texts)} questions: give one each (0 where only pairing counts)"
         )
     names = _dimensions(settings.dimensions, len(texts))
     return [

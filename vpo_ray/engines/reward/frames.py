@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import av
@@ -45,8 +45,12 @@ def choose(timestamps: Sequence[float], fps: float, strategy: Strategy) -> list[
     return [int(np.abs(times - i / rate).argmin()) for i in range(count)]
 
 
-def read_frames(video: bytes, strategy: Strategy) -> np.ndarray:
-    """Decode the chosen frames: uint8 RGB (T, H, W, 3).
+def read_frames(video: bytes, pick: Callable[[list[float], float], list[int]]) -> np.ndarray:
+    """Decode some frames of a video: uint8 RGB (T, H, W, 3).
+
+    Args:
+        video: the bytes of an mp4 or another file that FFmpeg reads.
+        pick: the indices of the frames, in ascending order, from the timestamps and the frame rate.
 
     Raises:
         RewardError: no video, no frames, or a video that ends before its last chosen frame.
@@ -57,7 +61,7 @@ def read_frames(video: bytes, strategy: Strategy) -> np.ndarray:
                 raise RewardError("the file has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            chosen = choose(*_times(container, stream), strategy)
+            chosen = pick(*_times(container, stream))
             container.seek(0)
             return _decode(container, stream, chosen)
     except av.error.FFmpegError as error:
@@ -98,9 +102,10 @@ def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
     """
     import torch
 
-    mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1)
-    pixels = (frames.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+    mean = torch.tensor(CLIP_MEAN, device=frames.device).view(3, 1, 1, 1)
+    std = torch.tensor(CLIP_STD, device=frames.device).view(3, 1, 1, 1)
+    # Colour first, as the reference: the same kernels give the same bits.
+    pixels = (frames.permute(3, 0, 1, 2).contiguous() / 255.0 - mean) / std
     height, width = pixels.shape[-2:]
     if width < height:
         shape = (math.floor(height / width * size), size)
@@ -108,4 +113,4 @@ def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
         shape = (size, math.floor(width / height * size))
     pixels = torch.nn.functional.interpolate(pixels, size=shape, mode="bilinear", align_corners=False)
     top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
-    return pixels[:, :, top : top + size, left : left + size].contiguous()
+    return pixels[:, :, top : top + size, left : left + size].transpose(0, 1).contiguous()

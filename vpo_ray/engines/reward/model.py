@@ -10,7 +10,7 @@ its weight before the one cast at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ from vpo_ray.engines.reward.sequence import Layout
 from vpo_ray.engines.reward.vision import VisionTower
 
 _ATTENTION = "vpo_shared_prefix"
+
+# Where a video's prefix lies in the packed row; where its groups of questions lie, and their masks.
+Segment = tuple[slice, list[tuple[slice, torch.Tensor]]]
 
 
 class RotaryEmbedding(nn.Module):
@@ -101,7 +104,7 @@ class CogVLM2Video(nn.Module):
             inputs_embeds=embeds[None],
             position_ids=places[None],
             use_cache=False,
-            layouts=layouts,
+            segments=_segments(layouts, self.device),
             attend=_sdpa if self.attention == "sdpa" else _eager,
         )
         return output.last_hidden_state[0]
@@ -172,37 +175,42 @@ def _shared_prefix_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layouts: Sequence[Layout],
-    attend: Any,
+    segments: Sequence[Segment],
+    attend: Callable[..., torch.Tensor],
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of packed rows; query (1, heads, tokens, dim), key and value with kv heads.
-
-    Questions go in groups: alone on a CPU, where a small product without waste is the cheapest,
-    all at once on a GPU, where a call costs more than the masked part of it.
-    """
-    group = 1 if query.device.type == "cpu" else 1 << 30
+    """Attention of packed rows; query (1, heads, tokens, dim), key and value with kv heads."""
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     output = torch.empty_like(query)
-    start = 0
-    for layout in layouts:
-        row = slice(start, start + len(layout.tokens.ids))
-        q, k, v, out = (tensor[:, :, row] for tensor in (query, key, value, output))
-        n = layout.prefix
-        out[:, :, :n] = attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], None)
-        for i in range(0, len(layout.questions), group):
-            ranges = layout.questions[i : i + group]
-            own = slice(ranges[0][0], ranges[-1][1])
-            seen_k, seen_v = (torch.cat([t[:, :, :n], t[:, :, own]], dim=2) for t in (k, v))
-            out[:, :, own] = attend(q[:, :, own], seen_k, seen_v, _mask(ranges, n, query.device))
-        start = row.stop
+    for prefix, groups in segments:
+        k, v = key[:, :, prefix], value[:, :, prefix]
+        output[:, :, prefix] = attend(query[:, :, prefix], k, v, None)
+        for own, mask in groups:
+            seen_k, seen_v = torch.cat([k, key[:, :, own]], dim=2), torch.cat([v, value[:, :, own]], dim=2)
+            output[:, :, own] = attend(query[:, :, own], seen_k, seen_v, mask)
     return output.transpose(1, 2), None
 
 
-def _mask(ranges: Sequence[tuple[int, int]], prefix: int, device: torch.device) -> torch.Tensor:
+def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
+    """Questions go in groups: alone on a CPU, where a small product without waste is the cheapest,
+    all at once on a GPU, where a call costs more than the masked part of it."""
+    segments, start = [], 0
+    for layout in layouts:
+        size = 1 if device.type == "cpu" else len(layout.questions)
+        groups = []
+        for i in range(0, len(layout.questions), size):
+            ranges = layout.questions[i : i + size]
+            mask = _mask([end - begin for begin, end in ranges], layout.prefix, device)
+            groups.append((slice(start + ranges[0][0], start + ranges[-1][1]), mask))
+        segments.append((slice(start, start + layout.prefix), groups))
+        start += len(layout.tokens.ids)
+    return segments
+
+
+def _mask(lengths: Sequence[int], prefix: int, device: torch.device) -> torch.Tensor:
     """True where a token of these questions sees: the whole prefix, and its own question so far."""
-    own = torch.tensor([i for i, (a, b) in enumerate(ranges) for _ in range(a, b)], device=device)
+    own = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     causal = torch.ones(len(own), len(own), dtype=torch.bool, device=device).tril()
     return F.pad(causal & (own[:, None] == own), (prefix, 0), value=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,12 +55,13 @@ class VisionReward:
         self.settings = settings
         self.checklist = checklist.load(settings.checklist)
         folder = _folder(settings.model)
-        device = (
-            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-        )
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.load(folder, getattr(torch, settings.dtype), device, settings.attention)
         self.tokenizer = _tokenizer(folder)
         self.control_tokens = control_tokens(self.tokenizer)
+        self.pick = partial(frames.choose, strategy=settings.frame_strategy)
         self.rule = Rule(
             [_token(self.tokenizer, word) for word in settings.yes_tokens],
             [_token(self.tokenizer, word) for word in settings.no_tokens],
@@ -81,20 +83,18 @@ class VisionReward:
         results: dict[int, Scored | Exception] = {}
         pixels: dict[int, torch.Tensor] = {}
         layouts: dict[int, sequence.Layout] = {}
+        device = self.model.device
         for i, (video, query) in enumerate(zip(videos, queries, strict=True)):
             try:
-                chosen = torch.from_numpy(frames.read_frames(video, self.settings.frame_strategy))
+                chosen = torch.from_numpy(frames.read_frames(video, self.pick))
                 layouts[i] = self.layout(len(chosen), query)
-                pixels[i] = frames.preprocess(
-                    chosen.to(self.model.device), self.model.config.vision.image_size
-                )
+                pixels[i] = frames.preprocess(chosen.to(device), self.model.config.vision.image_size)
             except RewardError as error:
                 results[i] = error
         if layouts:
-            features = self.model.encode(torch.cat(list(pixels.values()))).split(
-                [len(p) for p in pixels.values()]
-            )
-            logits = self.model.answer(list(layouts.values()), features)
+            counts = [len(p) for p in pixels.values()]
+            features = self.model.encode(torch.cat(list(pixels.values())))
+            logits = self.model.answer(list(layouts.values()), features.split(counts))
             results |= {i: self.read(values) for i, values in zip(layouts, logits, strict=True)}
         return [results[i] for i in range(len(videos))]
 
