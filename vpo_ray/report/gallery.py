@@ -1,0 +1,142 @@
+"""The gallery: a fair sample of a run's pairs, each with all that led to it.
+
+Pairs are taken by the order of their ids, which are hashes of content: nobody picked the good ones,
+and the same run shows the same pairs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset as pads
+
+from vpo_ray.engines.reward import checklist
+from vpo_ray.recipe import Recipe
+from vpo_ray.records import Row
+from vpo_ray.storage import RunDir
+from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
+
+MAX_PAIRS, MAX_VIDEO_PAIRS, MAX_ANSWERS = 24, 16, 6
+
+
+@dataclass(frozen=True)
+class Side:
+    """The chosen or the rejected half of a card. `video` is relative to the page."""
+
+    role: str
+    prompt: str
+    score: float | None
+    video: str | None
+    video_missing: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    pair_id: str
+    query: str
+    kind: str
+    margin: float | None
+    sides: tuple[Side, Side]
+    verdict: str | None
+    critique: str | None
+    answers: list[tuple[str, bool, bool]]  # question, chosen, rejected
+    more_answers: int
+    dimensions: list[tuple[str, float, float]]
+
+
+def cards(run: RunDir, recipe: Recipe) -> list[Card]:
+    """At most MAX_PAIRS cards, video pairs first, widest margin first."""
+    pairs = _sample(run)
+    wanted = {pair[side] for pair in pairs for side in ("chosen_id", "rejected_id")}
+    where = pads.field("candidate_id").isin(sorted(wanted))
+    feedback = {row["candidate_id"]: row for row in run.table("feedback").rows(where=where)} if wanted else {}
+    questions = _questions(recipe)
+    made = [_card(pair, feedback, run, recipe, questions) for pair in pairs]
+    return sorted(made, key=lambda card: (card.kind != "video", -(card.margin or 0), card.pair_id))
+
+
+def _sample(run: RunDir) -> list[Row]:
+    def smallest(kind: str, count: int) -> list[Row]:
+        rows = run.table("pairs").rows(where=pads.field("kind") == kind)
+        return heapq.nsmallest(count, rows, key=lambda row: row["pair_id"])
+
+    video, text = smallest("video", MAX_PAIRS), smallest("text", MAX_PAIRS)
+    video = video[: max(MAX_VIDEO_PAIRS, MAX_PAIRS - len(text))]
+    return video + text[: MAX_PAIRS - len(video)]
+
+
+def _card(
+    pair: Row, feedback: Mapping[str, Row], run: RunDir, recipe: Recipe, questions: Mapping[int, tuple[str, float]]
+) -> Card:
+    chosen, rejected = feedback.get(pair["chosen_id"], {}), feedback.get(pair["rejected_id"], {})
+    is_video = pair["kind"] == "video"
+    answers = _differences(chosen, rejected, questions, pair["query"]) if is_video else []
+    return Card(
+        pair_id=pair["pair_id"],
+        query=pair["query"],
+        kind=pair["kind"],
+        margin=pair["margin"],
+        sides=(
+            _side("chosen", pair["chosen"], chosen if is_video else {}, run, recipe),
+            _side("rejected", pair["rejected"], rejected if is_video else {}, run, recipe),
+        ),
+        verdict=None if is_video else rejected.get("verdict"),
+        critique=None if is_video else rejected.get("critique"),
+        answers=answers[:MAX_ANSWERS],
+        more_answers=max(0, len(answers) - MAX_ANSWERS),
+        dimensions=_dimensions(chosen, rejected) if is_video else [],
+    )
+
+
+def _side(role: str, prompt: str, row: Mapping[str, Any], run: RunDir, recipe: Recipe) -> Side:
+    key = row.get("video_key")
+    video = _video(run, recipe, key) if key else None
+    return Side(role, prompt, row.get("score"), video, key is not None and video is None)
+
+
+def _video(run: RunDir, recipe: Recipe, key: str) -> str | None:
+    """The page's way to a video: in the run's own store, or copied beside the page from a store
+    that other runs share. None when the store has it no more."""
+    if recipe.render.store is None:
+        name = f"videos/{key[:2]}/{key}.mp4"
+        return f"../{name}" if run.exists(name) else None
+    name = f"videos/{key}.mp4"
+    if not run.exists(f"report/{name}"):
+        try:
+            run.write(f"report/{name}", VideoStore(recipe.render.store).read(key))
+        except (VideoMissing, VideoDamaged):
+            return None
+    return name
+
+
+def _differences(
+    chosen: Row, rejected: Row, questions: Mapping[int, tuple[str, float]], query: str
+) -> list[tuple[str, bool, bool]]:
+    """Questions answered differently, the heaviest first."""
+    other = {answer["question"]: answer["yes"] for answer in rejected.get("answers") or []}
+    found = []
+    for answer in chosen.get("answers") or []:
+        number, yes = answer["question"], answer["yes"]
+        if number in other and other[number] != yes:
+            text, weight = questions.get(number, (f"Question {number}", 0.0))
+            found.append((-abs(weight), number, text.replace(checklist.SLOT, query), yes, other[number]))
+    return [(text, yes, no) for _, _, text, yes, no in sorted(found)]
+
+
+def _dimensions(chosen: Row, rejected: Row) -> list[tuple[str, float, float]]:
+    other = {item["name"]: item["score"] for item in rejected.get("dimensions") or []}
+    mine = chosen.get("dimensions") or []
+    return [(item["name"], item["score"], other[item["name"]]) for item in mine if item["name"] in other]
+
+
+def _questions(recipe: Recipe) -> dict[int, tuple[str, float]]:
+    """Number: question and weight. A report is also made where the checklist cannot be read any
+    more; its questions are then shown by number."""
+    try:
+        loaded = checklist.load(recipe.reward.checklist)
+    except (checklist.ChecklistError, OSError):
+        return {}
+    return {number: (q.text, q.weight) for number, q in enumerate(loaded.questions, 1)}
