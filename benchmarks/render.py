@@ -37,7 +37,7 @@ def main() -> None:
         "--rounds",
         type=int,
         default=4,
-        help="rounds; the fastest counts, as other work on the machine only adds (%(default)s)",
+        help="rounds; the fastest counts (%(default)s)",
     )
     parser.add_argument("--seconds", type=float, default=2, help="seconds a video (%(default)s)")
     parser.add_argument("--hits", type=int, default=5000, help="look-ups (%(default)s)")
