@@ -202,6 +202,9 @@ def test_a_query_without_a_pair_tells_why(
     for k, (score, prompt) in enumerate(zip(scores, prompts, strict=True)):
         rows.append(scored(rendered(judged({**sampled("a", k), "prompt": prompt})), score))
     write(run, "feedback", *rows)
+    pair = build_ledger(run, recipe)["stages"]["pair"]
+    assert (pair["in"], pair["skipped"]) == (1, {"not paired yet": 1})
+    run.write_json("pairs/reasons.json", {})
     assert build_ledger(run, recipe)["stages"]["pair"]["dropped"] == {reason: 1}
 
 

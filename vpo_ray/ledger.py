@@ -264,13 +264,15 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
     for row in run.table("pairs").rows(["query_id", "kind"]):
         kinds[row["kind"]] += 1
         paired.add(row["query_id"])
+    ran = bool(kinds) or run.exists("pairs/reasons.json")
     tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
     for row in run.table("feedback").rows(["query_id", "prompt", "refined_verdict", "score", "error"]):
         tallies[row["query_id"]].add(row)
-    dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
-    out = len(paired & tallies.keys())
     more = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
-    return _entry(len(tallies), out, dropped=_by_reason(dropped), **more)
+    if not ran:
+        return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)
+    dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
+    return _entry(len(tallies), len(paired & tallies.keys()), dropped=_by_reason(dropped), **more)
 
 
 def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:

@@ -42,7 +42,11 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
     ledger = build_ledger(run, recipe)
     style, script = ((_HERE / name).read_text("utf-8") for name in ("report.css", "report.js"))
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "number": _number, "seconds": _seconds}
     page = environment.get_template("report.html").render(
@@ -91,7 +95,9 @@ def _funnel(counts: dict[str, int]) -> list[dict[str, Any]]:
             share = f"{count / before:.3g} a query"
         if key == "pairs" and counts["queries"]:
             share = f"{count / counts['queries']:.2g} a query"
-        steps.append({"label": _LABELS[key], "count": count, "width": round(100 * count / widest, 2), "share": share})
+        steps.append(
+            {"label": _LABELS[key], "count": count, "width": round(100 * count / widest, 2), "share": share}
+        )
     return steps
 
 

@@ -15,7 +15,7 @@ MAX_POINTS = 200
 CURVES: tuple[tuple[str, str, str, str, tuple[float, float] | None], ...] = (
     ("sft", "loss", "SFT loss", "per token", None),
     ("dpo", "loss", "DPO loss", "0.69 at the start: no preference", None),
-    ("dpo", "accuracy", "DPO accuracy", "share of pairs with the chosen prompt ahead", (0.0, 1.0)),
+    ("dpo", "accuracy", "DPO accuracy", "pairs with the chosen prompt ahead", (0.0, 1.0)),
     ("dpo", "margin", "DPO margin", "reward of chosen less rejected", None),
 )
 
@@ -63,7 +63,7 @@ def draw(
     chunks = [finite[i : i + size] for i in range(0, len(finite), size)]
     xs = [sum(x for x, _ in chunk) / len(chunk) for chunk in chunks]
     ys = [sum(y for _, y in chunk) / len(chunk) for chunk in chunks]
-    y_ticks = ticks(*(bounds or (min(ys), max(ys))), count=4)
+    y_ticks = ticks(*(bounds or (min(ys), max(ys))), count=5)
     low, high = y_ticks[0], y_ticks[-1]
     first, last = finite[0][0], finite[-1][0]
 
@@ -88,9 +88,11 @@ def draw(
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    """Round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high]; around a range
+    without width there is some room."""
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(size, 1e-3):
+        pad = size * 0.1 if size > 1e-9 else 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

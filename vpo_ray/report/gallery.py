@@ -69,11 +69,15 @@ def _sample(run: RunDir) -> list[Row]:
 
 
 def _card(
-    pair: Row, feedback: Mapping[str, Row], run: RunDir, recipe: Recipe, questions: Mapping[int, tuple[str, float]]
+    pair: Row,
+    feedback: Mapping[str, Row],
+    run: RunDir,
+    recipe: Recipe,
+    questions: Mapping[int, tuple[str, float]],
 ) -> Card:
     chosen, rejected = feedback.get(pair["chosen_id"], {}), feedback.get(pair["rejected_id"], {})
     is_video = pair["kind"] == "video"
-    answers = _differences(chosen, rejected, questions, pair["query"]) if is_video else []
+    answers = _differences(chosen, rejected, questions) if is_video else []
     return Card(
         pair_id=pair["pair_id"],
         query=pair["query"],
@@ -113,16 +117,16 @@ def _video(run: RunDir, recipe: Recipe, key: str) -> str | None:
 
 
 def _differences(
-    chosen: Row, rejected: Row, questions: Mapping[int, tuple[str, float]], query: str
+    chosen: Row, rejected: Row, questions: Mapping[int, tuple[str, float]]
 ) -> list[tuple[str, bool, bool]]:
-    """Questions answered differently, the heaviest first."""
+    """Questions answered differently, the heaviest first; the query's place in them is left open."""
     other = {answer["question"]: answer["yes"] for answer in rejected.get("answers") or []}
     found = []
     for answer in chosen.get("answers") or []:
         number, yes = answer["question"], answer["yes"]
         if number in other and other[number] != yes:
             text, weight = questions.get(number, (f"Question {number}", 0.0))
-            found.append((-abs(weight), number, text.replace(checklist.SLOT, query), yes, other[number]))
+            found.append((-abs(weight), number, text.replace(checklist.SLOT, "…"), yes, other[number]))
     return [(text, yes, no) for _, _, text, yes, no in sorted(found)]
 
 

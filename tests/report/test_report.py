@@ -1,0 +1,231 @@
+"""The report shows what the run's tables hold, as text, in a browser, at two widths."""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from vpo_ray.engines.video import encode
+from vpo_ray.recipe import Recipe, load
+from vpo_ray.records import content_id, failed, query_id
+from vpo_ray.report import build_report
+from vpo_ray.stages.pair import pairs_of_query
+from vpo_ray.storage import RunDir
+from vpo_ray.videos import VideoStore
+
+TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
+CHROMIUM = Path("/usr/bin/chromium")
+ATTACK = (
+    """<script>document.title='owned'</script><img src=x onerror="document.title='owned'"> "&' {{ 7 * 7 }}"""
+)
+ARABIC = "رجل يمشي في الصحراء عند الغروب"
+QUERIES = (ATTACK, ARABIC, "word" * 200, "two lines\nof a query", "only a text pair", "failing")
+QUESTION = 'Does the clip show what "[[prompt]]" asks for?'
+
+
+def recipe_of(folder: Path, *overrides: str) -> Recipe:
+    checklist = [{"question": QUESTION, "weight": 0.9, "dimension": "alignment"}]
+    checklist += [
+        {"question": f"Is part {n} sharp?", "weight": 0.1, "dimension": "quality"} for n in range(9)
+    ]
+    (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": checklist}))
+    where = [f"out={folder / 'run'}", f"reward.checklist.file={folder / 'checklist.yaml'}"]
+    return load(TINY, [*where, *overrides])
+
+
+def clip(seed: int) -> bytes:
+    frames = np.full((9, 64, 96, 3), 40, np.uint8)
+    for t, frame in enumerate(frames):
+        frame[20:44, 8 * t : 8 * t + 24] = (seed * 80 % 256, 160, 255 - seed * 80 % 256)
+    return encode(frames, fps=8, crf=12)
+
+
+def candidate(query: str, k: int, store: VideoStore, **more: Any) -> dict[str, Any]:
+    identity = content_id(query, k)
+    row = {
+        "candidate_id": identity,
+        "query_id": query_id(query),
+        "query": query,
+        "k": k,
+        "seed": k,
+        "prompt": f"Prompt {k} about {query}, filmed slowly.",
+        "verdict": "aligned",
+        "refined_prompt": None,
+        "refined_verdict": None,
+        "score": None,
+        "error": None,
+        **more,
+    }
+    if row["verdict"] != "aligned" or row["error"] is not None:
+        return row
+    store.write(identity, clip(k), {})
+    answers = [{"question": n, "yes": k == 0 or n > 8, "probability": 0.7} for n in range(1, 11)]
+    dimensions = [{"name": "alignment", "score": 0.9 - 0.9 * k}, {"name": "quality", "score": 0.1}]
+    where = {"video_key": identity, "video_uri": store.uri(identity)}
+    return {**row, **where, "answers": answers, "dimensions": dimensions, "score": 1.7 - 0.9 * k}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: four video pairs, one text pair, errors, curves and an example."""
+    folder = tmp_path_factory.mktemp("report")
+    recipe = recipe_of(folder)
+    run = RunDir(recipe.out)
+    store = VideoStore(f"{run.uri}/videos")
+    run.table("queries").append([{"query_id": query_id(q), "query": q, "split": "dpo"} for q in QUERIES])
+    rows = [candidate(q, k, store) for q in QUERIES[:4] for k in range(2)]
+    misaligned = {"verdict": "unsafe", "critique": f"It is harmful: {ATTACK}"}
+    refined = {"refined_prompt": "A calm scene.", "refined_verdict": "aligned"}
+    rows.append(candidate(QUERIES[4], 0, store, **misaligned, **refined))
+    broken = candidate(QUERIES[5], 0, store, error="not yet")
+    rows.append(failed(broken, "render", f"OutOfMemoryError: {ATTACK} 2.5 GiB"))
+    run.table("feedback").append(rows)
+    found = [pairs_of_query([r for r in rows if r["query"] == q], recipe.pair, Counter()) for q in QUERIES]
+    run.table("pairs").append([pair for pairs in found for pair in pairs])
+    run.write_metrics("sft", [{"step": n, "loss": 2.0 / n} for n in range(1, 40)])
+    dpo = [{"step": n, "loss": 0.7 / n, "accuracy": 0.5 + n / 80, "margin": n / 10} for n in range(1, 40)]
+    run.write_metrics("dpo", dpo)
+    run.write_json("example.json", {"query": ATTACK, "sft": "short", "dpo": ARABIC})
+    run.write_json("versions.json", {"ray": "2.60.0"})
+    build_report(run, recipe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(folder: Path) -> str:
+    return (folder / "run/report/index.html").read_text("utf-8")
+
+
+class Tags(HTMLParser):
+    """What a browser would make of the page: elements with attributes, and the text between."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_user_text_stays_text(html: str) -> None:
+    page = Tags(html)
+    assert [tag for tag, _ in page.found].count("script") == 1
+    assert not [tag for tag, _ in page.found if tag == "img"]
+    # Query, both prompts, critique, example and error reason.
+    assert page.text.count(ATTACK) >= 5
+    assert "49" not in page.text.split("Ledger")[0]
+
+
+def test_nothing_is_fetched_from_elsewhere(html: str) -> None:
+    for _, attributes in Tags(html).found:
+        for name in ("src", "href"):
+            value = attributes.get(name) or ""
+            assert not value.startswith(("http", "//", "data:", "/")), value
+
+
+def test_the_same_run_gives_the_same_page(folder: Path, html: str) -> None:
+    recipe = recipe_of(folder)
+    path = build_report(RunDir(recipe.out), recipe)
+    assert path == f"{folder / 'run'}/report/index.html"
+    assert Path(path).read_text("utf-8") == html
+
+
+def test_a_shared_store_is_copied_and_a_lost_video_is_told(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("videos", "report"))
+    shutil.copytree(folder / "run/videos", tmp_path / "shared")
+    lost = next((tmp_path / "shared").rglob("*.mp4"))
+    lost.unlink()
+    recipe = recipe_of(tmp_path, f"render.store={tmp_path / 'shared'}")
+    page = Path(build_report(RunDir(recipe.out), recipe)).read_text("utf-8")
+    videos = [attributes["src"] for tag, attributes in Tags(page).found if tag == "video"]
+    assert len(videos) == 7
+    assert page.count("no longer in the store") == 1
+    for source in videos:
+        name = str(source).partition("#")[0]
+        assert (tmp_path / "run/report" / name).read_bytes()[4:8] == b"ftyp"
+
+
+def test_no_pairs_says_why_by_count(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "pair.margin=5")
+    run, full = RunDir(recipe.out), RunDir(f"{folder}/run")
+    run.table("feedback").append(list(full.table("feedback").rows()))
+    run.write_json("pairs/reasons.json", {})
+    text = " ".join(Tags(Path(build_report(run, recipe)).read_text("utf-8")).text.split())
+    assert "There is no pair. Of 6 queries none gave one: 4 all scores within the margin of 5" in text
+    assert "1 every candidate failed" in text
+    assert "No training curve yet" in text
+    assert "Rows are not accounted for" in text
+
+
+def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    text = Tags(Path(build_report(RunDir(recipe.out), recipe)).read_text("utf-8")).text
+    assert "No candidate has been sampled yet" in text
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip("the report is looked at in Chromium, and /usr/bin/chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=quiet)
+        yield browser
+        browser.close()
+
+
+def until(locator: Any, condition: str, seconds: float = 20) -> None:
+    """Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
+    end = time.monotonic() + seconds
+    while not locator.evaluate_all(condition):
+        assert time.monotonic() < end, condition
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_reads_well_in_a_browser(folder: Path, browser: Any, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request", lambda request: problems.append(request.url) if request.url.startswith("http") else None
+    )
+    page.goto((folder / "run/report/index.html").as_uri())
+    assert page.title() == "tiny · vpo_ray report"
+    assert page.locator("article.pair").count() == 5
+    assert page.locator("figure.chart").count() == 4
+    assert page.locator("article.pair h3").all_inner_texts().count(ATTACK) == 1
+    arabic = page.locator("article.pair h3", has_text=ARABIC)
+    assert arabic.evaluate("e => getComputedStyle(e).direction") == "rtl"
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    # Every video is decoded, and a pair plays together.
+    videos = page.locator("video")
+    until(videos, "videos => videos.every(v => v.readyState >= 2 && v.videoWidth === 96)")
+    pair = page.locator("article.pair", has=videos).first
+    pair.locator("button.play").click()
+    until(videos, "videos => videos.filter(v => !v.paused && v.currentTime > 0.1).length === 2")
+    pair.get_by_text("stop both").click()
+    assert pair.locator("video").evaluate_all("videos => videos.every(v => v.paused)")
+    assert problems == []
+    page.close()
+
+
+def test_answers_that_differ_are_told_with_their_questions(html: str) -> None:
+    text = Tags(html).text
+    assert 'Does the clip show what "…" asks for?' in text
+    assert "and 2 more" in text  # 8 of 10 answers differ, the 6 heaviest are shown
