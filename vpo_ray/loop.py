@@ -275,7 +275,8 @@ def run_loop(recipe: Recipe, retry_errors: bool = False) -> RunDir:
             _say("serve one query", run)
             write_example(recipe, run, policy)
     did["wall_seconds"] = round(time.monotonic() - began, 1)
-    write_ledger(recipe, run, did)
+    for problem in write_ledger(recipe, run, did):
+        logger.warning("the ledger does not add up: %s", problem)
     _say("report", run)
     write_report(recipe, run)
     return run
@@ -298,15 +299,13 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
 
 
 def write_ledger(recipe: Recipe, run: RunDir, extra: dict[str, Any] | None = None) -> list[str]:
-    """Write `ledger.json`; returns (and logs) what does not add up."""
+    """Write `ledger.json`; returns what does not add up (yet, where stages are still to run)."""
     from vpo_ray.ledger import build_ledger, reconcile
 
     ledger = build_ledger(run, recipe)
     if extra:
         ledger["last_run"] = extra
     problems = reconcile(ledger)
-    for problem in problems:
-        logger.warning("the ledger does not add up: %s", problem)
     run.write_json("ledger.json", ledger)
     return problems
 

@@ -310,7 +310,10 @@ def _render_pool(
 ) -> Dataset:
     settings = recipe.render.model_copy(update={"model": locate(recipe.render.model)})
     stage = partial(Renderer, settings, recipe.render.store or f"{run.uri}/videos", recipe.seed)
-    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, restarts=RESTARTS)
+    # While one video is encoded and stored, the next renders.
+    return batch_pool(
+        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, restarts=RESTARTS, calls=2
+    )
 
 
 def _score_pool(

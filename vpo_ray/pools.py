@@ -154,8 +154,13 @@ def batch_pool(
     outcome: Outcome,
     batch_size: int,
     restarts: dict[str, int],
+    calls: int = 1,
 ) -> Dataset:
-    """Run a batch stage over a dataset of FEEDBACK rows whose blocks have `batch_size` rows."""
+    """Run a batch stage over a dataset of FEEDBACK rows whose blocks have `batch_size` rows.
+
+    Args:
+        calls: batches that one replica works on at once, for stages whose calls may overlap.
+    """
     return dataset.map_batches(
         StageActor,
         fn_constructor_kwargs={"stage": stage, "outcome": outcome},

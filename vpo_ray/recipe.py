@@ -46,6 +46,7 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -124,7 +125,7 @@ class Sample(Section):
     """K candidate prompts per query from the policy."""
 
     k: Positive
-    temperature: Annotated[float, Field(ge=0)]
+    temperature: Temperature
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: int = -1
     max_tokens: Positive
@@ -141,7 +142,7 @@ class Judge(Section):
     trust_remote_code: bool = False
     critique_prompt: str = "builtin:critique"
     refine_prompt: str = "builtin:refine"
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Temperature = 0.0
     max_tokens: Positive = 1024
     critique_max_chars: Positive = 1200
     prompt_max_chars: Positive = 2000
@@ -272,7 +273,7 @@ class Serve(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     model_name: str = "vpo"
-    temperature: Annotated[float, Field(ge=0)] = 0.7
+    temperature: Temperature = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Positive = 1024
     max_query_chars: Positive = 4000

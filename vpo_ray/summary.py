@@ -1,0 +1,34 @@
+"""What `vpo run` leaves on the screen: the funnel, one example, and where to look."""
+
+from __future__ import annotations
+
+import textwrap
+
+from vpo_ray.ledger import funnel
+from vpo_ray.storage import RunDir
+
+WIDTH = 96
+
+
+def summary(run: RunDir) -> str:
+    """The end of a run as text. Text of users and models is shown without control characters."""
+    ledger = run.read_json("ledger.json")
+    lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
+    if run.exists("example.json"):
+        example = run.read_json("example.json")
+        lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]
+    lines += ["", f"report   {run.uri}/report/index.html", f"ledger   {run.uri}/ledger.json"]
+    for phase in ("dpo", "sft"):
+        if run.exists(f"checkpoints/{phase}/vpo.json"):
+            lines += [
+                f"policy   {run.uri}/checkpoints/{phase}",
+                f"serve    vpo serve {run.uri}/checkpoints/{phase}",
+            ]
+            break
+    return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, text: str) -> list[str]:
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    wrapped = textwrap.wrap(printable, WIDTH - 9) or [""]
+    return [f"{name if i == 0 else '':<8} {line}" for i, line in enumerate(wrapped)]
