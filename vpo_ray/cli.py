@@ -32,14 +32,7 @@ STAGE_COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 the run failed or was stopped, 2 wrong usage or input."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    for name in ("httpx", "vllm", "torch", "filelock", "urllib3", "asyncio", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _log_to_stderr(verbose=arguments.verbose)
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
@@ -49,6 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not type(error).__module__.startswith("vpo_ray"):
             logging.getLogger(__name__).exception("unexpected failure")
         return _fail(str(error) or type(error).__name__, 2 if isinstance(error, ValueError) else 1)
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    """Our log lines on stderr, others' only from warnings on. Ray's libraries put handlers of their
+    own on the root logger, so ours does not pass its lines up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    ours = logging.getLogger("vpo_ray")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 def _fail(message: str, status: int) -> int:

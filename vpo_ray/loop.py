@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -31,6 +32,8 @@ from vpo_ray.storage import RunDir, StorageError
 logger = logging.getLogger(__name__)
 
 QUERIES_PER_PART = 1000
+
+_CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
 
 
 class LoopError(RuntimeError):
@@ -80,15 +83,19 @@ def versions() -> dict[str, str]:
 
 def connect(verbose: bool = False) -> None:
     """Join the cluster of this job or of RAY_ADDRESS, or start one on this machine."""
+    # vLLM warns at import of what a driver without a GPU cannot do; its actors have their own level.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import ray
 
+    if not verbose:
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
-        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.WARNING)
-    # Ray 2.60 has no other way yet to say how often a pool's actors restart.
-    warnings.filterwarnings("ignore", message="`ray_remote_args")
+        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
-    logging.getLogger("ray.data").setLevel(logging.INFO if verbose else logging.WARNING)
+    # Ray 2.60 has no other way yet to say how often a pool's actors restart.
+    warnings.filterwarnings("ignore", message="`ray_remote_args")
 
 
 def curate_queries(recipe: Recipe, run: RunDir) -> None:
