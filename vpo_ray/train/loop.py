@@ -75,6 +75,7 @@ class Worker:
     device: torch.device
     reference: np.ndarray | None = None
     curve: list[Row] = field(default_factory=list)
+    resumed_after: int | None = None
 
     def run(self) -> None:
         for step in range(self._resume(), self.job.steps):
@@ -151,7 +152,8 @@ class Worker:
         if found:
             raise Stopped(
                 f"the {what} is not a finite number in step {step + 1}; "
-                f"rows in that batch: {', '.join(found)}. Look at these rows, or lower the learning rate; the last checkpoint is kept"
+                f"rows in that batch: {', '.join(found)}. "
+                "Look at these rows, or lower the learning rate; the last checkpoint is kept"
             )
 
     @torch.no_grad()
@@ -195,12 +197,12 @@ class Worker:
             progress = Folder(folder).read_json(PROGRESS)
             if progress["workers"] != self.workers:
                 raise Stopped(
-                    f"the checkpoint at step {progress['step']} was written by {progress['workers']} workers, "
-                    f"this run has {self.workers}; a sharded checkpoint needs the same number. Set workers to "
-                    f"{progress['workers']}, or remove {Path(checkpoint.path).parent} to start over"
+                    f"the checkpoint at step {progress['step']} was written by {progress['workers']} "
+                    f"workers, this run has {self.workers}; a sharded checkpoint needs the same number. Set "
+                    f"workers to {progress['workers']}, or remove {Path(checkpoint.path).parent}"
                 )
             self.engine.load_checkpoint(folder, tag="state")
-        self.curve = progress["curve"]
+        self.curve, self.resumed_after = progress["curve"], progress["step"]
         log.info("%s goes on after step %d", self.job.phase, progress["step"])
         return progress["step"]
 
@@ -225,7 +227,7 @@ class Worker:
             job = self.job
             RunDir(job.run_uri).write_metrics(job.phase, self.curve)
             last = {k: v for k, v in self.curve[-1].items() if k not in ("step", "seconds")}
-            facts = {**job.facts, "steps": job.steps, "metrics": last}
+            facts = {**job.facts, "steps": job.steps, "metrics": last, "resumed_after": self.resumed_after}
             export(self.engine.module.model, weights, job.tokenizer, job.end, job.out, facts)
         dist.barrier()
 

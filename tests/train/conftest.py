@@ -1,0 +1,73 @@
+"""Training in this process: a process group of one, and workers on the tiny policy."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_data import TASK_PROMPT
+
+from vpo_ray.recipe import Train
+from vpo_ray.records import Row
+
+
+@pytest.fixture(scope="package")
+def process_group() -> Iterator[None]:
+    """This process as the only worker of a gloo group."""
+    import torch.distributed as dist
+
+    from vpo_ray.train.zero import prepare_process
+
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    prepare_process(use_gpu=False)
+    yield
+    dist.destroy_process_group()
+    if accelerator is None:
+        del os.environ["DS_ACCELERATOR"]
+
+
+@pytest.fixture
+def make_worker(
+    process_group: None, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Makes the worker that the loop runs on rank 0 of 1, with its reference computed."""
+    import torch
+
+    from vpo_ray.policy_prompt import load_tokenizer
+    from vpo_ray.train import zero
+    from vpo_ray.train.examples import end_of_turn, tokenise
+    from vpo_ray.train.loop import Job, Worker
+    from vpo_ray.train.policy import PackedPolicy
+
+    model = str(tiny_models / "policy")
+
+    def make(phase: str, rows: list[Row], chosen: Train, seed: int = 0) -> Worker:
+        tokenizer = load_tokenizer(model, TASK_PROMPT)
+        examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length)
+        job = Job(
+            phase=phase,
+            settings=chosen,
+            model=model,
+            revision=None,
+            trust_remote_code=False,
+            examples=examples,
+            tokenizer=tokenizer,
+            end=end_of_turn(tokenizer, TASK_PROMPT),
+            out=str(tmp_path / "out"),
+            run_uri=str(tmp_path),
+            seed=seed,
+            id="test",
+            facts={},
+        )
+        config = zero.deepspeed_config(chosen, 1)
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_RANK", "0")
+            policy = PackedPolicy(zero.load_model(model, chosen, config, None, False))
+            worker = Worker(job, zero.start_engine(policy, chosen, config), 0, 1, torch.device("cpu"))
+        if phase == "dpo":
+            worker.compute_reference("test")
+        return worker
+
+    return make

@@ -1,0 +1,78 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from vpo_ray.train.examples import Example
+from vpo_ray.train.packing import batch, pack, spread, total_steps
+
+
+def example(name: str, prompt: list[int], *responses: list[int]) -> Example:
+    return Example(name, np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses))
+
+
+PAIR = example("a", [1, 2, 3, 4], [10, 11, 12], [20, 21])
+OTHER = example("b", [1, 2, 5], [30], [40, 41])
+
+
+def test_a_pack_holds_shared_prompts_once_and_restarts_positions():
+    packed = pack([PAIR, OTHER])
+    assert packed.ids[0].tolist() == [1, 2, 3, 4, 10, 11, 12, 20, 21, 5, 30, 40, 41]
+    assert packed.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 2, 3, 3, 4]
+    assert packed.prefix == 2
+    assert packed.lengths == (3, 2, 1, 2)
+
+
+def test_exactly_the_response_tokens_are_learnt_each_from_the_token_before_it():
+    packed = pack([PAIR, OTHER])
+    assert packed.targets.tolist() == [10, 11, 12, 20, 21, 30, 40, 41]
+    predicting = packed.ids[0][packed.predict].tolist()
+    assert predicting == [4, 10, 11, 4, 20, 5, 5, 40]
+
+
+def test_a_token_sees_its_own_example_and_never_the_other_response():
+    packed = pack([PAIR, OTHER])
+    first = packed.blocks[0]
+    seen = [[int(first.mask[row, column]) for column in range(9)] for row in range(7)]
+    # columns: shared 1 2 | own 3 4 | chosen 10 11 12 | rejected 20 21
+    assert seen[4 + 1] == [1, 1, 1, 1, 0, 0, 0, 1, 0]
+    assert seen[4] == [1, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert seen[0] == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert [(b.start, b.end) for b in packed.blocks] == [(2, 9), (9, 13)]
+
+
+def test_one_example_alone_shares_its_whole_prompt_between_its_responses():
+    packed = pack([PAIR])
+    assert packed.prefix == 4
+    assert packed.ids[0][packed.predict].tolist() == [4, 10, 11, 4, 20]
+
+
+def test_an_epoch_takes_every_row_once_and_ends_with_a_smaller_batch():
+    steps = total_steps(10, 4, 2)
+    taken = [batch(step, 10, 4, seed=3) for step in range(steps)]
+    assert [len(t) for t in taken] == [4, 4, 2, 4, 4, 2]
+    first, second = list(chain(*taken[:3])), list(chain(*taken[3:]))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert taken == [batch(step, 10, 4, seed=3) for step in range(steps)]
+    assert first != list(chain(*(batch(step, 10, 4, seed=4) for step in range(3))))
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "micro"), [(8, 1, 8), (8, 2, 4), (7, 2, 2), (1, 4, 2), (5, 3, 1)]
+)
+def test_a_batch_is_spread_whole_with_the_same_micro_steps_for_every_worker(
+    rows: int, workers: int, micro: int
+):
+    sizes = [100 + 37 * (n % 5) for n in range(rows)]
+    shares = spread(range(rows), sizes, workers, micro)
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(chain(*chain(*shares))) == list(range(rows))
+    assert max(len(p) for share in shares for p in share) <= micro
+
+
+def test_the_load_of_workers_is_balanced_by_tokens():
+    sizes = [800, 10, 10, 10, 400, 400, 10, 10]
+    shares = spread(range(8), sizes, workers=2, micro_batch=4)
+    loads = [sum(sizes[row] for row in chain(*share)) for share in shares]
+    assert max(loads) - min(loads) <= 20

@@ -1,0 +1,168 @@
+"""The same numbers as TRL 1.16 on the same policy and rows, in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_data import pairs, settings, sft_rows
+
+from vpo_ray.train.losses import dpo_loss
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+STEPS = 30
+ROWS = 4
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": ROWS,
+    "max_steps": STEPS,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "max_grad_norm": 0.5,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+OURS: dict[str, Any] = {
+    "epochs": STEPS,
+    "global_batch": ROWS,
+    "micro_batch": 2,
+    "lr": 3e-4,
+    "schedule": "cosine",
+    "warmup_ratio": 0.1,
+    "clip_grad_norm": 0.5,
+}
+
+
+def close(ours: Any, theirs: Any, what: str) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(ours).double(),
+        torch.as_tensor(theirs).double(),
+        rtol=1e-4,
+        atol=2e-5,
+        msg=lambda m: f"{what}: {m}",
+    )
+
+
+def compare_training(worker: Any, trainer: Any, metrics: dict[str, str]) -> None:
+    """The gradients of the first batch, the curve, and the weights at the end."""
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.compute_loss(trainer.model, inputs, num_items_in_batch=None).backward()
+    rows = list(range(ROWS))
+    items = ROWS if worker.job.phase == "dpo" else sum(e.response_tokens for e in worker.job.examples)
+    worker.engine.train()
+    worker.engine.backward(worker._loss(rows)[0] / items)
+    theirs = dict(trainer.model.named_parameters())
+    for name, parameter in worker.engine.module.model.named_parameters():
+        scale = theirs[name].grad.abs().max()
+        close(parameter.grad / scale, theirs[name].grad / scale, f"gradient of {name}")
+    trainer.model.zero_grad()
+    worker.engine.zero_grad()
+
+    curve = [worker.step(step) for step in range(STEPS)]
+    trainer.train()
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    for ours, theirs_name in metrics.items():
+        close([line[ours] for line in curve], [line[theirs_name] for line in log], ours)
+    theirs = dict(trainer.model.named_parameters())
+    for name, parameter in worker.engine.module.model.named_parameters():
+        assert (parameter - theirs[name]).abs().max() < 1e-4, name
+
+
+def test_dpo_equals_trl(make_worker: Any, tiny_models: Path, tmp_path: Path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        """Takes rows that are tokens already: the tokenisation is not what is compared."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    worker = make_worker("dpo", pairs(ROWS), settings(**OURS))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        dict(zip(names, [e.prompt.tolist(), *(r.tolist() for r in e.responses)], strict=True))
+        for e in worker.job.examples
+    ]
+    model = tiny_models / "policy"
+    trainer = Tokenised(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            beta=0.1,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            remove_unused_columns=False,
+            **COMMON,
+        ),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        train_dataset=Dataset.from_list(rows),
+    )
+    reference = trainer.train_dataset
+    close(worker.reference[:, 0], reference["ref_chosen_logps"][:], "log-probabilities of chosen")
+    close(worker.reference[:, 1], reference["ref_rejected_logps"][:], "log-probabilities of rejected")
+    names = {
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "lr": "learning_rate",
+        "margin": "rewards/margins",
+        "accuracy": "rewards/accuracies",
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+        "chosen_logp": "logps/chosen",
+        "rejected_logp": "logps/rejected",
+    }
+    compare_training(worker, trainer, names)
+
+
+def test_sft_equals_trl(make_worker: Any, tiny_models: Path, tmp_path: Path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    worker = make_worker("sft", sft_rows(ROWS), settings(**OURS))
+    rows = [
+        {
+            "input_ids": [*e.prompt.tolist(), *e.responses[0].tolist()],
+            "completion_mask": [0] * len(e.prompt) + [1] * len(e.responses[0]),
+        }
+        for e in worker.job.examples
+    ]
+    model = tiny_models / "policy"
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "trl"), max_length=None, completion_only_loss=True, **COMMON
+        ),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        train_dataset=Dataset.from_list(rows),
+    )
+    compare_training(worker, trainer, {"loss": "loss", "grad_norm": "grad_norm", "lr": "learning_rate"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # by hand for delta = 2.0 in 4 and 2 tokens each: ratios chosen 1.5, rejected -0.5
+        ({}, -torch.nn.functional.logsigmoid(torch.tensor(0.2))),
+        (
+            {"label_smoothing": 0.25},
+            0.75 * torch.tensor(0.2).neg().exp().log1p() + 0.25 * torch.tensor(0.2).exp().log1p(),
+        ),
+        ({"length_normalise": True}, torch.tensor(0.1 * (1.5 / 4 + 0.5 / 2)).neg().exp().log1p()),
+        ({"loss": "ipo"}, (torch.tensor(1.5 / 4 + 0.5 / 2) - 5.0) ** 2),
+        ({"rpo_alpha": 2.0}, -torch.nn.functional.logsigmoid(torch.tensor(0.2)) + 2.0 * 8.5 / 4),
+    ],
+)
+def test_the_options_of_dpo_are_their_formulas(changes: dict[str, Any], expected: torch.Tensor):
+    logps, reference = torch.tensor([-8.5, -4.5]), torch.tensor([-10.0, -4.0])
+    loss, metrics = dpo_loss(logps, reference, (4, 2), settings(beta=0.1, **changes))
+    torch.testing.assert_close(loss, expected)
+    assert metrics[0] == 1

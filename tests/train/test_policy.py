@@ -1,0 +1,59 @@
+from typing import Any
+
+import pytest
+import torch
+from train_data import pairs, settings
+
+from vpo_ray.train import policy
+from vpo_ray.train.examples import TrainError
+from vpo_ray.train.packing import pack
+
+pytestmark = pytest.mark.engine
+
+
+def test_packing_gives_the_models_own_log_probabilities(make_worker: Any):
+    worker = make_worker("dpo", pairs(5), settings())
+    examples = worker.job.examples
+    module = worker.engine.module
+    with torch.no_grad():
+        shared = module(pack(examples))
+        unshared = module(pack(examples, share=False))
+        alone = torch.cat([module(pack([e])) for e in examples])
+    policy.check_packing(module, examples[2], torch.device("cpu"), 1e-4)
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shared, unshared, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_packing_would_get_wrong_is_refused(make_worker: Any):
+    worker = make_worker("dpo", pairs(1), settings())
+    inner = worker.engine.module.model
+    original = type(inner).forward
+
+    def capped(**inputs: Any) -> Any:
+        output = original(inner, **inputs)
+        output.logits = torch.tanh(output.logits)
+        return output
+
+    inner.forward = capped
+    with pytest.raises(TrainError, match="when packed"):
+        policy.check_packing(worker.engine.module, worker.job.examples[0], torch.device("cpu"), 1e-3)
+
+
+@pytest.mark.parametrize(("chunk", "keep"), [(2**26, 2**26), (7 * 50, 2**26), (7 * 50, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_in_chunks_equals_log_softmax(monkeypatch: Any, chunk: int, keep: int, bias: bool):
+    monkeypatch.setattr(policy, "CHUNK", chunk)
+    monkeypatch.setattr(policy, "KEEP", keep)
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(16, 50, bias=bias)
+    head = policy.ResponseHead.of(plain)
+    hidden = torch.randn(23, 16, requires_grad=True)
+    targets, weights = torch.randint(50, (23,)), torch.randn(23)
+
+    expected = plain(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    wanted = torch.autograd.grad((expected * weights).sum(), [hidden, *plain.parameters()])
+    actual = head(hidden, targets)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((actual * weights).sum(), [hidden, *head.parameters()]), wanted
+    )
