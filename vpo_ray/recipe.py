@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,8 @@ OPERATIONAL = frozenset(
         "max_failures",
     }
 )
+
+_VIDEO_PRESETS = Path(__file__).parent / "data" / "video_presets.yaml"
 
 
 class RecipeError(ValueError):
@@ -151,13 +154,28 @@ class Judge(Section):
     pool: Pool = Pool()
 
 
-class Render(Section):
-    """The team's own text-to-video model, any diffusers pipeline. Every key here changes pixels."""
+@cache
+def video_presets() -> dict[str, dict[str, Any]]:
+    """Published video models by name: `settings` of the render section, `sources` of these numbers,
+    and `seconds` a video on some GPUs where they are published."""
+    presets: dict[str, dict[str, Any]] = yaml.safe_load(_VIDEO_PRESETS.read_text("utf-8"))
+    return presets
 
+
+class Render(Section):
+    """The team's own text-to-video model, any diffusers pipeline.
+
+    `preset` fills the keys that are not given with a published model's own recommended settings
+    (`vpo_ray/data/video_presets.yaml`). `cache=first_block` needs `batch_size=1`.
+    """
+
+    preset: str | None = None
     model: str
     revision: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    vae_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     scheduler: str | None = Field(None, description="diffusers scheduler class; the model's own when unset")
+    scheduler_options: dict[str, Any] = Field({}, description="e.g. timestep_spacing, flow_shift")
     steps: Positive = 50
     guidance: Annotated[float, Field(ge=0)] = 6.0
     negative_prompt: str | None = None
@@ -165,16 +183,33 @@ class Render(Section):
     fps: Positive = 8
     height: Positive = 480
     width: Positive = 720
+    call_options: dict[str, Any] = Field({}, description="further arguments of the pipeline's call")
     max_text_tokens: Positive | None = Field(None, description="T5 length; the pipeline's default when unset")
+    long_prompts: Literal["truncate", "error"] = "truncate"
     crf: Annotated[int, Field(ge=0, le=51)] = 17
     vae_tiling: bool = False
     vae_slicing: bool = False
+    compile: bool = False
+    attention: str | None = Field(None, description="diffusers attention backend, e.g. native, flash, sage")
+    cache: Literal["first_block", "faster", "pyramid", "taylorseer"] | None = None
+    cache_options: dict[str, Any] = {}
+    offload: Literal["none", "model", "sequential"] = "none"
     batch_size: Positive = 1
     time_limit_s: Annotated[float, Field(gt=0)] = 1800
     store: str | None = Field(None, description="folder or URI of the video store; <out>/videos when unset")
     device: str = "auto"
     trust_remote_code: bool = False
     pool: Pool = Pool()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("preset") is None:
+            return given
+        presets = video_presets()
+        if given["preset"] not in presets:
+            raise ValueError(f"preset {given['preset']!r} is not known; there are {', '.join(presets)}")
+        return {**presets[given["preset"]]["settings"], **given}
 
 
 class Checklist(Section):

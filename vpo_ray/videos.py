@@ -29,10 +29,13 @@ from vpo_ray.storage import Folder, StorageError
 # that changes pixels, a new one too.
 OPERATIONAL = frozenset(
     {
+        "preset",
         "model",
         "revision",
         "batch_size",
+        "long_prompts",
         "vae_slicing",
+        "offload",
         "time_limit_s",
         "store",
         "device",
@@ -64,7 +67,7 @@ def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str,
     """All that decides the pixels of a video, as JSON-able parts.
 
     Args:
-        model: what `engines.video.model_identity` says of the settings' model.
+        model: what `engines.video_model.model_identity` says of the settings' model.
 
     Settings that are off (null, false, empty) are left out, so that an option which a later version
     adds does not change the keys of the videos that exist.

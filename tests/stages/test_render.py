@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vpo_ray import storage
-from vpo_ray.engines.video import VideoModelError, probe
+from vpo_ray.engines.video import probe
+from vpo_ray.engines.video_model import VideoModelError
 from vpo_ray.recipe import Render
 from vpo_ray.records import FEEDBACK, Row, seed_of, table
 from vpo_ray.stages.render import Renderer, wants

@@ -7,7 +7,6 @@ number of replicas decides what a seed looks like; only floating point rounding 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import io
 import logging
@@ -15,37 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpo_ray import recipe
-from vpo_ray.records import content_id
+from vpo_ray.engines.video_model import call_arguments, load, text_tokens
+from vpo_ray.recipe import Render
 
 log = logging.getLogger(__name__)
-
-# Settings of a recipe and the arguments of a pipeline's `__call__` that take them, first match wins.
-# LTX reads the frame rate into its position embedding, other pipelines have no such argument.
-_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "steps": ("num_inference_steps",),
-    "guidance": ("guidance_scale",),
-    "frames": ("num_frames", "video_length"),
-    "height": ("height",),
-    "width": ("width",),
-    "negative_prompt": ("negative_prompt",),
-    "max_text_tokens": ("max_sequence_length",),
-    "fps": ("frame_rate",),
-}
-_OPTIONAL = frozenset({"fps"})  # a property of the mp4 as well, so never refused
-_SAMPLE = 4096  # bytes read at each of
-_SAMPLES = 64  # places in a large file of a model's folder
-_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
-_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
-
-
-class VideoModelError(ValueError):
-    """A model or a setting that cannot render at all: the run should stop, not the row."""
 
 
 class RenderError(RuntimeError):
@@ -54,6 +30,9 @@ class RenderError(RuntimeError):
 
 class RenderTimeout(RenderError):
     """A render went over its time limit and was ended between two denoising steps."""
+
+
+_UNSEEN = RenderError("not rendered")
 
 
 class VideoInfo(NamedTuple):
@@ -73,14 +52,13 @@ class VideoEngine:
             loaded, or does not have (or cannot take) a setting; the message names it.
     """
 
-    def __init__(self, settings: recipe.Render) -> None:
+    def __init__(self, settings: Render) -> None:
         self.settings = settings
         self.batch_size = settings.batch_size  # shrinks when memory runs out
         self.truncated = 0  # prompts cut to the text encoder's length so far
-        self.pipeline = _load(settings)
-        self._call = _call_arguments(type(self.pipeline), settings)
-        _check_shape(self.pipeline, settings)
-        self._text_tokens = _text_tokens(self.pipeline, settings)
+        self.pipeline = load(settings)
+        self._call = call_arguments(type(self.pipeline), settings)
+        self._text_tokens = text_tokens(self.pipeline, settings)
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | Exception]:
         """Render one video per prompt, in batches of at most `settings.batch_size`.
@@ -94,11 +72,12 @@ class VideoEngine:
         """
         import torch
 
-        results: list[np.ndarray | Exception] = [RenderError("the prompt is empty")] * len(prompts)
-        filled = [i for i, prompt in enumerate(prompts) if prompt.strip()]
-        queue = deque(filled[i : i + self.batch_size] for i in range(0, len(filled), self.batch_size))
+        results: list[np.ndarray | Exception] = [self._refusal(prompt) or _UNSEEN for prompt in prompts]
+        accepted = [i for i, result in enumerate(results) if result is _UNSEEN]
+        queue = deque(accepted[i : i + self.batch_size] for i in range(0, len(accepted), self.batch_size))
         while queue:
             batch = queue.popleft()
+            videos: list[np.ndarray | Exception] = []
             try:
                 videos = self._render_batch([prompts[i] for i in batch], [seeds[i] for i in batch])
             except torch.AcceleratorError:
@@ -106,14 +85,32 @@ class VideoEngine:
             except RenderTimeout as error:
                 videos = [error] * len(batch)
             except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is this row's failure
-                if len(batch) == 1:
-                    videos = [_reason(error)]
-                else:
-                    queue.extendleft(reversed(self._smaller(batch, error)))
-                    continue
-            for index, video in zip(batch, videos, strict=True):
-                results[index] = video
+                # Without its traceback, whose frames would keep the tensors of this batch in memory.
+                failure = error.with_traceback(None)
+            if videos:
+                for index, video in zip(batch, videos, strict=True):
+                    results[index] = video
+            elif len(batch) == 1:
+                results[batch[0]] = _reason(failure)
+            else:
+                queue.extendleft(reversed(self._smaller(batch, failure)))
         return results
+
+    def _refusal(self, prompt: str) -> RenderError | None:
+        """Why this prompt is not rendered; a long one is cut and counted, or refused."""
+        if not prompt.strip():
+            return RenderError("the prompt is empty")
+        if self._text_tokens is None:
+            return None
+        length = len(self.pipeline.tokenizer(prompt, verbose=False).input_ids)
+        if length <= self._text_tokens:
+            return None
+        excess = f"{length} tokens, the text encoder takes {self._text_tokens}"
+        if self.settings.long_prompts == "error":
+            return RenderError(f"the prompt has {excess} (render.long_prompts)")
+        self.truncated += 1
+        log.warning("a prompt of %s, is cut; %d so far", excess, self.truncated)
+        return None
 
     def _smaller(self, batch: list[int], error: Exception) -> list[list[int]]:
         """Halves of a batch that ran out of memory, single rows of one that failed otherwise."""
@@ -129,7 +126,6 @@ class VideoEngine:
     def _render_batch(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray | Exception]:
         import torch
 
-        self._count_truncated(prompts)
         arguments = dict(self._call)
         limit = self.settings.time_limit_s * len(prompts)
         if "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
@@ -137,8 +133,8 @@ class VideoEngine:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             output = self.pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)
-        except RenderTimeout:
-            self.pipeline.maybe_free_model_hooks()
+        except Exception:
+            self.pipeline.maybe_free_model_hooks()  # caches and offloading start afresh
             raise
         return [self._frames(video) for video in output.frames]
 
@@ -156,200 +152,6 @@ class VideoEngine:
         if not pixels.any():
             return RenderError("every pixel is black: a safety checker's refusal, or an overflow in the VAE")
         return pixels
-
-    def _count_truncated(self, prompts: list[str]) -> None:
-        if self._text_tokens is None:
-            return
-        lengths = [len(ids) for ids in self.pipeline.tokenizer(prompts, verbose=False).input_ids]
-        over = [length for length in lengths if length > self._text_tokens]
-        if over:
-            self.truncated += len(over)
-            log.warning(
-                "%d prompt(s), the longest of %d tokens, cut to the text encoder's %d tokens; %d so far",
-                *(len(over), max(over), self._text_tokens, self.truncated),
-            )
-
-
-def model_identity(model: str, revision: str | None) -> str:
-    """What a model's weights are, whatever path or branch name leads to them.
-
-    A folder is its files: names, sizes, the whole of every small file and 64 samples of every large
-    one (training moves every weight, so samples tell two trainings apart without reading 20 GB).
-    A hub id is its commit, from the local cache or the hub.
-
-    Raises:
-        VideoModelError: no such folder, and the hub cannot say either.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        files = {
-            path.relative_to(folder).as_posix(): path for path in folder.rglob("[!.]*") if path.is_file()
-        }
-        return "folder:" + content_id([[name, *_sampled(path)] for name, path in sorted(files.items())])
-    from huggingface_hub import hf_hub_download
-
-    try:
-        index = hf_hub_download(model, "model_index.json", revision=revision)
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these two kinds
-        raise VideoModelError(
-            f"render.model {model!r} is no folder here, nor had from the hub: {error}"
-        ) from error
-    return f"{model}@{Path(index).parent.name}"
-
-
-def _sampled(path: Path) -> tuple[int, str]:
-    """Size and hash of a file, or of samples of a large one."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _SAMPLE * _SAMPLES:
-            digest.update(file.read())
-        else:
-            for place in range(_SAMPLES):
-                file.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return size, digest.hexdigest()
-
-
-def _load(settings: recipe.Render) -> Any:
-    """The pipeline on its device. Checks the model's index before any weight is read."""
-    import diffusers
-    import torch
-    import transformers
-    from safetensors import SafetensorError
-
-    where = f"render.model {settings.model!r}"
-    _check_index(settings, where)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            settings.model,
-            revision=settings.revision,
-            dtype=getattr(torch, settings.dtype),
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise VideoModelError(f"{where} cannot be loaded: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    # Pipelines log the text that they cut off a prompt; here it is counted instead.
-    logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
-    if settings.scheduler is not None:
-        pipeline.scheduler = _scheduler(settings.scheduler, pipeline.scheduler)
-    for option in ("tiling", "slicing"):
-        if getattr(settings, f"vae_{option}"):
-            enable = getattr(pipeline.vae, f"enable_{option}", None)
-            if enable is None:
-                raise VideoModelError(f"render.vae_{option}: {type(pipeline.vae).__name__} has no {option}")
-            enable()
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline.to(device)
-
-
-def _check_index(settings: recipe.Render, where: str) -> None:
-    """Refuse what is no text-to-video pipeline from its `model_index.json` alone."""
-    import diffusers
-
-    try:
-        index = diffusers.DiffusionPipeline.load_config(settings.model, revision=settings.revision)
-    except (OSError, ValueError) as error:
-        raise VideoModelError(f"{where} is no diffusers pipeline with a model_index.json: {error}") from error
-    name = index.get("_class_name")
-    if not isinstance(name, str):
-        if settings.trust_remote_code:
-            return
-        raise VideoModelError(f"{where} brings its own code: set render.trust_remote_code if you trust it")
-    pipeline = getattr(diffusers, name, None)
-    if pipeline is None:
-        raise VideoModelError(f"{where} is a {name}, which diffusers {diffusers.__version__} does not have")
-    parameters = inspect.signature(pipeline.__call__).parameters
-    required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
-    inputs = sorted(required & {"image", "video"})
-    if "prompt" not in parameters or not any(a in parameters for a in _ARGUMENTS["frames"]) or inputs:
-        needs = f" (it needs an input {inputs[0]})" if inputs else ""
-        raise VideoModelError(f"{where} is a {name}, not a text-to-video pipeline{needs}")
-    _call_arguments(pipeline, settings)
-    folder = Path(settings.model)
-    if folder.is_dir():
-        # A component that a model does without is listed as [null, null].
-        listed = [
-            name for name, value in index.items() if isinstance(value, list) and value[:1] not in ([], [None])
-        ]
-        absent = [name for name in listed if not (folder / name).is_dir()]
-        if absent:
-            raise VideoModelError(f"{where} lacks the component {', '.join(absent)} of its model_index.json")
-
-
-def _scheduler(name: str, own: Any) -> Any:
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
-        example = type(own).__name__
-        raise VideoModelError(
-            f"render.scheduler: diffusers has no scheduler {name} (this model's is {example})"
-        )
-    return kind.from_config(own.config)  # type: ignore[attr-defined]
-
-
-def _call_arguments(pipeline: type, settings: recipe.Render) -> dict[str, Any]:
-    """The settings as keyword arguments of this pipeline; refuses those that it does not have."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    arguments: dict[str, Any] = {}
-    for setting, names in _ARGUMENTS.items():
-        value = getattr(settings, setting)
-        if value is None:
-            continue
-        name = next((n for n in names if n in parameters), None)
-        if name is not None:
-            arguments[name] = value
-        elif setting not in _OPTIONAL:
-            raise VideoModelError(f"render.{setting}: {pipeline.__name__} has no such option ({names[0]})")
-    return arguments
-
-
-def _check_shape(pipeline: Any, settings: recipe.Render) -> None:
-    """Refuse frames and sizes that the model would round or fail on, and say its rule."""
-    name = type(pipeline).__name__
-    temporal = _first(pipeline, _TEMPORAL)
-    if temporal is not None:
-        # CogVideoX decodes latent frames in pairs after the first one, so their number must be odd.
-        if type(pipeline.vae).__name__ == "AutoencoderKLCogVideoX":
-            temporal *= 2
-        if (settings.frames - 1) % temporal:
-            near = (settings.frames - 1) // temporal * temporal + 1
-            rule = f"{name} takes {temporal}k+1 frames, such as {near} or {near + temporal}"
-            raise VideoModelError(f"render.frames={settings.frames}: {rule}")
-    spatial = _first(pipeline, _SPATIAL) or 1
-    patch = getattr(getattr(getattr(pipeline, "transformer", None), "config", None), "patch_size", 1)
-    multiple = spatial * (patch[-1] if isinstance(patch, list | tuple) else patch)
-    for side in ("height", "width"):
-        value = getattr(settings, side)
-        if value % multiple:
-            near = max(1, value // multiple) * multiple
-            rule = f"{name} takes multiples of {multiple}, such as {near} or {near + multiple}"
-            raise VideoModelError(f"render.{side}={value}: {rule}")
-
-
-def _text_tokens(pipeline: Any, settings: recipe.Render) -> int | None:
-    """Tokens that the text encoder takes; None where the pipeline does not say."""
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-    if parameter is None or getattr(pipeline, "tokenizer", None) is None:
-        return None
-    config = getattr(getattr(pipeline, "transformer", None), "config", {})
-    most = config.get("max_text_seq_length")
-    wanted = settings.max_text_tokens or parameter.default
-    if most is not None and wanted != most:
-        raise VideoModelError(
-            f"render.max_text_tokens={wanted}: this model's transformer takes {most}; set that"
-        )
-    return wanted
-
-
-def _first(pipeline: Any, names: tuple[str, ...]) -> int | None:
-    return next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), None)
 
 
 def _deadline(seconds: float) -> Callable[..., dict[str, Any]]:

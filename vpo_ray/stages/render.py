@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpo_ray.engines.video import VideoEngine, encode, model_identity
+from vpo_ray.engines.video import VideoEngine, encode
+from vpo_ray.engines.video_model import model_identity
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
 from vpo_ray.videos import VideoStore, key_parts, video_key
