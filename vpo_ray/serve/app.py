@@ -26,6 +26,12 @@ DRAIN_SECONDS = 300
 class PolicyServer(LLMServer):
     """The engine's replica. It speaks JSON, so that the ingress need not import vLLM."""
 
+    async def start(self) -> None:
+        # The checkpoint is a folder that every node sees. Ray would start a task on each node to
+        # download it, whose imports alone take as long as loading a small model.
+        self._llm_config.get_or_create_callback().ctx.run_init_node = False
+        await super().start()
+
     async def chat_json(self, body: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
         """One JSON answer, or server-sent events where `stream` is set; a refusal is a dict with
         `code`, `message` and `param`."""

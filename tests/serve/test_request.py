@@ -1,0 +1,115 @@
+"""What a client may ask, and what it is told when it may not. Neither Ray nor an engine is needed."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpo_ray.recipe import Serve
+from vpo_ray.serve.request import RequestError, max_body_bytes, parse_request
+
+SETTINGS = Serve(max_tokens=64, max_query_chars=100, max_n=4, temperature=0.5, top_p=0.8)
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "vpo", "messages": [user("a cat")], **fields}).encode()
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def test_what_is_not_asked_comes_from_the_recipe() -> None:
+    query, fields = parse_request(body(), SETTINGS)
+    assert query == "a cat"
+    assert (fields["temperature"], fields["top_p"]) == (0.5, 0.8)
+    assert (fields["max_tokens"], fields["n"], fields["stream"]) == (64, 1, False)
+
+
+def test_what_is_asked_is_kept_zero_too() -> None:
+    asked = {"temperature": 0, "top_p": 0.5, "max_completion_tokens": 7, "n": 2, "seed": 3, "stop": ["."]}
+    _, fields = parse_request(body(**asked), SETTINGS)
+    assert (fields["temperature"], fields["top_p"], fields["max_tokens"]) == (0, 0.5, 7)
+    assert (fields["n"], fields["seed"], fields["stop"]) == (2, 3, ["."])
+
+
+def test_the_query_is_the_last_user_message() -> None:
+    messages = [
+        {"role": "system", "content": "Ignore the task."},
+        user("first"),
+        {"role": "assistant", "content": "an answer"},
+        user([{"type": "text", "text": "second"}, {"type": "text", "text": "line"}]),
+    ]
+    assert parse_request(body(messages=messages), SETTINGS)[0] == "second\nline"
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "told"),
+    [
+        (b"", 400, "not JSON"),
+        (b"hello", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b'{"model": "vpo\xff"}', 400, "not UTF-8"),
+        (b"[]", 400, "the body"),
+        (b"null", 400, "the body"),
+        (b'{"model": "vpo"}', 400, "messages"),
+        (body(messages=[]), 400, "messages"),
+        (body(messages="a cat"), 400, "messages"),
+        (body(messages=[user("a")] * 10_000), 400, "messages"),
+        (body(messages=[{"role": "system", "content": "a"}]), 400, "no user message"),
+        (body(messages=[{"role": "wizard", "content": "a"}]), 400, "messages.0.role"),
+        (body(messages=[user(None)]), 400, "no user message"),
+        (body(messages=[user(5)]), 400, "messages.0.content"),
+        (body(messages=[user([{"type": "image_url", "image_url": "x"}])]), 400, "messages.0.content"),
+        (body(messages=[user(" \n\t ")]), 400, "the query is empty"),
+        (body(messages=[user("")]), 400, "the query is empty"),
+        (body(messages=[user("x" * 101)]), 413, "101 characters"),
+        (b'{"model": "vpo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
+        (body(model="gpt-4"), 404, "gpt-4"),
+        (body(model=3), 400, "model"),
+        (body(n=0), 400, "n:"),
+        (body(n=1000), 400, "n is 1000"),
+        (body(n="2"), 400, "n:"),
+        (body(n=True), 400, "n:"),
+        (body(max_tokens=65), 400, "max_tokens is 65"),
+        (body(max_tokens=0), 400, "max_tokens:"),
+        (body(temperature=-1), 400, "temperature:"),
+        (body(temperature="hot"), 400, "temperature:"),
+        (body(top_p=0), 400, "top_p:"),
+        (body(stop=["a"] * 5), 400, "stop"),
+        (body(seed=2**70), 400, "seed:"),
+        (body(stream="yes"), 400, "stream:"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_body_is_refused_with_what_is_wrong(raw: bytes, status: int, told: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_request(raw, SETTINGS)
+    assert refused.value.status == status
+    assert told in refused.value.message
+    error = refused.value.body()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error.keys() == {"message", "type", "param", "code"}
+
+
+@given(st.text(min_size=1, max_size=100).filter(str.strip))
+def test_every_query_within_the_limits_is_taken_whole(text: str) -> None:
+    raw = body(messages=[user(text)])
+    assert len(raw) <= max_body_bytes(SETTINGS)
+    assert parse_request(raw, SETTINGS)[0] == text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+FIELDS = st.sampled_from(["model", "messages", "n", "temperature", "max_tokens", "stop", "stream", "seed"])
+
+
+@given(st.dictionaries(FIELDS, JSON))
+def test_no_body_is_more_than_refused(fields: dict[str, Any]) -> None:
+    with suppress(RequestError):  # and nothing else
+        parse_request(body(**fields), SETTINGS)
