@@ -262,17 +262,26 @@ def _set_speed(pipeline: Any, settings: Render) -> None:
             except (AttributeError, ValueError, RuntimeError, ImportError) as error:
                 raise VideoModelError(f"render.attention={settings.attention}: {name}: {error}") from error
         if settings.cache is not None:
-            if not hasattr(model, "enable_cache"):
-                raise VideoModelError(f"render.cache={settings.cache}: {name} has no caches")
-            try:
-                model.enable_cache(_cache(pipeline, settings))
-            except (AttributeError, ValueError) as error:
-                raise VideoModelError(f"render.cache={settings.cache}: {name}: {error}") from error
+            _enable_cache(model, pipeline, settings)
         if settings.compile:
             _compile(model)
 
 
-def _cache(pipeline: Any, settings: Render) -> Any:
+def _enable_cache(model: Any, pipeline: Any, settings: Render) -> None:
+    where = f"render.cache={settings.cache}: {type(model).__name__}"
+    if not hasattr(model, "enable_cache"):
+        raise VideoModelError(f"{where} has no caches")
+    try:
+        model.enable_cache(_cache_config(pipeline, settings))
+    except (AttributeError, ValueError) as error:
+        raise VideoModelError(f"{where}: {error}") from error
+    # A cache that finds no module by the names that it knows does nothing, and says nothing.
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    if not any(registry is not None and registry.hooks for registry in registries):
+        raise VideoModelError(f"{where} has no module that it would cache; name them in render.cache_options")
+
+
+def _cache_config(pipeline: Any, settings: Render) -> Any:
     import diffusers
 
     kind = getattr(diffusers, _CACHES[str(settings.cache)])
