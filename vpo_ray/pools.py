@@ -7,6 +7,7 @@ run goes on behind its last finished batch.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,22 +46,25 @@ class Stage(Protocol):
 
 class SharedClock:
     """Charges a replica's busy time to the rows in it: with n rows at once, each pays 1/n, so that
-    the rows' seconds add up to the replica's however much they overlap."""
+    the rows' seconds add up to the replica's however much they overlap. Threads may share one."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, now()
         self._active, self._paid = 0, 0.0
+        self._lock = threading.Lock()
 
     def enter(self, rows: int = 1) -> float:
-        self._tick()
-        self._active += rows
-        return self._paid
+        with self._lock:
+            self._tick()
+            self._active += rows
+            return self._paid
 
     def leave(self, entered: float, rows: int = 1) -> float:
         """Seconds that each of these rows pays."""
-        self._tick()
-        self._active -= rows
-        return self._paid - entered
+        with self._lock:
+            self._tick()
+            self._active -= rows
+            return self._paid - entered
 
     def _tick(self) -> None:
         now = self._now()
@@ -127,6 +131,8 @@ class StageActor:
 
     def __init__(self, stage: Callable[[], Stage], outcome: Outcome) -> None:
         self.stage, self.outcome = stage(), outcome
+        # Made here and not at first use: the first calls of a replica may come at the same time.
+        self.outcome.clock = SharedClock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -166,9 +172,13 @@ def batch_pool(
         fn_constructor_kwargs={"stage": stage, "outcome": outcome},
         batch_size=batch_size,
         batch_format="pyarrow",
-        # One running and one waiting: the replica never idles, and none hoards rows.
+        # One more than are worked on: the replica never waits for the driver, and none hoards rows.
         compute=ActorPoolStrategy(
-            min_size=pool.size[0], max_size=pool.size[1], max_tasks_in_flight_per_actor=2
+            min_size=pool.size[0],
+            max_size=pool.size[1],
+            max_tasks_in_flight_per_actor=calls + 1,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=calls > 1,
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
