@@ -1,7 +1,9 @@
 """The Serve application: vLLM's deployment of `ray.serve.llm` behind our own HTTP ingress.
 
 `vpo serve CHECKPOINT` runs it; an OpenAI client then gets the optimised prompt for a raw query by
-changing its `base_url`.
+changing its `base_url`. Ray's own tools take it as `vpo_ray.serve.app:app`:
+
+    serve run vpo_ray.serve.app:app checkpoint=runs/demo/checkpoints/dpo
 """
 
 from __future__ import annotations
@@ -15,12 +17,24 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig, build_llm_deployment
 
 from vpo_ray.policy_prompt import PromptError, control_tokens, load_tokenizer
-from vpo_ray.recipe import Serve
+from vpo_ray.recipe import Section, Serve
 from vpo_ray.serve.ingress import Ingress
 
-# A request that is running when its replica is told to stop may finish: the longest answers take
-# minutes on a busy engine, Serve's own limit is 20 s.
-DRAIN_SECONDS = 300
+# An answer that is being written when its replica is told to stop may be finished: a long one takes
+# most of a minute on a busy engine, Serve's own limit is 20 s.
+DRAIN_SECONDS = 60
+
+
+class Arguments(Section):
+    """What `serve run` and the `args` of a Serve config file give."""
+
+    checkpoint: str
+    serve: Serve = Serve()
+
+
+def app(arguments: Arguments) -> Application:
+    """The application for Ray's own tools; see `build_app`."""
+    return build_app(arguments.checkpoint, arguments.serve)
 
 
 class PolicyServer(LLMServer):

@@ -19,36 +19,32 @@ logger = logging.getLogger(__name__)
 def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
     """Deploy the endpoint, give its base URL for an OpenAI client, and remove it at the end.
 
-    Ray is started when it is not, and then stopped at the end.
+    Ray must be connected.
 
     Raises:
-        RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
         PromptError: the folder is not a checkpoint of a policy (see `build_app`).
+        RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
     """
-    import ray
     from ray import serve
 
     from vpo_ray.serve.app import build_app
 
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(include_dashboard=False, log_to_driver=False)
+    # Serve tells every step of a deployment; what is wrong is told above this level too.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    app = build_app(checkpoint, settings)
+    if serve.status().proxies:
+        raise RuntimeError(
+            "Ray Serve already runs on this cluster: deploy into it with `serve run`, or stop it"
+        )
+    port = settings.port or free_port(settings.host)
+    serve.start(http_options={"host": settings.host, "port": port})
     try:
-        app = build_app(checkpoint, settings)
-        if serve.status().proxies:
-            raise RuntimeError(
-                "Ray Serve already runs on this cluster: deploy into it with `serve run`, or stop it"
-            )
-        port = settings.port or free_port(settings.host)
-        serve.start(http_options={"host": settings.host, "port": port})
-        try:
-            serve.run(app, name=APP, route_prefix="/")
-            yield f"http://{settings.host}:{port}/v1"
-        finally:
-            serve.shutdown()
+        serve.run(app, name=APP, route_prefix="/")
+        yield f"http://{settings.host}:{port}/v1"
     finally:
-        if ours:
-            ray.shutdown()
+        # Deleting waits for running answers, up to DRAIN_SECONDS; shutting down does not.
+        serve.delete(APP)
+        serve.shutdown()
 
 
 def serve_forever(checkpoint: str, settings: Serve) -> None:
@@ -69,7 +65,7 @@ def ask(checkpoint: str, settings: Serve, query: str) -> str:
     with serving(checkpoint, settings.model_copy(update={"host": "127.0.0.1", "port": 0})) as url:
         client = OpenAI(base_url=url, api_key="none", timeout=120)
         answer = client.chat.completions.create(
-            model=settings.model_name, messages=[{"role": "user", "content": query}]
+            model=settings.model_name, seed=0, messages=[{"role": "user", "content": query}]
         )
     return answer.choices[0].message.content or ""
 
