@@ -39,9 +39,6 @@ STAGES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "sco
 # Videos are made for the queries of the DPO split.
 GENERATED = pc.field("split") == "dpo"
 
-# An actor that dies is always replaced; its batch is tried once more, then left to the next pass.
-RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
-
 
 class GenerationError(RuntimeError):
     """A run that was stopped; the message says why. What was made is kept."""
@@ -118,7 +115,7 @@ def _stream(
         if stream is not None:
             flowing = rows
             outcome = Outcome(stage, run.table(STAGES[stage]), progress, last=stage == stages[-1])
-            stream = _POOLS[stage](stream, recipe, run, models, outcome, rows)
+            stream = _POOLS[stage](stream, recipe, run, models, outcome, rows, alone)
     return None if stream is None else (stream, progress)
 
 
@@ -139,6 +136,9 @@ def _entering(
 ) -> Dataset | None:
     """Rows of the table before `stage` that are not done: new to the stream here."""
     if stage == "sample":
+        # Looked up only where something is done: a first run starts at once.
+        if done and all(row["candidate_id"] in done for row in _before(recipe, run, models, stage)):
+            return None
         expand = partial(_expand, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
         return _read(run.table("queries"), done, expand, GENERATED)
     names = list(STAGES)
@@ -253,7 +253,7 @@ def _give_up(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str])
 
 
 def _sample_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
     policy, settings = recipe.policy, recipe.sample
     task_prompt = policy_prompt.read_prompt(policy.task_prompt)
@@ -272,13 +272,14 @@ def _sample_pool(
         ),
         outcome=outcome,
         batch_size=rows,
+        alone=alone,
         revision=policy.revision,
         trust_remote_code=policy.trust_remote_code,
     )
 
 
 def _judge_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
     settings = recipe.judge
     model = locate(settings.model)
@@ -293,6 +294,7 @@ def _judge_pool(
         ),
         outcome=outcome,
         batch_size=rows,
+        alone=alone,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -302,28 +304,28 @@ def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
     # Imported where it is used: vLLM takes seconds, and the stages behind it do not need it.
     from vpo_ray.engines.vllm_chat import vllm_pool
 
-    return vllm_pool(*args, **kwargs, restarts=RESTARTS)
+    return vllm_pool(*args, **kwargs)
 
 
 def _render_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
     settings = recipe.render.model_copy(update={"model": locate(recipe.render.model)})
     stage = partial(Renderer, settings, recipe.render.store or f"{run.uri}/videos", recipe.seed)
     # While one video is encoded and stored, the next renders.
     return batch_pool(
-        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, restarts=RESTARTS, calls=2
+        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone, calls=2
     )
 
 
 def _score_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
     settings = recipe.reward.model_copy(update={"model": locate(recipe.reward.model)})
     from vpo_ray.stages.score import Scorer
 
     stage = partial(Scorer, settings, recipe.render.store or f"{run.uri}/videos")
-    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, restarts=RESTARTS)
+    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
 
 
 _POOLS = {"sample": _sample_pool, "judge": _judge_pool, "render": _render_pool, "score": _score_pool}

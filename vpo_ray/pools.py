@@ -8,6 +8,7 @@ run goes on behind its last finished batch.
 from __future__ import annotations
 
 import threading
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from vpo_ray.storage import StorageError, Table
 # What small tasks (reading, splitting) reserve: with whole CPUs, a dozen operators of one stream
 # would starve each other and the pools on a small node.
 TASK_CPUS = 0.1
+
+# An actor that dies is always replaced; its batch is tried once more, then left to the next pass.
+RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
 
 # `error_stage` of rows whose storage failed: a full disk is no property of a row.
 STORAGE = "storage"
@@ -51,6 +55,7 @@ class SharedClock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, now()
         self._active, self._paid = 0, 0.0
+        self._lock = threading.Lock()
         self._lock = threading.Lock()
 
     def enter(self, rows: int = 1) -> float:
@@ -159,14 +164,16 @@ def batch_pool(
     stage: Callable[[], Stage],
     outcome: Outcome,
     batch_size: int,
-    restarts: dict[str, int],
+    alone: bool = False,
     calls: int = 1,
 ) -> Dataset:
     """Run a batch stage over a dataset of FEEDBACK rows whose blocks have `batch_size` rows.
 
     Args:
+        alone: give a replica one batch at a time, so that one that kills it kills no other.
         calls: batches that one replica works on at once, for stages whose calls may overlap.
     """
+    calls = 1 if alone else calls
     return dataset.map_batches(
         StageActor,
         fn_constructor_kwargs={"stage": stage, "outcome": outcome},
@@ -176,7 +183,7 @@ def batch_pool(
         compute=ActorPoolStrategy(
             min_size=pool.size[0],
             max_size=pool.size[1],
-            max_tasks_in_flight_per_actor=calls + 1,
+            max_tasks_in_flight_per_actor=calls if alone else calls + 1,
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),
@@ -184,7 +191,7 @@ def batch_pool(
         num_gpus=pool.num_gpus or None,
         accelerator_type=pool.accelerator_type,
         resources=pool.resources or None,
-        **restarts,
+        **RESTARTS,
     )
 
 

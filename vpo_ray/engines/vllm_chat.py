@@ -20,7 +20,7 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS,
 
 from vpo_ray.engines.chat import Answer, Chat, ChatError, ChatStage, Message, Sampling
 from vpo_ray.policy_prompt import chat_ids
-from vpo_ray.pools import Outcome
+from vpo_ray.pools import RESTARTS, Outcome
 from vpo_ray.recipe import Engine, Pool
 from vpo_ray.records import Row, failed
 
@@ -112,7 +112,7 @@ def vllm_pool(
     tokenizer: Callable[[], Any],
     outcome: Outcome,
     batch_size: int,
-    restarts: dict[str, int],
+    alone: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -121,7 +121,7 @@ def vllm_pool(
     Args:
         stage, tokenizer: made once in every actor.
         outcome: where rows go and how they are counted.
-        restarts: Ray's `max_restarts` and `max_task_retries` of the actors.
+        alone: give an engine one batch at a time, so that one that kills it kills no other.
     """
     bundle: dict[str, float] = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     kwargs: dict[str, Any] = {
@@ -141,7 +141,8 @@ def vllm_pool(
         engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
         concurrency=pool.size,
         batch_size=batch_size,
-        max_concurrent_batches=engine.max_concurrent_batches,
+        max_concurrent_batches=1 if alone else engine.max_concurrent_batches,
+        max_tasks_in_flight_per_actor=1 if alone else None,
         accelerator_type=pool.accelerator_type,
         placement_group_config={"bundle_per_worker": {k: v for k, v in bundle.items() if v}},
         runtime_env={"env_vars": {"VLLM_LOGGING_LEVEL": "WARNING", **engine.env}},
@@ -152,4 +153,4 @@ def vllm_pool(
     processor = build_processor(config)
     arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
     arguments["fn_constructor_kwargs"] |= {"stage": stage, "tokenizer": tokenizer, "outcome": outcome}
-    return dataset.map_batches(VllmStageActor, batch_format="pyarrow", **(arguments | restarts))
+    return dataset.map_batches(VllmStageActor, batch_format="pyarrow", **(arguments | RESTARTS))

@@ -1,0 +1,208 @@
+"""The stream itself: every row arrives once, whatever dies, fails or was done before.
+
+The stages here are small functions in place of models; engines have tests of their own, and
+test_loop.py runs the whole with real ones.
+"""
+
+import os
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+from vpo_ray import pipeline
+from vpo_ray.ledger import build_ledger, reconcile
+from vpo_ray.pipeline import STAGES, GenerationError, Models, generate
+from vpo_ray.pools import batch_pool
+from vpo_ray.recipe import Pool, Recipe, load
+from vpo_ray.records import query_id
+from vpo_ray.storage import RunDir, StorageError
+
+pytestmark = pytest.mark.ray
+
+MODELS = Models("nowhere", "test-policy")
+POOL = Pool(size=1, num_cpus=0.1)
+
+
+class Small:
+    """A stage that fills in the columns its name asks for; some queries make it fail."""
+
+    def __init__(self, name: str, faults: str) -> None:
+        self.name, self.faults = name, Path(faults)
+
+    def wants(self, row):
+        if row["error"] is not None:
+            return False
+        return {
+            "sample": row["prompt"] is None,
+            "judge": row["verdict"] is None,
+            "render": row["verdict"] == "aligned" and row["video_key"] is None,
+            "score": row["video_key"] is not None and row["score"] is None,
+        }[self.name]
+
+    def __call__(self, rows):
+        return [self._one(dict(row)) for row in rows]
+
+    def _one(self, row):
+        fault = self.faults / f"{self.name}-{row['query'].split()[0]}-{row['k']}"
+        if fault.exists():
+            if fault.read_text() == "kill":
+                os._exit(1)
+            raise ValueError(fault.read_text())
+        if self.name == "sample":
+            return row | {"prompt": f"{row['query']} shown well, take {row['k']}", "completion_tokens": 5}
+        if self.name == "judge":
+            return row | {"verdict": "imprecise" if row["k"] == 3 else "aligned", "critique": "so"}
+        if self.name == "render":
+            return row | {"video_key": row["candidate_id"], "video_uri": "x", "frames": 9}
+        return row | {"score": float(row["k"]), "answers": [], "dimensions": []}
+
+
+def small_pool(name, faults, stream, recipe, run, models, outcome, rows, alone):
+    stage = partial(Small, name, faults)
+    return batch_pool(stream, POOL, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Path:
+    """A folder of faults: a file `STAGE-QUERY-K` makes that row fail with its text, or kill."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    for name in STAGES:
+        monkeypatch.setitem(pipeline._POOLS, name, partial(small_pool, name, str(folder)))
+    return folder
+
+
+def recipe_for(tmp_path: Path, **limits) -> Recipe:
+    overrides = [f"out={tmp_path / 'run'}", "sample.engine.batch_size=8", "judge.engine.batch_size=8"]
+    overrides += [f"limits.{key}={value}" for key, value in limits.items()]
+    return load("jobs/recipes/tiny.yaml", overrides)
+
+
+def run_of(recipe: Recipe, count: int = 12) -> RunDir:
+    run = RunDir(recipe.out)
+    queries = [f"q{i} of many" for i in range(count)] + ["held out"]
+    rows = [
+        {"query_id": query_id(q), "query": q, "source": "t", "split": "dpo" if q[0] == "q" else "eval"}
+        for q in queries
+    ]
+    run.table("queries").append(rows)
+    return run
+
+
+def outputs(run: RunDir) -> dict[tuple, tuple]:
+    return {
+        (row["query"], row["k"]): (row["prompt"], row["verdict"], row["score"], row["error_stage"])
+        for row in run.table("feedback").rows()
+    }
+
+
+def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe)
+    counts = generate(recipe, run, MODELS)
+    rows = [row for batch in run.table("feedback").batches() for row in batch.to_pylist()]
+    assert Counter((r["query"], r["k"]) for r in rows) == Counter(
+        {(f"q{i} of many", k): 1 for i in range(12) for k in range(4)}
+    )
+    assert {r["score"] for r in rows if r["k"] < 3} == {0.0, 1.0, 2.0}
+    assert all(r["score"] is None and r["verdict"] == "imprecise" for r in rows if r["k"] == 3)
+    assert all(r["seconds"]["render"] is not None for r in rows if r["k"] < 3)
+    assert counts["render"] == {"done": 36, "errors": 0, "passed": 12}
+    assert [p for p in reconcile(build_ledger(run, recipe)) if not p.startswith("pair")] == []
+
+    # A second run starts no pool: nothing is left to do.
+    before = run.table("feedback").parts()
+    for name in STAGES:
+        pipeline._POOLS.pop(name)
+    assert sum(count["done"] for count in generate(recipe, run, MODELS).values()) == 0
+    assert run.table("feedback").parts() == before
+
+
+def test_stage_by_stage_gives_what_one_stream_gives(tmp_path: Path, faults: Path) -> None:
+    whole = recipe_for(tmp_path / "a")
+    generate(whole, run_of(whole), MODELS)
+    steps = recipe_for(tmp_path / "b")
+    run = run_of(steps)
+    for stage in STAGES:
+        generate(steps, run, MODELS, [stage])
+    assert outputs(run) == outputs(RunDir(whole.out))
+
+
+def test_a_run_goes_on_behind_the_last_table_that_has_a_row(tmp_path: Path, faults: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe)
+    generate(recipe, run, MODELS)
+    complete = outputs(run)
+    for name, share in (("feedback", 1), ("renders", 2), ("verdicts", 3)):
+        parts = run.table(name).parts()
+        for part in parts[: len(parts) // share]:
+            os.unlink(f"{run.table(name).path}/{part}")
+    judged = run.table("verdicts").count()
+    counts = generate(recipe, run, MODELS)
+    assert outputs(run) == complete
+    assert counts["sample"]["done"] == 0, "no candidate is sampled twice"
+    assert counts["judge"]["done"] <= 48 - judged, "none is judged twice"
+    assert counts["score"]["done"] + counts["score"]["passed"] == 48
+
+
+def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults: Path) -> None:
+    (faults / "judge-q3-1").write_text("no verdict")
+    (faults / "render-q4-0").write_text("black frames")
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe)
+    generate(recipe, run, MODELS)
+    errors = {
+        (r["query"], r["k"]): (r["error_stage"], r["error"])
+        for r in run.table("feedback").rows()
+        if r["error"]
+    }
+    assert errors[("q4 of many", 0)] == ("render", "ValueError: black frames")
+    # The judge's batch fails as one here; real stages catch their rows' errors one by one.
+    assert errors[("q3 of many", 1)][0] == "judge"
+    assert len(outputs(run)) == 48
+    problems = reconcile(build_ledger(run, recipe))
+    assert [p for p in problems if not p.startswith("pair")] == []
+
+    for fault in faults.iterdir():
+        fault.unlink()
+    counts = generate(recipe, run, MODELS, retry_errors=True)
+    assert counts["sample"]["done"] == 0
+    assert all(row["error"] is None for row in run.table("feedback").rows())
+
+
+def test_a_row_that_kills_its_process_is_given_up_alone(tmp_path: Path, faults: Path) -> None:
+    (faults / "judge-q5-2").write_text("kill")
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe, 6)
+    generate(recipe, run, MODELS)
+    errors = {(r["query"], r["k"]): r for r in run.table("feedback").rows() if r["error"]}
+    assert list(errors) == [("q5 of many", 2)]
+    assert errors[("q5 of many", 2)]["error_stage"] == "judge"
+    assert "died under this row" in errors[("q5 of many", 2)]["error"]
+    assert len(outputs(run)) == 24
+
+
+def test_a_run_that_mostly_fails_is_stopped(tmp_path: Path, faults: Path) -> None:
+    for i in range(12):
+        for k in range(4):
+            (faults / f"sample-q{i}-{k}").write_text("the model is upside down")
+    recipe = recipe_for(tmp_path, min_rows=8)
+    with pytest.raises(GenerationError, match="upside down.*--retry-errors"):
+        generate(recipe, run_of(recipe), MODELS)
+
+
+def test_storage_that_fails_stops_the_run_and_makes_no_error_rows(tmp_path: Path, faults: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe)
+    (tmp_path / "run" / "renders").write_text("a file where the table should be")
+    with pytest.raises(StorageError, match="renders"):
+        generate(recipe, run, MODELS)
+    assert all(row["error"] is None for row in run.table("feedback").rows())
+    (tmp_path / "run" / "renders").unlink()
+    generate(recipe, run, MODELS)
+    assert len(outputs(run)) == 48
