@@ -8,7 +8,6 @@ run goes on behind its last finished batch.
 from __future__ import annotations
 
 import threading
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +54,6 @@ class SharedClock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, now()
         self._active, self._paid = 0, 0.0
-        self._lock = threading.Lock()
         self._lock = threading.Lock()
 
     def enter(self, rows: int = 1) -> float:
