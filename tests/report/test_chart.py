@@ -37,6 +37,12 @@ def test_a_higher_loss_is_higher_on_the_page() -> None:
     assert (chart.first, chart.last) == ("3", "1")
 
 
+def test_a_number_too_small_for_the_scale_is_zero() -> None:
+    chart = draw("margin", "", [1, 2, 3], [-3.8e-7, 8.1234, 16.0])
+    assert chart is not None
+    assert (chart.first, chart.last) == ("0", "16")
+
+
 def test_values_that_are_not_numbers_are_left_out_and_told() -> None:
     chart = draw("loss", "", [1, 2, 3, 4], [1.0, math.nan, math.inf, 0.5])
     assert chart is not None

@@ -65,6 +65,7 @@ def draw(
     ys = [sum(y for _, y in chunk) / len(chunk) for chunk in chunks]
     y_ticks = ticks(*(bounds or (min(ys), max(ys))), count=5)
     low, high = y_ticks[0], y_ticks[-1]
+    decimals = 2 - math.floor(math.log10(y_ticks[1] - low))
     first, last = finite[0][0], finite[-1][0]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -79,8 +80,8 @@ def draw(
         note=note,
         points=" ".join(f"{x},{y}" for x, y in points),
         end=points[-1],
-        first=f"{ys[0]:.3g}",
-        last=f"{ys[-1]:.3g}",
+        first=f"{round(ys[0], decimals) + 0.0:g}",
+        last=f"{round(ys[-1], decimals) + 0.0:g}",
         x_ticks=[(place(x, low)[0], f"{x:g}") for x in inside],
         y_ticks=[(place(first, y)[1], f"{y:.10g}") for y in y_ticks],
         left_out=len(values) - len(finite),
