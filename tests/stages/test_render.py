@@ -1,5 +1,7 @@
 """The render stage on the tiny CogVideoX pipeline: what is rendered, stored, reused and refused."""
 
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,22 @@ def test_threads_share_one_device_and_render_nothing_twice(settings: Render, tmp
         done = list(pool.map(renderer, blocks))
     assert all(renderer.store.has(row["video_key"]) for rows in done for row in rows)
     assert renderer.rendered == 5
+
+
+def test_a_lost_device_ends_the_process(
+    settings: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+    renderer([candidate("warm up")])
+    assert renderer._engine is not None
+
+    def lose(module: Any, args: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    renderer._engine.pipeline.text_encoder.register_forward_pre_hook(lose)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        renderer([candidate("a cat")])
 
 
 def test_a_model_that_is_not_there_is_refused_at_once(settings: Render, tmp_path: Path) -> None:

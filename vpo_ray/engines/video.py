@@ -32,7 +32,8 @@ class RenderTimeout(RenderError):
     """A render went over its time limit and was ended between two denoising steps."""
 
 
-_UNSEEN = RenderError("not rendered")
+class DeviceLostError(RuntimeError):
+    """The accelerator is in a state that only a new process clears (an illegal access, an ECC error)."""
 
 
 class VideoInfo(NamedTuple):
@@ -68,33 +69,37 @@ class VideoEngine:
             that says why there are none. One bad prompt does not spoil the others of its batch.
 
         Raises:
-            torch.AcceleratorError: the device is in a state that only a new process clears.
+            DeviceLostError: the process must end.
         """
-        import torch
-
-        results: list[np.ndarray | Exception] = [self._refusal(prompt) or _UNSEEN for prompt in prompts]
-        accepted = [i for i, result in enumerate(results) if result is _UNSEEN]
+        results: dict[int, np.ndarray | Exception] = {}
+        for i, prompt in enumerate(prompts):
+            if (refusal := self._refusal(prompt)) is not None:
+                results[i] = refusal
+        accepted = [i for i in range(len(prompts)) if i not in results]
         queue = deque(accepted[i : i + self.batch_size] for i in range(0, len(accepted), self.batch_size))
         while queue:
             batch = queue.popleft()
-            videos: list[np.ndarray | Exception] = []
-            try:
-                videos = self._render_batch([prompts[i] for i in batch], [seeds[i] for i in batch])
-            except torch.AcceleratorError:
-                raise
-            except RenderTimeout as error:
-                videos = [error] * len(batch)
-            except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is this row's failure
-                # Without its traceback, whose frames would keep the tensors of this batch in memory.
-                failure = error.with_traceback(None)
-            if videos:
-                for index, video in zip(batch, videos, strict=True):
-                    results[index] = video
-            elif len(batch) == 1:
-                results[batch[0]] = _reason(failure)
+            videos = self._attempt([prompts[i] for i in batch], [seeds[i] for i in batch])
+            if isinstance(videos, Exception):
+                queue.extendleft(reversed(self._smaller(batch, videos)))
             else:
-                queue.extendleft(reversed(self._smaller(batch, failure)))
-        return results
+                results.update(zip(batch, videos, strict=True))
+        return [results[i] for i in range(len(prompts))]
+
+    def _attempt(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray | Exception] | Exception:
+        """A result for each prompt, or what ended a batch of several that may do better in parts."""
+        import torch
+
+        try:
+            return self._render_batch(prompts, seeds)
+        except torch.AcceleratorError as error:
+            raise DeviceLostError(f"{type(error).__name__}: {error}") from error
+        except RenderTimeout as error:
+            return [error] * len(prompts)
+        except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is these rows' failure
+            # Without its traceback, whose frames would keep the tensors of this batch in memory.
+            failure = error.with_traceback(None)
+            return failure if len(prompts) > 1 else [_reason(failure)]
 
     def _refusal(self, prompt: str) -> RenderError | None:
         """Why this prompt is not rendered; a long one is cut and counted, or refused."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpo_ray.engines.video import VideoEngine, encode
+from vpo_ray.engines.video import DeviceLostError, VideoEngine, encode
 from vpo_ray.engines.video_model import model_identity
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
@@ -152,6 +153,10 @@ class Renderer:
         start = time.perf_counter()
         try:
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
+        except DeviceLostError as error:
+            # Every further render would fail here; a fresh replica takes these rows once more.
+            log.critical("this replica ends, its device is lost: %s", error)
+            os._exit(1)
         finally:
             faulthandler.cancel_dump_traceback_later()
         return videos, (time.perf_counter() - start) / len(batch)
