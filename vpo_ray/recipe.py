@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -20,22 +21,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
 # runs of one run directory; every other key is part of the fingerprint.
-OPERATIONAL = frozenset(
-    {
-        "out",
-        "pool",
-        "limits",
-        "serve",
-        "env",
-        "progress",
-        "device",
-        "engine_kwargs",
-        "workers",
-        "use_gpu",
-        "resources_per_worker",
-        "max_failures",
-    }
-)
+OPERATIONAL = frozenset({
+    "out", "pool", "limits", "serve", "env", "device", "engine_kwargs", "workers", "use_gpu",
+    "resources_per_worker", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
+    "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
+})  # fmt: skip
 
 _VIDEO_PRESETS = Path(__file__).parent / "data" / "video_presets.yaml"
 
@@ -45,7 +35,7 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -204,7 +194,7 @@ class Render(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or given.get("preset") is None:
+        if not isinstance(given, Mapping) or not isinstance(given.get("preset"), str):
             return given
         presets = video_presets()
         if given["preset"] not in presets:
@@ -372,7 +362,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -438,6 +428,18 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[
             yield ".".join((*prefix, key)), value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would quietly take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.MarkedYAMLError(problem=f"`{key}` is given twice", problem_mark=node.start_mark)
+        return node
+
+
 def _override(tree: dict[str, Any], item: str) -> None:
     key, sign, text = item.partition("=")
     if not sign or not key.strip():
@@ -449,11 +451,11 @@ def _override(tree: dict[str, Any], item: str) -> None:
     *parents, leaf = key.strip().split(".")
     node: Any = tree
     for depth, parent in enumerate(parents):
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
+        section = {} if node.get(parent) is None else node[parent]
+        if not isinstance(section, dict):
             raise RecipeError(f"--set {item}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        # A YAML alias is one object in several places: the copy changes in this one only.
+        node[parent] = node = dict(section)
     node[leaf] = value
 
 
