@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,18 @@ def make_video(folder: str | Path) -> None:
     _make(folder, _cogvideox, 3)
 
 
-def make_reward(folder: str | Path) -> None:
-    """A CogVLM2-Video in the published layout, with `checklist.yaml` beside it."""
-    _make(folder, _cogvlm2_video, 4)
+def make_reward(folder: str | Path, sizes: dict[str, Any] | None = None) -> None:
+    """A CogVLM2-Video in the published layout, with `checklist.yaml` beside it.
+
+    Args:
+        sizes: fields of config.json (and of its `vision_config`) to make a larger one with.
+    """
+    _make(folder, partial(_cogvlm2_video, sizes=sizes or {}), 4, sizes=sizes)
 
 
-def _make(folder: str | Path, build: Callable[[Path], None], seed: int) -> None:
+def _make(folder: str | Path, build: Callable[[Path], None], seed: int, **options: Any) -> None:
     folder = Path(folder)
-    marker = {"version": VERSION, "seed": seed}
+    marker = {"version": VERSION, "seed": seed, **options}
     path = folder / _MARKER
     if path.exists() and json.loads(path.read_text("utf-8")) == marker:
         return
@@ -286,7 +291,7 @@ def _cogvideox(folder: Path) -> None:
     CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
 
 
-def _cogvlm2_video(folder: Path) -> None:
+def _cogvlm2_video(folder: Path, sizes: dict[str, Any]) -> None:
     import torch
     import yaml
     from safetensors.torch import save_file
@@ -294,7 +299,7 @@ def _cogvlm2_video(folder: Path) -> None:
     from vpo_ray.engines.reward.checkpoint import ARCHITECTURE, read_config, tensor_shapes
 
     tokenizer = _llama3_tokenizer(1024, words=("yes", "no", "Yes", "No", " yes", " no"))
-    tree = {
+    tree: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|end_of_text|>"),
@@ -327,6 +332,8 @@ def _cogvlm2_video(folder: Path) -> None:
         },
         "vocab_size": -(-len(tokenizer) // 64) * 64,
     }
+    tree["vision_config"] |= sizes.get("vision_config", {})
+    tree |= {name: size for name, size in sizes.items() if name != "vision_config"}
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
     config = read_config(folder)
     inv_freq = 1.0 / 500000.0 ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)

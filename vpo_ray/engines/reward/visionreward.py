@@ -80,31 +80,37 @@ class VisionReward:
         return [self.score([v], [q])[0] for v, q in zip(videos, queries, strict=True)]
 
     def _score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
-        results: dict[int, Scored | Exception] = {}
+        return [r if isinstance(r, RewardError) else self.read(r) for r in self.logits(videos, queries)]
+
+    def logits(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[torch.Tensor | RewardError]:
+        """For each video the logits (questions, vocabulary) where the answers are read, or why not."""
+        results: dict[int, torch.Tensor | RewardError] = {}
         pixels: dict[int, torch.Tensor] = {}
         layouts: dict[int, sequence.Layout] = {}
-        device = self.model.device
         for i, (video, query) in enumerate(zip(videos, queries, strict=True)):
             try:
-                chosen = torch.from_numpy(frames.read_frames(video, self.pick))
+                chosen = torch.from_numpy(frames.read_frames(video, self.pick)).to(self.model.device)
                 layouts[i] = self.layout(len(chosen), query)
-                pixels[i] = frames.preprocess(chosen.to(device), self.model.config.vision.image_size)
             except RewardError as error:
                 results[i] = error
+            else:
+                pixels[i] = frames.preprocess(chosen, self.model.config.vision.image_size)
         if layouts:
             counts = [len(p) for p in pixels.values()]
-            features = self.model.encode(torch.cat(list(pixels.values())))
-            logits = self.model.answer(list(layouts.values()), features.split(counts))
-            results |= {i: self.read(values) for i, values in zip(layouts, logits, strict=True)}
+            features = self.model.encode(torch.cat(list(pixels.values()))).split(counts)
+            logits = self.model.answer(list(layouts.values()), features)
+            results |= dict(zip(layouts, logits, strict=True))
         return [results[i] for i in range(len(videos))]
 
-    def layout(self, frame_count: int, query: str) -> sequence.Layout:
-        """The row of tokens that asks every question about a video of so many frames."""
+    def layout(
+        self, frame_count: int, query: str, questions: Sequence[checklist.Question] | None = None
+    ) -> sequence.Layout:
+        """The row of tokens that asks questions (all of the checklist) about a video."""
         s, config = self.settings, self.model.config
         tokens, placeholder = config.vision.frame_tokens, config.pad_token_id
         before = sequence.prefix(self.tokenizer, s.template, frame_count, tokens, placeholder)
         safe = neutralise(query, self.control_tokens)
-        asked = [question.ask(safe) for question in self.checklist.questions]
+        asked = [question.ask(safe) for question in questions or self.checklist.questions]
         return sequence.layout(self.tokenizer, s.template, before, asked, config.max_position_embeddings)
 
     def read(self, logits: torch.Tensor) -> Scored:
