@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from vpo_ray import pipeline
 from vpo_ray.ledger import build_ledger, reconcile
 from vpo_ray.pipeline import STAGES, GenerationError, Models, generate
@@ -49,7 +50,7 @@ class Small:
         if fault.exists():
             if fault.read_text() == "kill":
                 os._exit(1)
-            raise ValueError(fault.read_text())
+            raise (StorageError if fault.read_text() == "disk full" else ValueError)(fault.read_text())
         if self.name == "sample":
             return row | {"prompt": f"{row['query']} shown well, take {row['k']}", "completion_tokens": 5}
         if self.name == "judge":
@@ -192,17 +193,17 @@ def test_a_run_that_mostly_fails_is_stopped(tmp_path: Path, faults: Path) -> Non
         for k in range(4):
             (faults / f"sample-q{i}-{k}").write_text("the model is upside down")
     recipe = recipe_for(tmp_path, min_rows=8)
-    with pytest.raises(GenerationError, match="upside down.*--retry-errors"):
+    with pytest.raises(GenerationError, match=r"upside down.*--retry-errors"):
         generate(recipe, run_of(recipe), MODELS)
 
 
 def test_storage_that_fails_stops_the_run_and_makes_no_error_rows(tmp_path: Path, faults: Path) -> None:
+    (faults / "render-q2-1").write_text("disk full")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe)
-    (tmp_path / "run" / "renders").write_text("a file where the table should be")
-    with pytest.raises(StorageError, match="renders"):
+    with pytest.raises(StorageError, match="disk full"):
         generate(recipe, run, MODELS)
     assert all(row["error"] is None for row in run.table("feedback").rows())
-    (tmp_path / "run" / "renders").unlink()
+    (faults / "render-q2-1").unlink()
     generate(recipe, run, MODELS)
     assert len(outputs(run)) == 48

@@ -105,9 +105,16 @@ class Folder:
         return json.loads(self.read(name))
 
     def files(self, suffix: str = "") -> list[str]:
-        """Sorted names (relative, recursive) of the files here; none when the folder is absent."""
+        """Sorted names (relative, recursive) of the files here; none when the folder is absent.
+
+        Raises:
+            StorageError: the folder cannot be listed.
+        """
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        infos = self.fs.get_file_info(selector)
+        try:
+            infos = self.fs.get_file_info(selector)
+        except OSError as error:
+            raise StorageError(f"cannot list {self.uri}: {error}") from error
         base = len(self.path) + 1
         return sorted(
             i.path[base:] for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)
