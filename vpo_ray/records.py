@@ -154,12 +154,16 @@ def table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     for field in schema:
         if not field.nullable and any(row.get(field.name) is None for row in rows):
             raise ValueError(f"column {field.name} is null in a row, the schema allows none")
+        # Arrow would cut the fraction off without a word.
+        if pa.types.is_integer(field.type) and any(isinstance(row.get(field.name), float) for row in rows):
+            raise ValueError(f"a row does not fit the schema: {field.name} is no integer")
     try:
         return pa.Table.from_pylist(rows, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
         raise ValueError(f"a row does not fit the schema: {error}") from error
 
 
 def failed(row: Row, stage: str, reason: str) -> Row:
     """The row with the error that stopped it; later stages pass it on untouched."""
-    return {**row, "error": reason[:2000], "error_stage": stage}
+    text = reason[:2000].encode("utf-8", "replace").decode("utf-8")
+    return {**row, "error": text, "error_stage": stage}
