@@ -92,6 +92,7 @@ def changed(node: dict[str, Any], path: Path_) -> dict[str, Any]:
     return new
 
 
+quick = settings(deadline=None, max_examples=50)
 FULL = full().dump()
 LEAVES = list(leaves(FULL))
 
@@ -293,7 +294,7 @@ def test_every_computing_key_is_in_the_fingerprint_and_no_operational_one() -> N
     assert wrong == []
 
 
-@settings(deadline=None, max_examples=50)
+@quick
 @given(st.sets(st.sampled_from(LEAVES)))
 def test_differences_name_exactly_what_changed(paths: set[Path_]) -> None:
     new = FULL
@@ -349,7 +350,7 @@ def test_the_stored_recipe_is_the_recipe(recipe: Recipe) -> None:
     assert again.fingerprint() == recipe.fingerprint()
 
 
-@settings(deadline=None, max_examples=50)
+@quick
 @given(
     # PyYAML folds U+0085 where it writes Unicode as it is.
     st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x85"), min_size=1),
