@@ -129,7 +129,8 @@ class Worker:
         values = (sums / items).tolist()
         seconds = time.perf_counter() - started
         line: Row = {"step": step + 1, "epoch": (step + 1) * settings.epochs / job.steps, "loss": values[0]}
-        line |= {"lr": lr, "grad_norm": norm, "rows": len(rows), "tokens": learnt, "seconds": seconds}
+        line |= {"lr": lr, "grad_norm": norm, "rows": len(rows), "tokens": learnt}
+        line |= {"seconds": seconds, "time": time.time()}
         return line | (dict(zip(DPO_METRICS, values[1:], strict=True)) if job.phase == "dpo" else {})
 
     def _loss(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +227,7 @@ class Worker:
         if self.rank == 0:
             job = self.job
             RunDir(job.run_uri).write_metrics(job.phase, self.curve)
-            last = {k: v for k, v in self.curve[-1].items() if k not in ("step", "seconds")}
+            last = {k: v for k, v in self.curve[-1].items() if k not in ("step", "seconds", "time")}
             facts = {**job.facts, "steps": job.steps, "metrics": last, "resumed_after": self.resumed_after}
             export(self.engine.module.model, weights, job.tokenizer, job.end, job.out, facts)
         dist.barrier()
