@@ -2,10 +2,14 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+# A checkpoint with its reference's outputs; it lies beside the repository, where it is at all.
+GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +20,27 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden values of the reward model."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden folder is not here")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def clip() -> Callable[..., bytes]:
+    """Makes mp4 bytes of random frames at 8 fps: clip(seed, frames=9, height=64, width=96)."""
+    from vpo_ray.engines.video import encode
+
+    def make(seed: int, frames: int = 9, height: int = 64, width: int = 96) -> bytes:
+        noise = np.random.default_rng(seed)
+        coarse = noise.integers(0, 256, (frames, height // 8, width // 8, 3), dtype=np.uint8)
+        return encode(coarse.repeat(8, axis=1).repeat(8, axis=2), 8, 12)
+
+    return make
 
 
 @pytest.fixture(scope="session")

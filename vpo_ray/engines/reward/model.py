@@ -192,12 +192,16 @@ def _shared_prefix_attention(
     return output.transpose(1, 2), None
 
 
+def group_size(device: torch.device) -> int:
+    """Questions of one attention call: one on a CPU, where a small product without waste is the
+    cheapest; all on a GPU, where a call costs more than the masked part of it."""
+    return 1 if device.type == "cpu" else 1 << 30
+
+
 def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
-    """Questions go in groups: alone on a CPU, where a small product without waste is the cheapest,
-    all at once on a GPU, where a call costs more than the masked part of it."""
-    segments, start = [], 0
+    segments: list[Segment] = []
+    start, size = 0, group_size(device)
     for layout in layouts:
-        size = 1 if device.type == "cpu" else len(layout.questions)
         groups = []
         for i in range(0, len(layout.questions), size):
             ranges = layout.questions[i : i + size]
