@@ -1,0 +1,125 @@
+"""The whole loop through Ray's job API, as a platform team submits it: SFT, feedback, DPO, an answer."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vpo_ray.ledger import reconcile
+from vpo_ray.storage import RunDir
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """A head node of its own: ports, folder, processes. Yields the address of its job API."""
+    folder = tempfile.mkdtemp(prefix="j", dir="/tmp")
+    dashboard = free_port()
+    ray = Path(sys.executable).parent / "ray"
+    arguments = [
+        ray,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=3",
+        f"--port={free_port()}",
+        f"--temp-dir={folder}",
+    ]
+    arguments += ["--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    arguments += [f"--dashboard-port={dashboard}", "--object-store-memory=400000000"]
+    with open(tmp_path / "head.log", "wb") as log:
+        # Its own process group, so that exactly its processes can be stopped.
+        node = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            assert node.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline, "the head node did not start in time"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        os.killpg(node.pid, signal.SIGTERM)
+        try:
+            node.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(node.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def overrides(models: Path, queries: Path) -> list[str]:
+    values = {
+        "queries.path": queries,
+        "queries.splits": "{dpo: 1}",
+        "policy.model": models / "policy",
+        "judge.model": models / "judge",
+        "render.model": models / "video",
+        "reward.model": models / "reward",
+        "reward.checklist.file": models / "reward/checklist.yaml",
+        "sft.epochs": 2,
+    }
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def snapshot(run: RunDir) -> dict[str, int]:
+    """When each video and checkpoint file was written."""
+    names = [name for name in run.files() if name.startswith(("videos/", "checkpoints/"))]
+    return {name: os.stat(f"{run.path}/{name}").st_mtime_ns for name in names}
+
+
+def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
+    head: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    queries = tmp_path / "queries.txt"
+    queries.write_text(
+        "\n".join(f"a {animal} in the rain" for animal in ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"])
+    )
+    out = tmp_path / "run"
+    ray = Path(sys.executable).parent / "ray"
+    entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
+    entry += overrides(tiny_models, queries)
+    # Only what the job needs travels; the package is installed where the nodes run.
+    work = tmp_path / "work"
+    shutil.copytree(ROOT / "jobs", work / "jobs")
+    shutil.copytree(ROOT / "vpo_ray/data", work / "vpo_ray/data")
+    submit = [ray, "job", "submit", "--address", head, "--working-dir", work, "--", *entry]
+    done = subprocess.run(submit, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+    run = RunDir(out)
+    ledger = run.read_json("ledger.json")
+    assert reconcile(ledger) == []
+    assert run.table("feedback").count() == 40
+    assert run.table("pairs").count() > 0
+    for phase in ("sft", "dpo"):
+        assert run.exists(f"checkpoints/{phase}/vpo.json")
+        assert run.metrics(phase)
+    example = run.read_json("example.json")
+    assert example["query"] and example["sft"] and example["dpo"]
+    assert run.exists("report/index.html")
+
+    before = snapshot(run)
+    again = subprocess.run(
+        [sys.executable, *entry[1:]], capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ
+    )
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert snapshot(run) == before, "the second run rendered and trained nothing"
