@@ -6,6 +6,7 @@ hands the engine one user message: the checkpoint's chat template puts it into t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -24,6 +25,9 @@ from vpo_ray.serve.request import ChatRequest, RequestError, max_body_bytes, par
 
 logger = logging.getLogger("ray.serve")
 http = FastAPI(title="vpo_ray", docs_url=None, redoc_url=None)
+
+# Without a replica that can take it a call waits for one: whoever asks for health is told sooner.
+HEALTH_SECONDS = 5
 
 _BODY = {
     "requestBody": {
@@ -78,8 +82,7 @@ class Ingress:
     """
 
     def __init__(self, engine: DeploymentHandle, settings: Serve, control: tuple[str, ...]) -> None:
-        self.engine = engine.options(stream=True)
-        self.health_of = engine
+        self.engine, self.answers = engine, engine.options(stream=True)
         self.settings, self.control = settings, control
         self.created = int(time.time())
 
@@ -87,7 +90,7 @@ class Ingress:
     async def health(self) -> dict[str, str]:
         """Answers once the engine does."""
         try:
-            await self.health_of.check_health.remote()
+            await asyncio.wait_for(self.engine.check_health.remote(), HEALTH_SECONDS)
         except Exception as error:
             raise RequestError(503, "the engine does not answer", code="engine_unavailable") from error
         return {"status": "ok"}
@@ -106,7 +109,7 @@ class Ingress:
     async def chat(self, request: Request) -> Response:
         query, fields = parse_request(await _read(request, max_body_bytes(self.settings)), self.settings)
         fields["messages"] = [{"role": "user", "content": neutralise(query, self.control)}]
-        answer = aiter(self.engine.chat_json.remote(fields))
+        answer = aiter(self.answers.chat_json.remote(fields))
         # The first part tells whether the engine took the request, while the status can still be set.
         first = await anext(answer)
         if isinstance(first, dict):
