@@ -201,7 +201,7 @@ def test_storage_that_fails_stops_the_run_and_makes_no_error_rows(tmp_path: Path
     (faults / "render-q2-1").write_text("disk full")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe)
-    with pytest.raises(StorageError, match="disk full"):
+    with pytest.raises(GenerationError, match="disk full"):
         generate(recipe, run, MODELS)
     assert all(row["error"] is None for row in run.table("feedback").rows())
     (faults / "render-q2-1").unlink()

@@ -21,14 +21,14 @@ import ray
 from ray.data import Dataset
 
 from vpo_ray import policy_prompt
-from vpo_ray.pools import STORAGE, TASK_CPUS, Outcome, batch_pool, progress_handle, split_blocks
+from vpo_ray.pools import STOP, TASK_CPUS, Outcome, batch_pool, progress_handle, split_blocks
 from vpo_ray.progress import StatusTable
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.records import FEEDBACK, Row, failed, table
 from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.sample import Sampler, candidates
-from vpo_ray.storage import RunDir, StorageError, Table
+from vpo_ray.storage import RunDir, Table
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def generate(
         Counts by stage of what this call did.
 
     Raises:
-        GenerationError: too large a share of rows failed.
-        StorageError: a table or the video store cannot be written.
+        GenerationError: too large a share of rows failed, a model cannot be used, or a table or the
+            video store cannot be written.
     """
     first = True
     total = {stage: {"done": 0, "errors": 0, "passed": 0} for stage in stages}
@@ -201,9 +201,11 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count
-            if STORAGE in (stages := batch["error_stage"].to_pylist()):
-                reason = batch["error"][stages.index(STORAGE)].as_py()
-                raise StorageError(f"{reason}. Make room or fix access, and run the same command again")
+            if STOP in (stages := batch["error_stage"].to_pylist()):
+                reason = batch["error"][stages.index(STOP)].as_py()
+                raise GenerationError(
+                    f"{reason}\nFix this and run the same command again: what was made is kept"
+                )
             if finished >= limits.min_rows and errors > limits.max_error_share * finished:
                 reasons = batch["error"].drop_null().unique().to_pylist()[:3]
                 raise GenerationError(

@@ -31,8 +31,9 @@ TASK_CPUS = 0.1
 # An actor that dies is always replaced; its batch is tried once more, then left to the next pass.
 RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
 
-# `error_stage` of rows whose storage failed: a full disk is no property of a row.
-STORAGE = "storage"
+# `error_stage` of rows whose stage cannot work at all (`stops_run` of the exception): a full disk or
+# a model that does not load is no property of a row.
+STOP = "stop"
 
 RESULT = pa.schema([FEEDBACK.field("candidate_id"), FEEDBACK.field("error"), FEEDBACK.field("error_stage")])
 
@@ -106,15 +107,15 @@ class Outcome:
     def publish(self, rows: Sequence[Row], done: Sequence[Row]) -> pa.Table:
         """Store the batch with its done rows in place, count them, and pass it on.
 
-        When storage fails, the rows go on as STORAGE errors that no table keeps: the driver stops
-        the run at the first, and the next run takes them again.
+        When storage fails, the rows go on as STOP errors that no table keeps: the driver stops the
+        run at the first, and the next run takes them again.
         """
         made = {row["candidate_id"]: row for row in done}
         out = [made.get(row["candidate_id"], row) for row in rows]
         try:
-            self.table.append([row for row in out if row["error_stage"] != STORAGE])
+            self.table.append([row for row in out if row["error_stage"] != STOP])
         except StorageError as error:
-            out = [failed(row, STORAGE, str(error)) for row in out]
+            out = [failed(row, STOP, str(error)) for row in out]
         errors = sum(row["error"] is not None for row in done)
         self.metrics = self.metrics or StageMetrics(self.stage)
         self.metrics.count(done)
@@ -145,12 +146,9 @@ class StageActor:
             with self.outcome.timed(len(wanted)) as seconds:
                 try:
                     done = self.stage(wanted)
-                except StorageError as error:
-                    done = [failed(row, STORAGE, str(error)) for row in wanted]
                 except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
-                    done = [
-                        failed(row, self.stage.name, f"{type(error).__name__}: {error}") for row in wanted
-                    ]
+                    where = STOP if getattr(error, "stops_run", False) else self.stage.name
+                    done = [failed(row, where, f"{type(error).__name__}: {error}") for row in wanted]
             done = [self.outcome.charge(row, seconds[0]) for row in done]
         return self.outcome.publish(rows, done)
 

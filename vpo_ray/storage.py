@@ -47,12 +47,17 @@ def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 class StorageError(RuntimeError):
     """A folder or object that cannot be read or written; the message says which and why."""
 
+    stops_run = True  # see pools.STOP
+
 
 class Folder:
     """A folder on any filesystem that `pyarrow.fs` opens. Picklable; cheap to make.
 
     Args:
         uri: a local path or a URI.
+
+    Raises:
+        StorageError: a URI of no known filesystem, or a bucket that cannot be found.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -61,9 +66,12 @@ class Folder:
         self._open()
 
     def _open(self) -> None:
-        self.fs, self.path = pafs.FileSystem.from_uri(
-            self.uri if "://" in self.uri else Path(self.uri).as_uri()
-        )
+        try:
+            self.fs, self.path = pafs.FileSystem.from_uri(
+                self.uri if "://" in self.uri else Path(self.uri).as_uri()
+            )
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"cannot open {self.uri}: {error}") from error
 
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
         return (type(self), (self.uri,))
@@ -174,11 +182,18 @@ class Table(Folder):
         paths = [f"{self.path}/{part}" for part in (self.parts() if parts is None else parts)]
         if not paths:
             return
-        dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
+        required = {field.name for field in self.schema if not field.nullable}
         try:
-            yield from dataset.to_batches(columns=list(columns) if columns else None, filter=where)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            raise StorageError(f"{self.uri} holds a table of another schema: {error}") from error
+            dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
+            for batch in dataset.to_batches(columns=list(columns) if columns else None, filter=where):
+                batch.validate(full=True)
+                # A column that a part lacks comes as nulls.
+                absent = [n for n in batch.schema.names if n in required and batch[n].null_count]
+                if absent:
+                    raise StorageError(f"{self.uri} holds a part of another table: no {', '.join(absent)}")
+                yield batch
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+            raise StorageError(f"{self.uri} holds a part that cannot be read: {error}") from error
 
     def rows(
         self, columns: Sequence[str] | None = None, where: pads.Expression | None = None

@@ -48,6 +48,8 @@ _SAMPLES = 64  # places in a large file
 class VideoModelError(ValueError):
     """A model or a setting that cannot render at all: the run should stop, not the row."""
 
+    stops_run = True  # see pools.STOP
+
 
 def model_identity(model: str, revision: str | None) -> str:
     """What a model's weights are, whatever path or branch name leads to them.

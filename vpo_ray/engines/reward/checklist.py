@@ -21,6 +21,8 @@ Convention = Literal["sum01", "mean_pm1"]
 class ChecklistError(ValueError):
     """A checklist that cannot be used. The message names the file, the entry and the fix."""
 
+    stops_run = True  # see pools.STOP
+
 
 @dataclass(frozen=True)
 class Question:

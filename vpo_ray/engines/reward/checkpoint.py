@@ -21,6 +21,8 @@ Shape = tuple[int, ...]
 class CheckpointError(ValueError):
     """A folder that is not a usable CogVLM2-Video checkpoint; the message names what is wrong."""
 
+    stops_run = True  # see pools.STOP
+
 
 @dataclass(frozen=True)
 class VisionConfig:
