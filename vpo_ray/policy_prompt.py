@@ -37,10 +37,13 @@ def read_prompt(name: str) -> str:
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Every string that this tokenizer turns into one control token, longest first."""
+    """Every string that this tokenizer turns into one control token, longest first.
+
+    White space and single characters are no control tokens, whatever a tokenizer calls special.
+    """
     added = tokenizer.added_tokens_decoder.values()
     tokens = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
-    return tuple(sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t)))
+    return tuple(sorted((t for t in tokens if len(t.strip()) > 1), key=lambda t: (-len(t), t)))
 
 
 def neutralise(text: str, tokens: tuple[str, ...]) -> str:
