@@ -225,12 +225,27 @@ class Checklist(Section):
         return self
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible endpoint. The key is read from the environment, never from a recipe."""
+
+    base_url: Annotated[str | None, Field(description="the openai client's default when unset")] = None
+    api_key_env: Annotated[str | None, Field(description="variable with the key; null for none")] = (
+        "OPENAI_API_KEY"
+    )
+    concurrency: Positive = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+    retries: Annotated[int, Field(ge=0)] = 5
+    logprobs: bool = True
+
+
 class Reward(Section):
     """The reward model. `convention`: sum01 adds the weights of the questions answered yes (VPO);
-    mean_pm1 is VisionReward's repository script, sum(w * (+1|-1)) / n."""
+    mean_pm1 is VisionReward's repository script, sum(w * (+1|-1)) / n. With `kind: openai` the
+    model is one of the endpoint's, and dtype, attention, template and device are not used."""
 
-    kind: Literal["visionreward"] = "visionreward"
+    kind: Literal["visionreward", "openai"] = "visionreward"
     model: str
+    endpoint: Endpoint = Endpoint()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
     frame_strategy: Literal["chat", "base"] | float = Field(

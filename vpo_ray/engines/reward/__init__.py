@@ -14,7 +14,10 @@ from typing import Protocol
 from vpo_ray.recipe import Reward
 
 # Recipe name -> module; imported when asked for, because they bring torch.
-KINDS = {"visionreward": "vpo_ray.engines.reward.visionreward"}
+KINDS = {
+    "visionreward": "vpo_ray.engines.reward.visionreward",
+    "openai": "vpo_ray.engines.reward.endpoint",
+}
 
 
 class RewardError(ValueError):

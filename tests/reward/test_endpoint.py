@@ -1,0 +1,165 @@
+import base64
+import io
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray import recipe
+from vpo_ray.engines.reward import RewardError, Scored, build
+from vpo_ray.engines.reward.endpoint import EndpointError, EndpointReward
+
+Reply = tuple[int, dict[str, Any]]
+
+
+class Server(ThreadingHTTPServer):
+    """An endpoint that answers what the test wants and keeps what it was asked."""
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply = reply
+        self.requests: list[dict[str, Any]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request)
+        status, body = self.server.reply(request)
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def completion(text: str, logprobs: list[dict[str, Any]] | None = None) -> Reply:
+    message = {"role": "assistant", "content": text}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "message": message}
+    if logprobs is not None:
+        choice["logprobs"] = {"content": logprobs}
+    usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    base = {"id": "1", "object": "chat.completion", "created": 0, "model": "vlm"}
+    return 200, {**base, "choices": [choice], "usage": usage}
+
+
+def yes(request: dict[str, Any]) -> Reply:
+    return completion('{"answer": "yes"}')
+
+
+def question(request: dict[str, Any]) -> str:
+    return request["messages"][1]["content"][-1]["text"]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], Reply]], Server]]:
+    servers = []
+
+    def start(reply: Callable[[dict[str, Any]], Reply]) -> Server:
+        server = Server(reply)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> Callable[..., EndpointReward]:
+    path = tmp_path / "checklist.yaml"
+    questions = [('Is "[[prompt]]" there?', 2), ("Is it sharp?", 1)]
+    path.write_text(json.dumps({"questions": [{"question": q, "weight": w} for q, w in questions]}))
+
+    def make(server: Server, **options: Any) -> EndpointReward:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        endpoint = recipe.Endpoint(base_url=url, api_key_env=None, timeout_s=10, retries=2)
+        checklist = recipe.Checklist(file=str(path))
+        settings = recipe.Reward(
+            kind="openai", model="vlm", endpoint=endpoint, checklist=checklist, **options
+        )
+        found = build(settings)
+        assert isinstance(found, EndpointReward)
+        return found
+
+    return make
+
+
+def scored(result: Scored | Exception) -> Scored:
+    assert isinstance(result, Scored), result
+    return result
+
+
+def test_every_question_is_asked_once_with_the_chosen_frames(serve: Any, reward: Any, clip: Any) -> None:
+    from PIL import Image
+
+    server = serve(yes)
+    model = reward(server)
+    result = scored(model.score([clip(1, frames=17)], ["a cat"])[0])
+    assert (result.score, [a.probability for a in result.answers]) == (3.0, [1.0, 1.0])
+    assert sorted(map(question, server.requests)) == ['Is "a cat" there?', "Is it sharp?"]
+    images = [part for part in server.requests[0]["messages"][1]["content"] if part["type"] == "image_url"]
+    assert len(images) == 3  # 17 frames at 8 fps, one a second
+    data = base64.b64decode(images[0]["image_url"]["url"].split(",")[1])
+    assert Image.open(io.BytesIO(data)).size == (96, 64)
+    assert (model.prompt_tokens, model.completion_tokens) == (20, 6)
+
+
+def test_probabilities_come_from_the_answers_own_token(serve: Any, reward: Any, clip: Any) -> None:
+    top = [{"token": "yes", "logprob": math.log(0.3)}, {"token": " No", "logprob": math.log(0.6)}]
+    tokens = [
+        {"token": '{"answer": "', "logprob": 0.0, "top_logprobs": []},
+        {"token": "yes", "logprob": math.log(0.3), "top_logprobs": top},
+    ]
+    server = serve(lambda _: completion('{"answer": "yes"}', tokens))
+    video = clip(1)
+    by_text = scored(reward(server).score([video], ["a cat"])[0])
+    by_margin = scored(reward(server, rule="margin").score([video], ["a cat"])[0])
+    assert [a.probability for a in by_text.answers] == pytest.approx([1 / 3, 1 / 3])
+    assert (by_text.score, by_margin.score) == (3.0, 0.0)
+
+
+def test_an_answer_that_is_neither_is_an_error_of_this_video(serve: Any, reward: Any, clip: Any) -> None:
+    server = serve(lambda request: completion("maybe") if "dog" in question(request) else yes(request))
+    results = reward(server).score([clip(1), clip(2), b"no video"], ["a cat", "a dog", "a fox"])
+    assert scored(results[0]).score == 3.0
+    assert "question 1: the endpoint answered 'maybe'" in str(results[1])
+    assert isinstance(results[2], RewardError)
+
+
+def test_too_many_requests_are_tried_again(serve: Any, reward: Any, clip: Any) -> None:
+    busy = iter([429, 503])
+
+    def reply(request: dict[str, Any]) -> Reply:
+        status = next(busy, 200)
+        return yes(request) if status == 200 else (status, {"error": {"message": "busy"}})
+
+    assert scored(reward(serve(reply)).score([clip(1)], ["a cat"])[0]).score == 3.0
+
+
+def test_a_refused_key_stops_the_run(serve: Any, reward: Any, clip: Any) -> None:
+    server = serve(lambda _: (401, {"error": {"message": "bad key"}}))
+    with pytest.raises(EndpointError, match="bad key"):
+        reward(server).score([clip(1)], ["a cat"])
+
+
+def test_an_absent_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLM_KEY", raising=False)
+    endpoint = recipe.Endpoint(api_key_env="VLM_KEY")
+    checklist = recipe.Checklist(file=str(tmp_path / "absent.yaml"))
+    with pytest.raises(EndpointError, match="VLM_KEY is not set"):
+        build(recipe.Reward(kind="openai", model="vlm", endpoint=endpoint, checklist=checklist))
