@@ -49,7 +49,8 @@ def curate(settings: Queries) -> Iterator[tuple[str, Row]]:
             yield (
                 "dropped",
                 {
-                    "row_id": content_id(source, number),
+                    # Files in two folders may have one name: the count keeps their rows apart.
+                    "row_id": content_id(source, number, read),
                     "source": source,
                     "row": number,
                     "reason": reason,
@@ -88,7 +89,8 @@ def read_queries(settings: Queries) -> Iterator[Raw]:
     """Every value of the query column over all files. Raises InputError."""
     patterns = [settings.path] if isinstance(settings.path, str) else settings.path
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        literal = Path(pattern).exists() or not glob.has_magic(pattern)
+        paths = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise InputError(f"queries.path {pattern}: no file matches")
         for path in paths:
@@ -100,6 +102,8 @@ def read_queries(settings: Queries) -> Iterator[Raw]:
                     yield Path(path).name, number, value
             except OSError as error:
                 raise InputError(f"queries.path {path}: {error.strerror or error}") from error
+            except (pa.ArrowInvalid, csv.Error) as error:
+                raise InputError(f"queries.path {path}: it cannot be read: {error}") from error
 
 
 def _accept(value: Any, settings: Queries) -> tuple[str, str | None]:
@@ -169,15 +173,19 @@ def _jsonl(path: str, column: str) -> Iterator[Any]:
             yield line
         elif line.strip():
             try:
-                yield _field(json.loads(line), column)
-            except json.JSONDecodeError:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
                 yield _Unreadable("not JSON", line.encode())
+            else:
+                yield _field(value, column)
 
 
 def _json(path: str, column: str) -> Iterator[Any]:
+    raw = Path(path).read_bytes()
     try:
-        values = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+        # Bytes that are no text come as lone surrogates, which `normalise` refuses row by row.
+        values = json.loads(raw.decode(json.detect_encoding(raw), "surrogateescape"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"queries.path {path}: not a JSON file: {error}") from error
     if not isinstance(values, list):
         raise InputError(
@@ -187,12 +195,19 @@ def _json(path: str, column: str) -> Iterator[Any]:
 
 
 def _csv(path: str, column: str) -> Iterator[Any]:
-    # Bytes that are no UTF-8 come as lone surrogates, which `normalise` refuses row by row.
+    # Bytes that are no UTF-8 come as lone surrogates, as in `_json`.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         if column not in (reader.fieldnames or []):
             raise InputError(f"queries.path {path}: no column {column!r}; it has {reader.fieldnames}")
-        for record in reader:
+        while True:
+            try:
+                record = next(reader, None)
+            except csv.Error:
+                yield _Unreadable("not CSV", b"")
+                continue
+            if record is None:
+                return
             yield record[column]
 
 
@@ -205,7 +220,14 @@ def _parquet(path: str, column: str) -> Iterator[Any]:
         if column not in file.schema_arrow.names:
             raise InputError(f"queries.path {path}: no column {column!r}; it has {file.schema_arrow.names}")
         for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
+            yield from (_python(value) for value in batch.column(0))
+
+
+def _python(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return _Unreadable("invalid UTF-8", value.as_buffer().to_pybytes())
 
 
 _READERS: dict[str, Callable[[str, str], Iterator[Any]]] = {
