@@ -89,7 +89,10 @@ def dominates(chosen: Row, rejected: Row, level: str) -> bool:
 
 def _choose(found: Iterable[Row], count: int, best: bool) -> list[Row]:
     """At most `count` pairs, the widest margins first when `best`, each pair of texts once."""
-    rows = list({(row["chosen"], row["rejected"]): row for row in found}.values())
+    first: dict[tuple[str, str], Row] = {}
+    for row in found:
+        first.setdefault((row["chosen"], row["rejected"]), row)
+    rows = list(first.values())
     if best:
         rows.sort(key=lambda row: -(row["margin"] or 0.0))
     return rows[:count]
