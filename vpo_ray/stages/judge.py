@@ -19,7 +19,6 @@ from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
 from vpo_ray.records import VERDICTS, Row, Verdict, seed_of
 
-
 Ask = Callable[[str, dict[str, Any]], Awaitable[str]]
 
 
@@ -120,7 +119,7 @@ def refined_fault(refined: str, original: str, word_limit: int) -> str | None:
         return "empty"
     if " ".join(refined.split()) == " ".join(original.split()):
         return "equal to the original"
-    if "\n" in refined:
+    if len(refined.splitlines()) > 1:
         return "several paragraphs"
     if len(refined.split()) > word_limit:
         return f"over {word_limit} words"
@@ -131,8 +130,10 @@ def _object(text: str) -> dict[str, Any]:
     try:
         # Grammars let raw control characters into strings; they do no harm to a verdict.
         value = json.loads(text, strict=False)
-    except json.JSONDecodeError as error:
-        raise JudgeError(f"the judge's answer is not JSON ({error.msg}): {text[:200]!r}") from error
+        # An escape may hold half a character, which no table and no tokenizer takes.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise JudgeError(f"the judge's answer is not JSON ({error}): {text[:200]!r}") from error
     if not isinstance(value, dict):
         raise JudgeError(f"the judge's answer is not an object: {text[:200]!r}")
     return value
