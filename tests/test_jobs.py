@@ -1,6 +1,7 @@
 """The whole loop through Ray's job API, as a platform team submits it: SFT, feedback, DPO, an answer."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -28,8 +29,9 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
-    """A head node of its own: ports, folder, processes. Yields the address of its job API."""
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head node of its own: ports, folder, processes, token. Yields the environment of its users."""
+    user = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     folder = tempfile.mkdtemp(prefix="j", dir="/tmp")
     dashboard = free_port()
     ray = Path(sys.executable).parent / "ray"
@@ -46,7 +48,7 @@ def head(tmp_path: Path) -> Iterator[str]:
     arguments += [f"--dashboard-port={dashboard}", "--object-store-memory=400000000"]
     with open(tmp_path / "head.log", "wb") as log:
         # Its own process group, so that exactly its processes can be stopped.
-        node = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+        node = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True, env=user)
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -56,7 +58,7 @@ def head(tmp_path: Path) -> Iterator[str]:
             assert node.poll() is None, (tmp_path / "head.log").read_text()
             assert time.monotonic() < deadline, "the head node did not start in time"
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{dashboard}"
+        yield {**user, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         try:
@@ -87,12 +89,11 @@ def snapshot(run: RunDir) -> dict[str, int]:
 
 
 def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
-    head: str, tiny_models: Path, tmp_path: Path
+    head: dict[str, str], tiny_models: Path, tmp_path: Path
 ) -> None:
     queries = tmp_path / "queries.txt"
-    queries.write_text(
-        "\n".join(f"a {animal} in the rain" for animal in ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"])
-    )
+    animals = ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"]
+    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
     out = tmp_path / "run"
     ray = Path(sys.executable).parent / "ray"
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
@@ -101,8 +102,8 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     work = tmp_path / "work"
     shutil.copytree(ROOT / "jobs", work / "jobs")
     shutil.copytree(ROOT / "vpo_ray/data", work / "vpo_ray/data")
-    submit = [ray, "job", "submit", "--address", head, "--working-dir", work, "--", *entry]
-    done = subprocess.run(submit, capture_output=True, text=True, timeout=900)
+    submit = [ray, "job", "submit", "--working-dir", work, "--", *entry]
+    done = subprocess.run(submit, capture_output=True, text=True, timeout=900, env=head)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
     run = RunDir(out)
@@ -114,7 +115,7 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
         assert run.exists(f"checkpoints/{phase}/vpo.json")
         assert run.metrics(phase)
     example = run.read_json("example.json")
-    assert example["query"] and example["sft"] and example["dpo"]
+    assert all(example[name] for name in ("query", "sft", "dpo"))
     assert run.exists("report/index.html")
 
     before = snapshot(run)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from vpo_ray.policy_prompt import read_prompt
-from vpo_ray.recipe import Recipe, differences, locate
+from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id, normalise, query_id
 from vpo_ray.stages.curate import InputError, curate
 from vpo_ray.stages.pair import pairs_of_query
@@ -48,7 +48,9 @@ def open_run(recipe: Recipe) -> RunDir:
     """
     run = RunDir(recipe.out)
     if run.exists("recipe.yaml"):
-        changed = differences(yaml.safe_load(run.read("recipe.yaml")), recipe.dump())
+        # Parsed, so that a key which is newer than the run counts with its default.
+        stored = parse(yaml.safe_load(run.read("recipe.yaml")), f"{run.uri}/recipe.yaml")
+        changed = differences(stored.dump(), recipe.dump())
         if changed:
             raise LoopError(
                 f"{run.uri} was made by another recipe. These keys differ:\n  "

@@ -362,10 +362,13 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
     def fingerprint(self, *sections: str) -> str:
-        """16 hex digits over every key that changes results (of `sections`, or of all)."""
-        chosen = {
-            k: v for k, v in computed(self.dump()).items() if not sections or k.split(".")[0] in sections
-        }
+        """16 hex digits over every key that changes results (of `sections`, or of all).
+
+        Keys at their defaults do not count, so that a key which a later version adds leaves the
+        fingerprints of older recipes as they are.
+        """
+        given = computed(self.model_dump(mode="json", exclude_defaults=True))
+        chosen = {k: v for k, v in given.items() if not sections or k.split(".")[0] in sections}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
