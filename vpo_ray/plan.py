@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import Recipe
-from vpo_ray.stages.curate import read_queries, split_of
+from vpo_ray.stages.curate import curate
 from vpo_ray.storage import RunDir
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,12 +34,8 @@ def check(recipe: Recipe) -> None:
 def plan(recipe: Recipe) -> str:
     """A table of rows and replica-hours by stage; hours come from the run directory's own ledger."""
     check(recipe)
-    total = queries = 0
-    for _, number, value in read_queries(recipe.queries):
-        total += 1
-        queries += split_of(f"{number}{value}", recipe.queries.splits) == "dpo"
-    if recipe.queries.limit is not None:
-        queries = min(queries, round(recipe.queries.limit * queries / max(total, 1)))
+    read = Counter(row.get("split", "dropped") for _, row in curate(recipe.queries))
+    queries = read["dpo"]
     measured = _seconds_per_row(RunDir(recipe.out))
     rows = queries * recipe.sample.k
     pools = {
@@ -49,7 +47,8 @@ def plan(recipe: Recipe) -> str:
     lines = [
         f"recipe      {recipe.name}, fingerprint {recipe.fingerprint()}",
         f"run         {recipe.out}",
-        f"queries     {total} rows read, about {queries} for feedback, {recipe.sample.k} candidates each",
+        f"queries     {read.total():,} rows read, {read['dropped']:,} dropped, {queries:,} for feedback, "
+        f"{recipe.sample.k} candidates each",
         "",
         f"{'stage':<8} {'rows, at most':>14} {'pool':>7} {'s a row':>9} {'replica-hours':>14} {'hours':>8}",
     ]
@@ -87,7 +86,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
     yield from _folder("judge.model", recipe.judge.model, "config.json", "*.safetensors")
     yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
-    yield from _folder("reward.model", recipe.reward.model, "config.json", "*.safetensors")
+    if recipe.reward.kind != "openai":
+        yield from _folder("reward.model", recipe.reward.model, "config.json", "*.safetensors")
     for key, slots, name in (
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),
         ("judge.critique_prompt", (SLOT, "{prompt}"), recipe.judge.critique_prompt),
@@ -99,19 +99,33 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: {error}"
             continue
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
-    checklist = recipe.reward.checklist
-    files = {
-        "sft.data": recipe.sft.data if recipe.sft else None,
-        "reward.checklist.file": checklist.file,
-        "reward.checklist.questions": checklist.questions,
-        "reward.checklist.weights": checklist.weights,
-    }
-    for key, path in files.items():
-        if path is not None and "://" not in path and not Path(path).is_file():
-            yield f"{key}: no such file: {path}"
+    yield from _checklist(recipe)
+    if recipe.sft is not None:
+        yield from _file("sft.data", recipe.sft.data)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
+
+
+def _checklist(recipe: Recipe) -> Iterator[str]:
+    settings = recipe.reward.checklist
+    files = {name: getattr(settings, name) for name in ("file", "questions", "weights")}
+    absent = [line for name, path in files.items() for line in _file(f"reward.checklist.{name}", path)]
+    yield from absent
+    if absent or any(path is not None and "://" in path for path in files.values()):
+        return
+    try:
+        questions = checklists.load(settings).questions
+    except checklists.ChecklistError as error:
+        yield f"reward.checklist: {error}"
+        return
+    if recipe.pair.dominance == "dimension" and all(question.dimension is None for question in questions):
+        yield "pair.dominance: dimension needs a checklist with dimensions, this one has none"
+
+
+def _file(key: str, path: str | None) -> Iterator[str]:
+    if path is not None and "://" not in path and not Path(path).is_file():
+        yield f"{key}: no such file: {path}"
 
 
 def _folder(key: str, name: str, marker: str, weights: str) -> Iterator[str]:
