@@ -9,6 +9,7 @@ vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatib
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="vpo",
         description="Make a prompt optimiser for your own text-to-video model, on Ray.",
         epilog="Start with: vpo tiny runs/tiny && vpo run jobs/recipes/tiny.yaml",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show debug logs and the workers' output"
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(command=run, name=name)
         return sub
 
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
-    overrides = list(arguments.set) + ([f"out={arguments.out}"] if arguments.out else [])
+    # As a JSON string, so that no name of a folder is read as another YAML value.
+    out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
+    overrides = [*arguments.set, *out]
     return recipes.load(arguments.recipe, overrides)
 
 
