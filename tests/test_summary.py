@@ -1,0 +1,55 @@
+"""The last screen of a run: text of users and models cannot move the cursor or hide a word."""
+
+from pathlib import Path
+
+import pytest
+
+from vpo_ray.ledger import build_ledger
+from vpo_ray.recipe import load
+from vpo_ray.storage import RunDir
+from vpo_ray.summary import WIDTH, summary
+
+TINY = Path(__file__).parents[1] / "jobs/recipes/tiny.yaml"
+HOSTILE = (
+    "clear\x1b[2J\x1b]0;title\x07 bell\x00 \x9b31m red \r overwrite \u202ereversed\u2066 \ufeff\u200b end"
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.table("queries").append([{"query_id": "q", "query": "a cat", "split": "dpo"}])
+    made.write_json("ledger.json", build_ledger(made, load(TINY)))
+    return made
+
+
+def test_the_funnel_and_where_to_look(run: RunDir) -> None:
+    lines = summary(run).splitlines()
+    assert lines[1] == "1 queries → 0 candidates → 0 aligned → 0 videos → 0 pairs"
+    assert f"report   {run.uri}/report/index.html" in lines
+    assert f"ledger   {run.uri}/ledger.json" in lines
+    assert not any(line.startswith(("serve", "policy", "query")) for line in lines)
+
+
+@pytest.mark.parametrize(("made", "shown"), [(["sft"], "sft"), (["sft", "dpo"], "dpo"), (["dpo"], "dpo")])
+def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str], shown: str) -> None:
+    for phase in made:
+        run.write_json(f"checkpoints/{phase}/vpo.json", {})
+    assert f"serve    vpo serve {run.uri}/checkpoints/{shown}" in summary(run).splitlines()
+    assert summary(run).count("serve    ") == 1
+
+
+def test_control_characters_never_reach_the_terminal(run: RunDir) -> None:
+    run.write_json("example.json", {"query": HOSTILE, "sft": HOSTILE, "dpo": HOSTILE})
+    text = summary(run)
+    assert all(char == "\n" or char.isprintable() for char in text)
+    assert "overwrite" in text
+    assert text.count("end\n") == 3
+
+
+def test_long_and_empty_texts(run: RunDir) -> None:
+    run.write_json("example.json", {"query": "", "sft": "word " * 100, "dpo": "x" * 300})
+    lines = summary(run).splitlines()
+    assert all(len(line) <= WIDTH for line in lines if not line.startswith(("report", "ledger")))
+    assert sum(line.count("word") for line in lines) == 100
+    assert sum(line.startswith(("query ", "sft ", "dpo ")) for line in lines) == 3
