@@ -10,11 +10,12 @@ stages were run one by one, goes on exactly where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 # Stage -> the table that it writes; a stage reads the table before its own.
 STAGES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
 
+# Ids are compared as sorted arrays of 32 bytes each: sets of strings would take five times that in
+# the driver, and workers look into an array where it lies in the object store.
+ID = "S32"
 
 # Videos are made for the queries of the DPO split.
 GENERATED = pc.field("split") == "dpo"
@@ -119,43 +123,74 @@ def _stream(
     return None if stream is None else (stream, progress)
 
 
-def _later_keys(run: RunDir, stages: Sequence[str], retry_errors: bool) -> dict[str, set[str]]:
+def _later_keys(run: RunDir, stages: Sequence[str], retry_errors: bool) -> dict[str, np.ndarray]:
     """For each stage, the ids that its own table or one behind it has already."""
     where = pc.field("error").is_null() if retry_errors else None
-    keys: set[str] = set()
-    later: dict[str, set[str]] = {}
+    keys = _ids(())
+    later: dict[str, np.ndarray] = {}
     for stage in reversed(list(STAGES)):
         if stage in stages:
-            keys = keys | run.table(STAGES[stage]).keys(where)
+            own = _ids(_stored(run.table(STAGES[stage]), where))
+            # Mostly nothing is new: what left a later stage has passed this one.
+            new = own[~_among(own, keys)]
+            keys = np.sort(np.concatenate([keys, new])) if len(new) else keys
             later[stage] = keys
     return later
 
 
 def _entering(
-    recipe: Recipe, run: RunDir, models: Models, stage: str, done: set[str], retry_errors: bool
+    recipe: Recipe, run: RunDir, models: Models, stage: str, done: np.ndarray, retry_errors: bool
 ) -> Dataset | None:
     """Rows of the table before `stage` that are not done: new to the stream here."""
+    where = pc.field("error").is_null() if retry_errors else None
+    # Looked up only where something is done: a first run starts at once.
+    if len(done) and _among(_wanted(recipe, run, models, stage, where), done).all():
+        return None
     if stage == "sample":
-        # Looked up only where something is done: a first run starts at once.
-        if done and all(row["candidate_id"] in done for row in _before(recipe, run, models, stage)):
-            return None
         expand = partial(_expand, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
         return _read(run.table("queries"), done, expand, GENERATED)
+    return _read(_table_before(run, stage), done, _rows_as_they_are, where)
+
+
+def _table_before(run: RunDir, stage: str) -> Table:
     names = list(STAGES)
-    before = run.table(STAGES[names[names.index(stage) - 1]])
-    where = pc.field("error").is_null() if retry_errors else None
-    if not before.keys(where) - done:
-        return None
-    return _read(before, done, _rows_as_they_are, where)
+    return run.table(STAGES[names[names.index(stage) - 1]])
 
 
-def _read(source: Table, done: set[str], expand: Any, where: Any) -> Dataset | None:
+def _wanted(recipe: Recipe, run: RunDir, models: Models, stage: str, where: Any = None) -> np.ndarray:
+    """The ids of every row that `stage` has to see, finished or not."""
+    if stage != "sample":
+        return _ids(_stored(_table_before(run, stage), where))
+    queries = (batch.to_pylist() for batch in run.table("queries").batches(where=GENERATED))
+    rows = (_expand(batch, recipe.sample, models.policy_id, recipe.seed) for batch in queries)
+    return _ids(row["candidate_id"] for batch in rows for row in batch)
+
+
+def _stored(stored: Table, where: Any = None) -> Iterator[str]:
+    for batch in stored.batches([stored.key], where):
+        yield from batch.column(0).to_pylist()
+
+
+def _ids(ids: Iterable[str]) -> np.ndarray:
+    array = np.fromiter(ids, ID)
+    array.sort()
+    return array
+
+
+def _among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """For each id, whether it is in the sorted array `known`."""
+    if not len(known):
+        return np.zeros(len(ids), bool)
+    return known.take(np.searchsorted(known, ids), mode="clip") == ids
+
+
+def _read(source: Table, done: np.ndarray, expand: Any, where: Any) -> Dataset | None:
     """A table's rows, expanded to FEEDBACK rows, without the done ones."""
     parts = source.parts()
     if not parts:
         return None
-    # The set is sent to the workers once, and only when there is one.
-    reference = ray.put(done) if done else None
+    # The ids are stored once for all workers of a node.
+    reference = ray.put(done)
     dataset = ray.data.from_items(
         [{"part": part} for part in parts], override_num_blocks=min(len(parts), 1000)
     )
@@ -168,11 +203,12 @@ def _read(source: Table, done: set[str], expand: Any, where: Any) -> Dataset | N
 
 
 def _read_parts(batch: pa.Table, source: Table, where: Any, expand: Any, done: Any) -> Any:
-    skip = ray.get(done) if done is not None else frozenset()
+    skip = ray.get(done)
     for part in batch["part"].to_pylist():
-        for rows in source.batches(where=where, parts=[part]):
-            fresh = [row for row in expand(rows.to_pylist()) if row["candidate_id"] not in skip]
-            yield table(fresh, FEEDBACK)
+        for stored in source.batches(where=where, parts=[part]):
+            rows = expand(stored.to_pylist())
+            old = _among(np.array([row["candidate_id"] for row in rows], ID), skip)
+            yield table([row for row, is_old in zip(rows, old, strict=True) if not is_old], FEEDBACK)
 
 
 def _expand(queries: list[Row], settings: Any, policy: str, seed: int) -> list[Row]:
@@ -223,23 +259,18 @@ def _configure(dataset: Dataset) -> None:
     context.execution_no_progress_timeout_s = 24 * 3600
 
 
-def _before(
-    recipe: Recipe, run: RunDir, models: Models, stage: str, columns: Sequence[str] | None = None
-) -> Iterator[Row]:
+def _before(recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator[Row]:
     """Every row that `stage` has to see, finished or not."""
     if stage != "sample":
-        names = list(STAGES)
-        yield from run.table(STAGES[names[names.index(stage) - 1]]).rows(columns)
+        yield from _table_before(run, stage).rows()
         return
     for query in run.table("queries").rows(where=GENERATED):
         yield from candidates(query, recipe.sample, models.policy_id, recipe.seed)
 
 
 def _unfinished(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str]) -> int:
-    have = run.table(STAGES[stages[-1]]).keys()
-    return sum(
-        row["candidate_id"] not in have for row in _before(recipe, run, models, stages[0], ["candidate_id"])
-    )
+    have = _ids(_stored(run.table(STAGES[stages[-1]])))
+    return int(np.count_nonzero(~_among(_wanted(recipe, run, models, stages[0]), have)))
 
 
 def _give_up(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str]) -> None:
