@@ -145,24 +145,31 @@ def one_pass(scorer: visionreward.VisionReward, video: bytes) -> tuple[list[int]
     return logits.argmax(-1).tolist(), clock.seconds()
 
 
-def compare(folder: Path, counts: Sequence[int], videos: int, repeats: int) -> dict[str, Any]:
+def compare(folder: Path, counts: Sequence[int], videos: int, every: int) -> dict[str, Any]:
     """Speed-ups and equal answers. The largest checklist holds the smaller ones' questions, so one
-    per-question run serves all; beyond the first video it asks the smallest checklist only."""
+    per-question run serves all; beyond the first video it asks the smallest checklist only. A pass
+    of each checklist follows every few single questions, so that both ways see the same machine."""
     scorers = {count: reward(folder, count) for count in counts}
     result: dict[str, Any] = {}
     equal = asked = 0
     for index in range(videos):
         video, counts_here = clip(index), counts if index == 0 else counts[:1]
         one_pass(scorers[counts[0]], video)
-        tokens, seconds = zip(*per_question(scorers[counts_here[-1]], video), strict=True)
+        tokens: list[int] = []
+        seconds: list[np.ndarray] = []
+        passes: dict[int, list[tuple[list[int], np.ndarray]]] = {count: [] for count in counts_here}
+        for token, spent in per_question(scorers[counts_here[-1]], video):
+            tokens.append(token)
+            seconds.append(spent)
+            if len(tokens) % every == 0:
+                for count in counts_here:
+                    passes[count].append(one_pass(scorers[count], video))
         for count in counts_here:
-            runs = [one_pass(scorers[count], video) for _ in range(repeats)]
-            equal += sum(a == b for a, b in zip(runs[0][0], tokens, strict=False))
+            equal += sum(a == b for a, b in zip(passes[count][0][0], tokens, strict=False))
             asked += count
-            slow, fast = np.sum(seconds[:count], axis=0), np.median([s for _, s in runs], axis=0)
-            log.info(
-                "video %d, %d questions: %.1f s one by one, %.2f s at once", index, count, slow[0], fast[0]
-            )
+            slow = np.mean(seconds, axis=0) * count
+            fast = np.mean([spent for _, spent in passes[count]], axis=0)
+            log.info("video %d, %d questions: %.1f s against %.2f s", index, count, slow[0], fast[0])
             if index == 0:
                 result[f"questions_{count}"] = figures(scorers[count], slow, fast)
     return result | {"answers_equal": equal, "answers": asked}
@@ -260,8 +267,8 @@ def workplace(folder: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One pass a video against one forward a question.")
-    parser.add_argument("--videos", type=int, default=2, help="clips to compare answers on (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="one-pass runs, median (%(default)s)")
+    parser.add_argument("--videos", type=int, default=1, help="clips to compare answers on (%(default)s)")
+    parser.add_argument("--every", type=int, default=16, help="questions between two passes (%(default)s)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=("one_pass", "per_question"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -273,7 +280,7 @@ def main() -> None:
             sys.stdout.write(json.dumps(peak(folder, args.peak)) + "\n")
             return
         peaks = {way: memory(folder, way) for way in ("one_pass", "per_question")}
-        result = compare(folder, (29, 64), args.videos, args.repeats)
+        result = compare(folder, (29, 64), args.videos, args.every)
         config = checkpoint.read_config(folder / "reward")
         parameters = sum(int(np.prod(shape)) for shape in checkpoint.tensor_shapes(config).values())
     result |= {
