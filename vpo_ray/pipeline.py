@@ -29,6 +29,7 @@ from vpo_ray.records import FEEDBACK, Row, failed, table
 from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.sample import Sampler, candidates
+from vpo_ray.stages.score import Scorer
 from vpo_ray.storage import RunDir, Table
 
 logger = logging.getLogger(__name__)
@@ -257,6 +258,9 @@ def _configure(dataset: Dataset) -> None:
     context.max_errored_blocks = -1
     # One block may hold a render of half an hour; `render.time_limit_s` ends a hung one.
     context.execution_no_progress_timeout_s = 24 * 3600
+    # Ray's own search for hung tasks asks the state API about each slow one from the scheduling loop:
+    # every 30 s all pools would wait for seconds.
+    context.issue_detectors_config.hanging_detector_config.detection_time_interval_s = -1
 
 
 def _before(recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator[Row]:
@@ -354,9 +358,13 @@ def _render_pool(
 def _score_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    settings = recipe.reward.model_copy(update={"model": locate(recipe.reward.model)})
-    from vpo_ray.stages.score import Scorer
-
+    checklist = {key: value and locate(value) for key, value in recipe.reward.checklist.files().items()}
+    settings = recipe.reward.model_copy(
+        update={
+            "model": locate(recipe.reward.model),
+            "checklist": recipe.reward.checklist.model_copy(update=checklist),
+        }
+    )
     stage = partial(Scorer, settings, recipe.render.store or f"{run.uri}/videos")
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
 

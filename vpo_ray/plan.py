@@ -109,7 +109,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 def _checklist(recipe: Recipe) -> Iterator[str]:
     settings = recipe.reward.checklist
-    files = {name: getattr(settings, name) for name in ("file", "questions", "weights")}
+    files = settings.files()
     absent = [line for name, path in files.items() for line in _file(f"reward.checklist.{name}", path)]
     yield from absent
     if absent or any(path is not None and "://" in path for path in files.values()):

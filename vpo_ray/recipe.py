@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vpo_ray.recipe_file import RecipeError, read_tree, set_key
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
 # runs of one run directory; every other key is part of the fingerprint.
@@ -28,10 +29,6 @@ OPERATIONAL = frozenset({
 })  # fmt: skip
 
 _VIDEO_PRESETS = Path(__file__).parent / "data" / "video_presets.yaml"
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used. The message names the file, the key and the fix."""
 
 
 class Section(BaseModel):
@@ -224,6 +221,9 @@ class Checklist(Section):
             raise ValueError("`questions` needs `weights`, a JSON list with one number per question")
         return self
 
+    def files(self) -> dict[str, str | None]:
+        return {"file": self.file, "questions": self.questions, "weights": self.weights}
+
 
 class Endpoint(Section):
     """An OpenAI-compatible endpoint. The key is read from the environment, never from a recipe."""
@@ -378,17 +378,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: for a file that is missing or no YAML mapping, an unknown key, or a bad value.
     """
-    path = Path(path)
-    try:
-        tree = yaml.load(path.read_text("utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a YAML mapping of sections, this is {type(tree).__name__}")
+    tree = read_tree(path)
     for item in overrides:
-        _override(tree, item)
+        set_key(tree, item)
     return parse(tree, str(path))
 
 
@@ -409,7 +401,7 @@ def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
         return load(path, overrides).serve
     tree: dict[str, Any] = {"serve": {}}
     for item in overrides:
-        _override(tree, item)
+        set_key(tree, item)
     try:
         return Serve.model_validate(tree["serve"])
     except ValidationError as error:
@@ -444,37 +436,6 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[
             yield from _leaves(value, (*prefix, key))
         else:
             yield ".".join((*prefix, key)), value
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would quietly take the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.items():
-            if count > 1:
-                raise yaml.MarkedYAMLError(problem=f"`{key}` is given twice", problem_mark=node.start_mark)
-        return node
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    key, sign, text = item.partition("=")
-    if not sign or not key.strip():
-        raise RecipeError(f"--set {item}: write it as key.path=value, e.g. --set render.steps=30")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {item}: the value is not YAML: {error}") from error
-    *parents, leaf = key.strip().split(".")
-    node: Any = tree
-    for depth, parent in enumerate(parents):
-        section = {} if node.get(parent) is None else node[parent]
-        if not isinstance(section, dict):
-            raise RecipeError(f"--set {item}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        # A YAML alias is one object in several places: the copy changes in this one only.
-        node[parent] = node = dict(section)
-    node[leaf] = value
 
 
 def _explain(error: Mapping[str, Any]) -> str:
