@@ -280,7 +280,7 @@ def test_one_that_cannot_be(override: str, says: str) -> None:
 
 def test_serve_alone() -> None:
     assert load_serve(None, ["serve.port=9000"]).port == 9000
-    assert load_serve(str(TINY), ["serve.port=9000"]).max_tokens == 48
+    assert load_serve(str(TINY), ["serve.port=9000"]).max_tokens == 80
     with pytest.raises(RecipeError, match=r"serve\.port"):
         load_serve(None, ["serve.port=-1"])
 
