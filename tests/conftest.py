@@ -44,6 +44,19 @@ def clip() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
+def tiny_sets(tiny_models: Path) -> list[str]:
+    """The `--set` options that point the tiny recipe to the tiny checkpoints."""
+    values = {
+        "policy.model": tiny_models / "policy",
+        "judge.model": tiny_models / "judge",
+        "render.model": tiny_models / "video",
+        "reward.model": tiny_models / "reward",
+        "reward.checklist.file": tiny_models / "reward/checklist.yaml",
+    }
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray cluster of 4 logical CPUs for the whole session."""
     import ray

@@ -175,7 +175,8 @@ def test_plan_of_the_tiny_recipe(vpo: Any, tiny_models: Path, monkeypatch: pytes
     checklist = tiny_models / "reward/checklist.yaml"
     status, out, err = vpo("plan", *sets(**models, reward__checklist__file=checklist))
     assert (status, err) == (0, "")
-    assert "62 rows read" in out
+    queries = (ROOT / "vpo_ray/data/queries.jsonl").read_text("utf-8").splitlines()
+    assert f"{len(queries)} rows read" in out
     assert "ZeRO-3" in out
 
 
@@ -206,7 +207,7 @@ def test_curate_writes_what_it_kept_and_dropped_once(vpo: Any, tmp_path: Path) -
 def test_a_run_directory_of_another_recipe_names_the_keys(vpo: Any, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("a cat\n")
     path = sets(queries__path=tmp_path / "q.txt")
-    assert vpo("curate", *path)[0] == 0
+    assert vpo("curate", *path, *sets(sample__k=4, render__steps=3))[0] == 0
     stored = (tmp_path / "run/recipe.yaml").read_bytes()
     status, _, err = vpo(
         "curate", *path, *sets(sample__k=5, render__steps=9, serve__port=1, render__batch_size=2)
@@ -219,7 +220,8 @@ def test_a_run_directory_of_another_recipe_names_the_keys(vpo: Any, tmp_path: Pa
     assert "batch_size" not in message
     assert "another `out`" in message
     assert (tmp_path / "run/recipe.yaml").read_bytes() == stored
-    assert vpo("curate", *path, *sets(serve__port=1, render__batch_size=2))[0] == 0
+    same = sets(sample__k=4, render__steps=3, serve__port=1, render__batch_size=2)
+    assert vpo("curate", *path, *same)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -252,11 +254,11 @@ def scored(query: str, k: int, score: float) -> dict[str, Any]:
 
 def test_pairs_are_of_one_query(vpo: Any, tmp_path: Path) -> None:
     """Widest over all is a video of one query against one of another; no pair mixes them."""
-    run = RunDir(tmp_path / "run")
+    run, margin = RunDir(tmp_path / "run"), sets(pair__margin=0.5, pair__dominance="none")
     rows = [scored(f"query {n}", k, 10.0 * n + k) for n in range(20) for k in (0, 1)]
     run.table("feedback").append(rows[::2])
     run.table("feedback").append(rows[1::2])
-    assert vpo("pair")[0] == 0
+    assert vpo("pair", *margin)[0] == 0
     pairs = list(run.table("pairs").rows())
     assert len(pairs) == 20
     owners = {row["candidate_id"]: row["query"] for row in rows}
@@ -264,14 +266,14 @@ def test_pairs_are_of_one_query(vpo: Any, tmp_path: Path) -> None:
         assert owners[pair["chosen_id"]] == owners[pair["rejected_id"]] == pair["query"]
         assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("prompt 1", "prompt 0", 1.0)
     stored = run.table("pairs").parts()
-    assert vpo("pair")[0] == 0
+    assert vpo("pair", *margin)[0] == 0
     assert run.table("pairs").parts() == stored
 
 
 def test_no_pairs_says_why(vpo: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.table("feedback").append([scored("query", 0, 1.0), scored("query", 1, 1.01)])
-    status, _, err = vpo("pair")
+    status, _, err = vpo("pair", *sets(pair__margin=0.5))
     assert status == 1
     assert "margin too small" in one_line(err)
     assert "Lower pair.margin" in err

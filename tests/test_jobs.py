@@ -68,20 +68,6 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def overrides(models: Path, queries: Path) -> list[str]:
-    values = {
-        "queries.path": queries,
-        "queries.splits": "{dpo: 1}",
-        "policy.model": models / "policy",
-        "judge.model": models / "judge",
-        "render.model": models / "video",
-        "reward.model": models / "reward",
-        "reward.checklist.file": models / "reward/checklist.yaml",
-        "sft.epochs": 2,
-    }
-    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-
-
 def snapshot(run: RunDir) -> dict[str, int]:
     """When each video and checkpoint file was written."""
     names = [name for name in run.files() if name.startswith(("videos/", "checkpoints/"))]
@@ -89,7 +75,7 @@ def snapshot(run: RunDir) -> dict[str, int]:
 
 
 def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
-    head: dict[str, str], tiny_models: Path, tmp_path: Path
+    head: dict[str, str], tiny_sets: list[str], tmp_path: Path
 ) -> None:
     queries = tmp_path / "queries.txt"
     animals = ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"]
@@ -97,7 +83,8 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     out = tmp_path / "run"
     ray = Path(sys.executable).parent / "ray"
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
-    entry += overrides(tiny_models, queries)
+    entry += [*tiny_sets, "--set", f"queries.path={queries}", "--set", "queries.splits={dpo: 1}"]
+    entry += ["--set", "sft.epochs=2"]
     # Only what the job needs travels; the package is installed where the nodes run.
     work = tmp_path / "work"
     shutil.copytree(ROOT / "jobs", work / "jobs")

@@ -40,22 +40,17 @@ def picked(count: int = 64) -> list[str]:
     return list(dict.fromkeys(chosen + everything[::step]))[:count]
 
 
-def command(models: Path, queries: Path, out: Path) -> list[str]:
+def command(tiny_sets: list[str], queries: Path, out: Path) -> list[str]:
     recipe = Path(__file__).parents[1] / "jobs/recipes/tiny.yaml"
-    overrides = {
+    values = {
         "queries.path": queries,
         "queries.splits": "{dpo: 1}",
-        "policy.model": models / "policy",
-        "judge.model": models / "judge",
-        "render.model": models / "video",
-        "reward.model": models / "reward",
-        "reward.checklist.file": models / "reward/checklist.yaml",
         "sample.k": 2,
         "sft": "null",
         "dpo": "null",
     }
-    sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
-    return [sys.executable, "-m", "vpo_ray.cli", "run", str(recipe), "--out", str(out), *sets]
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "vpo_ray.cli", "run", str(recipe), "--out", str(out), *tiny_sets, *sets]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +61,9 @@ def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_models: Path, queries: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def undisturbed(tiny_sets: list[str], queries: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    done = subprocess.run(command(tiny_models, queries, out), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command(tiny_sets, queries, out), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return RunDir(out)
 
@@ -117,10 +112,10 @@ def test_videos_of_a_query_share_a_seed_and_lie_in_the_store(undisturbed: RunDir
 
 
 def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
-    tiny_models: Path, queries: Path, undisturbed: RunDir, tmp_path: Path
+    tiny_sets: list[str], queries: Path, undisturbed: RunDir, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "killed")
-    start = command(tiny_models, queries, tmp_path / "killed")
+    start = command(tiny_sets, queries, tmp_path / "killed")
     # Once between the first candidates and their verdicts, once in the middle of the videos.
     for table, parts in (("candidates", 2), ("feedback", 3)):
         with open(tmp_path / f"{table}.log", "wb") as log:

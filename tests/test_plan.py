@@ -67,7 +67,8 @@ def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -
         judge__refine_prompt=tmp_path / "none.txt",
         reward__checklist__file=tmp_path / "none.yaml",
         sft__data=tmp_path / "none.jsonl",
-        sample__max_tokens=2048,
+        sample__max_tokens=512,
+        sample__engine__max_model_len=512,
     )
     expected = {
         "policy.model": "no such folder",
@@ -79,7 +80,7 @@ def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -
         "judge.refine_prompt": "none.txt",
         "reward.checklist.file": "no such file",
         "sft.data": "no such file",
-        "sample.max_tokens 2048 leaves no room in engine.max_model_len 2048": "",
+        "sample.max_tokens 512 leaves no room in engine.max_model_len 512": "",
     }
     assert [line.split(":")[0] for line in found] == list(expected)
     assert all(says in line for line, says in zip(found, expected.values(), strict=True))
@@ -118,16 +119,17 @@ def test_a_checklist_that_cannot_be_used_is_told_before_a_video_is_made(
 
 
 def test_what_it_will_take(tiny: dict[str, Any]) -> None:
-    text = plan(recipe(tiny, sample__k=3))
+    planned = recipe(tiny, sample__k=3, render__steps=7, render__frames=9, dpo__lr="1.0e-4")
+    text = plan(planned)
     assert "102 rows read, 2 dropped, 100 for feedback, 3 candidates each" in text
     stages = {line.split()[0]: line for line in text.splitlines() if line[:1].isalpha()}
     for stage in ("sample", "judge", "render", "score"):
         assert " 300 " in stages[stage]
         assert "not measured yet" in stages[stage]
-    assert "up to 300 of 9 x 96 x 64, 3 steps" in stages["videos"]
+    assert f"up to 300 of 9 x {planned.render.width} x {planned.render.height}, 7 steps" in stages["videos"]
     assert "ZeRO-3" in stages["sft"]
     assert "lr 0.0001" in stages["dpo"]
-    assert recipe(tiny, sample__k=3).fingerprint() in stages["recipe"]
+    assert planned.fingerprint() in stages["recipe"]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, "10 for feedback"), (1000, "100 for feedback")])
@@ -142,7 +144,7 @@ def test_only_the_dpo_split_is_rendered(tiny: dict[str, Any]) -> None:
 def test_a_measured_run_predicts_the_next(tiny: dict[str, Any], tmp_path: Path) -> None:
     stages = {"render": {"seconds_per_row": 90.0}, "score": {"seconds_per_row": 0.0}, "sample": {}}
     RunDir(tmp_path / "run").write_json("ledger.json", {"stages": stages})
-    text = plan(recipe(tiny, render__pool__size="[1, 4]"))
+    text = plan(recipe(tiny, sample__k=4, render__pool__size="[1, 4]"))
     [render] = [line for line in text.splitlines() if line.startswith("render")]
     # 100 queries x 4 candidates x 90 s = 10 replica-hours, 2.5 hours on four replicas.
     assert render.split() == ["render", "400", "1-4", "90.000", "10.00", "2.50"]

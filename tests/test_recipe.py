@@ -254,9 +254,9 @@ def test_a_section_that_was_not_there_is_made(tmp_path: Path) -> None:
 
 def test_an_anchor_shared_by_two_sections_is_changed_in_one() -> None:
     """tiny.yaml gives sample, judge and serve one engine by a YAML anchor."""
-    recipe = load(TINY, ["sample.engine.max_num_seqs=8"])
-    assert recipe.sample.engine.max_num_seqs == 8
-    assert recipe.judge.engine.max_num_seqs == recipe.serve.engine.max_num_seqs == 64
+    before, after = load(TINY), load(TINY, ["sample.engine.max_num_seqs=3"])
+    assert after.sample.engine.max_num_seqs == 3
+    assert (after.judge.engine, after.serve.engine) == (before.judge.engine, before.serve.engine)
 
 
 @pytest.mark.parametrize(

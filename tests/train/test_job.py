@@ -150,13 +150,13 @@ def test_what_cannot_be_trained_is_refused_before_a_worker_starts(tiny_models: P
 
 
 def _kill_worker_after_checkpoint(folder: Path, report: Callable[[int], None]) -> None:
-    """SIGKILL one of this cluster's training workers when the first checkpoint is stored."""
+    """SIGKILL one of this cluster's training workers while the second checkpoint is uploaded."""
     import ray
 
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if list((folder / "checkpoints").glob("dpo-*/step-*")):
+        if list((folder / "checkpoints").glob("dpo-*/step-000006")):
             for process in Path("/proc").glob("[0-9]*"):
                 try:
                     parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
