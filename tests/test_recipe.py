@@ -280,7 +280,7 @@ def test_one_that_cannot_be(override: str, says: str) -> None:
 
 def test_serve_alone() -> None:
     assert load_serve(None, ["serve.port=9000"]).port == 9000
-    assert load_serve(str(TINY), ["serve.port=9000"]).max_tokens == 80
+    assert load_serve(str(TINY), ["serve.port=9000"]) == load(TINY, ["serve.port=9000"]).serve
     with pytest.raises(RecipeError, match=r"serve\.port"):
         load_serve(None, ["serve.port=-1"])
 
@@ -314,6 +314,22 @@ def test_operational_keys_all_exist() -> None:
             kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
             todo += [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
     assert known >= OPERATIONAL
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=8",
+        "sample.temperature=0.8",
+        "render.steps=4",
+        "pair.choice=first",
+        "dpo.beta=0.2",
+        "judge.model=x/y",
+    ],
+)
+def test_a_recipe_that_computes_something_else_has_another_fingerprint(override: str) -> None:
+    before = load(TINY, ["pair.choice=best"])
+    assert load(TINY, ["pair.choice=best", override]).fingerprint() != before.fingerprint()
 
 
 def test_it_can_be_of_one_section() -> None:
