@@ -20,7 +20,7 @@ from vpo_ray.train import TrainError, TrainResult, train
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
 TWO_WORKERS = settings(
-    epochs=4, global_batch=5, micro_batch=2, lr=3e-4, zero_stage=3, workers=2, save_steps=3, max_failures=1
+    epochs=4, global_batch=5, micro_batch=2, lr=3e-4, zero_stage=3, workers=2, save_steps=3, max_failures=2
 )
 
 
