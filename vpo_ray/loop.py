@@ -36,6 +36,10 @@ QUERIES_PER_PART = 1000
 _CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
 
 
+class OtherRecipeError(ValueError):
+    """The run directory belongs to a recipe that computes something else; the message says what."""
+
+
 class LoopError(RuntimeError):
     """The loop cannot go on; the message says why and what to do."""
 
@@ -44,7 +48,7 @@ def open_run(recipe: Recipe) -> RunDir:
     """The recipe's run directory, made if absent.
 
     Raises:
-        LoopError: the directory was made by a recipe that computes something else.
+        OtherRecipeError: the directory was made by a recipe that computes something else.
     """
     run = RunDir(recipe.out)
     if run.exists("recipe.yaml"):
@@ -52,12 +56,12 @@ def open_run(recipe: Recipe) -> RunDir:
         stored = parse(yaml.safe_load(run.read("recipe.yaml")), f"{run.uri}/recipe.yaml")
         changed = differences(stored.dump(), recipe.dump())
         if changed:
-            raise LoopError(
+            raise OtherRecipeError(
                 f"{run.uri} was made by another recipe. These keys differ:\n  "
                 + "\n  ".join(changed)
                 + "\nGive the new recipe another `out`, or put the old values back"
             )
-    run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True).encode())
+    run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
     run.write_json("versions.json", versions())
     return run
 
