@@ -12,7 +12,9 @@ import argparse
 from vpo_ray.cli import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", required=True, help="recipe file, relative to the working directory")
     parser.add_argument("--out", help="run directory or URI that every node reaches")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
