@@ -212,7 +212,7 @@ def test_a_run_directory_of_another_recipe_names_the_keys(vpo: Any, tmp_path: Pa
     status, _, err = vpo(
         "curate", *path, *sets(sample__k=5, render__steps=9, serve__port=1, render__batch_size=2)
     )
-    assert status == 1
+    assert status == 2
     message = one_line(err)
     assert "sample.k: 4 -> 5" in message
     assert "render.steps: 3 -> 9" in message
