@@ -258,9 +258,6 @@ def _configure(dataset: Dataset) -> None:
     context.max_errored_blocks = -1
     # One block may hold a render of half an hour; `render.time_limit_s` ends a hung one.
     context.execution_no_progress_timeout_s = 24 * 3600
-    # Ray's own search for hung tasks asks the state API about each slow one from the scheduling loop:
-    # every 30 s all pools would wait for seconds.
-    context.issue_detectors_config.hanging_detector_config.detection_time_interval_s = -1
 
 
 def _before(recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator[Row]:
