@@ -9,10 +9,11 @@ own actor takes ten seconds of CPU to import, so the text stages run in an async
 shape and settings as the one `ray.data.llm` makes. Seconds are in the proportions of the real ones.
 
 The first command compares one stream with the same stages run one after another, each over the
-table before it. Start-up is left out: rows are let in when all replicas stand, and the clock runs
-from the first row's start to the last row's end. With `--memory` nothing sleeps and blocks are
-large; the driver's memory is measured in a fresh process for each number of queries. The last line
-is one JSON object.
+table before it. Start-up is left out: Ray's processes are started beforehand, rows are let in when
+all replicas stand, and the clock runs from the first row's start to the last row's end.
+
+With `--memory` nothing sleeps and blocks are large; the driver's memory is measured in a fresh
+process for each number of queries. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from vpo_ray.engines.chat import Answer, ChatStage, Message, Sampling
 from vpo_ray.pools import RESTARTS, Outcome, batch_pool
 from vpo_ray.recipe import Engine, Pool, Recipe, load
 from vpo_ray.records import Row, query_id, share_of
-from vpo_ray.stages import render, score
+from vpo_ray.stages import render
 from vpo_ray.storage import RunDir, chunks
 
 # Seconds of one replica for one row (of the text stages: for one answer), and replicas.
@@ -53,6 +54,8 @@ JITTER = 0.1  # a row costs up to this much more or less, so that replicas do no
 QUERIES_PER_PART = 1000
 MEMORY_SIZES = (1_000, 10_000, 100_000)
 MB = 1e6
+# Ray's processes: 14 replicas, a few of Ray's own actors, and what reads and splits.
+PROCESSES = 24
 
 log = logging.getLogger("stream")
 
@@ -220,7 +223,7 @@ def put_to_sleep(folder: str, scale: float) -> None:
     """Replace what would need models; all else of the pipeline stays as it is."""
     pipeline._vllm_pool = partial(sleeping_text_pool, folder=folder, scale=scale)
     pipeline.Renderer = partial(SleepingRenderer, naps=Naps(folder, "render", scale))
-    score.Scorer = partial(SleepingScorer, naps=Naps(folder, "score", scale))
+    pipeline.Scorer = partial(SleepingScorer, naps=Naps(folder, "score", scale))
 
 
 def prepare(folder: str, queries: int, overrides: Sequence[str] = ()) -> tuple[Recipe, RunDir]:
@@ -243,7 +246,7 @@ def cluster() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
-            num_cpus=8,
+            num_cpus=PROCESSES,
             object_store_memory=500 * 2**20,
             include_dashboard=False,
             log_to_driver=False,
@@ -259,6 +262,19 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
+def warm_up() -> None:
+    """Have a started process for every replica and task: with a thousandth of a real run's time,
+    the seconds that a process takes to start would count for hours."""
+
+    @ray.remote(num_cpus=1)
+    def start() -> None:
+        import ray.data  # noqa: F401
+
+        time.sleep(2)
+
+    ray.get([start.remote() for _ in range(PROCESSES)])
+
+
 def execution(queries: int, seconds: float, together: bool) -> dict[str, Any]:
     """Run all stages, as one stream or each by itself, and read off how busy the pools were."""
     scale = seconds / COSTS["render"]
@@ -270,6 +286,7 @@ def execution(queries: int, seconds: float, together: bool) -> dict[str, Any]:
         models = pipeline.Models("no model", "benchmark")
         wall = 0.0
         for stages in [tuple(pipeline.STAGES)] if together else [(name,) for name in pipeline.STAGES]:
+            warm_up()
             pipeline.generate(recipe, run, models, stages)
             ends = [time_ for stage in stages for nap in read_naps(naps, stage) for time_ in nap]
             wall += max(ends) - min(ends)
@@ -368,8 +385,8 @@ def memory_by_size(block: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Busy share of the render pool; memory of the driver.")
-    parser.add_argument("--queries", type=int, default=120, help="queries, 4 rows each (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=1, help="seconds a render (%(default)s)")
+    parser.add_argument("--queries", type=int, default=104, help="queries, 4 rows each (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds a render (%(default)s)")
     parser.add_argument("--memory", action="store_true", help="measure the driver's memory instead")
     parser.add_argument("--block", type=int, default=2000, help="rows a block with --memory (%(default)s)")
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
