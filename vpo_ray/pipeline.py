@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -234,7 +235,7 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
     limits = recipe.limits
     finished = errors = 0
     _configure(dataset)
-    with StatusTable(progress):
+    with StatusTable(progress), _explained():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count
@@ -250,6 +251,19 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
                     f"{limits.max_error_share}. The last reasons: {reasons}. "
                     "Fix the cause and run again with --retry-errors"
                 )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Ray's error for a replica that cannot start is a page of traces; its last line is the cause."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause = str(error).strip().splitlines()[-1]
+        raise GenerationError(
+            f"a replica failed to start or work: {cause}\n"
+            "`vpo -v` shows the workers' output, with the root cause above this line"
+        ) from error
 
 
 def _configure(dataset: Dataset) -> None:

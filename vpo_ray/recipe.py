@@ -328,7 +328,6 @@ class Limits(Section):
     max_error_share: Fraction = 0.5
     min_rows: Positive = 20
     tries: Positive = 2
-    start_timeout_s: Positive = 600
 
 
 class Recipe(Section):
