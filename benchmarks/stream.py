@@ -288,20 +288,19 @@ def execution(queries: int, seconds: float, together: bool) -> dict[str, Any]:
         for stages in [tuple(pipeline.STAGES)] if together else [(name,) for name in pipeline.STAGES]:
             warm_up()
             pipeline.generate(recipe, run, models, stages)
-            ends = [time_ for stage in stages for nap in read_naps(naps, stage) for time_ in nap]
-            wall += max(ends) - min(ends)
+            wall += span([nap for stage in stages for nap in read_naps(naps, stage)])
         rows = list(run.table("feedback").rows(["error", "seconds"]))
         assert len(rows) == queries * recipe.sample.k
         assert all(row["error"] is None for row in rows)
         renders = read_naps(naps, "render")
         rendering = sum(end - start for start, end in renders)
         replicas = POOLS["render"]
-        span = max(end for _, end in renders) - min(start for start, _ in renders)
         charged = sum(row["seconds"]["render"] or 0 for row in rows)
         return {
-            "render_busy": round(rendering / (replicas * span), 4),
+            "render_busy": round(rendering / (replicas * span(renders)), 4),
             "render_busy_of_wall": round(rendering / (replicas * wall), 4),
             "wall_s": round(wall, 2),
+            "stage_s": {stage: round(span(read_naps(naps, stage)), 2) for stage in pipeline.STAGES},
             "wall_over_bound": round(wall / (rendering / replicas), 4),
             "charged_over_rendered": round(charged / rendering, 4),
             "tail_s": round(tail(renders, replicas), 2),
@@ -312,6 +311,11 @@ def execution(queries: int, seconds: float, together: bool) -> dict[str, Any]:
 def read_naps(folder: Path, stage: str) -> list[tuple[float, float]]:
     lines = [line for file in folder.glob(f"{stage}-*") for line in file.read_text("utf-8").splitlines()]
     return sorted((float(start), float(end)) for start, end in map(str.split, lines))
+
+
+def span(naps: list[tuple[float, float]]) -> float:
+    """Seconds from the first start to the last end."""
+    return max(end for _, end in naps) - min(start for start, _ in naps)
 
 
 def tail(naps: list[tuple[float, float]], replicas: int) -> float:
