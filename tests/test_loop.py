@@ -4,8 +4,6 @@ Everything runs as a user runs it, `vpo run` in a process of its own with its ow
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ import pytest
 
 from vpo_ray.storage import RunDir
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 SHARED = Path(__file__).parents[2] / "shared/data/vpo/sft_prompts.json"
 SHIPPED = Path(__file__).parents[1] / "vpo_ray/data/queries.jsonl"
@@ -119,11 +117,13 @@ def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
     for table, parts in (("candidates", 2), ("feedback", 3)):
         with open(tmp_path / f"{table}.log", "wb") as log:
             driver = subprocess.Popen(start, stdout=log, stderr=log)
-            deadline = time.monotonic() + 300
+        try:
+            deadline = time.monotonic() + 400
             while len(run.table(table).parts()) < parts and driver.poll() is None:
                 assert time.monotonic() < deadline, f"no {table} in time"
                 time.sleep(0.2)
-            os.kill(driver.pid, signal.SIGKILL)
+        finally:
+            driver.kill()
             driver.wait(timeout=30)
     done = subprocess.run(start, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
