@@ -45,7 +45,11 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         f"--temp-dir={folder}",
     ]
     arguments += ["--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
-    arguments += [f"--dashboard-port={dashboard}", "--object-store-memory=400000000"]
+    arguments += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--object-store-memory=400000000",
+    ]
     with open(tmp_path / "head.log", "wb") as log:
         # Its own process group, so that exactly its processes can be stopped.
         node = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True, env=user)
