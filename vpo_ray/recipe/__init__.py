@@ -1,0 +1,182 @@
+"""A recipe: one YAML file that says which models, which data and how many resources a run takes.
+
+The tree below is the whole configuration of `vpo`. It imports neither torch nor Ray, so that a
+recipe is checked in milliseconds (`vpo plan recipe.yaml`). Unknown keys are refused, every error
+names the key, and `--set render.steps=30` overrides a key from the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+
+from vpo_ray.recipe.base import Fraction, Pool, Positive, Section
+from vpo_ray.recipe.file import RecipeError, read_tree, set_key
+from vpo_ray.recipe.serve import Serve
+from vpo_ray.recipe.text import Engine, Judge, Policy, Queries, Sample, Splits
+from vpo_ray.recipe.train import Train
+from vpo_ray.recipe.video import Checklist, Endpoint, Pair, Render, Reward, video_presets
+
+__all__ = [
+    "Checklist", "Endpoint", "Engine", "Judge", "Limits", "Pair", "Policy", "Pool", "Queries", "Recipe",
+    "RecipeError", "Render", "Reward", "Sample", "Section", "Serve", "Splits", "Train", "computed",
+    "differences", "load", "load_serve", "locate", "parse", "video_presets",
+]  # fmt: skip
+
+# Keys that change how a run is executed but not what it computes. They may differ between two
+# runs of one run directory; every other key is part of the fingerprint.
+OPERATIONAL = frozenset({
+    "out", "pool", "limits", "serve", "env", "device", "engine_kwargs", "workers", "use_gpu",
+    "resources_per_worker", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
+    "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
+})  # fmt: skip
+
+
+class Limits(Section):
+    """When a run gives up. Errors are counted over finished candidates."""
+
+    max_error_share: Fraction = 0.5
+    min_rows: Positive = 20
+    tries: Positive = 2
+
+
+class Recipe(Section):
+    """The whole recipe. `load` reads one, `fingerprint` names what it computes."""
+
+    name: str
+    seed: int = 0
+    out: str
+    queries: Queries
+    policy: Policy
+    sft: Train | None = None
+    sample: Sample
+    judge: Judge
+    render: Render
+    reward: Reward
+    pair: Pair = Pair()
+    dpo: Train | None = None
+    serve: Serve = Serve()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _trains_what_it_has(self) -> Recipe:
+        if self.sft is not None and self.sft.data is None:
+            raise ValueError(
+                "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
+                "or remove the sft section"
+            )
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def fingerprint(self, *sections: str) -> str:
+        """16 hex digits over every key that changes results (of `sections`, or of all).
+
+        Keys at their defaults do not count, so that a key which a later version adds leaves the
+        fingerprints of older recipes as they are.
+        """
+        given = computed(self.model_dump(mode="json", exclude_defaults=True))
+        chosen = {k: v for k, v in given.items() if not sections or k.split(".")[0] in sections}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from YAML and apply `key.path=value` overrides (values are YAML too).
+
+    Raises:
+        RecipeError: for a file that is missing or no YAML mapping, an unknown key, or a bad value.
+    """
+    tree = read_tree(path)
+    for item in overrides:
+        set_key(tree, item)
+    return parse(tree, str(path))
+
+
+def parse(tree: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a tree; `where` names it in errors. Raises RecipeError with one line per problem."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {_explain(e)}" for e in error.errors()]
+        raise RecipeError(
+            f"{where}: {len(lines)} problem{'s'[: len(lines) > 1]}\n" + "\n".join(lines)
+        ) from None
+
+
+def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
+    """The `serve` section of a recipe, or its defaults, with `serve.key=value` overrides."""
+    if path is not None:
+        return load(path, overrides).serve
+    tree: dict[str, Any] = {"serve": {}}
+    for item in overrides:
+        set_key(tree, item)
+    try:
+        return Serve.model_validate(tree["serve"])
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"serve.{_explain(e)}" for e in error.errors())) from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted keys that change results and differ between two dumped recipes, as `key: old -> new`."""
+    a, b = computed(old), computed(new)
+    return [
+        f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
+
+
+def computed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a dumped recipe, by dotted key, without operational ones."""
+    return dict(_leaves(tree, ()))
+
+
+def locate(name: str) -> str:
+    """The absolute path of a local folder or file, or the hub id or URI as it is."""
+    return str(Path(name).resolve()) if "://" not in name and Path(name).exists() else name
+
+
+def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if key in OPERATIONAL:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield ".".join((*prefix, key)), value
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "recipe"
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1)
+        hint = (
+            f"; did you mean `{close[0]}`?"
+            if close
+            else f"; known here: {', '.join(_keys_at(location[:-1]))}"
+        )
+        return f"{key}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing; add it to the recipe or give --set {key}=..."
+    message = error["msg"].removeprefix("Value error, ")
+    shown = repr(error.get("input"))
+    return f"{key}: {message}" + (f" (got {shown[:80]})" if not isinstance(error.get("input"), dict) else "")
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        args = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((a for a in args if isinstance(a, type) and issubclass(a, Section)), None)
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,150 @@
+"""Recipe sections of the video side: the video model, the reward and the pairing rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from vpo_ray.recipe.base import Pool, Positive, Section
+
+_VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
+
+
+@cache
+def video_presets() -> dict[str, dict[str, Any]]:
+    """Published video models by name: `settings` of the render section, `sources` of these numbers,
+    and `seconds` a video on some GPUs where they are published."""
+    presets: dict[str, dict[str, Any]] = yaml.safe_load(_VIDEO_PRESETS.read_text("utf-8"))
+    return presets
+
+
+class Render(Section):
+    """The team's own text-to-video model, any diffusers pipeline.
+
+    `preset` fills the keys that are not given with a published model's own recommended settings
+    (`vpo_ray/data/video_presets.yaml`). `cache=first_block` needs `batch_size=1`.
+    """
+
+    preset: str | None = None
+    model: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    vae_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    scheduler: str | None = Field(None, description="diffusers scheduler class; the model's own when unset")
+    scheduler_options: dict[str, Any] = Field({}, description="e.g. timestep_spacing, flow_shift")
+    steps: Positive = 50
+    guidance: Annotated[float, Field(ge=0)] = 6.0
+    negative_prompt: str | None = None
+    frames: Positive = 49
+    fps: Positive = 8
+    height: Positive = 480
+    width: Positive = 720
+    call_options: dict[str, Any] = Field({}, description="further arguments of the pipeline's call")
+    max_text_tokens: Positive | None = Field(None, description="T5 length; the pipeline's default when unset")
+    long_prompts: Literal["truncate", "error"] = "truncate"
+    crf: Annotated[int, Field(ge=0, le=51)] = 17
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    compile: bool = False
+    attention: str | None = Field(None, description="diffusers attention backend, e.g. native, flash, sage")
+    cache: Literal["first_block", "faster", "pyramid", "taylorseer"] | None = None
+    cache_options: dict[str, Any] = {}
+    offload: Literal["none", "model", "sequential"] = "none"
+    batch_size: Positive = 1
+    time_limit_s: Annotated[float, Field(gt=0)] = 1800
+    store: str | None = Field(None, description="folder or URI of the video store; <out>/videos when unset")
+    device: str = "auto"
+    trust_remote_code: bool = False
+    pool: Pool = Pool()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not isinstance(given.get("preset"), str):
+            return given
+        presets = video_presets()
+        if given["preset"] not in presets:
+            raise ValueError(f"preset {given['preset']!r} is not known; there are {', '.join(presets)}")
+        return {**presets[given["preset"]]["settings"], **given}
+
+
+class Checklist(Section):
+    """Yes/no questions about a video, with weights and dimensions.
+
+    Either `file`, one YAML with a list `questions` of {question, weight, dimension}, or
+    VisionReward's published files: `questions` (one per line) and `weights` (a JSON list), with
+    `dimensions` mapping a name to 1-based question ranges such as "1-4, 36-37".
+    """
+
+    file: str | None = None
+    questions: str | None = None
+    weights: str | None = None
+    dimensions: dict[str, str] = {}
+    strip_newlines: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Checklist:
+        if (self.file is None) == (self.questions is None):
+            raise ValueError("give either `file`, or `questions` with `weights`")
+        if self.questions is not None and self.weights is None:
+            raise ValueError("`questions` needs `weights`, a JSON list with one number per question")
+        return self
+
+    def files(self) -> dict[str, str | None]:
+        return {"file": self.file, "questions": self.questions, "weights": self.weights}
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible endpoint. The key is read from the environment, never from a recipe."""
+
+    base_url: Annotated[str | None, Field(description="the openai client's default when unset")] = None
+    api_key_env: Annotated[str | None, Field(description="variable with the key; null for none")] = (
+        "OPENAI_API_KEY"
+    )
+    concurrency: Positive = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+    retries: Annotated[int, Field(ge=0)] = 5
+    logprobs: bool = True
+
+
+class Reward(Section):
+    """The reward model. `convention`: sum01 adds the weights of the questions answered yes (VPO);
+    mean_pm1 is VisionReward's repository script, sum(w * (+1|-1)) / n. With `kind: openai` the
+    model is one of the endpoint's, and dtype, attention, template and device are not used."""
+
+    kind: Literal["visionreward", "openai"] = "visionreward"
+    model: str
+    endpoint: Endpoint = Endpoint()
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    frame_strategy: Literal["chat", "base"] | float = Field(
+        "chat",
+        description="chat: 1 fps, at most 24 frames; base: 24 uniform; a number: that many frames a second",
+    )
+    template: Literal["chat", "vqa", "base"] = "chat"
+    rule: Literal["argmax", "margin"] = "argmax"
+    yes_tokens: list[str] = Field(
+        ["yes"], min_length=1, description="quote them: YAML reads a bare yes as true"
+    )
+    no_tokens: list[str] = Field(["no"], min_length=1)
+    convention: Literal["sum01", "mean_pm1"] = "sum01"
+    checklist: Checklist
+    batch_size: Positive = 1
+    device: str = "auto"
+    pool: Pool = Pool()
+
+
+class Pair(Section):
+    """How preference pairs are chosen. The defaults are VPO's (facts: paper 3.3 and its code)."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    dominance: Literal["none", "question", "dimension"] = "question"
+    choice: Literal["first", "best"] = "first"
+    video_per_query: Annotated[int, Field(ge=0)] = 1
+    text_per_query: Annotated[int, Field(ge=0)] = 1
+    precedence: Literal["text", "video", "both"] = "text"
