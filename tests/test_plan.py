@@ -75,10 +75,10 @@ def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -
         "judge.model": "holds no weights",
         "render.model": "has no model_index.json",
         "reward.model": "has no config.json",
+        "reward.checklist.file": "no such file",
         "policy.task_prompt": "needs the slot {query} once",
         "judge.critique_prompt": "needs the slot {query} once",
         "judge.refine_prompt": "none.txt",
-        "reward.checklist.file": "no such file",
         "sft.data": "no such file",
         "sample.max_tokens 512 leaves no room in engine.max_model_len 512": "",
     }

@@ -1,6 +1,7 @@
 """A recipe is read strictly, its errors say what to do, and its fingerprint names what it computes."""
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,23 @@ def changed(node: dict[str, Any], path: Path_) -> dict[str, Any]:
 quick = settings(deadline=None, max_examples=50)
 FULL = full().dump()
 LEAVES = list(leaves(FULL))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"more_rewards": {"a b": "REWARD"}}, "more_rewards.a b: choose another name"),
+        ({"more_rewards": {"pool": "REWARD"}}, "more_rewards.pool: choose another name"),
+        ({"more_rewards": {"vlm": {"batch_size": 2}}}, "more_rewards.vlm: batch_size cannot be set"),
+        ({"pair": {"reward": "vlm"}}, "no 'vlm' in more_rewards (there is none)"),
+    ],
+)
+def test_further_rewards_have_names_and_no_pool(more: dict[str, Any], says: str) -> None:
+    reward = tree()["reward"]
+    for name, keys in more.get("more_rewards", {}).items():
+        more["more_rewards"][name] = reward if keys == "REWARD" else {**reward, **keys}
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        parse(tree(**more), "here")
 
 
 def test_the_smallest_recipe_needs_no_training() -> None:

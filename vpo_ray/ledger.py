@@ -15,6 +15,7 @@ from typing import Any
 
 from vpo_ray.recipe import Pair, Recipe
 from vpo_ray.records import Row
+from vpo_ray.stages.pair import by_reward
 from vpo_ray.storage import RunDir
 
 STAGES = ("curate", "sample", "judge", "render", "score", "pair", "sft", "dpo")
@@ -266,8 +267,11 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
         paired.add(row["query_id"])
     ran = bool(kinds) or run.exists("pairs/reasons.json")
     tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
-    for row in run.table("feedback").rows(["query_id", "prompt", "refined_verdict", "score", "error"]):
-        tallies[row["query_id"]].add(row)
+    columns = ["query_id", "prompt", "refined_verdict", "score", "error"]
+    if settings.reward is not None:
+        columns.append("more_rewards")
+    for row in run.table("feedback").rows(columns):
+        tallies[row["query_id"]].add(by_reward(row, settings.reward))
     more = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
     if not ran:
         return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)

@@ -258,7 +258,7 @@ def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str]) -> Iterator[Row]:
     import pyarrow.compute as pc
 
     columns = ["candidate_id", "query_id", "query", "k", "prompt", "refined_prompt", "refined_verdict",
-               "answers", "dimensions", "score", "error"]  # fmt: skip
+               "answers", "dimensions", "score", "more_rewards", "error"]  # fmt: skip
     for share in "0123456789abcdef":
         queries: dict[str, list[Row]] = {}
         for row in run.table("feedback").rows(columns, pc.starts_with(pc.field("query_id"), share)):

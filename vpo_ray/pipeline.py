@@ -25,7 +25,7 @@ from ray.data import Dataset
 from vpo_ray import policy_prompt
 from vpo_ray.pools import STOP, TASK_CPUS, Outcome, batch_pool, progress_handle, split_blocks
 from vpo_ray.progress import StatusTable
-from vpo_ray.recipe import Recipe, locate
+from vpo_ray.recipe import Recipe, Reward, locate
 from vpo_ray.records import FEEDBACK, Row, failed, table
 from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.render import Renderer
@@ -369,15 +369,17 @@ def _render_pool(
 def _score_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    checklist = {key: value and locate(value) for key, value in recipe.reward.checklist.files().items()}
-    settings = recipe.reward.model_copy(
-        update={
-            "model": locate(recipe.reward.model),
-            "checklist": recipe.reward.checklist.model_copy(update=checklist),
-        }
-    )
-    stage = partial(Scorer, settings, recipe.render.store or f"{run.uri}/videos")
+    settings = _located(recipe.reward)
+    more = {name: _located(reward) for name, reward in recipe.more_rewards.items()}
+    stage = partial(Scorer, settings, recipe.render.store or f"{run.uri}/videos", more)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
+
+
+def _located(reward: Reward) -> Reward:
+    """The settings with paths that hold on every node that mounts them."""
+    files = {key: value and locate(value) for key, value in reward.checklist.files().items()}
+    checklist = reward.checklist.model_copy(update=files)
+    return reward.model_copy(update={"model": locate(reward.model), "checklist": checklist})
 
 
 _POOLS = {"sample": _sample_pool, "judge": _judge_pool, "render": _render_pool, "score": _score_pool}

@@ -42,6 +42,12 @@ DROPPED = pa.schema(
 _SECONDS = pa.struct([(stage, pa.float64()) for stage in ("sample", "judge", "render", "score")])
 _ANSWER = pa.struct([("question", pa.int32()), ("yes", pa.bool_()), ("probability", pa.float32())])
 _DIMENSION = pa.struct([("name", pa.string()), ("score", pa.float64())])
+_SCORE_COLUMNS = [
+    pa.field("reward", pa.string()),
+    pa.field("answers", pa.list_(_ANSWER)),
+    pa.field("dimensions", pa.list_(_DIMENSION)),
+    pa.field("score", pa.float64()),
+]
 
 # One row per candidate. Every stage table has this schema; the columns of later stages are null.
 FEEDBACK = pa.schema(
@@ -72,11 +78,9 @@ FEEDBACK = pa.schema(
         pa.field("fps", pa.float64()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        # score
-        pa.field("reward", pa.string()),
-        pa.field("answers", pa.list_(_ANSWER)),
-        pa.field("dimensions", pa.list_(_DIMENSION)),
-        pa.field("score", pa.float64()),
+        # score; then the same columns of every further reward by its name
+        *_SCORE_COLUMNS,
+        pa.field("more_rewards", pa.list_(pa.struct([pa.field("name", pa.string()), *_SCORE_COLUMNS]))),
         # every stage
         pa.field("seconds", _SECONDS),
         pa.field("error", pa.string()),

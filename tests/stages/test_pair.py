@@ -48,6 +48,15 @@ def pairs(*rows: Row, **options: Any) -> list[tuple[str, str, str]]:
     return [(row["kind"], row["chosen"], row["rejected"]) for row in found]
 
 
+def test_the_reward_that_the_recipe_names_decides() -> None:
+    def other(score: float | None) -> list[Row]:
+        return [] if score is None else [{"name": "vlm", "score": score, "answers": [], "dimensions": []}]
+
+    rows = [scored(k, 1.0 - k, more_rewards=other(score)) for k, score in enumerate([0.0, 2.0, None])]
+    assert pairs(*rows)[0][1:] == ("prompt 0", "prompt 1")
+    assert pairs(*rows, reward="vlm") == [("video", "prompt 1", "prompt 0")]
+
+
 def why(*rows: Row, **options: Any) -> dict[str, int]:
     reasons: Counter[str] = Counter()
     pairs_of_query(rows, Pair(**options), reasons)
@@ -60,6 +69,7 @@ def why(*rows: Row, **options: Any) -> dict[str, int]:
 def test_the_defaults_are_those_of_vpo() -> None:
     """Margin: paper 3.3. Question dominance, first pair, one of each, text first: its code only."""
     assert VPO.model_dump() == {
+        "reward": None,
         "margin": 0.5,
         "dominance": "question",
         "choice": "first",

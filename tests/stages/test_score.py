@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vpo_ray import recipe
+from vpo_ray.engines.reward.checklist import load
 from vpo_ray.records import FEEDBACK, Row, table
 from vpo_ray.stages.score import ALARM_AFTER, Scorer
 from vpo_ray.videos import VideoStore
@@ -71,7 +72,7 @@ def test_rows_are_scored_in_their_order_and_errors_stay_in_their_row(
     assert done[0]["seconds"]["score"] > 0
     assert table(done, FEEDBACK).num_rows == 8
     assert not any(scorer.wants(r) for r in done if r.get("video_key"))
-    assert scorer.scored == 3
+    assert scorer.reward.scored == 3
 
 
 def test_one_score_for_all_videos_raises_an_alarm(
@@ -80,5 +81,41 @@ def test_one_score_for_all_videos_raises_an_alarm(
     store.write("video0", clip(0), {})
     with caplog.at_level(logging.ERROR):
         scorer([row(i, "video0") for i in range(ALARM_AFTER)])
-    assert scorer.constant
+    assert scorer.reward.constant
     assert "got the score" in caplog.text
+
+
+def test_every_reward_fills_columns_of_its_own(
+    scorer: Scorer, store: VideoStore, clip: Callable[..., bytes]
+) -> None:
+    for i in range(2):
+        store.write(f"video{i}", clip(i), {})
+    store.write("broken", b"no video", {})
+    script = scorer.settings.model_copy(update={"convention": "mean_pm1"})
+    both = Scorer(scorer.settings, store.folder.uri, {"script": script})
+    done = both([row(0, "video0"), row(1, "broken"), row(2, "video1")])
+    assert [r.get("more_rewards") and len(r["more_rewards"]) for r in done] == [1, None, 1]
+    for r in (done[0], done[2]):
+        second = r["more_rewards"][0]
+        assert second["name"] == "script"
+        assert second["answers"] == r["answers"]
+        weights = [question.weight for question in load(script.checklist).questions]
+        # The documented relation between the two conventions.
+        assert second["score"] == pytest.approx((2 * r["score"] - sum(weights)) / len(weights))
+    assert table(done, FEEDBACK).to_pylist()[2]["more_rewards"] == done[2]["more_rewards"]
+
+
+def test_a_video_that_one_reward_cannot_score_keeps_no_half_of_its_scores(
+    scorer: Scorer, store: VideoStore, clip: Callable[..., bytes], tmp_path: Path
+) -> None:
+    store.write("video0", clip(0), {})
+    question = "Is it " + "very " * 5000 + "sharp?"
+    (tmp_path / "long.yaml").write_text(f"questions: [{{question: '{question}', weight: 1}}]")
+    long = scorer.settings.model_copy(
+        update={"checklist": recipe.Checklist(file=str(tmp_path / "long.yaml"))}
+    )
+    (done,) = Scorer(scorer.settings, store.folder.uri, {"longer": long})([row(0, "video0")])
+    assert done["error"].startswith("longer: ")
+    assert "2048" in done["error"]
+    assert done["score"] is None
+    assert done["more_rewards"] is None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import Recipe
+from vpo_ray.recipe import Checklist, Pair, Recipe
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,8 +34,12 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
     yield from _folder("judge.model", recipe.judge.model, "config.json", "*.safetensors")
     yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
-    if recipe.reward.kind != "openai":
-        yield from _folder("reward.model", recipe.reward.model, "config.json", "*.safetensors")
+    rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
+    for key, reward in rewards.items():
+        if reward.kind != "openai":
+            yield from _folder(f"{key}.model", reward.model, "config.json", "*.safetensors")
+        decides = key == ("reward" if recipe.pair.reward is None else f"more_rewards.{recipe.pair.reward}")
+        yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
     for key, slots, name in (
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),
         ("judge.critique_prompt", (SLOT, "{prompt}"), recipe.judge.critique_prompt),
@@ -47,7 +51,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: {error}"
             continue
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
-    yield from _checklist(recipe)
     if recipe.sft is not None:
         yield from _file("sft.data", recipe.sft.data)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
@@ -55,19 +58,19 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
 
 
-def _checklist(recipe: Recipe) -> Iterator[str]:
-    settings = recipe.reward.checklist
+def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str]:
+    """Problems of a checklist; `pair` is given for the one whose answers decide pairs."""
     files = settings.files()
-    absent = [line for name, path in files.items() for line in _file(f"reward.checklist.{name}", path)]
+    absent = [line for name, path in files.items() for line in _file(f"{key}.{name}", path)]
     yield from absent
     if absent or any(path is not None and "://" in path for path in files.values()):
         return
     try:
         questions = checklists.load(settings).questions
     except checklists.ChecklistError as error:
-        yield f"reward.checklist: {error}"
+        yield f"{key}: {error}"
         return
-    if recipe.pair.dominance == "dimension" and all(question.dimension is None for question in questions):
+    if pair and pair.dominance == "dimension" and all(question.dimension is None for question in questions):
         yield "pair.dominance: dimension needs a checklist with dimensions, this one has none"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ OPERATIONAL = frozenset({
     "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
 })  # fmt: skip
 
+_REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
+
 
 class Limits(Section):
     """When a run gives up. Errors are counted over finished candidates."""
@@ -59,6 +62,7 @@ class Recipe(Section):
     judge: Judge
     render: Render
     reward: Reward
+    more_rewards: dict[str, Reward] = {}
     pair: Pair = Pair()
     dpo: Train | None = None
     serve: Serve = Serve()
@@ -71,6 +75,21 @@ class Recipe(Section):
                 "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
                 "or remove the sft section"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_names(self) -> Recipe:
+        for name, reward in self.more_rewards.items():
+            if not _REWARD_NAME.fullmatch(name) or name in OPERATIONAL:
+                raise ValueError(f"more_rewards.{name}: choose another name, of a-z, 0-9 and _")
+            if ignored := sorted(reward.model_fields_set & {"pool", "batch_size"}):
+                raise ValueError(
+                    f"more_rewards.{name}: {' and '.join(ignored)} cannot be set; all rewards of a video are "
+                    "asked in one replica of reward.pool (give each its `device` there)"
+                )
+        if self.pair.reward is not None and self.pair.reward not in self.more_rewards:
+            known = ", ".join(self.more_rewards) or "there is none"
+            raise ValueError(f"pair.reward: no {self.pair.reward!r} in more_rewards ({known})")
         return self
 
     def dump(self) -> dict[str, Any]:

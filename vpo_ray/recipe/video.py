@@ -142,6 +142,9 @@ class Reward(Section):
 class Pair(Section):
     """How preference pairs are chosen. The defaults are VPO's (facts: paper 3.3 and its code)."""
 
+    reward: Annotated[
+        str | None, Field(description="one of more_rewards that decides; `reward` when unset")
+    ] = None
     margin: Annotated[float, Field(ge=0)] = 0.5
     dominance: Literal["none", "question", "dimension"] = "question"
     choice: Literal["first", "best"] = "first"

@@ -16,6 +16,7 @@ import pyarrow.dataset as pads
 from vpo_ray.engines.reward import checklist
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
+from vpo_ray.stages.pair import by_reward
 from vpo_ray.storage import RunDir
 from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
 
@@ -31,6 +32,7 @@ class Side:
     score: float | None
     video: str | None
     video_missing: bool
+    more_scores: tuple[tuple[str, float], ...]  # of the recipe's more_rewards
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def cards(run: RunDir, recipe: Recipe) -> list[Card]:
     pairs = _sample(run)
     wanted = {pair[side] for pair in pairs for side in ("chosen_id", "rejected_id")}
     where = pads.field("candidate_id").isin(sorted(wanted))
-    feedback = {row["candidate_id"]: row for row in run.table("feedback").rows(where=where)} if wanted else {}
+    rows = run.table("feedback").rows(where=where) if wanted else ()
+    feedback = {row["candidate_id"]: by_reward(row, recipe.pair.reward) for row in rows}
     questions = _questions(recipe)
     made = [_card(pair, feedback, run, recipe, questions) for pair in pairs]
     return sorted(made, key=lambda card: (card.kind != "video", -(card.margin or 0), card.pair_id))
@@ -98,7 +101,8 @@ def _card(
 def _side(role: str, prompt: str, row: Mapping[str, Any], run: RunDir, recipe: Recipe) -> Side:
     key = row.get("video_key")
     video = _video(run, recipe, key) if key else None
-    return Side(role, prompt, row.get("score"), video, key is not None and video is None)
+    more = tuple((reward["name"], reward["score"]) for reward in row.get("more_rewards") or ())
+    return Side(role, prompt, row.get("score"), video, key is not None and video is None, more)
 
 
 def _video(run: RunDir, recipe: Recipe, key: str) -> str | None:
@@ -140,7 +144,9 @@ def _questions(recipe: Recipe) -> dict[int, tuple[str, float]]:
     """Number: question and weight. A report is also made where the checklist cannot be read any
     more; its questions are then shown by number."""
     try:
-        loaded = checklist.load(recipe.reward.checklist)
+        decides = recipe.pair.reward
+        reward = recipe.reward if decides is None else recipe.more_rewards[decides]
+        loaded = checklist.load(reward.checklist)
     except (checklist.ChecklistError, OSError):
         return {}
     return {number: (q.text, q.weight) for number, q in enumerate(loaded.questions, 1)}

@@ -26,7 +26,7 @@ def pairs_of_query(candidates: Sequence[Row], settings: Pair, reasons: Counter[s
     Returns:
         Pair rows, text pairs first.
     """
-    ordered = sorted(candidates, key=lambda row: row["k"])
+    ordered = sorted((by_reward(row, settings.reward) for row in candidates), key=lambda row: row["k"])
     text = _choose(_text_pairs(ordered, reasons), settings.text_per_query, best=False)
     video = _choose(
         _video_pairs(ordered, settings, reasons), settings.video_per_query, settings.choice == "best"
@@ -36,6 +36,14 @@ def pairs_of_query(candidates: Sequence[Row], settings: Pair, reasons: Counter[s
         reasons[f"gave way to the {settings.precedence} pair"] += len(loser)
         loser.clear()
     return text + video
+
+
+def by_reward(row: Row, name: str | None) -> Row:
+    """The row with the score columns of the reward that decides: `name` of `more_rewards`, or as it is."""
+    if name is None:
+        return row
+    found: Row = next((reward for reward in row["more_rewards"] or [] if reward["name"] == name), {})
+    return {**row, **{column: found.get(column) for column in ("reward", "answers", "dimensions", "score")}}
 
 
 def _text_pairs(rows: Sequence[Row], reasons: Counter[str]) -> Iterator[Row]:

@@ -1,14 +1,16 @@
 """Score: the reward model watches a video and answers the checklist for the user's own query.
 
 The last stage before pairing. `Scorer` is plain Python that an actor pool calls with rows; a video
-that cannot be read or scored is an error of its row.
+that cannot be read or scored is an error of its row. Further rewards (`more_rewards` of the recipe)
+see the same bytes and fill columns of their own.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
 from vpo_ray.recipe import Reward
@@ -21,12 +23,8 @@ log = logging.getLogger(__name__)
 ALARM_AFTER = 16
 
 
-class Scorer:
-    """Fills the score columns of rows. The model is loaded at the first batch.
-
-    Args:
-        settings: the recipe's reward section.
-        store_uri: the video store.
+class WatchedReward:
+    """A reward model, loaded at its first batch, and what its scores so far look like.
 
     Attributes:
         scored: videos scored so far.
@@ -34,11 +32,8 @@ class Scorer:
         constant: whether all videos so far got the same score.
     """
 
-    name = "score"
-
-    def __init__(self, settings: Reward, store_uri: str) -> None:
-        self.settings = settings
-        self.store = VideoStore(store_uri)
+    def __init__(self, settings: Reward, name: str = "reward") -> None:
+        self.settings, self.name = settings, name
         self.scored = self.neither = 0
         self._scores: set[float] = set()
         self._model: RewardModel | None = None
@@ -47,6 +42,48 @@ class Scorer:
     def constant(self) -> bool:
         return len(self._scores) == 1
 
+    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+        if self._model is None:
+            self._model = build(self.settings)
+        results = self._model.score(videos, queries)
+        for result in results:
+            if isinstance(result, Scored):
+                self._watch(result)
+        return results
+
+    def _watch(self, result: Scored) -> None:
+        self.scored += 1
+        self.neither += result.neither
+        self._scores.add(result.score)
+        if self.scored == ALARM_AFTER and self.constant:
+            log.error(
+                "all of the first %d videos got the score %g by %s: look at its rule, the template and the "
+                "tokenizer (%d answers were neither yes nor no)",
+                self.scored,
+                result.score,
+                self.name,
+                self.neither,
+            )
+
+
+class Scorer:
+    """Fills the score columns of rows.
+
+    Args:
+        settings: the recipe's reward section.
+        store_uri: the video store.
+        more: the recipe's `more_rewards`, by name. A video that one of them cannot score is an error
+            of its row, as with the first.
+    """
+
+    name = "score"
+
+    def __init__(self, settings: Reward, store_uri: str, more: Mapping[str, Reward] | None = None) -> None:
+        self.settings = settings
+        self.store = VideoStore(store_uri)
+        self.reward = WatchedReward(settings)
+        self.more = [WatchedReward(reward, name) for name, reward in (more or {}).items()]
+
     def wants(self, row: Row) -> bool:
         return row.get("video_key") is not None and row.get("score") is None and row.get("error") is None
 
@@ -54,7 +91,7 @@ class Scorer:
         """The rows in their order; those that `wants` refuses are passed on as they are.
 
         Raises:
-            ValueError: the reward model or its checklist cannot be loaded.
+            ValueError: a reward model or its checklist cannot be loaded.
             StorageError: the video store cannot be read.
         """
         wanted = [i for i, row in enumerate(rows) if self.wants(row)]
@@ -66,15 +103,19 @@ class Scorer:
         return done
 
     def _score(self, rows: Sequence[Row]) -> list[Row]:
-        if self._model is None:
-            self._model = build(self.settings)
         begin = time.perf_counter()
         videos = [self._read(row) for row in rows]
-        readable = [i for i, video in enumerate(videos) if isinstance(video, bytes)]
-        scored = self._model.score([videos[i] for i in readable], [rows[i]["query"] for i in readable])  # type: ignore[misc]
-        results: dict[int, Scored | Exception] = dict(zip(readable, scored, strict=True))
+        done = {i: _failed(rows[i], video) for i, video in enumerate(videos) if isinstance(video, Exception)}
+        for reward in (self.reward, *self.more):
+            left = [i for i in range(len(rows)) if i not in done or done[i]["error"] is None]
+            results = reward.score([videos[i] for i in left], [rows[i]["query"] for i in left])  # type: ignore[misc]
+            for i, result in zip(left, results, strict=True):
+                done[i] = _filled(done.get(i, rows[i]), result, reward, first=reward is self.reward)
         seconds = (time.perf_counter() - begin) / len(rows)
-        return [self._filled(row, results.get(i, videos[i]), seconds) for i, row in enumerate(rows)]  # type: ignore[arg-type]
+        return [
+            {**done[i], "seconds": {**(row.get("seconds") or {}), "score": seconds}}
+            for i, row in enumerate(rows)
+        ]
 
     def _read(self, row: Row) -> bytes | Exception:
         try:
@@ -82,31 +123,29 @@ class Scorer:
         except (VideoMissing, VideoDamaged) as error:
             return RewardError(f"{error}; render it again")
 
-    def _filled(self, row: Row, result: Scored | Exception, seconds: float) -> Row:
-        row = {**row, "seconds": {**(row.get("seconds") or {}), "score": seconds}}
-        if isinstance(result, Exception):
-            log.warning("video %s was not scored: %s", row["video_key"], result)
-            return failed(row, "score", str(result))
-        self._watch(result)
-        return {
-            **row,
-            "reward": self.settings.kind,
-            "answers": [
-                {"question": a.question, "yes": a.yes, "probability": a.probability} for a in result.answers
-            ],
-            "dimensions": [{"name": name, "score": score} for name, score in result.dimensions.items()],
-            "score": result.score,
-        }
 
-    def _watch(self, result: Scored) -> None:
-        self.scored += 1
-        self.neither += result.neither
-        self._scores.add(result.score)
-        if self.scored == ALARM_AFTER and self.constant:
-            log.error(
-                "all of the first %d videos got the score %g: look at reward.rule, the template and the "
-                "tokenizer (%d answers were neither yes nor no)",
-                self.scored,
-                result.score,
-                self.neither,
-            )
+def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: bool) -> Row:
+    if isinstance(result, Exception):
+        return _failed(row, result if first else RewardError(f"{reward.name}: {result}"))
+    columns = _columns(result, reward.settings.kind)
+    if first:
+        return {**row, **columns, "error": None}
+    return {**row, "more_rewards": [*(row.get("more_rewards") or []), {"name": reward.name, **columns}]}
+
+
+def _failed(row: Row, error: Exception) -> Row:
+    log.warning("video %s was not scored: %s", row["video_key"], error)
+    # Half a set of scores would look like a whole one.
+    empty: Row = dict.fromkeys(("reward", "answers", "dimensions", "score", "more_rewards"))
+    return failed({**row, **empty}, "score", str(error))
+
+
+def _columns(result: Scored, kind: str) -> dict[str, Any]:
+    return {
+        "reward": kind,
+        "answers": [
+            {"question": a.question, "yes": a.yes, "probability": a.probability} for a in result.answers
+        ],
+        "dimensions": [{"name": name, "score": score} for name, score in result.dimensions.items()],
+        "score": result.score,
+    }
