@@ -24,6 +24,7 @@ DATA = bytes(range(256)) * 8
 OTHER: dict[str, Any] = {
     "model": "n",
     "revision": "main",
+    "lora": {"path": "style.safetensors"},
     "dtype": "float16",
     "vae_dtype": "float32",
     "scheduler": "CogVideoXDPMScheduler",
@@ -42,6 +43,7 @@ OTHER: dict[str, Any] = {
     "vae_tiling": True,
     "vae_slicing": True,
     "compile": True,
+    "quantize": "int8_weight_only",
     "attention": "native",
     "cache": "faster",
     "cache_options": {"threshold": 0.1},

@@ -358,7 +358,13 @@ def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
 def _render_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    settings = recipe.render.model_copy(update={"model": locate(recipe.render.model)})
+    lora = recipe.render.lora
+    settings = recipe.render.model_copy(
+        update={
+            "model": locate(recipe.render.model),
+            "lora": lora and lora.model_copy(update={"path": locate(lora.path)}),
+        }
+    )
     stage = partial(Renderer, settings, recipe.render.store or f"{run.uri}/videos", recipe.seed)
     # While one video is encoded and stored, the next renders.
     return batch_pool(

@@ -24,14 +24,15 @@ from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
 from vpo_ray.storage import Folder, StorageError
 
-# Keys of the render section that change how a video is made but not its pixels. `model` and
-# `revision` stand in the key as the model's identity. Every other key of the section is a setting
+# Keys of the render section that change how a video is made but not its pixels. `model`, `revision`
+# and `lora` stand in the key as the identity of the weights. Every other key of the section is a setting
 # that changes pixels, a new one too.
 OPERATIONAL = frozenset(
     {
         "preset",
         "model",
         "revision",
+        "lora",
         "batch_size",
         "long_prompts",
         "vae_slicing",
@@ -67,25 +68,30 @@ def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str,
     """All that decides the pixels of a video, as JSON-able parts.
 
     Args:
-        model: what `engines.video_model.model_identity` says of the settings' model.
+        model: what `engines.video_weights.weights_identity` says of the settings.
 
     Settings that are off (null, false, empty) are left out, so that an option which a later version
     adds does not change the keys of the videos that exist.
     """
     chosen = settings.model_dump(mode="json", exclude=set(OPERATIONAL))
     on = {name: value for name, value in chosen.items() if value not in (None, False, [], {})}
-    return {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": library_versions()}
+    versions = library_versions() | (_versions("torchao") if settings.quantize else {})
+    return {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": versions}
 
 
 def video_key(settings: Render, prompt: str, seed: int, model: str) -> str:
     return content_id("video", key_parts(settings, prompt, seed, model))
 
 
-@cache
 def library_versions() -> dict[str, str]:
     """Major and minor versions of the libraries that compute pixels: patch releases keep them."""
+    return _versions(*_LIBRARIES)
+
+
+@cache
+def _versions(*names: str) -> dict[str, str]:
     found = {}
-    for name in _LIBRARIES:
+    for name in names:
         try:
             found[name] = ".".join(version(name).split(".")[:2])
         except PackageNotFoundError:

@@ -21,7 +21,8 @@ from vpo_ray.engines.video import (
     encode,
     probe,
 )
-from vpo_ray.engines.video_model import VideoModelError, model_identity
+from vpo_ray.engines.video_model import VideoModelError
+from vpo_ray.engines.video_weights import model_identity
 from vpo_ray.recipe import Render
 
 PROMPTS = ["a cat", "a dog runs along a beach at night", "red " * 40, "rain on a window"]

@@ -7,14 +7,13 @@ or a size that the model would round, an option that its pipeline does not have.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.engines.video_weights import VideoModelError, add_lora, quantise
 from vpo_ray.recipe import Render
-from vpo_ray.records import content_id
 
 # Settings of a recipe and the arguments of a pipeline's `__call__` that take them, first match wins.
 # LTX reads the frame rate into its position embedding, other pipelines have no such argument.
@@ -39,53 +38,6 @@ _CACHES = {
     "pyramid": "PyramidAttentionBroadcastConfig",
     "taylorseer": "TaylorSeerCacheConfig",
 }
-# Files of a model's folder that decide what it renders.
-_MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".pt", ".txt", ".model", ".py"})
-_SAMPLE = 4096  # bytes read at each of
-_SAMPLES = 64  # places in a large file
-
-
-class VideoModelError(ValueError):
-    """A model or a setting that cannot render at all: the run should stop, not the row."""
-
-    stops_run = True  # see pools.STOP
-
-
-def model_identity(model: str, revision: str | None) -> str:
-    """What a model's weights are, whatever path or branch name leads to them.
-
-    A folder is its files: names, sizes, the whole of every small file and 64 samples of every large
-    one (training moves every weight, so samples tell two trainings apart without reading 20 GB).
-    A hub id is its commit, from the local cache or the hub.
-
-    Raises:
-        VideoModelError: no such folder, and the hub cannot say either.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for path in folder.rglob("[!.]*") if path.suffix in _MODEL_FILES)
-        return "folder:" + content_id([[str(f.relative_to(folder)), *_sampled(f)] for f in files])
-    from huggingface_hub import hf_hub_download
-
-    try:
-        index = hf_hub_download(model, "model_index.json", revision=revision)
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these two kinds
-        raise VideoModelError(f"render.model {model!r} is no folder here, nor on the hub: {error}") from error
-    return f"{model}@{Path(index).parent.name}"
-
-
-def _sampled(path: Path) -> tuple[int, str]:
-    """Size and hash of a file, or of samples of a large one."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _SAMPLE * _SAMPLES:
-            digest.update(file.read())
-        else:
-            for place in range(_SAMPLES):
-                file.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return size, digest.hexdigest()
 
 
 def load(settings: Render) -> Any:
@@ -123,8 +75,14 @@ def load(settings: Render) -> Any:
     _check_shape(pipeline, settings)
     _set_scheduler(pipeline, settings)
     _set_vae(pipeline, settings)
+    if settings.lora is not None:
+        add_lora(pipeline, settings.lora)
+    device = _device(settings)
+    if settings.quantize is not None:
+        for model in _denoisers(pipeline):
+            quantise(model, settings.quantize, device)
     _set_speed(pipeline, settings)
-    return _place(pipeline, settings)
+    return _place(pipeline, settings, device)
 
 
 def call_arguments(pipeline: type, settings: Render) -> dict[str, Any]:
@@ -311,12 +269,15 @@ def _compile(model: Any) -> None:
         block.compile()
 
 
-def _place(pipeline: Any, settings: Render) -> Any:
+def _device(settings: Render) -> str:
     import torch
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _place(pipeline: Any, settings: Render, device: str) -> Any:
     if settings.offload == "none":
         return pipeline.to(device)
     if device == "cpu":

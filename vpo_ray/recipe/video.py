@@ -23,6 +23,15 @@ def video_presets() -> dict[str, dict[str, Any]]:
     return presets
 
 
+class Lora(Section):
+    """LoRA weights of the video model: a safetensors file, a folder or hub id with one."""
+
+    path: str
+    weight_name: str | None = Field(None, description="the file, where a folder or hub id has several")
+    revision: str | None = None
+    scale: float = 1.0
+
+
 class Render(Section):
     """The team's own text-to-video model, any diffusers pipeline.
 
@@ -33,6 +42,7 @@ class Render(Section):
     preset: str | None = None
     model: str
     revision: str | None = None
+    lora: Lora | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     vae_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     scheduler: str | None = Field(None, description="diffusers scheduler class; the model's own when unset")
@@ -51,6 +61,9 @@ class Render(Section):
     vae_tiling: bool = False
     vae_slicing: bool = False
     compile: bool = False
+    quantize: Literal["int8_weight_only", "int8_dynamic", "float8_weight_only", "float8_dynamic"] | None = (
+        Field(None, description="torchao, on the linear layers of what denoises")
+    )
     attention: str | None = Field(None, description="diffusers attention backend, e.g. native, flash, sage")
     cache: Literal["first_block", "faster", "pyramid", "taylorseer"] | None = None
     cache_options: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpo_ray.engines.video import DeviceLostError, VideoEngine, encode
-from vpo_ray.engines.video_model import model_identity
+from vpo_ray.engines.video_weights import weights_identity
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
 from vpo_ray.videos import VideoStore, key_parts, video_key
@@ -72,7 +72,7 @@ class Renderer:
     def __init__(self, settings: Render, store_uri: str, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.store = VideoStore(store_uri)
-        self.model = model_identity(settings.model, settings.revision)
+        self.model = weights_identity(settings)
         self.rendered = self.hits = 0
         self._engine: VideoEngine | None = None
         self._device = threading.Lock()
