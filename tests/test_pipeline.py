@@ -19,6 +19,7 @@ from vpo_ray.pools import batch_pool
 from vpo_ray.recipe import Pool, Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.storage import RunDir, StorageError
+from vpo_ray.videos import VideoStore
 
 pytestmark = pytest.mark.ray
 
@@ -114,6 +115,7 @@ def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> 
     assert all(r["score"] is None and r["verdict"] == "imprecise" for r in rows if r["k"] == 3)
     assert all(r["seconds"]["render"] is not None for r in rows if r["k"] < 3)
     assert counts["render"] == {"done": 36, "errors": 0, "passed": 12}
+    assert [len(run.table(name).parts()) for name in ("renders", "feedback")] == [1, 1], "parts are merged"
     assert [p for p in reconcile(build_ledger(run, recipe)) if not p.startswith("pair")] == []
 
     # A second run starts no pool: nothing is left to do.
@@ -140,9 +142,8 @@ def test_a_run_goes_on_behind_the_last_table_that_has_a_row(tmp_path: Path, faul
     generate(recipe, run, MODELS)
     complete = outputs(run)
     for name, share in (("feedback", 1), ("renders", 2), ("verdicts", 3)):
-        parts = run.table(name).parts()
-        for part in parts[: len(parts) // share]:
-            os.unlink(f"{run.table(name).path}/{part}")
+        rows = list(run.table(name).rows())
+        run.table(name).replace(rows[len(rows) // share :], rows_per_part=4)
     judged = run.table("verdicts").count()
     counts = generate(recipe, run, MODELS)
     assert outputs(run) == complete
@@ -174,6 +175,30 @@ def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults
     counts = generate(recipe, run, MODELS, retry_errors=True)
     assert counts["sample"]["done"] == 0
     assert all(row["error"] is None for row in run.table("feedback").rows())
+
+
+def test_a_video_that_is_gone_when_it_is_scored_is_rendered_again(tmp_path: Path, faults: Path) -> None:
+    for fault in ("score-q1-0", "score-q2-1"):
+        (faults / fault).write_text("other bytes than were written")
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe, 4)
+    generate(recipe, run, MODELS)
+    lost, there = ((r["query"], r["k"]) for r in run.table("feedback").rows() if r["error"])
+    # What is in the store is scored again only.
+    kept = next(r["video_key"] for r in run.table("feedback").rows() if (r["query"], r["k"]) == there)
+    VideoStore(run.at("videos")).write(kept, b"an mp4", {})
+    for fault in faults.iterdir():
+        fault.unlink()
+    counts = generate(recipe, run, MODELS, retry_errors=True)
+    assert {name: n["done"] for name, n in counts.items()} == {
+        "sample": 0,
+        "judge": 0,
+        "render": 1,
+        "score": 2,
+    }
+    assert all(row["error"] is None for row in run.table("feedback").rows())
+    assert run.table("feedback").count() == 16
+    assert lost != there
 
 
 def test_a_row_that_kills_its_process_is_given_up_alone(tmp_path: Path, faults: Path) -> None:

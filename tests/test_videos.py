@@ -170,6 +170,53 @@ def test_damage_is_seen_and_repaired_by_writing_again(
     assert list(store.verify()) == []
 
 
+def rot(path: Path, data: bytes) -> None:
+    """Other bytes in the file, as a bad disk leaves them: nobody wrote, so the time is as it was."""
+    before = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_byte_that_rots_is_seen_by_the_read_and_rendered_again(store: VideoStore) -> None:
+    store.write(KEY, DATA, {"prompt": "a cat"})
+    rot(at(store, "mp4"), DATA[:-1] + b"x")
+    assert [key for key, _ in store.verify()] == [KEY]
+    assert store.has(KEY), "a hit reads no video"
+    with pytest.raises(VideoDamaged, match="other bytes"):
+        store.read(KEY)
+    assert not store.has(KEY), "from then on it counts as absent"
+    with pytest.raises(VideoMissing):
+        store.read(KEY)
+    store.write(KEY, DATA, {"prompt": "a cat"})
+    assert store.has(KEY)
+
+
+def test_a_hit_reads_no_video_and_a_copied_store_is_hashed_once(
+    store: VideoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(KEY, DATA, {"prompt": "a cat"})
+    read: list[str] = []
+    checked = VideoStore._checked
+    monkeypatch.setattr(VideoStore, "_checked", lambda *a: read.append(a[1]) or checked(*a))
+    assert store.hit(KEY) == store.info(KEY)
+    assert read == []
+    os.utime(at(store, "mp4"))
+    info = store.hit(KEY)
+    assert info is not None
+    assert store.has(KEY)
+    assert read == [KEY]
+    assert store.info(KEY)["prompt"] == "a cat"
+
+
+def test_a_video_of_a_store_without_times_is_hashed(store: VideoStore) -> None:
+    info = store.write(KEY, DATA, {})
+    del info["mtime_ns"]
+    at(store, "json").write_text(json.dumps(info))
+    assert store.has(KEY)
+    rot(at(store, "mp4"), DATA[:-1] + b"x")
+    assert store.has(KEY), "noted by the first look-up"
+
+
 @pytest.mark.parametrize("bad", ["../../etc/passwd", "a/b", "", "a.b"])
 def test_a_key_is_never_a_path(store: VideoStore, bad: str) -> None:
     with pytest.raises(ValueError, match="not a video key"):
@@ -206,6 +253,8 @@ def test_prune_takes_leftovers_and_only_on_demand_whole_videos(store: VideoStore
     Path(store.uri(KEY) + ".1234.tmp").write_bytes(b"half")
     later = datetime.now(UTC) + timedelta(minutes=1)
     assert store.prune(later - timedelta(days=1)) == []
+    assert len(store.prune(later, complete=True, dry_run=True)) == 4
+    assert {entry.key for entry in store.entries()} == {KEY, other, half}
     assert {entry.key for entry in store.prune(later)} == {half, f"{KEY}.mp4.1234.tmp"}
     assert {entry.key for entry in store.entries()} == {KEY, other}
     assert [entry.key for entry in store.prune(later, keep={KEY}, complete=True)] == [other]

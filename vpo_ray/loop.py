@@ -200,7 +200,7 @@ def _train(
     train: Any, recipe: Recipe, run: RunDir, phase: str, model: str, rows: list[Row], identity: str
 ) -> str:
     settings = recipe.sft if phase == "sft" else recipe.dpo
-    folder = f"{run.uri}/checkpoints/{phase}"
+    folder = run.at(f"checkpoints/{phase}")
     train(
         phase,
         settings,

@@ -32,6 +32,7 @@ from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.sample import Sampler, candidates
 from vpo_ray.stages.score import Scorer
 from vpo_ray.storage import RunDir, Table
+from vpo_ray.videos import VideoStore
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,20 @@ def generate(
     Raises:
         GenerationError: too large a share of rows failed, a model cannot be used, or a table or the
             video store cannot be written.
+        StorageError: a table cannot be merged into fewer parts.
     """
+    tables = [run.table(STAGES[stage]) for stage in stages]
+    for stored in tables:
+        stored.settle()
+    total = _generate(recipe, run, models, stages, retry_errors)
+    for stored in tables:
+        stored.compact()
+    return total
+
+
+def _generate(
+    recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], retry_errors: bool
+) -> dict[str, dict[str, int]]:
     first = True
     total = {stage: {"done": 0, "errors": 0, "passed": 0} for stage in stages}
     for attempt in range(1, recipe.limits.tries + 1):
@@ -108,6 +122,11 @@ def _stream(
     """The dataset of all rows that some of `stages` still have to see, or None if there are none."""
     progress = progress_handle(stages)
     done = _later_keys(run, stages, retry_errors)
+    if retry_errors and "render" in stages:
+        again = _lost_videos(recipe, run)
+        done["render"] = done["render"][~_among(done["render"], again)]
+        if "score" in stages:
+            done["score"] = np.sort(np.concatenate([done["score"], again]))
     stream: Dataset | None = None
     flowing = 0
     for stage in stages:
@@ -152,6 +171,21 @@ def _entering(
         expand = partial(_expand, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
         return _read(run.table("queries"), done, expand, GENERATED)
     return _read(_table_before(run, stage), done, _rows_as_they_are, where)
+
+
+def _lost_videos(recipe: Recipe, run: RunDir) -> np.ndarray:
+    """Rows that could not be scored because their video is damaged or gone: they are rendered again,
+    and reach the score stage through the stream instead of from their table."""
+    store = VideoStore(recipe.render.store or run.at("videos"))
+    columns = ["candidate_id", "video_key", "error_stage"]
+    rows = run.table("feedback").rows(columns, pc.field("error").is_valid())
+    unscored = [row for row in rows if row["error_stage"] == "score" and row["video_key"] is not None]
+    good = run.table("feedback").keys(pc.field("error").is_null()) if unscored else set()
+    return _ids(
+        row["candidate_id"]
+        for row in unscored
+        if row["candidate_id"] not in good and not store.has(row["video_key"])
+    )
 
 
 def _table_before(run: RunDir, stage: str) -> Table:
@@ -365,7 +399,7 @@ def _render_pool(
             "lora": lora and lora.model_copy(update={"path": locate(lora.path)}),
         }
     )
-    stage = partial(Renderer, settings, recipe.render.store or f"{run.uri}/videos", recipe.seed)
+    stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed)
     # While one video is encoded and stored, the next renders.
     return batch_pool(
         stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone, calls=2
@@ -377,7 +411,7 @@ def _score_pool(
 ) -> Dataset:
     settings = _located(recipe.reward)
     more = {name: _located(reward) for name, reward in recipe.more_rewards.items()}
-    stage = partial(Scorer, settings, recipe.render.store or f"{run.uri}/videos", more)
+    stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
 
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -37,7 +41,16 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
 }
 
 
-def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+logger = logging.getLogger(__name__)
+
+# In a table's folder, while parts are merged: a list of the parts that do not count.
+_COMPACTING = "compacting.json"
+_MERGED = re.compile(r"[0-9a-f]+-([0-9]+)\.parquet")  # a merged part has its number of rows in its name
+
+T = TypeVar("T")
+
+
+def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     """Rows in lists of `size`, the last one shorter."""
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, size)):
@@ -50,14 +63,23 @@ class StorageError(RuntimeError):
     stops_run = True  # see pools.STOP
 
 
+def join(uri: str, name: str) -> str:
+    """The path or URI of `name` in a folder. Options of a URI (`?endpoint_override=...`) stay at its end."""
+    place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{place.rstrip('/')}/{name}{sign}{options}"
+
+
 class Folder:
     """A folder on any filesystem that `pyarrow.fs` opens. Picklable; cheap to make.
 
     Args:
-        uri: a local path or a URI.
+        uri: a local path or a URI, with options as pyarrow takes them, such as
+            `s3://bucket/path?endpoint_override=host:port&scheme=http`. Credentials come from the
+            environment, as pyarrow looks for them.
 
     Raises:
-        StorageError: a URI of no known filesystem, or a bucket that cannot be found.
+        StorageError: a URI of no known filesystem or with a password in it, or a bucket that cannot
+            be found.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -66,10 +88,12 @@ class Folder:
         self._open()
 
     def _open(self) -> None:
+        remote = "://" in self.uri
+        if remote and urlsplit(self.uri).password is not None:
+            # It would stand in tables, logs and the report.
+            raise StorageError("a URI must not hold a password: give credentials by the environment")
         try:
-            self.fs, self.path = pafs.FileSystem.from_uri(
-                self.uri if "://" in self.uri else Path(self.uri).as_uri()
-            )
+            self.fs, self.path = pafs.FileSystem.from_uri(self.uri if remote else Path(self.uri).as_uri())
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"cannot open {self.uri}: {error}") from error
 
@@ -77,26 +101,59 @@ class Folder:
         return (type(self), (self.uri,))
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri}/{name}")
+        return Folder(self.at(name))
+
+    def at(self, name: str) -> str:
+        """The path or URI of a file or folder in this one."""
+        return join(self.uri, name)
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write one file whole or not at all. Raises StorageError (read-only, full, no access)."""
+    @property
+    def is_objects(self) -> bool:
+        """An object store: it has no folders, and an object appears when its upload is complete."""
+        return self.fs.type_name in ("s3", "gcs", "abfs")
+
+    def write(self, name: str, data: bytes) -> int | None:
+        """Write one file whole or not at all. Raises StorageError (read-only, full, no access).
+
+        Returns:
+            The file's modification time in ns; None on an object store, which would have to be asked.
+        """
         target = f"{self.path}/{name}"
-        aside = f"{target}.{uuid.uuid4().hex}.tmp" if self.is_local else target
+        aside = target if self.is_objects else f"{target}.{uuid.uuid4().hex}.tmp"
+        opened = whole = False
+        modified: int | None = None
         try:
-            self.fs.create_dir(os.path.dirname(target), recursive=True)
-            with self.fs.open_output_stream(aside) as stream:
-                stream.write(data)
             if aside != target:
+                self.fs.create_dir(os.path.dirname(target), recursive=True)
+            with self.fs.open_output_stream(aside) as stream:
+                opened = True
+                stream.write(data)
+                whole = True
+            if aside != target:
+                modified = self.fs.get_file_info(aside).mtime_ns
                 self.fs.move(aside, target)
+        except BaseException as error:
+            # Leaving the block closes the stream, and with that an object store publishes what it has.
+            if aside != target or (opened and not whole):
+                with suppress(OSError):
+                    self.fs.delete_file(aside)
+            if isinstance(error, OSError):
+                raise StorageError(f"cannot write {self.at(name)}: {error}") from error
+            raise
+        return modified
+
+    def delete(self, name: str) -> None:
+        """Delete a file; one that is gone is fine. Raises StorageError."""
+        try:
+            self.fs.delete_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            return
         except OSError as error:
-            if aside != target and os.path.exists(aside):
-                os.unlink(aside)
-            raise StorageError(f"cannot write {self.uri}/{name}: {error}") from error
+            raise StorageError(f"cannot delete {self.at(name)}: {error}") from error
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError when there is no such file."""
@@ -148,14 +205,107 @@ class Table(Folder):
         """
         if not rows:
             return ""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table(list(rows), self.schema), sink, compression="zstd")
         name = f"{content_id(sorted(row[self.key] for row in rows))}.parquet"
-        self.write(name, sink.getvalue().to_pybytes())
+        self._write_part(name, table(list(rows), self.schema))
         return name
 
+    def _write_part(self, name: str, rows: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression="zstd")
+        self.write(name, sink.getvalue().to_pybytes())
+
     def parts(self) -> list[str]:
-        return self.files(".parquet")
+        """Names of the parts that hold the table, without those that a compaction is taking away."""
+        while True:
+            files = self.files()
+            if _COMPACTING not in files:
+                return [name for name in files if name.endswith(".parquet")]
+            # Between two equal answers nothing was switched, so the list belongs to the answer.
+            before, files, after = self._hidden(), self.files(), self._hidden()
+            if before is not None and before == after:
+                return [name for name in files if name.endswith(".parquet") and name not in before]
+
+    def compact(self, fewest: int = 16, rows_per_part: int = 5000) -> int:
+        """Merge the parts that single batches left into larger ones; returns how many were merged.
+
+        A stage writes a part a batch, so a finished table of renders has one for each row. Nobody may
+        append meanwhile. Readers see the old parts or the merged ones, never both and never neither,
+        whenever this is killed: a file `compacting.json` names the parts that do not count. It hides
+        the merged parts while they are written, then, replaced in one step, the old ones while they
+        are deleted. What a kill leaves, `settle` clears away.
+
+        Args:
+            fewest: fewer single parts than this are left as they are.
+            rows_per_part: of a merged part.
+
+        Raises:
+            StorageError: a part cannot be read, written or deleted; nothing is lost.
+        """
+        self.settle()
+        parts = self.parts()
+        merged_rows = {name: int(found[1]) for name in parts if (found := _MERGED.fullmatch(name))}
+        small = [name for name in parts if merged_rows.get(name, 0) < rows_per_part]
+        if sum(name not in merged_rows for name in small) < fewest:
+            return 0
+        merged: list[str] = []
+        for group, rows in self._groups(small, rows_per_part):
+            # Parts may have come back under the names of ones that were merged before.
+            names = (f"{content_id(group, again)}-{len(rows)}.parquet" for again in itertools.count())
+            name = next(name for name in names if name not in parts and name not in merged)
+            merged.append(name)
+            self.write_json(_COMPACTING, merged)
+            self._write_part(name, rows)
+        self.write_json(_COMPACTING, small)
+        self.settle()
+        logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
+        return len(small)
+
+    def settle(self) -> None:
+        """Clear away what a compaction that was killed left. Before the first `append` of a run: a
+        part that was hidden would stay so under the name it had."""
+        hidden = self._hidden()
+        if hidden is None:
+            return
+        for name in hidden:
+            self.delete(name)
+        self.delete(_COMPACTING)
+
+    def _hidden(self) -> list[str] | None:
+        """The parts that do not count, or None if none is hidden."""
+        try:
+            return self.read_json(_COMPACTING)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            # Without it parts may be there twice, which `rows` sees to.
+            raise StorageError(f"{self.at(_COMPACTING)} is damaged: delete it") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {self.at(_COMPACTING)}: {error}") from error
+
+    def _groups(self, parts: Sequence[str], rows_per_part: int) -> Iterator[tuple[list[str], pa.Table]]:
+        """The rows of parts, about `rows_per_part` together, each key once, with the parts they are of."""
+        group: list[str] = []
+        held: list[pa.RecordBatch] = []
+        # So many files are read at once, with threads.
+        for some in chunks(parts, 256):
+            group += some
+            held += self.batches(parts=some)
+            if sum(batch.num_rows for batch in held) >= rows_per_part:
+                yield group, self._each_key_once(held)
+                group, held = [], []
+        if group:
+            yield group, self._each_key_once(held)
+
+    def _each_key_once(self, batches: Sequence[pa.RecordBatch]) -> pa.Table:
+        """The batches as one table; of a key that is there twice, a row without an error."""
+        rows = pa.Table.from_batches(batches, self.schema)
+        keys = rows[self.key].to_pylist()
+        errors = rows["error"].is_valid().to_pylist() if "error" in self.schema.names else [False] * len(keys)
+        best: dict[str, int] = {}
+        for position, (key, error) in enumerate(zip(keys, errors, strict=True)):
+            if key not in best or (errors[best[key]] and not error):
+                best[key] = position
+        return rows if len(best) == len(keys) else rows.take(list(best.values()))
 
     def replace(self, rows: Iterable[Row], rows_per_part: int = 1000) -> int:
         """Make the table hold exactly these rows; returns how many. A kill in between leaves old
@@ -165,7 +315,7 @@ class Table(Folder):
             old.discard(self.append(chunk))
             count += len(chunk)
         for name in old:
-            self.fs.delete_file(f"{self.path}/{name}")
+            self.delete(name)
         return count
 
     def batches(
@@ -232,7 +382,7 @@ class RunDir(Folder):
 
     def table(self, name: str) -> Table:
         schema, key = TABLES[name]
-        return Table(f"{self.uri}/{name}", schema, key)
+        return Table(self.at(name), schema, key)
 
     def write_metrics(self, phase: str, lines: Sequence[Row]) -> None:
         """Store a training curve: `metrics/<phase>.jsonl`, one JSON object a step."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +24,7 @@ import pyarrow.fs as pafs
 
 from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
-from vpo_ray.storage import Folder, StorageError
+from vpo_ray.storage import Folder, StorageError, chunks
 
 # Keys of the render section that change how a video is made but not its pixels. `model`, `revision`
 # and `lora` stand in the key as the identity of the weights. Every other key of the section is a setting
@@ -44,6 +46,7 @@ OPERATIONAL = frozenset(
         "pool",
     }
 )
+READERS = 8  # files of a store that are read at once; an object store answers each in tens of ms
 _LIBRARIES = ("diffusers", "torch", "transformers")
 
 
@@ -110,7 +113,7 @@ class VideoStore:
         self.folder = Folder(uri)
 
     def uri(self, key: str) -> str:
-        return f"{self.folder.uri}/{_name(key, 'mp4')}"
+        return self.folder.at(_name(key, "mp4"))
 
     def info(self, key: str) -> dict[str, Any]:
         """The sidecar. Raises VideoMissing (none, or unreadable: then nothing tells what the mp4 is)."""
@@ -124,13 +127,22 @@ class VideoStore:
         return found
 
     def read(self, key: str) -> bytes:
-        """The mp4, checked against its sidecar.
+        """The mp4, checked against length and hash in its sidecar.
+
+        The sidecar of a damaged video is removed: it counts as absent from then on, so that the next
+        look-up renders it again.
 
         Raises:
             VideoMissing: there is no complete video under this key.
             VideoDamaged: its bytes are not those that were written.
         """
-        return self._checked(key, self.info(key))
+        info = self.info(key)
+        try:
+            return self._checked(key, info)
+        except VideoDamaged:
+            with suppress(StorageError):  # a store that is read only can still say what is wrong
+                self.folder.delete(_name(key, "json"))
+            raise
 
     def has(self, key: str) -> bool:
         return self.hit(key) is not None
@@ -138,46 +150,56 @@ class VideoStore:
     def hit(self, key: str) -> dict[str, Any] | None:
         """The sidecar if the video can be used as it is, None if it has to be rendered.
 
-        On a local disk the bytes are hashed. An object store keeps checksums of its own, so there
-        the length alone is compared and nothing is downloaded.
+        A hit asks whether anybody touched the file since it was written: its length and modification
+        time are compared with the sidecar's, and nothing is read. That sees a file that was cut
+        short, overwritten or edited. Where the times differ (a store that was copied, too) the bytes
+        are hashed, once: the sidecar then notes the time. What a disk does to a file without
+        anybody's touch, `read` sees, which hashes always; `verify` reads the whole store.
         """
         try:
             info = self.info(key)
-            if self.folder.is_local:
+            file = self._stat(key)
+            if file.size != info["length"]:
+                return None
+            if file.mtime_ns != info.get("mtime_ns"):
                 self._checked(key, info)
-                return info
-            file = self.folder.fs.get_file_info(f"{self.folder.path}/{_name(key, 'mp4')}")
-            return info if file.size == info["length"] else None
+                with suppress(StorageError):
+                    self.folder.write_json(_name(key, "json"), {**info, "mtime_ns": file.mtime_ns})
+            return info
         except (VideoMissing, VideoDamaged):
             return None
 
     def write(self, key: str, data: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
-        """Store a video and then its sidecar; returns the sidecar with length and hash in it.
+        """Store a video and then its sidecar.
+
+        Returns:
+            The sidecar, with `key`, `length` and `sha256` of the bytes and the file's `mtime_ns`.
 
         Raises:
             StorageError: read-only, full, no access.
         """
-        sidecar = {**sidecar, "key": key, "length": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        self.folder.write(_name(key, "mp4"), data)
+        modified = self.folder.write(_name(key, "mp4"), data) or self._stat(key).mtime_ns
+        sidecar = {
+            **sidecar,
+            "key": key,
+            "length": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "mtime_ns": modified,
+        }
         self.folder.write_json(_name(key, "json"), sidecar)
         return sidecar
 
     def delete(self, key: str) -> None:
         """Remove a video, sidecar first, so that no reader takes half an entry for a whole one."""
         for kind in ("json", "mp4"):
-            try:
-                self.folder.fs.delete_file(f"{self.folder.path}/{_name(key, kind)}")
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise StorageError(f"cannot delete {self.folder.uri}/{_name(key, kind)}: {error}") from error
+            self.folder.delete(_name(key, kind))
 
     def entries(self) -> Iterator[Entry]:
         """Every key with a file in the store, complete or not, sorted."""
         found: dict[str, dict[str, pafs.FileInfo]] = {}
         for file in self._listing():
             stem, suffix = os.path.splitext(file.base_name)
-            if suffix in (".mp4", ".json"):
+            if suffix in (".mp4", ".json") and stem.isascii() and stem.isalnum():
                 found.setdefault(stem, {})[suffix] = file
         for key, files in sorted(found.items()):
             size = sum(file.size or 0 for file in files.values())
@@ -185,38 +207,74 @@ class VideoStore:
 
     def verify(self) -> Iterator[tuple[str, str]]:
         """Read every video; yields key and problem of each that is missing a file or damaged."""
-        for entry in self.entries():
-            try:
-                self.read(entry.key)
-            except (VideoMissing, VideoDamaged) as error:
-                yield entry.key, str(error)
+        yield from ((entry.key, problem) for entry, problem in self.inspect() if problem is not None)
 
-    def prune(self, before: datetime, keep: Container[str] = (), *, complete: bool = False) -> list[Entry]:
+    def inspect(self) -> Iterator[tuple[Entry, str | None]]:
+        """Read every video; yields each entry with what is wrong with it, or None."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for some in chunks(self.entries(), 16 * READERS):
+                yield from zip(some, readers.map(self._problem, some), strict=True)
+
+    def infos(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, dict[str, Any] | None]]:
+        """The sidecars of entries; None where there is none that can be read."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for some in chunks(entries, 16 * READERS):
+                yield from zip(some, readers.map(self._info, some), strict=True)
+
+    def prune(
+        self, before: datetime, keep: Container[str] = (), *, complete: bool = False, dry_run: bool = False
+    ) -> list[Entry]:
         """Delete what an interrupted write left, and with `complete` whole videos too.
 
         Args:
             before: only what was written before this moment (with a time zone): a write in progress
                 must be left alone.
             keep: keys that stay, such as those that some run's table still names.
+            dry_run: delete nothing.
 
         Returns:
-            What was deleted, leftovers of interrupted writes (`*.tmp`) included under their names.
+            What was (or would be) deleted, leftovers of interrupted writes (`*.tmp`) included under
+            their names.
         """
         old = [entry for entry in self.entries() if entry.written < before and entry.key not in keep]
         gone = [entry for entry in old if complete or not entry.complete]
-        for entry in gone:
-            self.delete(entry.key)
-        for file in self._listing():
-            if file.extension == "tmp" and file.mtime < before:
-                self.folder.fs.delete_file(file.path)
-                gone.append(Entry(file.base_name, file.size or 0, file.mtime, False))
-        return gone
+        left = [file for file in self._listing() if file.extension == "tmp" and file.mtime < before]
+        if not dry_run:
+            for entry in gone:
+                self.delete(entry.key)
+            for file in left:
+                self.folder.delete(file.path[len(self.folder.path) + 1 :])
+        return gone + [Entry(file.base_name, file.size or 0, file.mtime, False) for file in left]
 
     def _listing(self) -> Iterator[pafs.FileInfo]:
         selector = pafs.FileSelector(self.folder.path, recursive=True, allow_not_found=True)
-        for file in self.folder.fs.get_file_info(selector):
-            if file.type == pafs.FileType.File:
-                yield file
+        try:
+            files = self.folder.fs.get_file_info(selector)
+        except OSError as error:
+            raise StorageError(f"cannot list the video store {self.folder.uri}: {error}") from error
+        yield from (file for file in files if file.type == pafs.FileType.File)
+
+    def _stat(self, key: str) -> pafs.FileInfo:
+        try:
+            file = self.folder.fs.get_file_info(f"{self.folder.path}/{_name(key, 'mp4')}")
+        except OSError as error:
+            raise StorageError(f"cannot look up {self.uri(key)}: {error}") from error
+        if file.type != pafs.FileType.File:
+            raise VideoMissing(f"no {_name(key, 'mp4')} in the video store {self.folder.uri}")
+        return file
+
+    def _problem(self, entry: Entry) -> str | None:
+        try:
+            self._checked(entry.key, self.info(entry.key))
+        except (VideoMissing, VideoDamaged) as error:
+            return str(error)
+        return None
+
+    def _info(self, entry: Entry) -> dict[str, Any] | None:
+        try:
+            return self.info(entry.key)
+        except VideoMissing:
+            return None
 
     def _checked(self, key: str, info: dict[str, Any]) -> bytes:
         data = self._read(_name(key, "mp4"))
@@ -232,7 +290,7 @@ class VideoStore:
         except FileNotFoundError as error:
             raise VideoMissing(f"no {name} in the video store {self.folder.uri}") from error
         except OSError as error:
-            raise StorageError(f"cannot read {self.folder.uri}/{name}: {error}") from error
+            raise StorageError(f"cannot read {self.folder.at(name)}: {error}") from error
 
 
 def _name(key: str, suffix: str) -> str:

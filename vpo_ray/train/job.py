@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.recipe import Train, computed
 from vpo_ray.records import PAIR, SFT, Row, content_id
-from vpo_ray.storage import Folder, Table
+from vpo_ray.storage import Folder, Table, join
 from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, tokenise
 from vpo_ray.train.model_files import fetch, identity, marker
 
@@ -147,7 +147,7 @@ def _fit(job_id: str, **parts: object) -> None:
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=f"{job.run_uri}/checkpoints",
+            storage_path=join(job.run_uri, "checkpoints"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -159,7 +159,7 @@ def _fit(job_id: str, **parts: object) -> None:
         raise TrainError(f"{job.phase} failed {settings.max_failures + 1} times: {error}") from error
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
-    checkpoints = Folder(f"{job.run_uri}/checkpoints/{name}")
+    checkpoints = Folder(join(job.run_uri, f"checkpoints/{name}"))
     checkpoints.fs.delete_dir(checkpoints.path)
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from vpo_ray.recipe import Train
 from vpo_ray.records import Row, content_id, seed_of
-from vpo_ray.storage import Folder, RunDir
+from vpo_ray.storage import Folder, RunDir, join
 from vpo_ray.train import packing, zero
 from vpo_ray.train.examples import Example, Phase, TrainError
 from vpo_ray.train.export import export
@@ -166,7 +166,7 @@ class Worker:
         job = self.job
         data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.examples]
         name = f"{content_id('reference', weights, job.settings.dtype, data)}.npy"
-        folder = Folder(f"{job.run_uri}/checkpoints/reference")
+        folder = Folder(join(job.run_uri, "checkpoints/reference"))
         found = [folder.exists(name) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         if found[0]:

@@ -1,0 +1,217 @@
+"""A run directory and a video store on a real S3-compatible server, through `pyarrow.fs`."""
+
+import logging
+import pickle
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import pytest
+
+from vpo_ray.records import Row
+from vpo_ray.storage import Folder, RunDir, StorageError, Table, join
+from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
+
+KEY, OTHER = "ab" + "0" * 30, "cd" + "0" * 30
+DATA = bytes(range(256)) * 8
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The options of an `s3://` URI that lead to the server; credentials are in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        fs, _ = pafs.FileSystem.from_uri(f"s3://videos?{options}&allow_bucket_creation=true")
+        fs.create_dir("videos")
+        yield options
+    moto.stop()
+
+
+@pytest.fixture
+def uri(server: str, request: pytest.FixtureRequest) -> str:
+    """A folder of its own for each test."""
+    return f"s3://videos/{abs(hash(request.node.name))}?{server}"
+
+
+@pytest.fixture
+def store(uri: str) -> VideoStore:
+    return VideoStore(uri)
+
+
+def put(folder: Folder, name: str, data: bytes) -> None:
+    """What somebody else does to an object."""
+    with folder.fs.open_output_stream(f"{folder.path}/{name}") as stream:
+        stream.write(data)
+
+
+def candidate(name: str, error: str | None = None) -> Row:
+    row = {"candidate_id": name, "query_id": "q", "query": "a cat", "k": 0, "seed": 0}
+    return {**row, "error": error}
+
+
+def test_options_stay_at_the_end_of_a_uri(uri: str) -> None:
+    place, options = uri.split("?")
+    assert join(uri, "a/b") == f"{place}/a/b?{options}"
+    assert (RunDir(uri) / "a").uri == f"{place}/a?{options}"
+    assert RunDir(uri).table("renders").path.endswith("/renders")
+    assert VideoStore(uri).uri(KEY) == f"{place}/ab/{KEY}.mp4?{options}"
+    # A local name may hold the sign.
+    assert join("/a/b?c", "d") == "/a/b?c/d"
+
+
+def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(StorageError, match="environment") as caught:
+        Folder("s3://key:hunter2@bucket/run")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_files(uri: str) -> None:
+    folder = Folder(uri)
+    assert folder.files() == []
+    with pytest.raises(FileNotFoundError):
+        folder.read("x")
+    folder.write("deep/ü x.bin", DATA)
+    assert (folder.read("deep/ü x.bin"), folder.files()) == (DATA, ["deep/ü x.bin"])
+    assert folder.exists("deep/ü x.bin")
+    folder.delete("deep/ü x.bin")
+    folder.delete("deep/ü x.bin")
+    assert folder.files() == []
+
+
+def test_a_bucket_that_is_not_there_is_named(server: str) -> None:
+    with pytest.raises(StorageError, match="nowhere"):
+        Folder(f"s3://nowhere/run?{server}").write("x", b"1")
+
+
+def test_a_server_that_is_not_there_is_named(server: str) -> None:
+    gone = "s3://videos/run?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    with pytest.raises(StorageError, match=r"s3://videos/run"):
+        RunDir(f"{gone}&connect_timeout=1&request_timeout=1").table("renders").parts()
+
+
+def test_a_write_that_is_interrupted_publishes_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the stream, as leaving a `with` block does, would publish what was sent until then."""
+    folder = Folder(uri)
+
+    class Interrupted:
+        def __init__(self, fs: Any) -> None:
+            self.fs = fs
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.fs, name)
+
+        def open_output_stream(self, path: str) -> Any:
+            stream = self.fs.open_output_stream(path)
+
+            class Half:
+                def __enter__(self) -> Any:
+                    return self
+
+                def __exit__(self, *_: object) -> None:
+                    stream.close()
+
+                def write(self, data: bytes) -> None:
+                    stream.write(data[: len(data) // 2])
+                    raise KeyboardInterrupt
+
+            return Half()
+
+    monkeypatch.setattr(folder, "fs", Interrupted(folder.fs))
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("x", DATA)
+    assert Folder(uri).files() == []
+
+
+def test_videos(store: VideoStore) -> None:
+    assert not store.has(KEY)
+    info = store.write(KEY, DATA, {"prompt": "a cat"})
+    again: VideoStore = pickle.loads(pickle.dumps(store))
+    assert (again.hit(KEY), again.read(KEY)) == (info, DATA)
+    assert [(e.key, e.complete) for e in store.entries()] == [(KEY, True)]
+    assert list(store.verify()) == []
+    store.delete(KEY)
+    assert list(store.entries()) == []
+    with pytest.raises(VideoMissing):
+        store.read(KEY)
+
+
+@pytest.mark.parametrize("damage", [DATA[:-1], DATA[:-1] + b"x", b""])
+def test_a_video_that_was_cut_short_or_changed_is_rendered_again(store: VideoStore, damage: bytes) -> None:
+    store.write(KEY, DATA, {})
+    # Object stores tell the time in seconds: a change in the same one shows by its length or its read.
+    time.sleep(1.1 if len(damage) == len(DATA) else 0)
+    put(store.folder, f"ab/{KEY}.mp4", damage)
+    assert [key for key, _ in store.verify()] == [KEY]
+    assert not store.has(KEY)
+    with pytest.raises(VideoDamaged):
+        store.read(KEY)
+    with pytest.raises(VideoMissing):
+        store.read(KEY)
+    store.write(KEY, DATA, {})
+    assert store.read(KEY) == DATA
+    assert store.has(KEY)
+
+
+def test_a_video_whose_sidecar_never_came_is_absent(store: VideoStore) -> None:
+    put(store.folder, f"ab/{KEY}.mp4", DATA)
+    assert not store.has(KEY)
+    [(entry, problem)] = store.inspect()
+    assert (entry.complete, "json" in (problem or "")) == (False, True)
+
+
+def test_prune(store: VideoStore) -> None:
+    store.write(KEY, DATA, {})
+    store.write(OTHER, DATA, {})
+    put(store.folder, f"ef/ef{KEY}.mp4", DATA)
+    later = datetime.now(UTC) + timedelta(minutes=1)
+    assert store.prune(later - timedelta(days=1), complete=True) == []
+    assert [entry.key for entry in store.prune(later)] == [f"ef{KEY}"]
+    assert [entry.key for entry in store.prune(later, {KEY}, complete=True)] == [OTHER]
+    assert [entry.key for entry in store.entries()] == [KEY]
+
+
+def test_a_table_grows_resumes_and_is_merged(uri: str) -> None:
+    table = RunDir(uri).table("renders")
+    assert (table.parts(), table.count()) == ([], 0)
+    for number in range(5):
+        table.append([candidate(f"{number}a", "boom"), candidate(f"{number}b")])
+    first = table.parts()
+    # A run that was killed and goes on writes some batches again, and they stay one part each.
+    table.append([candidate("3b"), candidate("3a", "boom")])
+    assert RunDir(uri).table("renders").parts() == first
+    table.append([candidate("3a")])
+    assert {r["candidate_id"]: r["error"] for r in table.rows()}["3a"] is None
+    again: Table = pickle.loads(pickle.dumps(table))
+    assert again.keys() == {f"{n}{x}" for n in range(5) for x in "ab"}
+    assert table.compact(fewest=2, rows_per_part=100) == 6
+    assert again.files() == again.parts()
+    assert len(again.parts()) == 1
+    assert Counter(r["candidate_id"] for r in again.rows()) == Counter(
+        {f"{n}{x}": 1 for n in range(5) for x in "ab"}
+    )
+    assert table.replace([candidate("z")]) == 1
+    assert again.keys() == {"z"}
+
+
+def test_a_run_directory_without_a_query_in_its_uri(
+    uri: str, server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The endpoint may come from the environment too."""
+    endpoint = server.partition("&")[0].partition("=")[2]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    run = RunDir(uri.partition("?")[0])
+    run.write_json("ledger.json", {"stages": {}})
+    assert RunDir(uri).read_json("ledger.json") == {"stages": {}}
