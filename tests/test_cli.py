@@ -29,6 +29,7 @@ COMMANDS = {
     "pair": RECIPE,
     "dpo": RECIPE,
     "report": RECIPE,
+    "videos": ["ACTION", "--help"],
     "serve": ["checkpoint", "--help", "--recipe", "--set"],
 }
 

@@ -3,6 +3,7 @@
 vpo run recipe.yaml                 everything, or what is left of it
 vpo plan recipe.yaml                check the recipe and say what it will take
 vpo sample|judge|render|score ...   one stage, from its table to the next
+vpo videos ls|verify|prune STORE    the store of rendered videos
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
 """
 
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vpo_ray import recipe as recipes
+from vpo_ray import videos_command
 from vpo_ray.recipe import Recipe
 
 STAGE_COMMANDS = {
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = with_recipe(name, text, _stage)
         if name in ("sample", "judge", "render", "score"):
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    videos_command.add(command("videos", videos_command.HELP, _stage))
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
     serve.add_argument("checkpoint", help="a folder that `vpo run` made, e.g. runs/demo/checkpoints/dpo")
     serve.add_argument("--recipe", help="recipe file whose `serve` section to use")
