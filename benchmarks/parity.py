@@ -137,8 +137,8 @@ def answers(golden: Golden, net: model.CogVLM2Video, dtype: str, tally: Tally) -
                 tally.close(f"features_{dtype}", features, expected)
             layout = _layout(golden, net, template, len(values), [case["query"] for case in cases])
             logits = net.answer([layout], [features])[0]
-            for case, row, question in zip(cases, logits, layout.questions, strict=True):
-                _ids(golden, case["key"], layout, question, tally)
+            for number, (case, row) in enumerate(zip(cases, logits, strict=True)):
+                _ids(golden, case["key"], layout, number, tally)
                 tally.close(f"logits_{dtype}/{template}", row, golden.tensor(f"{case['key']}/logits_{dtype}"))
                 text = golden.tokenizer.decode([int(row.argmax())])
                 same = (text == "yes") == case[dtype]["is_yes"]
@@ -159,9 +159,9 @@ def _layout(
     return sequence.layout(golden.tokenizer, template, before, queries, config.max_position_embeddings)
 
 
-def _ids(golden: Golden, key: str, layout: sequence.Layout, question: tuple[int, int], tally: Tally) -> None:
+def _ids(golden: Golden, key: str, layout: sequence.Layout, question: int, tally: Tally) -> None:
     """The prefix and one question are the sequence that the reference reads for it."""
-    place = [*range(layout.prefix), *range(*question)]
+    place = [*range(layout.prefix), *layout.question(question)]
     tokens = layout.tokens
     found = {"input_ids": tokens.ids, "position_ids": tokens.positions, "token_type_ids": tokens.vision}
     for name, values in found.items():

@@ -1,8 +1,9 @@
 """CogVLM2-Video on transformers' own Llama, and the pass that answers all questions at once.
 
-Videos and questions are packed into one row without padding: [prefix][question 1]...[question N]
-for each video. Everything but attention sees one long row; attention runs within a prefix, and
-from a group of questions to their prefix and themselves, so that no other pair costs anything.
+Videos and questions are packed into one row without padding: [prefix][tree of questions] for each
+video. Everything but attention sees one long row; attention runs within a prefix, and from a group of
+chains to their prefix, their ancestors and themselves, so that no other pair costs anything. The last
+layer computes the tokens where an answer is read, and of all others their keys and values only.
 Two habits of the reference's bfloat16 arithmetic are kept, because answers near the boundary
 depend on them: the rotation's angles are computed in the model's dtype, and RMSNorm multiplies by
 its weight before the one cast at the end.
@@ -11,6 +12,7 @@ its weight before the one cast at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    repeat_kv,
+    rotate_half,
+)
 
 from vpo_ray.engines.reward import checkpoint
 from vpo_ray.engines.reward.checkpoint import CheckpointError, Config
@@ -27,8 +34,25 @@ from vpo_ray.engines.reward.vision import VisionTower
 
 _ATTENTION = "vpo_shared_prefix"
 
-# Where a video's prefix lies in the packed row; where its groups of questions lie, and their masks.
-Segment = tuple[slice, list[tuple[slice, torch.Tensor]]]
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens `own` of the packed row and what they see: their video's prefix (all of it, told apart by
+    Segment) and the tokens `seen`, `mask` (own tokens, prefix + seen tokens) true where they do."""
+
+    own: slice | torch.Tensor
+    seen: slice | torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One video in the packed row: its prefix, the groups of its question tokens, and the group of
+    those tokens where answers are read."""
+
+    prefix: slice
+    groups: list[Group]
+    read: Group
 
 
 class RotaryEmbedding(nn.Module):
@@ -51,6 +75,48 @@ class RMSNorm(LlamaRMSNorm):
         return (self.weight.float() * x).to(hidden_states.dtype)
 
 
+class LastLayer(LlamaDecoderLayer):
+    """With `read`, the layer's output at these tokens alone: (1, len(read), hidden_size)."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        segments: Sequence[Segment],
+        attend: Callable[..., torch.Tensor],
+        read: torch.Tensor | None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        if read is None:
+            return super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                segments=segments,
+                attend=attend,
+                **rest,
+            )
+        own, (cos, sin) = self.self_attn, position_embeddings
+        states = self.input_layernorm(hidden_states)
+
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
+
+        query = _rotate(heads(own.q_proj(states[:, read])), cos[:, read], sin[:, read])
+        key, value = _rotate(heads(own.k_proj(states)), cos, sin), heads(own.v_proj(states))
+        repeats = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        reads = [segment.read for segment in segments]
+        parts = query.split([len(group.mask) for group in reads], dim=2)
+        answers = [
+            attend(part, _seen(key, segment, group), _seen(value, segment, group), group.mask)
+            for part, segment, group in zip(parts, segments, reads, strict=True)
+        ]
+        attended = own.o_proj(torch.cat(answers, dim=2).transpose(1, 2).flatten(2))
+        hidden = hidden_states[:, read] + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
 class CogVLM2Video(nn.Module):
     """The whole model. Build it with `load`."""
 
@@ -62,6 +128,7 @@ class CogVLM2Video(nn.Module):
         llama = self.llm.model
         llama.rotary_emb = RotaryEmbedding(config)
         llama.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        llama.layers[-1] = LastLayer(self.llm.config, config.num_hidden_layers - 1)
         for layer in llama.layers:
             layer.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             layer.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,14 +154,21 @@ class CogVLM2Video(nn.Module):
             layouts: one for each video.
             features: `encode`'s result for each video.
         """
-        hidden = self.hidden_states(layouts, features)
         starts = [sum(len(layout.tokens.ids) for layout in layouts[:i]) for i in range(len(layouts))]
         last = [start + i for start, layout in zip(starts, layouts, strict=True) for i in layout.last]
-        logits = self.llm.lm_head(hidden[torch.tensor(last, device=self.device)]).float()
-        return list(logits.split([len(layout.questions) for layout in layouts]))
+        hidden = self.hidden_states(layouts, features, torch.tensor(last, device=self.device))
+        logits = self.llm.lm_head(hidden).float()
+        return list(logits.split([len(layout.last) for layout in layouts]))
 
-    def hidden_states(self, layouts: Sequence[Layout], features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Normalised output of the last layer, (tokens of all videos, hidden_size)."""
+    def hidden_states(
+        self, layouts: Sequence[Layout], features: Sequence[torch.Tensor], read: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normalised output of the last layer, (tokens, hidden_size).
+
+        Args:
+            read: indices into the packed row of all videos, the `last` of every layout in order; None
+                for all tokens.
+        """
         ids = torch.tensor([i for layout in layouts for i in layout.tokens.ids], device=self.device)
         places = torch.tensor([p for layout in layouts for p in layout.tokens.positions], device=self.device)
         vision = torch.tensor([v for layout in layouts for v in layout.tokens.vision], device=self.device)
@@ -105,6 +179,7 @@ class CogVLM2Video(nn.Module):
             position_ids=places[None],
             use_cache=False,
             segments=_segments(layouts, self.device),
+            read=read,
             attend=_sdpa if self.attention == "sdpa" else _eager,
         )
         return output.last_hidden_state[0]
@@ -183,17 +258,25 @@ def _shared_prefix_attention(
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     output = torch.empty_like(query)
-    for prefix, groups in segments:
-        k, v = key[:, :, prefix], value[:, :, prefix]
-        output[:, :, prefix] = attend(query[:, :, prefix], k, v, None)
-        for own, mask in groups:
-            seen_k, seen_v = torch.cat([k, key[:, :, own]], dim=2), torch.cat([v, value[:, :, own]], dim=2)
-            output[:, :, own] = attend(query[:, :, own], seen_k, seen_v, mask)
+    for segment in segments:
+        prefix = segment.prefix
+        output[:, :, prefix] = attend(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], None)
+        for group in segment.groups:
+            seen_key, seen_value = _seen(key, segment, group), _seen(value, segment, group)
+            output[:, :, group.own] = attend(query[:, :, group.own], seen_key, seen_value, group.mask)
     return output.transpose(1, 2), None
 
 
+def _seen(states: torch.Tensor, segment: Segment, group: Group) -> torch.Tensor:
+    return torch.cat([states[:, :, segment.prefix], states[:, :, group.seen]], dim=2)
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+
 def group_size(device: torch.device) -> int:
-    """Questions of one attention call: one on a CPU, where a small product without waste is the
+    """Chains of one attention call: one on a CPU, where a small product without waste is the
     cheapest; all on a GPU, where a call costs more than the masked part of it."""
     return 1 if device.type == "cpu" else 1 << 30
 
@@ -202,21 +285,39 @@ def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
     segments: list[Segment] = []
     start, size = 0, group_size(device)
     for layout in layouts:
+        sees = _sees(layout)
+        total = len(layout.tokens.ids)
         groups = []
-        for i in range(0, len(layout.questions), size):
-            ranges = layout.questions[i : i + size]
-            mask = _mask([end - begin for begin, end in ranges], layout.prefix, device)
-            groups.append((slice(start + ranges[0][0], start + ranges[-1][1]), mask))
-        segments.append((slice(start, start + layout.prefix), groups))
-        start += len(layout.tokens.ids)
+        for i in range(0, len(layout.chains), size):
+            chains = layout.chains[i : i + size]
+            begin, end = chains[0].start, chains[-1].end
+            # The tokens that the group sees outside of itself are its ancestors'.
+            rows = sees[begin - layout.prefix : end - layout.prefix]
+            columns = rows.any(0).nonzero()[:, 0]
+            mask = F.pad(rows[:, columns], (layout.prefix, 0), value=True)
+            seen = (columns + layout.prefix + start).to(device)
+            groups.append(Group(slice(start + begin, start + end), seen, mask.to(device)))
+        last = torch.tensor(layout.last)
+        mask = F.pad(sees[last - layout.prefix], (layout.prefix, 0), value=True)
+        read = Group(start + last, slice(start + layout.prefix, start + total), mask.to(device))
+        segments.append(Segment(slice(start, start + layout.prefix), groups, read))
+        start += total
     return segments
 
 
-def _mask(lengths: Sequence[int], prefix: int, device: torch.device) -> torch.Tensor:
-    """True where a token of these questions sees: the whole prefix, and its own question so far."""
-    own = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
-    causal = torch.ones(len(own), len(own), dtype=torch.bool, device=device).tril()
-    return F.pad(causal & (own[:, None] == own), (prefix, 0), value=True)
+def _sees(layout: Layout) -> torch.Tensor:
+    """True where a question token (row) sees another (column): its ancestors' and its own chain so far;
+    both are counted from the end of the prefix."""
+    count = len(layout.tokens.ids) - layout.prefix
+    sees = torch.zeros(count, count, dtype=torch.bool)
+    for number, chain in enumerate(layout.chains):
+        own = slice(chain.start - layout.prefix, chain.end - layout.prefix)
+        for ancestor in layout.ancestors(number):
+            before = layout.chains[ancestor]
+            sees[own, before.start - layout.prefix : before.end - layout.prefix] = True
+        length = chain.end - chain.start
+        sees[own, own] = torch.ones(length, length, dtype=torch.bool).tril()
+    return sees
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
