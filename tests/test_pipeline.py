@@ -114,7 +114,7 @@ def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> 
     assert {r["score"] for r in rows if r["k"] < 3} == {0.0, 1.0, 2.0}
     assert all(r["score"] is None and r["verdict"] == "imprecise" for r in rows if r["k"] == 3)
     assert all(r["seconds"]["render"] is not None for r in rows if r["k"] < 3)
-    assert counts["render"] == {"done": 36, "errors": 0, "passed": 12}
+    assert counts["render"] == {"done": 36, "errors": 0, "passed": 12, "warm_up_s": 0}
     assert [len(run.table(name).parts()) for name in ("renders", "feedback")] == [1, 1], "parts are merged"
     assert [p for p in reconcile(build_ledger(run, recipe)) if not p.startswith("pair")] == []
 

@@ -49,6 +49,21 @@ def test_rows_that_overlap_share_the_time() -> None:
     assert clock.leave(second) == pytest.approx(4 / 2 + 1)
 
 
+def test_nobody_pays_for_warming_up() -> None:
+    time = Time()
+    clock = SharedClock(time)
+    first = clock.enter()
+    time.now += 2
+    with clock.paused() as warm_up:
+        time.now += 60
+        second = clock.enter()
+        time.now += 30
+    time.now += 4
+    assert warm_up == [pytest.approx(90)]
+    assert clock.leave(first) == pytest.approx(2 + 4 / 2)
+    assert clock.leave(second) == pytest.approx(4 / 2)
+
+
 def test_a_batch_pays_by_row() -> None:
     time = Time()
     clock = SharedClock(time)

@@ -70,14 +70,14 @@ def generate(
     models: Models,
     stages: Sequence[str] = tuple(STAGES),
     retry_errors: bool = False,
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, float]]:
     """Run consecutive stages as one stream until every row has passed the last of them.
 
     Rows that are missing afterwards, because a process died under them, are taken again in blocks
     of one; after `limits.tries` passes they become error rows.
 
     Returns:
-        Counts by stage of what this call did.
+        Counts by stage of what this call did, and the seconds that its replicas took to warm up.
 
     Raises:
         GenerationError: too large a share of rows failed, a model cannot be used, or a table or the
@@ -95,9 +95,11 @@ def generate(
 
 def _generate(
     recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], retry_errors: bool
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, float]]:
     first = True
-    total = {stage: {"done": 0, "errors": 0, "passed": 0} for stage in stages}
+    total: dict[str, dict[str, float]] = {
+        stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
+    }
     for attempt in range(1, recipe.limits.tries + 1):
         stream = _stream(recipe, run, models, stages, retry_errors and first, alone=not first)
         first = False
@@ -107,7 +109,9 @@ def _generate(
         _drain(dataset, progress, recipe)
         for stage, counts in ray.get(progress.snapshot.remote()).items():
             for name in total[stage]:
-                total[stage][name] += counts[name]
+                total[stage][name] = round(total[stage][name] + counts[name], 1)
+            if counts["warm_up_s"]:
+                logger.info("%s: %.1f s to load and warm up, apart from its rows", stage, counts["warm_up_s"])
         missing = _unfinished(recipe, run, models, stages)
         if not missing:
             return total

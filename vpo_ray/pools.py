@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -39,9 +39,15 @@ RESULT = pa.schema([FEEDBACK.field("candidate_id"), FEEDBACK.field("error"), FEE
 
 
 class Stage(Protocol):
-    """A stage of whole batches (render, score): which rows it takes, and what it makes of them."""
+    """A stage of whole batches (render, score): which rows it takes, and what it makes of them.
+
+    Attributes:
+        warming: a stage loads and compiles its model within `with self.warming():`. The pool puts
+            `Outcome.warming` there, so that no row pays for it.
+    """
 
     name: str
+    warming: Callable[[], AbstractContextManager[None]]
 
     def wants(self, row: Row) -> bool: ...
 
@@ -54,7 +60,7 @@ class SharedClock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now, self._last = now, now()
-        self._active, self._paid = 0, 0.0
+        self._active, self._paid, self._paused = 0, 0.0, 0
         self._lock = threading.Lock()
 
     def enter(self, rows: int = 1) -> float:
@@ -70,9 +76,25 @@ class SharedClock:
             self._active -= rows
             return self._paid - entered
 
+    @contextmanager
+    def paused(self) -> Iterator[list[float]]:
+        """Time for which no row pays; the list that it yields holds its seconds afterwards."""
+        seconds: list[float] = []
+        with self._lock:
+            self._tick()
+            self._paused += 1
+            began = self._last
+        try:
+            yield seconds
+        finally:
+            with self._lock:
+                self._tick()
+                self._paused -= 1
+                seconds.append(self._last - began)
+
     def _tick(self) -> None:
         now = self._now()
-        if self._active:
+        if self._active and not self._paused:
             self._paid += (now - self._last) / self._active
         self._last = now
 
@@ -91,6 +113,15 @@ class Outcome:
         self.stage, self.table, self.progress, self.last = stage, table, progress, last
         self.metrics: StageMetrics | None = None
         self.clock: SharedClock | None = None
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """Time in which the replica loads and compiles: reported apart, and paid by no row."""
+        assert self.clock is not None
+        with self.clock.paused() as seconds:
+            yield
+        self._metrics().warmed(seconds[0])
+        self.progress.add.remote(self.stage, warm_up_s=seconds[0])
 
     @contextmanager
     def timed(self, rows: int) -> Iterator[list[float]]:
@@ -117,14 +148,17 @@ class Outcome:
         except StorageError as error:
             out = [failed(row, STOP, str(error)) for row in out]
         errors = sum(row["error"] is not None for row in done)
-        self.metrics = self.metrics or StageMetrics(self.stage)
-        self.metrics.count(done)
+        self._metrics().count(done)
         self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
         return (
             table(out, FEEDBACK)
             if not self.last
             else table([{k: r[k] for k in RESULT.names} for r in out], RESULT)
         )
+
+    def _metrics(self) -> StageMetrics:
+        self.metrics = self.metrics or StageMetrics(self.stage)
+        return self.metrics
 
     def charge(self, row: Row, seconds: float) -> Row:
         return {**row, "seconds": {**(row["seconds"] or {}), self.stage: seconds}}
@@ -137,6 +171,7 @@ class StageActor:
         self.stage, self.outcome = stage(), outcome
         # Made here and not at first use: the first calls of a replica may come at the same time.
         self.outcome.clock = SharedClock()
+        self.stage.warming = self.outcome.warming
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()

@@ -6,27 +6,28 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpo_ray.records import Row
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("started", "done", "errors", "passed")
+COUNTS = ("started", "done", "errors", "passed", "warm_up_s")
 
 
 class Progress:
-    """Counts of rows by stage: taken up, finished, failed, and passed on untouched."""
+    """Counts of rows by stage: taken up, finished, failed, and passed on untouched; and the seconds
+    that its replicas took to warm up."""
 
     def __init__(self, stages: Sequence[str]) -> None:
-        self._counts = {stage: dict.fromkeys(COUNTS, 0) for stage in stages}
+        self._counts: dict[str, dict[str, float]] = {stage: dict.fromkeys(COUNTS, 0) for stage in stages}
 
-    def add(self, stage: str, **counts: int) -> None:
+    def add(self, stage: str, **counts: float) -> None:
         for name, count in counts.items():
             self._counts[stage][name] += count
 
-    def snapshot(self) -> dict[str, dict[str, int]]:
+    def snapshot(self) -> dict[str, dict[str, float]]:
         return self._counts
 
 
@@ -41,7 +42,13 @@ class StageMetrics:
         self._seconds = Counter(
             "vpo_replica_seconds", "Busy seconds of a stage's replicas", tag_keys=("stage",)
         )
+        self._warm_up = Counter(
+            "vpo_warm_up_seconds", "Seconds in which replicas loaded and compiled", tag_keys=("stage",)
+        )
         self._tokens = Counter("vpo_tokens", "Tokens of the policy", tag_keys=("stage", "kind"))
+
+    def warmed(self, seconds: float) -> None:
+        self._warm_up.inc(seconds, {"stage": self.stage})
 
     def count(self, rows: Sequence[Row]) -> None:
         errors = sum(row["error"] is not None for row in rows)
@@ -102,7 +109,7 @@ class StatusTable:
                 return
 
 
-def status_lines(counts: dict[str, dict[str, int]], elapsed_s: float) -> str:
+def status_lines(counts: Mapping[str, Mapping[str, float]], elapsed_s: float) -> str:
     """The status as text: one line a stage with done, in flight, rate and errors."""
     lines = [f"{elapsed_s:7.0f} s   {'done':>8} {'in flight':>10} {'rows/s':>8} {'errors':>7}"]
     for stage, n in counts.items():

@@ -142,6 +142,30 @@ def test_time_limit_ends_a_render_and_the_engine_goes_on(settings: dict[str, Any
 
 
 @pytest.mark.engine
+def test_warming_up_is_short_and_leaves_no_trace(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings |= {"steps": 6, "batch_size": 2, "time_limit_s": 60}
+    plain = VideoEngine(Render(**settings)).render(["a dog"], [1])[0]
+    engine = VideoEngine(Render(**settings))
+    calls: list[int] = []
+    engine.pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    engine.warm_up()
+    assert calls == [4, 4], "two steps, of the whole batch with and without guidance"
+    assert np.array_equal(engine.render(["a dog"], [1])[0], plain)
+    assert len(calls) == 2 + 6
+
+    engine.settings = Render(**(settings | {"time_limit_s": 1e-6}))
+    engine.warm_up()
+    assert not caplog.records, "compiling may take longer than a video"
+    engine.pipeline.text_encoder.register_forward_pre_hook(lambda module, args: 1 / 0)
+    engine.warm_up()
+    assert "the warm-up render failed: ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.engine
 def test_scheduler_and_vae_options_are_applied(settings: dict[str, Any]) -> None:
     settings |= {"scheduler": "CogVideoXDPMScheduler", "dtype": "bfloat16"}
     engine = VideoEngine(Render(**settings, vae_tiling=True, vae_slicing=True))

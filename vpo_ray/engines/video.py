@@ -23,6 +23,8 @@ from vpo_ray.recipe import Render
 
 log = logging.getLogger(__name__)
 
+_WARM_UP = "a cat"
+
 
 class RenderError(RuntimeError):
     """One prompt could not be rendered; the message is the reason that its row carries."""
@@ -57,9 +59,26 @@ class VideoEngine:
         self.settings = settings
         self.batch_size = settings.batch_size  # shrinks when memory runs out
         self.truncated = 0  # prompts cut to the text encoder's length so far
+        self._warming = False
         self.pipeline = load(settings)
         self._call = call_arguments(type(self.pipeline), settings)
         self._text_tokens = text_tokens(self.pipeline, settings)
+
+    def warm_up(self) -> None:
+        """Render a batch of two steps and drop it: what is compiled, allocated and chosen once is then
+        there. `time_limit_s` does not hold, for compiling may take longer than a video.
+
+        A model that cannot render will say so again for the rows that need it.
+
+        Raises:
+            DeviceLostError: the process must end.
+        """
+        self._warming = True
+        results = self.render([_WARM_UP] * self.batch_size, range(self.batch_size))
+        self._warming = False
+        for result in results:
+            if isinstance(result, Exception):
+                log.warning("the warm-up render failed: %s", result)
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | Exception]:
         """Render one video per prompt, in batches of at most `settings.batch_size`.
@@ -132,9 +151,10 @@ class VideoEngine:
         import torch
 
         arguments = dict(self._call)
-        limit = self.settings.time_limit_s * len(prompts)
-        if "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
-            arguments["callback_on_step_end"] = _deadline(limit)
+        if self._warming:
+            arguments["num_inference_steps"] = min(2, self.settings.steps)
+        elif "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
+            arguments["callback_on_step_end"] = _deadline(self.settings.time_limit_s * len(prompts))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             output = self.pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)

@@ -13,8 +13,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from vpo_ray.videos import VideoStore, key_parts, video_key
 log = logging.getLogger(__name__)
 
 STDERR = 2  # the file itself: a replaced sys.stderr may have none
+WARM_UP_LIMIT_S = 3600  # compiling takes minutes
 
 # A video's sidecar, or the reason why there is no video.
 Outcome = dict[str, Any] | str
@@ -74,6 +76,7 @@ class Renderer:
         self.store = VideoStore(store_uri)
         self.model = weights_identity(settings)
         self.rendered = self.hits = 0
+        self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
         self._engine: VideoEngine | None = None
         self._device = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -145,20 +148,16 @@ class Renderer:
         if not batch:
             return [], 0.0
         if self._engine is None:
-            self._engine = VideoEngine(self.settings)
+            with self.warming():
+                engine = VideoEngine(self.settings)
+                with _guarded(WARM_UP_LIMIT_S):
+                    engine.warm_up()
+                self._engine = engine
+        start = time.perf_counter()
         # The engine ends a slow render between two steps. One that hangs within a step can only be
         # ended with its process; the pool then tries its rows elsewhere.
-        hung = 2 * self.settings.time_limit_s * len(batch) + 60
-        faulthandler.dump_traceback_later(hung, exit=True, file=STDERR)
-        start = time.perf_counter()
-        try:
+        with _guarded(2 * self.settings.time_limit_s * len(batch) + 60):
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
-        except DeviceLostError as error:
-            # Every further render would fail here; a fresh replica takes these rows once more.
-            log.critical("this replica ends, its device is lost: %s", error)
-            os._exit(1)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
         return videos, (time.perf_counter() - start) / len(batch)
 
     def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> Outcome:
@@ -180,3 +179,17 @@ class Renderer:
         info = self.store.write(job.key, data, sidecar)
         self.rendered += 1
         return info
+
+
+@contextmanager
+def _guarded(limit_s: float) -> Iterator[None]:
+    """End this process when the device hangs for longer than the limit, or is lost."""
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=STDERR)
+    try:
+        yield
+    except DeviceLostError as error:
+        # Every further render would fail here; a fresh replica takes these rows once more.
+        log.critical("this replica ends, its device is lost: %s", error)
+        os._exit(1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()

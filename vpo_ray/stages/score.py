@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
@@ -24,7 +25,7 @@ ALARM_AFTER = 16
 
 
 class WatchedReward:
-    """A reward model, loaded at its first batch, and what its scores so far look like.
+    """A reward model and what its scores so far look like.
 
     Attributes:
         scored: videos scored so far.
@@ -42,9 +43,12 @@ class WatchedReward:
     def constant(self) -> bool:
         return len(self._scores) == 1
 
-    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+    def load(self) -> None:
         if self._model is None:
             self._model = build(self.settings)
+
+    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+        assert self._model is not None, "load() comes first"
         results = self._model.score(videos, queries)
         for result in results:
             if isinstance(result, Scored):
@@ -83,6 +87,8 @@ class Scorer:
         self.store = VideoStore(store_uri)
         self.reward = WatchedReward(settings)
         self.more = [WatchedReward(reward, name) for name, reward in (more or {}).items()]
+        self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
+        self._loaded = False
 
     def wants(self, row: Row) -> bool:
         return row.get("video_key") is not None and row.get("score") is None and row.get("error") is None
@@ -96,6 +102,11 @@ class Scorer:
         """
         wanted = [i for i, row in enumerate(rows) if self.wants(row)]
         done = list(rows)
+        if wanted and not self._loaded:
+            with self.warming():
+                for reward in (self.reward, *self.more):
+                    reward.load()
+            self._loaded = True
         for start in range(0, len(wanted), self.settings.batch_size):
             batch = wanted[start : start + self.settings.batch_size]
             for i, row in zip(batch, self._score([rows[i] for i in batch]), strict=True):
