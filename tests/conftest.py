@@ -7,9 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 # A checkpoint with its reference's outputs; it lies beside the repository, where it is at all.
+# Machines here are shared: a slow example says nothing about the code.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
+
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
+
+# Files that take minutes. They start first, so that none runs alone at the end.
+LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/serve", "tests/test_pipeline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), 99))
 
 
 @pytest.fixture(scope="session")
