@@ -53,3 +53,12 @@ def test_long_and_empty_texts(run: RunDir) -> None:
     assert all(len(line) <= WIDTH for line in lines if not line.startswith(("report", "ledger")))
     assert sum(line.count("word") for line in lines) == 100
     assert sum(line.startswith(("query ", "sft ", "dpo ")) for line in lines) == 3
+
+
+def test_one_score_for_all_videos_is_told(run: RunDir) -> None:
+    ledger = run.read_json("ledger.json")
+    score = ledger["stages"]["score"]
+    for low, high, told in ((0.5, 0.5, True), (0.5, 0.6, False)):
+        score |= {"in": 20, "out": 20, "score": {"mean": 0.5, "min": low, "max": high}}
+        run.write_json("ledger.json", ledger)
+        assert ("warning: all 20 videos got the score 0.5" in summary(run)) == told

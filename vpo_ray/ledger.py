@@ -23,6 +23,8 @@ STAGES = ("curate", "sample", "judge", "render", "score", "pair", "sft", "dpo")
 # keep only the last: a row there carries all that the stages before it did.
 CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
 MAX_REASONS = 40
+# After so many videos with one and the same score, something other than the videos is at work.
+ALARM_AFTER = 16
 
 Ledger = dict[str, Any]
 
@@ -57,6 +59,17 @@ def reconcile(ledger: Ledger) -> list[str]:
             what = f"{missing} not accounted for" if missing > 0 else f"{-missing} too many"
             problems.append(f"{stage}: {entry['in']} in, but {told}: {what}")
     return problems
+
+
+def alarms(ledger: Ledger) -> list[str]:
+    """What a person should look at before trusting the run: one sentence each."""
+    scored = ledger["stages"]["score"]
+    if scored["score"] and scored["out"] >= ALARM_AFTER and scored["score"]["min"] == scored["score"]["max"]:
+        return [
+            f"all {scored['out']} videos got the score {scored['score']['min']:g}: look at reward.rule, the "
+            "template and the tokenizer"
+        ]
+    return []
 
 
 def funnel(ledger: Ledger) -> dict[str, int]:

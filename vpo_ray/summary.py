@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from vpo_ray.ledger import funnel
+from vpo_ray.ledger import alarms, funnel
 from vpo_ray.storage import RunDir
 
 WIDTH = 96
@@ -14,6 +14,7 @@ def summary(run: RunDir) -> str:
     """The end of a run as text. Text of users and models is shown without control characters."""
     ledger = run.read_json("ledger.json")
     lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
+    lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
     if run.exists("example.json"):
         example = run.read_json("example.json")
         lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]

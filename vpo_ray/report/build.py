@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vpo_ray.ledger import build_ledger, funnel, reconcile
+from vpo_ray.ledger import alarms, build_ledger, funnel, reconcile
 from vpo_ray.recipe import Recipe
 from vpo_ray.report.chart import charts
 from vpo_ray.report.gallery import cards
@@ -56,6 +56,7 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
         versions=_json(run, "versions.json", {}),
         stages=ledger["stages"],
         funnel=_funnel(funnel(ledger)),
+        alarms=alarms(ledger),
         imbalances=reconcile(ledger),
         reasons=_reasons(ledger["stages"]),
         charts=charts({phase: run.metrics(phase) for phase in ("sft", "dpo")}),
