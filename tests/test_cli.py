@@ -18,7 +18,17 @@ TINY = str(ROOT / "jobs/recipes/tiny.yaml")
 RECIPE = ["recipe", "--help", "--out", "--set"]
 COMMANDS = {
     "run": [*RECIPE, "--retry-errors"],
-    "plan": RECIPE,
+    "plan": [
+        *RECIPE,
+        "--ledger",
+        "--price-per-gpu-hour",
+        "--json",
+        "--gpus",
+        "--gpus-per-node",
+        "--gpu-type",
+        "--cpus",
+        "--address",
+    ],
     "tiny": ["DIR", "--help"],
     "curate": RECIPE,
     "sft": RECIPE,

@@ -15,8 +15,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from vpo_ray import plan_command, videos_command
 from vpo_ray import recipe as recipes
-from vpo_ray import videos_command
 from vpo_ray.recipe import Recipe
 
 STAGE_COMMANDS = {
@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
     whole = with_recipe("run", "run the whole loop; again to go on where it stopped", _run)
     whole.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
-    with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
+    planned = with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
+    plan_command.add(planned)
     tiny = command(
         "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
     )
@@ -138,10 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from vpo_ray.plan import plan
-
-    sys.stdout.write(plan(_load(arguments)))
-    return 0
+    return plan_command.run(_load(arguments), arguments)
 
 
 def _tiny(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,21 @@ def check(recipe: Recipe) -> None:
         raise PlanError(f"recipe {recipe.name}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
 
 
+def hub_ids(recipe: Recipe) -> list[str]:
+    """A line for each model that is looked up on the hub because there is no such folder here: a
+    wrong path of two parts looks just like a hub id."""
+    named = {"policy.model": recipe.policy.model, "judge.model": recipe.judge.model}
+    named["render.model"] = recipe.render.model
+    rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
+    named |= {f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind != "openai"}
+    return [
+        f"{key}: {name} is not a folder here; taken as a hub id"
+        + (f" (there is a folder {name.split('/')[0]}, without it)" if Path(name).parent.is_dir() else "")
+        for key, name in named.items()
+        if "://" not in name and not Path(name).is_dir() and _HUB_ID.fullmatch(name)
+    ]
+
+
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
     yield from _folder("judge.model", recipe.judge.model, "config.json", "*.safetensors")

@@ -1,62 +1,136 @@
-"""What a run will take, as text."""
+"""A plan as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import math
+from collections.abc import Iterator
+from typing import Any
 
-from vpo_ray.plan.check import check
-from vpo_ray.recipe import Recipe
-from vpo_ray.stages.curate import curate
-from vpo_ray.storage import RunDir
+from vpo_ray.plan.estimate import Plan, StagePlan
 
 
-def plan(recipe: Recipe) -> str:
-    """A table of rows and replica-hours by stage; hours come from the run directory's own ledger."""
-    check(recipe)
-    read = Counter(row.get("split", "dropped") for _, row in curate(recipe.queries))
-    queries = read["dpo"]
-    measured = _seconds_per_row(RunDir(recipe.out))
-    rows = queries * recipe.sample.k
-    pools = {
-        "sample": recipe.sample.pool,
-        "judge": recipe.judge.pool,
-        "render": recipe.render.pool,
-        "score": recipe.reward.pool,
+def text(plan: Plan) -> str:
+    """The plan in lines of at most about 100 characters, sources apart."""
+    return "\n".join(_lines(plan)) + "\n"
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    recipe, read = plan.recipe, plan.queries
+    yield f"recipe      {recipe.name}, fingerprint {recipe.fingerprint()}"
+    yield f"run         {recipe.out}"
+    yield (
+        f"queries     {read.total():,} rows read, {read['dropped']:,} dropped, {read['dpo']:,} for feedback, "
+        f"{recipe.sample.k} candidates each"
+    )
+    yield f"cluster     {plan.cluster or 'not given: --gpus, --gpu-type and --cpus, or --address'}"
+    yield ""
+    more = f" {'balanced':>9} {'hours':>8}" if plan.cluster else ""
+    yield f"{'stage':<8} {'rows':>17} {'s a row':>10} {'GPU-hours':>10} {'pool':>7} {'hours':>8}{more}"
+    yield from (_row(stage, plan) for stage in plan.stages)
+    for phase in plan.training:
+        settings = getattr(recipe, phase.name)
+        how = f"ZeRO-{settings.zero_stage}, global batch {settings.global_batch}, lr {settings.lr:g}"
+        yield f"{_row(phase, plan)}  {how}, {settings.epochs:g} epoch(s)"
+    yield ""
+    yield from _sources(plan)
+    yield ""
+    yield f"videos      {_videos(plan)}"
+    yield f"wall time   {_wall(plan)}"
+    yield f"price       {_price(plan)}"
+    yield from (f"note        {note}" for note in plan.notes)
+
+
+def _row(stage: StagePlan, plan: Plan) -> str:
+    rows = f"{'' if stage.expected else 'at most '}{stage.rows:,}" if stage.rows else "not known"
+    size = "-".join(str(n) for n in dict.fromkeys(stage.size))
+    line = (
+        f"{stage.name:<8} {rows:>17} {_number(stage.seconds.value, '.3f'):>10} "
+        f"{_number(stage.gpu_hours):>10} {size:>7} {_number(stage.hours(stage.size[1])):>8}"
+    )
+    if stage.balanced is not None:
+        line += f" {stage.balanced:>9} {_number(stage.hours(stage.balanced)):>8}"
+    return line
+
+
+def _number(value: float | None, form: str = ",.2f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _videos(plan: Plan) -> str:
+    render, stage = plan.recipe.render, next(s for s in plan.stages if s.name == "render")
+    bound = "about" if stage.expected else "up to"
+    shape = f"{render.frames} x {render.width} x {render.height}, {render.steps} steps"
+    line = f"{bound} {stage.rows:,} of {shape}"
+    if plan.video_bytes.value is None:
+        return f"{line}; size {plan.video_bytes.source}"
+    total = stage.rows * plan.video_bytes.value
+    each = f"{plan.video_bytes.value / 1e6:.2f} MB each, {plan.video_bytes.source}"
+    return f"{line}; {bound} {total / 1e9:,.1f} GB ({each})"
+
+
+def _sources(plan: Plan) -> Iterator[str]:
+    """Where the seconds are from, stages of the same source on one line."""
+    stages: dict[str, list[str]] = {}
+    for stage in (*plan.stages, *plan.training):
+        stages.setdefault(stage.seconds.source, []).append(stage.name)
+    yield from (f"{', '.join(names)}: {source}" for source, names in stages.items())
+
+
+def _wall(plan: Plan) -> str:
+    if not plan.hours:
+        return "not known"
+    sizes = "balanced pools" if any(s.balanced for s in plan.stages) else "the recipe's largest pools"
+    bounded = [s.name for s in (*plan.stages, *plan.training) if s.work and not s.expected]
+    most = f" ({' and '.join(bounded)} at most)" if bounded else ""
+    more = f"; {', '.join(plan.unknown)} not known" if plan.unknown else "; loading of models is not in it"
+    return f"{plan.hours:,.1f} hours with {sizes}{most}{more}"
+
+
+def _price(plan: Plan) -> str:
+    if plan.price is None:
+        return "give --price-per-gpu-hour"
+    if not plan.gpu_hours:
+        return "not known"
+    without = f" ({', '.join(plan.unknown)} not known)" if plan.unknown else ""
+    line = f"{plan.gpu_hours * plan.price:,.2f} for {plan.gpu_hours:,.2f} GPU-hours of work{without}"
+    if plan.cluster is not None and plan.cluster.gpus:
+        held = plan.cluster.gpus * plan.hours * plan.price
+        line += f"; {held:,.2f} to hold all {plan.cluster.gpus:g} GPUs for {plan.hours:,.1f} hours"
+    return line
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-able values. What is not known is null, with its `source` saying what to do."""
+    return {
+        "recipe": plan.recipe.name,
+        "fingerprint": plan.recipe.fingerprint(),
+        "run": plan.recipe.out,
+        "queries": {"read": plan.queries.total(), **plan.queries},
+        "cluster": [_finite(node._asdict()) for node in plan.cluster.nodes] if plan.cluster else None,
+        "stages": {stage.name: _stage(stage) for stage in (*plan.stages, *plan.training)},
+        "video_bytes": {"value": plan.video_bytes.value, "source": plan.video_bytes.source},
+        "not_known": plan.unknown,
+        "hours_of_known": plan.hours,
+        "gpu_hours_of_known": plan.gpu_hours,
+        "price_of_known": None if plan.price is None else plan.price * plan.gpu_hours,
+        "notes": plan.notes,
     }
-    lines = [
-        f"recipe      {recipe.name}, fingerprint {recipe.fingerprint()}",
-        f"run         {recipe.out}",
-        f"queries     {read.total():,} rows read, {read['dropped']:,} dropped, {queries:,} for feedback, "
-        f"{recipe.sample.k} candidates each",
-        "",
-        f"{'stage':<8} {'rows, at most':>14} {'pool':>7} {'s a row':>9} {'replica-hours':>14} {'hours':>8}",
-    ]
-    for stage, pool in pools.items():
-        size = "-".join(str(n) for n in dict.fromkeys(pool.size))
-        seconds = measured.get(stage)
-        if seconds is None:
-            lines.append(
-                f"{stage:<8} {rows:>14,} {size:>7} {'not measured yet: run a few queries first':>33}"
-            )
-        else:
-            hours = rows * seconds / 3600
-            cost = f"{seconds:>9.3f} {hours:>14.2f} {hours / pool.size[1]:>8.2f}"
-            lines.append(f"{stage:<8} {rows:>14,} {size:>7} {cost}")
-    shape = f"{recipe.render.frames} x {recipe.render.width} x {recipe.render.height}"
-    lines += ["", f"videos      up to {rows:,} of {shape}, {recipe.render.steps} steps"]
-    for phase in ("sft", "dpo"):
-        settings = getattr(recipe, phase)
-        if settings is not None:
-            lines.append(
-                f"{phase:<11} {settings.workers} worker(s), ZeRO-{settings.zero_stage}, "
-                f"global batch {settings.global_batch}, lr {settings.lr:g}, {settings.epochs:g} epoch(s)"
-            )
-    return "\n".join(lines) + "\n"
 
 
-def _seconds_per_row(run: RunDir) -> dict[str, float]:
-    if not run.exists("ledger.json"):
-        return {}
-    stages = json.loads(run.read("ledger.json"))["stages"]
-    return {name: stage["seconds_per_row"] for name, stage in stages.items() if stage.get("seconds_per_row")}
+def _stage(stage: StagePlan) -> dict[str, Any]:
+    replicas = stage.balanced or stage.size[1]
+    return {
+        "rows": stage.rows or None,
+        "rows_are": "expected" if stage.expected else "at most",
+        "seconds_per_row": stage.seconds.value,
+        "source": stage.seconds.source,
+        "gpu_hours": stage.gpu_hours,
+        "gpus_per_replica": stage.replica.all_gpus,
+        "pool": list(stage.size),
+        "balanced": stage.balanced,
+        "hours": stage.hours(replicas),
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in values.items()}

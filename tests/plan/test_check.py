@@ -1,40 +1,13 @@
-"""`vpo plan` finds what a recipe names and is not there, and says what the run will take."""
+"""A recipe that names what is not there is refused, with every problem at once."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_recipes import recipe
 
-from vpo_ray.plan import PlanError, check, plan
-from vpo_ray.recipe import Recipe, load
-from vpo_ray.storage import RunDir
-
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "jobs/recipes/tiny.yaml"
-
-
-@pytest.fixture
-def tiny(tiny_models: Path, tmp_path: Path) -> dict[str, Any]:
-    """Overrides that make tiny.yaml usable from any folder."""
-    queries = tmp_path / "queries.txt"
-    queries.write_text("\n".join(f"query number {number}" for number in range(100)) + "\n\nquery number 1\n")
-    return {
-        "out": tmp_path / "run",
-        "queries.path": queries,
-        "queries.splits": "{dpo: 1}",
-        "policy.model": tiny_models / "policy",
-        "judge.model": tiny_models / "judge",
-        "render.model": tiny_models / "video",
-        "reward.model": tiny_models / "reward",
-        "reward.checklist.file": tiny_models / "reward/checklist.yaml",
-        "sft.data": ROOT / "vpo_ray/data/sft.jsonl",
-    }
-
-
-def recipe(tiny: dict[str, Any], **changes: Any) -> Recipe:
-    named = {key.replace("__", "."): value for key, value in changes.items()}
-    return load(TINY, [f"{key}={value}" for key, value in {**tiny, **named}.items()])
+from vpo_ray.plan import PlanError, check
+from vpo_ray.plan.check import hub_ids
 
 
 def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
@@ -118,40 +91,16 @@ def test_a_checklist_that_cannot_be_used_is_told_before_a_video_is_made(
     ]
 
 
-def test_what_it_will_take(tiny: dict[str, Any]) -> None:
-    planned = recipe(tiny, sample__k=3, render__steps=7, render__frames=9, dpo__lr="1.0e-4")
-    text = plan(planned)
-    assert "102 rows read, 2 dropped, 100 for feedback, 3 candidates each" in text
-    stages = {line.split()[0]: line for line in text.splitlines() if line[:1].isalpha()}
-    for stage in ("sample", "judge", "render", "score"):
-        assert " 300 " in stages[stage]
-        assert "not measured yet" in stages[stage]
-    assert f"up to 300 of 9 x {planned.render.width} x {planned.render.height}, 7 steps" in stages["videos"]
-    assert "ZeRO-3" in stages["sft"]
-    assert "lr 0.0001" in stages["dpo"]
-    assert planned.fingerprint() in stages["recipe"]
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(10, "10 for feedback"), (1000, "100 for feedback")])
-def test_a_limit_counts(tiny: dict[str, Any], limit: int, expected: str) -> None:
-    assert expected in plan(recipe(tiny, queries__limit=limit))
-
-
-def test_only_the_dpo_split_is_rendered(tiny: dict[str, Any]) -> None:
-    assert "up to 0 of" in plan(recipe(tiny, queries__splits="{dpo: 0, eval: 1}"))
-
-
-def test_a_measured_run_predicts_the_next(tiny: dict[str, Any], tmp_path: Path) -> None:
-    stages = {"render": {"seconds_per_row": 90.0}, "score": {"seconds_per_row": 0.0}, "sample": {}}
-    RunDir(tmp_path / "run").write_json("ledger.json", {"stages": stages})
-    text = plan(recipe(tiny, sample__k=4, render__pool__size="[1, 4]"))
-    [render] = [line for line in text.splitlines() if line.startswith("render")]
-    # 100 queries x 4 candidates x 90 s = 10 replica-hours, 2.5 hours on four replicas.
-    assert render.split() == ["render", "400", "1-4", "90.000", "10.00", "2.50"]
-    assert text.count("not measured yet") == 3
-
-
-def test_rows_that_are_no_text_do_not_stop_it(tiny: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "odd.json"
-    path.write_text(json.dumps(["fine", "half \ud800", None, 3, {"other": 1}]))
-    assert "5 rows read, 4 dropped, 1 for feedback" in plan(recipe(tiny, queries__path=path))
+def test_a_hub_id_that_may_be_a_wrong_path_is_told(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub_ids(recipe(tiny)) == []
+    (tmp_path / "models/there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    named = recipe(tiny, policy__model="models/there", judge__model="models/typo", render__model="org/video")
+    judge, render = hub_ids(named)
+    assert judge.startswith("judge.model: models/typo is not a folder here; taken as a hub id")
+    assert "there is a folder models" in judge
+    assert render == "render.model: org/video is not a folder here; taken as a hub id"
+    endpoint = recipe(tiny, reward__kind="openai", reward__model="org/judge")
+    assert hub_ids(endpoint) == []

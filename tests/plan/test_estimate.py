@@ -1,0 +1,203 @@
+"""What a recipe will take: figures with their sources, and clusters on which it cannot run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_recipes import recipe
+
+from vpo_ray import cli
+from vpo_ray.plan import PlanError, plan, show
+from vpo_ray.plan.cluster import described
+from vpo_ray.recipe import video_presets
+from vpo_ray.storage import RunDir
+from vpo_ray.videos import VideoStore
+
+GPU_POOLS = {f"{name}__pool__num_gpus": 1 for name in ("sample", "judge", "render", "reward", "serve")}
+GPU_TRAINING = {
+    f"{phase}__{key}": value
+    for phase in ("sft", "dpo")
+    for key, value in {"use_gpu": "true", "workers": 4, "resources_per_worker": "{}"}.items()
+}
+
+
+def real(tiny: dict[str, Any], **changes: Any) -> Any:
+    """The tiny recipe as if it were of real size: a GPU for everything, CogVideoX-5B to render."""
+    preset = video_presets()["cogvideox-5b"]["settings"]
+    render = {f"render__{k}": v for k, v in preset.items() if not isinstance(v, dict)}
+    render |= {"render__scheduler_options": "{}", "render__call_options": "{}"}
+    return recipe(tiny, **{**GPU_POOLS, **GPU_TRAINING, **render, **changes})
+
+
+def ledger(folder: Path, **seconds: float | None) -> Path:
+    """A past run: half of the candidates aligned, 30 pairs of 40 queries."""
+    stages: dict[str, Any] = {name: {"seconds_per_row": value} for name, value in seconds.items()}
+    stages["judge"] = {**stages.get("judge", {}), "out": 160, "verdicts": {"aligned": 80, "unsafe": 80}}
+    stages["pair"] = {"in": 40, "pairs": 30}
+    RunDir(folder).write_json("ledger.json", {"stages": stages})
+    return folder
+
+
+def stage(made: Any, name: str) -> Any:
+    return next(s for s in (*made.stages, *made.training) if s.name == name)
+
+
+def test_what_is_not_known_is_said_to_be(tiny: dict[str, Any]) -> None:
+    made = plan(recipe(tiny, sample__k=3, render__steps=7, render__frames=9, dpo__lr="1.0e-4"))
+    text = show.text(made)
+    assert "102 rows read, 2 dropped, 100 for feedback, 3 candidates each" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line[:1].isalpha()}
+    for name in ("sample", "judge", "render", "score"):
+        assert " 300 " in lines[name]
+        assert stage(made, name).work is None
+    assert "up to 300 of 9 x 96 x 64, 7 steps" in lines["videos"]
+    assert "size not known before some are rendered" in lines["videos"]
+    assert "wall time   not known" in text
+    assert "ZeRO-3" in lines["sft"]
+    assert "lr 0.0001" in lines["dpo"]
+    assert "give --ledger PROBE" in text
+    assert made.recipe.fingerprint() in lines["recipe"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10, 10), (1000, 100)])
+def test_a_limit_counts(tiny: dict[str, Any], limit: int, expected: int) -> None:
+    assert plan(recipe(tiny, queries__limit=limit)).queries["dpo"] == expected
+
+
+def test_only_the_dpo_split_is_rendered(tiny: dict[str, Any]) -> None:
+    assert stage(plan(recipe(tiny, queries__splits="{dpo: 0, eval: 1}")), "render").rows == 0
+
+
+def test_rows_that_are_no_text_do_not_stop_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(["fine", "half \ud800", None, 3, {"other": 1}]))
+    assert "5 rows read, 4 dropped, 1 for feedback" in show.text(plan(recipe(tiny, queries__path=path)))
+
+
+def test_the_runs_own_ledger_predicts_the_rest_of_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    ledger(tmp_path / "run", render=90.0, score=None)
+    made = plan(recipe(tiny, sample__k=4, render__pool__size="[1, 4]"))
+    render = stage(made, "render")
+    # 100 queries x 4 candidates, half of them aligned, x 90 s = 5 replica-hours; 1.25 on four.
+    assert (render.rows, render.work, render.hours(4)) == (200, 5.0, 1.25)
+    assert stage(made, "score").rows == 200
+    assert stage(made, "dpo").rows == 75
+    assert stage(made, "score").work is None
+    assert f"measured, {tmp_path}/run/ledger.json" in show.text(made)
+
+
+def test_a_ledger_of_another_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+    past = ledger(tmp_path / "past", sample=0.5, judge=1.0, render=90.0, score=2.0)
+    asked = recipe(tiny)
+    for given in (past, past / "ledger.json"):
+        made = plan(asked, ledger=str(given))
+        assert [s.seconds.value for s in made.stages] == [0.5, 1.0, 90.0, 2.0]
+    then = recipe(tiny, out=past, render__steps=99, dpo__workers=3)
+    RunDir(past).write("recipe.yaml", json.dumps(then.dump()).encode())
+    render, score = (stage(plan(asked, ledger=str(past)), name) for name in ("render", "score"))
+    assert "with other settings then: render.steps: 99 -> " in render.seconds.source
+    assert "other settings" not in score.seconds.source
+
+
+def test_training_is_measured_by_the_clock_with_all_workers(tiny: dict[str, Any], tmp_path: Path) -> None:
+    past = ledger(tmp_path / "past", dpo=2.0)
+    asked = real(tiny)
+    assert stage(plan(asked, ledger=str(past)), "dpo").work is None, "nobody knows how many workers it had"
+    RunDir(past).write("recipe.yaml", json.dumps(real(tiny, out=past, dpo__workers=2).dump()).encode())
+    dpo = stage(plan(asked, ledger=str(past)), "dpo")
+    # 75 pairs x 2 s with 2 workers = 300 worker-seconds, of 4 workers now.
+    assert dpo.gpu_hours == pytest.approx(300 / 3600)
+    assert dpo.hours(4) == pytest.approx(75 / 3600)
+
+
+@pytest.mark.parametrize("given", ["none", "none.json", "bad"])
+def test_a_ledger_that_is_none(tiny: dict[str, Any], tmp_path: Path, given: str) -> None:
+    RunDir(tmp_path / "bad").write("ledger.json", b"[]")
+    with pytest.raises(PlanError, match=r"--ledger .*no ledger\.json of a run"):
+        plan(recipe(tiny), ledger=str(tmp_path / given))
+
+
+def test_the_published_time_of_a_preset_and_where_it_ends(tiny: dict[str, Any]) -> None:
+    eight = described(8, "H100")
+    render = stage(plan(real(tiny), eight), "render")
+    assert render.seconds.value == video_presets()["cogvideox-5b"]["seconds"]["H100"]
+    assert "https://huggingface.co/zai-org/CogVideoX-5b" in render.seconds.source
+    half = stage(plan(real(tiny, render__steps=25, render__compile="true"), eight), "render")
+    assert half.seconds.value == render.seconds.value / 2
+    assert "taken to 25; without compile" in half.seconds.source
+    assert stage(plan(real(tiny), described(8, "A100-80G")), "render").seconds.value == 180
+    unknown = [(real(tiny), described(8, "L40S")), (real(tiny), None), (real(tiny, render__frames=9), eight)]
+    for asked, cluster in unknown:
+        other = plan(asked, cluster)
+        assert stage(other, "render").seconds.value is None
+
+
+def test_storage_is_measured_in_the_store(tiny: dict[str, Any], tmp_path: Path) -> None:
+    store = VideoStore(tmp_path / "store")
+    shape = {"frames": 9, "width": 96, "height": 64}
+    for number, (size, other) in enumerate([(1000, {}), (3000, {}), (9999, {"frames": 49})]):
+        store.write(f"aa{number}", bytes(size), {**shape, **other})
+    made = plan(recipe(tiny, render__store=tmp_path / "store", render__frames=9, sample__k=4))
+    assert made.video_bytes.value == 2000
+    assert "mean of 2 of this shape" in show.text(made)
+
+
+def test_balanced_pools_time_and_price(tiny: dict[str, Any], tmp_path: Path) -> None:
+    past = ledger(tmp_path / "past", sample=0.2, judge=0.3, render=90.0, score=2.0)
+    made = plan(real(tiny, sample__k=4), described(16, "H100", 128), str(past), price=2.0)
+    assert {s.name: s.balanced for s in made.stages} == {"sample": 1, "judge": 1, "render": 13, "score": 1}
+    assert made.stream_hours == pytest.approx(5 / 13)
+    hours = (400 * 0.2 + 400 * 0.3 + 200 * 90 + 200 * 2) / 3600
+    assert made.gpu_hours == pytest.approx(hours)
+    text = show.text(made)
+    assert f"price       {2 * hours:.2f} for {hours:.2f} GPU-hours" in text
+    assert "sft, dpo not known" in text
+    told = show.as_json(made)
+    json.dumps(told, allow_nan=False)
+    assert told["stages"]["render"]["balanced"] == 13
+    assert told["stages"]["sft"]["seconds_per_row"] is None
+    assert told["price_of_known"] == pytest.approx(2 * hours)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cluster", "says"),
+    [
+        ({"render__pool__num_gpus": 9}, described(16), r"render\.pool: a replica asks 9 GPUs .*has 8 GPUs"),
+        ({"judge__engine__tensor_parallel_size": 16}, described(16), r"judge\.pool: a replica asks 16 GPUs"),
+        ({"render__pool__size": 14}, described(16), "no room at their smallest sizes.*render 14 x 1 GPU"),
+        ({"render__pool__accelerator_type": "A100"}, described(8, "H100"), r"render\.pool.*A100.*has H100"),
+        ({"dpo__workers": 16}, described(8), r"dpo\.workers: 16 workers ask 16 x 1 GPU.*8 GPU"),
+        ({"render__pool__num_cpus": 9}, described(8, cpus=8), r"render\.pool: a replica asks .*9 CPUs"),
+        ({}, described(0, cpus=64), r"sample\.pool: a replica asks 1 GPU"),
+    ],
+)
+def test_a_cluster_that_cannot_run_it(
+    tiny: dict[str, Any], changes: dict[str, Any], cluster: Any, says: str
+) -> None:
+    with pytest.raises(PlanError, match=says):
+        plan(real(tiny, **changes), cluster)
+
+
+def test_a_pool_that_cannot_grow_to_its_largest_size_is_noted(tiny: dict[str, Any]) -> None:
+    made = plan(real(tiny, render__pool__size="[1, 40]"), described(8, "H100"))
+    assert any("render: the cluster has no room for its largest size, 40" in note for note in made.notes)
+
+
+def vpo(tiny: dict[str, Any], *arguments: str) -> int:
+    sets = [part for key, value in tiny.items() for part in ("--set", f"{key}={value}")]
+    return cli.main(["plan", "jobs/recipes/tiny.yaml", *sets, *arguments])
+
+
+def test_the_command(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert vpo(tiny, "--gpus", "4", "--gpu-type", "H100", "--cpus", "64", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cluster"] == [{"cpus": 64, "gpus": 4, "gpu_type": "H100"}]
+    assert vpo(tiny, "--cpus", "1") == 2
+    assert "no room at their smallest sizes" in capsys.readouterr().err
+    for wrong in (["--gpu-type", "H100"], ["--gpus", "-1"], ["--address", "auto", "--gpus", "1"]):
+        assert vpo(tiny, *wrong) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    for price in ("nan", "-1", "x"):
+        with pytest.raises(SystemExit):
+            vpo(tiny, f"--price-per-gpu-hour={price}")

@@ -1,0 +1,244 @@
+"""The plan itself: rows, work, room and money of every stage, from a recipe and figures of the past."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vpo_ray.plan.balance import balance, makespan
+from vpo_ray.plan.check import PlanError, check, hub_ids
+from vpo_ray.plan.cluster import Cluster, Replica, place
+from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, published_seconds, read_ledger
+from vpo_ray.recipe import Engine, Pool, Recipe, Train
+from vpo_ray.stages.curate import curate
+
+MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), then give --ledger PROBE"
+
+
+@dataclass
+class StagePlan:
+    """One stage of the stream, or one training phase.
+
+    rows: at most, unless `expected`. seconds: replica-seconds a row. size: replicas, smallest and
+    largest. balanced: replicas on the cluster that was given.
+    """
+
+    name: str
+    rows: int
+    expected: bool
+    seconds: Figure
+    replica: Replica
+    size: tuple[int, int]
+    balanced: int | None = None
+
+    @property
+    def work(self) -> float | None:
+        """Replica-hours."""
+        return None if self.seconds.value is None else self.rows * self.seconds.value / 3600
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.work is None else self.work * self.replica.all_gpus
+
+    def hours(self, replicas: int) -> float | None:
+        return None if self.work is None else self.work / replicas
+
+
+@dataclass
+class Plan:
+    """What `vpo plan` says. Hours are wall time; None where a figure that they need is not known."""
+
+    recipe: Recipe
+    queries: Counter[str]  # rows read, by split or dropped
+    stages: list[StagePlan]
+    training: list[StagePlan]
+    video_bytes: Figure
+    cluster: Cluster | None = None
+    price: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Stages whose time is not known."""
+        return [stage.name for stage in (*self.stages, *self.training) if stage.work is None]
+
+    @property
+    def stream_hours(self) -> float:
+        """Of sampling to scoring, by the slowest stage that is known: at least this long."""
+        sizes = {stage.name: stage.balanced or stage.size[1] for stage in self.stages}
+        return makespan({s.name: s.work for s in self.stages if s.work is not None}, sizes)
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run, at least: phases whose time is not known are not in it."""
+        return self.stream_hours + sum(s.hours(s.size[0]) or 0.0 for s in self.training)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the stages that are known."""
+        return sum(stage.gpu_hours or 0.0 for stage in (*self.stages, *self.training))
+
+
+def plan(
+    recipe: Recipe, cluster: Cluster | None = None, ledger: str | None = None, price: float | None = None
+) -> Plan:
+    """Check a recipe and say what it will take, on a cluster if one is given.
+
+    Args:
+        ledger: run directory or ledger.json of a past run; the recipe's own when None.
+        price: of a GPU-hour, in any currency.
+
+    Raises:
+        PlanError: something that the recipe names is not there, the ledger is not, or the cluster
+            has no room for the recipe; the message lists every problem.
+    """
+    check(recipe)
+    past = read_ledger(recipe, ledger)
+    queries = Counter(row.get("split", "dropped") for _, row in curate(recipe.queries))
+    gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
+    stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
+    training = list(_training(recipe, queries["dpo"], past))
+    made = Plan(recipe, queries, stages, training, bytes_per_video(recipe), cluster, price)
+    made.notes += hub_ids(recipe)
+    if cluster is not None:
+        refuse(made, cluster)
+        _balance(made, cluster)
+    return made
+
+
+def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | None) -> Iterator[StagePlan]:
+    candidates = queries * recipe.sample.k
+    aligned = past.share("aligned", "judge", "verdicts") if past else None
+    videos = candidates if aligned is None else math.ceil(candidates * aligned)
+    policy, judge = recipe.sample, recipe.judge
+    for name, rows, replica, pool in (
+        ("sample", candidates, chat_replica(policy.pool, policy.engine), policy.pool),
+        ("judge", candidates, chat_replica(judge.pool, judge.engine), judge.pool),
+        ("render", videos, pool_replica(recipe.render.pool), recipe.render.pool),
+        ("score", videos, pool_replica(recipe.reward.pool), recipe.reward.pool),
+    ):
+        seconds = past.seconds(name) if past else None
+        if seconds is None and name == "render":
+            seconds = published_seconds(recipe.render, gpu_type)
+            if seconds.value is None:
+                seconds = Figure(None, f"{MEASURE}; {seconds.source}")
+        expected = aligned is not None or name in ("sample", "judge")
+        yield StagePlan(name, rows, expected, seconds or Figure(None, MEASURE), replica, pool.size)
+
+
+def _training(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
+    """The training phases, one worker a replica."""
+    for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
+        if settings is None:
+            continue
+        rows, expected = _examples(recipe, name, queries, past)
+        seconds = (past.seconds(name) if past else None) or Figure(None, MEASURE)
+        yield StagePlan(name, rows, expected, seconds, train_replica(settings), (settings.workers,) * 2)
+
+
+def _examples(recipe: Recipe, phase: str, queries: int, past: Ledger | None) -> tuple[int, bool]:
+    """Rows that a phase trains on, and whether that is more than an upper bound."""
+    entry = past.stages.get("pair" if phase == "dpo" else phase, {}) if past else {}
+    if phase == "sft":
+        return entry.get("in") or 0, bool(entry.get("in"))
+    if entry.get("in") and entry.get("pairs"):
+        return math.ceil(queries * entry["pairs"] / entry["in"]), True
+    return queries * _pairs_per_query(recipe), False
+
+
+def _pairs_per_query(recipe: Recipe) -> int:
+    pair = recipe.pair
+    both = pair.video_per_query + pair.text_per_query
+    return both if pair.precedence == "both" else max(pair.video_per_query, pair.text_per_query)
+
+
+def pool_replica(pool: Pool) -> Replica:
+    return Replica(pool.num_cpus, pool.num_gpus, pool.accelerator_type)
+
+
+def chat_replica(pool: Pool, engine: Engine) -> Replica:
+    """A vLLM engine: `tensor_parallel_size` times what the pool says on one node, and that for each
+    pipeline parallel stage."""
+    width, pieces = engine.tensor_parallel_size, engine.engine_kwargs.get("pipeline_parallel_size", 1)
+    return Replica(pool.num_cpus * width, pool.num_gpus * width, pool.accelerator_type, pieces)
+
+
+def train_replica(settings: Train) -> Replica:
+    resources = {"CPU": 1.0, "GPU": float(settings.use_gpu), **settings.resources_per_worker}
+    return Replica(resources["CPU"], resources["GPU"])
+
+
+def refuse(made: Plan, cluster: Cluster) -> None:
+    """Raises PlanError with every reason why this cluster cannot run the recipe."""
+    problems = list(_misfits(made, cluster))
+    if problems:
+        raise PlanError(
+            f"recipe {made.recipe.name} does not fit a cluster of {cluster}:\n  " + "\n  ".join(problems)
+        )
+
+
+def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
+    serve = made.recipe.serve
+    keys = {"sample": "sample.pool", "judge": "judge.pool", "render": "render.pool", "score": "reward.pool"}
+    replicas = {keys[stage.name]: stage.replica for stage in made.stages}
+    replicas["serve.pool"] = chat_replica(serve.pool, serve.engine)
+    alone = [line for key, replica in replicas.items() for line in _too_large(key, replica, cluster)]
+    yield from alone
+    if not alone:
+        together = [stage.replica for stage in made.stages for _ in range(stage.size[0])]
+        room = place(cluster, together)
+        if room is False:
+            asked = ", ".join(f"{s.name} {s.size[0]} x {_amount(s.replica)}" for s in made.stages)
+            yield (
+                f"the pools have no room at their smallest sizes, and all work at the same time: {asked}. "
+                "Lower the sizes, or run the stages one by one (vpo sample, vpo judge, ...)"
+            )
+        elif room is None:
+            made.notes.append("no way was found to place the pools' smallest sizes on these nodes")
+    for phase in made.training:
+        workers, replica = phase.size[0], phase.replica
+        if place(cluster, [replica] * workers) is False:
+            yield (
+                f"{phase.name}.workers: {workers} workers ask {workers} x {_amount(replica)}, "
+                f"the cluster has {cluster}"
+            )
+
+
+def _too_large(key: str, replica: Replica, cluster: Cluster) -> Iterator[str]:
+    if place(cluster, [replica]) is not False:
+        return
+    types = {node.gpu_type for node in cluster.nodes if node.gpus}
+    if replica.gpu_type is not None and replica.gpu_type not in types:
+        have = ", ".join(sorted(str(name or "GPUs of no type") for name in types)) or "no GPU"
+        yield f"{key}: a replica asks a {replica.gpu_type} (accelerator_type), the cluster has {have}"
+        return
+    largest = max(cluster.nodes, key=lambda node: (node.gpus, node.cpus))
+    pieces = f" {replica.pieces} times" if replica.pieces > 1 else ""
+    yield (
+        f"{key}: a replica asks {_amount(replica)} on one node{pieces}, "
+        f"the largest node has {_amount(Replica(largest.cpus, largest.gpus))}"
+    )
+
+
+def _amount(replica: Replica) -> str:
+    amounts = ((replica.gpus, "GPU"), (replica.cpus, "CPU"))
+    given = [(n, name) for n, name in amounts if n and not math.isinf(n)]
+    return " and ".join(f"{n:g} {name}{'s'[: n > 1]}" for n, name in given) or "nothing"
+
+
+def _balance(made: Plan, cluster: Cluster) -> None:
+    """Fill in balanced sizes. Stages whose time is not known keep the recipe's smallest size."""
+    counted = math.isfinite(cluster.cpus)
+    limited = {s.name for s in made.stages if s.replica.gpus or (s.replica.cpus and counted)}
+    work = {s.name: s.work for s in made.stages if s.work is not None and s.name in limited}
+    fixed = {s.name: s.size[0] for s in made.stages if s.name not in work}
+    sizes = balance(cluster, {s.name: s.replica for s in made.stages}, work, fixed)
+    if sizes is None:
+        made.notes.append("there is no room to balance the pools: the ones of unknown speed take it")
+        return
+    for stage in made.stages:
+        stage.balanced = sizes[stage.name]
+        if stage.size[1] > stage.size[0] and place(cluster, [stage.replica] * stage.size[1]) is False:
+            made.notes.append(f"{stage.name}: the cluster has no room for its largest size, {stage.size[1]}")

@@ -1,0 +1,143 @@
+"""Where a plan's figures come from: a ledger of a past run, a published time, or nowhere.
+
+A figure that nobody measured stays unknown, with what to do about it; none is made up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from vpo_ray.plan.check import PlanError
+from vpo_ray.recipe import Recipe, Render, differences, parse, video_presets
+from vpo_ray.storage import Folder, RunDir, StorageError
+from vpo_ray.videos import VideoStore
+
+# Recipe sections whose settings decide how long a row of the stage takes.
+SECTIONS = {
+    "sample": ("policy", "sample"),
+    "judge": ("judge",),
+    "render": ("render",),
+    "score": ("reward", "more_rewards"),
+    "sft": ("policy", "sft"),
+    "dpo": ("policy", "dpo"),
+}
+PUBLISHED_STEPS = 50  # of the times in data/video_presets.yaml
+ENOUGH = 50  # videos whose sizes make a mean
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and its source, or None and how to get one."""
+
+    value: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a past run measured. `changed` names the settings of the recipe that were others then;
+    `workers` are those of its training phases, where known."""
+
+    uri: str
+    stages: dict[str, Any]
+    changed: tuple[str, ...] = ()
+    workers: dict[str, int] = field(default_factory=dict)
+
+    def seconds(self, stage: str) -> Figure | None:
+        """Replica-seconds a row of a stage or training phase, or None if it did not run."""
+        value = self.stages.get(stage, {}).get("seconds_per_row")
+        if value and stage in ("sft", "dpo"):
+            # Training is measured by the clock, with all workers at it.
+            if stage not in self.workers:
+                return None
+            value *= self.workers[stage]
+        if not value:
+            return None
+        other = [line for line in self.changed if line.split(".")[0] in SECTIONS[stage]]
+        note = f", with other settings then: {'; '.join(other)}" if other else ""
+        return Figure(value, f"measured, {self.uri}{note}")
+
+    def share(self, part: str, stage: str, kind: str) -> float | None:
+        """Which share of the rows that left a stage counts as `part`, e.g. verdicts: aligned."""
+        entry = self.stages.get(stage, {})
+        return entry[kind].get(part, 0) / entry["out"] if entry.get("out") and kind in entry else None
+
+
+def read_ledger(recipe: Recipe, given: str | None) -> Ledger | None:
+    """The ledger of a file or run directory, or that of the recipe's own run if there is one.
+
+    Raises:
+        PlanError: the given one is not there or is no ledger.
+    """
+    file = given is not None and given.endswith(".json")
+    place, _, name = (given or "").rpartition("/") if file else (given or recipe.out, "", "ledger.json")
+    run = RunDir(place or ".")
+    try:
+        if given is None and not run.exists(name):
+            return None
+        stages = json.loads(run.read(name))["stages"]
+        then = _recipe_of(run)
+    except (OSError, StorageError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"--ledger {given or recipe.out}: no ledger.json of a run there ({error})") from error
+    if then is None:
+        return Ledger(run.at(name), stages)
+    workers = {name: phase.workers for name in ("sft", "dpo") if (phase := getattr(then, name)) is not None}
+    return Ledger(run.at(name), stages, tuple(differences(then.dump(), recipe.dump())), workers)
+
+
+def _recipe_of(run: RunDir) -> Recipe | None:
+    if not run.exists("recipe.yaml"):
+        return None
+    return parse(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
+
+
+def published_seconds(settings: Render, gpu_type: str | None) -> Figure:
+    """The time that a model's authors published for one of its videos on one GPU of this type.
+
+    It holds for the preset's frames and size; steps are taken in proportion. What makes a pipeline
+    faster is not in it.
+    """
+    name = next((name for name, preset in video_presets().items() if _same(settings, preset)), None)
+    preset = video_presets().get(name or "", {})
+    if "seconds" not in preset:
+        return Figure(None, "no published time for this model at these frames and size")
+    seconds, source = preset["seconds"], preset["sources"][0].split()[0]
+    if gpu_type is None:
+        return Figure(None, f"published for {' and '.join(seconds)}: name your GPUs with --gpu-type")
+    kind = gpu_type.split("-")[0]
+    if kind not in seconds:
+        return Figure(None, f"published for {' and '.join(seconds)}, not for {gpu_type}")
+    value = seconds[kind] * settings.steps / PUBLISHED_STEPS
+    faster = [key for key in ("compile", "quantize", "cache") if getattr(settings, key)]
+    note = f"; without {' and '.join(faster)}" if faster else ""
+    scaled = f", taken to {settings.steps}" if settings.steps != PUBLISHED_STEPS else ""
+    return Figure(value, f"published for {kind} at {PUBLISHED_STEPS} steps{scaled}{note}: {source}")
+
+
+def _same(settings: Render, preset: dict[str, Any]) -> bool:
+    keys = ("model", "frames", "height", "width")
+    return all(str(getattr(settings, key)).lower() == str(preset["settings"][key]).lower() for key in keys)
+
+
+def bytes_per_video(recipe: Recipe) -> Figure:
+    """The mean size of videos of the recipe's shape in its store, or None if there are none yet."""
+    settings = recipe.render
+    uri = settings.store or Folder(recipe.out).at("videos")
+    raw = settings.frames * settings.width * settings.height * 1.5  # yuv420p: 12 bits a pixel
+    unknown = f"not known before some are rendered; unencoded, {raw / 1e6:.1f} MB each"
+    try:
+        store = VideoStore(uri)
+        shape = (settings.frames, settings.width + settings.width % 2, settings.height + settings.height % 2)
+        infos = (info for _, info in store.infos(store.entries()) if info is not None)
+        alike = (i["length"] for i in infos if (i.get("frames"), i.get("width"), i.get("height")) == shape)
+        sizes = list(itertools.islice(alike, ENOUGH))
+    except StorageError as error:
+        return Figure(None, f"{unknown} (the store cannot be read: {error})")
+    if not sizes:
+        return Figure(None, unknown)
+    return Figure(sum(sizes) / len(sizes), f"mean of {len(sizes)} of this shape in {store.folder.uri}")
