@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_recipes import recipe
+from plan_recipes import ROOT, recipe
 
 from vpo_ray import cli
 from vpo_ray.plan import PlanError, plan, show
@@ -83,6 +83,7 @@ def test_the_runs_own_ledger_predicts_the_rest_of_it(tiny: dict[str, Any], tmp_p
     assert (render.rows, render.work, render.hours(4)) == (200, 5.0, 1.25)
     assert stage(made, "score").rows == 200
     assert stage(made, "dpo").rows == 75
+    assert stage(made, "sft").rows == len(Path(ROOT / "vpo_ray/data/sft.jsonl").read_text().splitlines())
     assert stage(made, "score").work is None
     assert f"measured, {tmp_path}/run/ledger.json" in show.text(made)
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, check, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
-from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, published_seconds, read_ledger
+from vpo_ray.plan.figures import (
+    Figure,
+    Ledger,
+    bytes_per_video,
+    count_rows,
+    published_seconds,
+    read_ledger,
+)
 from vpo_ray.recipe import Engine, Pool, Recipe, Train
 from vpo_ray.stages.curate import curate
 
@@ -21,12 +28,12 @@ MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), th
 class StagePlan:
     """One stage of the stream, or one training phase.
 
-    rows: at most, unless `expected`. seconds: replica-seconds a row. size: replicas, smallest and
-    largest. balanced: replicas on the cluster that was given.
+    rows: at most, unless `expected`; None where not known. seconds: replica-seconds a row. size:
+    replicas, smallest and largest. balanced: replicas on the cluster that was given.
     """
 
     name: str
-    rows: int
+    rows: int | None
     expected: bool
     seconds: Figure
     replica: Replica
@@ -36,7 +43,9 @@ class StagePlan:
     @property
     def work(self) -> float | None:
         """Replica-hours."""
-        return None if self.seconds.value is None else self.rows * self.seconds.value / 3600
+        if self.seconds.value is None or self.rows is None:
+            return None
+        return self.rows * self.seconds.value / 3600
 
     @property
     def gpu_hours(self) -> float | None:
@@ -99,7 +108,7 @@ def plan(
     queries = Counter(row.get("split", "dropped") for _, row in curate(recipe.queries))
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
     stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
-    training = list(_training(recipe, queries["dpo"], past))
+    training = list(_training(recipe, queries, past))
     made = Plan(recipe, queries, stages, training, bytes_per_video(recipe), cluster, price)
     made.notes += hub_ids(recipe)
     if cluster is not None:
@@ -128,7 +137,7 @@ def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | N
         yield StagePlan(name, rows, expected, seconds or Figure(None, MEASURE), replica, pool.size)
 
 
-def _training(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
+def _training(recipe: Recipe, queries: Counter[str], past: Ledger | None) -> Iterator[StagePlan]:
     """The training phases, one worker a replica."""
     for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
         if settings is None:
@@ -138,14 +147,17 @@ def _training(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[Sta
         yield StagePlan(name, rows, expected, seconds, train_replica(settings), (settings.workers,) * 2)
 
 
-def _examples(recipe: Recipe, phase: str, queries: int, past: Ledger | None) -> tuple[int, bool]:
-    """Rows that a phase trains on, and whether that is more than an upper bound."""
-    entry = past.stages.get("pair" if phase == "dpo" else phase, {}) if past else {}
+def _examples(
+    recipe: Recipe, phase: str, queries: Counter[str], past: Ledger | None
+) -> tuple[int | None, bool]:
+    """Rows that a phase trains on, where known, and whether that is more than an upper bound."""
     if phase == "sft":
-        return entry.get("in") or 0, bool(entry.get("in"))
-    if entry.get("in") and entry.get("pairs"):
-        return math.ceil(queries * entry["pairs"] / entry["in"]), True
-    return queries * _pairs_per_query(recipe), False
+        data = recipe.sft.data if recipe.sft is not None else None
+        return (queries["sft"], False) if data is None else (count_rows(data), True)
+    pairs = past.stages.get("pair", {}) if past else {}
+    if pairs.get("in") and pairs.get("pairs"):
+        return math.ceil(queries["dpo"] * pairs["pairs"] / pairs["in"]), True
+    return queries["dpo"] * _pairs_per_query(recipe), False
 
 
 def _pairs_per_query(recipe: Recipe) -> int:

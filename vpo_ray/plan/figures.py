@@ -8,8 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from vpo_ray.plan.check import PlanError
@@ -122,6 +125,19 @@ def published_seconds(settings: Render, gpu_type: str | None) -> Figure:
 def _same(settings: Render, preset: dict[str, Any]) -> bool:
     keys = ("model", "frames", "height", "width")
     return all(str(getattr(settings, key)).lower() == str(preset["settings"][key]).lower() for key in keys)
+
+
+def count_rows(path: str) -> int | None:
+    """Rows of a JSONL or Parquet file on this machine; None for a URI."""
+    if "://" in path:
+        return None
+    try:
+        if path.endswith(".parquet"):
+            return pq.read_metadata(path).num_rows
+        with Path(path).open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, pa.ArrowInvalid) as error:
+        raise PlanError(f"{path} cannot be read: {error}") from error
 
 
 def bytes_per_video(recipe: Recipe) -> Figure:

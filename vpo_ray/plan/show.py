@@ -41,7 +41,8 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _row(stage: StagePlan, plan: Plan) -> str:
-    rows = f"{'' if stage.expected else 'at most '}{stage.rows:,}" if stage.rows else "not known"
+    bound = "" if stage.expected else "at most "
+    rows = "not known" if stage.rows is None else f"{bound}{stage.rows:,}"
     size = "-".join(str(n) for n in dict.fromkeys(stage.size))
     line = (
         f"{stage.name:<8} {rows:>17} {_number(stage.seconds.value, '.3f'):>10} "
@@ -60,10 +61,11 @@ def _videos(plan: Plan) -> str:
     render, stage = plan.recipe.render, next(s for s in plan.stages if s.name == "render")
     bound = "about" if stage.expected else "up to"
     shape = f"{render.frames} x {render.width} x {render.height}, {render.steps} steps"
-    line = f"{bound} {stage.rows:,} of {shape}"
+    count = stage.rows or 0
+    line = f"{bound} {count:,} of {shape}"
     if plan.video_bytes.value is None:
         return f"{line}; size {plan.video_bytes.source}"
-    total = stage.rows * plan.video_bytes.value
+    total = count * plan.video_bytes.value
     each = f"{plan.video_bytes.value / 1e6:.2f} MB each, {plan.video_bytes.source}"
     return f"{line}; {bound} {total / 1e9:,.1f} GB ({each})"
 
@@ -120,7 +122,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _stage(stage: StagePlan) -> dict[str, Any]:
     replicas = stage.balanced or stage.size[1]
     return {
-        "rows": stage.rows or None,
+        "rows": stage.rows,
         "rows_are": "expected" if stage.expected else "at most",
         "seconds_per_row": stage.seconds.value,
         "source": stage.seconds.source,
