@@ -153,4 +153,6 @@ def vllm_pool(
     processor = build_processor(config)
     arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
     arguments["fn_constructor_kwargs"] |= {"stage": stage, "tokenizer": tokenizer, "outcome": outcome}
+    if pool.labels:
+        arguments["label_selector"] = pool.labels
     return dataset.map_batches(VllmStageActor, batch_format="pyarrow", **(arguments | RESTARTS))

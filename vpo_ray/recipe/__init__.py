@@ -13,9 +13,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.recipe.base import Fraction, Pool, Positive, Section
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
@@ -34,7 +34,7 @@ __all__ = [
 # runs of one run directory; every other key is part of the fingerprint.
 OPERATIONAL = frozenset({
     "out", "pool", "limits", "serve", "env", "device", "engine_kwargs", "workers", "use_gpu",
-    "resources_per_worker", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
+    "resources_per_worker", "labels", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
     "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
 })  # fmt: skip
 
@@ -42,11 +42,13 @@ _REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
 class Limits(Section):
-    """When a run gives up. Errors are counted over finished candidates."""
+    """When a run gives up. Errors are counted over finished candidates; `placement_timeout_s` is how
+    long it waits for a node that a replica or a training worker fits on."""
 
     max_error_share: Fraction = 0.5
     min_rows: Positive = 20
     tries: Positive = 2
+    placement_timeout_s: Annotated[float, Field(gt=0)] = 45
 
 
 class Recipe(Section):
@@ -75,6 +77,20 @@ class Recipe(Section):
                 "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
                 "or remove the sft section"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_where_ray_takes_them(self) -> Recipe:
+        for name, section in (("sample", self.sample), ("judge", self.judge)):
+            given = section.engine.engine_kwargs
+            pieces = section.engine.tensor_parallel_size * given.get("pipeline_parallel_size", 1)
+            if section.pool.labels and (pieces > 1 or "tensor_parallel_size" in given):
+                raise ValueError(
+                    f"{name}.pool.labels: an engine on several GPUs cannot be placed by labels; give the "
+                    "nodes a custom resource and use pool.resources"
+                )
+        if self.serve.pool.labels:
+            raise ValueError("serve.pool.labels: Ray Serve's engine takes none; use serve.pool.resources")
         return self
 
     @model_validator(mode="after")

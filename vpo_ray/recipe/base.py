@@ -14,6 +14,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 def _size(value: Any) -> Any:
@@ -21,13 +22,15 @@ def _size(value: Any) -> Any:
 
 
 class Pool(Section):
-    """An actor pool: how many replicas, and what each reserves of the cluster."""
+    """An actor pool: how many replicas, what each reserves of the cluster, and the labels of nodes
+    that it may run on (Ray's label selectors: `{region: us-west, tier: "!spot"}`)."""
 
     size: Annotated[tuple[Positive, Positive], BeforeValidator(_size)] = (1, 1)
-    num_cpus: Annotated[float, Field(ge=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_cpus: Amount = 1
+    num_gpus: Amount = 0
     accelerator_type: str | None = None
-    resources: dict[str, float] = {}
+    resources: dict[str, Amount] = {}
+    labels: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _ordered(self) -> Pool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vpo_ray.recipe.base import Fraction, Positive, Section
+from vpo_ray.recipe.base import Amount, Fraction, Positive, Section
 
 
 class Train(Section):
@@ -37,4 +37,5 @@ class Train(Section):
     max_failures: Annotated[int, Field(ge=0)] = 2
     workers: Positive = 1
     use_gpu: bool = True
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: dict[str, Amount] = {}
+    labels: dict[str, str] = Field({}, description="of the nodes that workers may run on")

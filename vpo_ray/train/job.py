@@ -144,6 +144,7 @@ def _fit(job_id: str, **parts: object) -> None:
             num_workers=settings.workers,
             use_gpu=settings.use_gpu,
             resources_per_worker=settings.resources_per_worker or None,
+            label_selector=settings.labels or None,
         ),
         run_config=RunConfig(
             name=name,

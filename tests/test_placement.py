@@ -1,0 +1,123 @@
+"""What no node of the cluster can take is told with the missing resource named, and nothing else is."""
+
+import signal
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpo_ray import placement
+from vpo_ray.placement import Node, PlacementError, Shape, View, pool_shapes, problems, worker_shapes
+from vpo_ray.recipe import RecipeError, Train, load
+
+TINY = "jobs/recipes/tiny.yaml"
+PRESET = "jobs/recipes/vpo_cogvideox_2b.yaml"
+STAGES = ("sample", "judge", "render", "score")
+GPU_NODE = Node({"CPU": 8, "GPU": 1, "accelerator_type:H100": 1}, {"vpo-group": "generate"})
+
+
+def test_the_tiny_recipe_fits_a_laptop_and_the_presets_need_gpus() -> None:
+    laptop = View([Node({"CPU": 4})])
+    assert problems(pool_shapes(load(TINY), STAGES), laptop) == []
+    lines = problems(pool_shapes(load(PRESET), STAGES), laptop)
+    assert [line.split(":")[0] for line in lines] == [
+        "sample.pool",
+        "judge.pool",
+        "render.pool",
+        "reward.pool",
+    ]
+    assert all("GPU 1" in line and "no node has GPU" in line for line in lines)
+    assert problems(pool_shapes(load(PRESET), STAGES), View([GPU_NODE] * 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("render.pool.num_gpus=2", "no node has more GPU than 1"),
+        ("render.pool.accelerator_type=A100", "no node has accelerator_type:A100"),
+        ("render.pool.resources={fast_disk: 1}", "no node has fast_disk"),
+        ("render.pool.labels={vpo-group: train}", "there are vpo-group=generate"),
+        ("render.pool.labels={zone: a}", "there are none of these names"),
+        ("render.pool.num_cpus=9", "no node has more CPU than 8"),
+    ],
+)
+def test_the_missing_resource_is_named(override: str, told: str) -> None:
+    shapes = pool_shapes(load(PRESET, [override]), STAGES)
+    [line] = problems(shapes, View([GPU_NODE] * 4))
+    assert line.startswith("render.pool: ")
+    assert told in line
+
+
+def test_replicas_that_fit_one_by_one_must_fit_together() -> None:
+    [line] = problems(pool_shapes(load(PRESET), STAGES), View([GPU_NODE] * 3))
+    assert "together 4 GPU, and the cluster has 3" in line
+    assert "judge.pool 1" in line
+
+
+def test_pieces_of_one_engine_may_lie_on_several_nodes() -> None:
+    sets = ["judge.engine.tensor_parallel_size=2"]
+    shapes = pool_shapes(load(PRESET, sets), ("judge",))
+    assert problems(shapes, View([GPU_NODE] * 2)) == []
+    assert "together 2 GPU" in problems(shapes, View([GPU_NODE]))[0]
+
+
+def test_no_node_with_everything_at_once() -> None:
+    shape = Shape("x", {"GPU": 1, "disk": 1})
+    assert "all of these at once" in problems([shape], View([Node({"GPU": 1}), Node({"disk": 1})]))[0]
+
+
+def test_training_workers_start_together() -> None:
+    phase = Train(epochs=1, lr=1e-5, global_batch=8, workers=8)
+    shapes = worker_shapes("dpo", phase)
+    assert "dpo.workers 8: together 8 GPU, and the cluster has 4" in problems(shapes, View([GPU_NODE] * 4))[0]
+    assert problems(shapes, View([Node({"GPU": 8})])) == []
+    cpu = worker_shapes("dpo", phase.model_copy(update={"use_gpu": False, "workers": 2}))
+    assert problems(cpu, View([Node({"CPU": 2})])) == []
+    assert "together 2 CPU" in problems(cpu, View([Node({"CPU": 1})]))[0]
+
+
+def test_an_autoscaler_may_bring_what_is_not_there_unless_it_says_no() -> None:
+    shapes = pool_shapes(load(PRESET), STAGES)
+    assert problems(shapes, View([Node({})], autoscaled=True)) == []
+    refused = View([Node({})], autoscaled=True, infeasible=[{"CPU": 1.0, "GPU": 1.0}])
+    assert "no node type of the autoscaler" in problems(shapes, refused)[0]
+    other = View([Node({})], autoscaled=True, infeasible=[{"CPU": 1.0, "TPU": 4.0}])
+    assert problems(shapes, other) == []
+    # Somebody else's request with other labels.
+    assert problems(shapes, View([GPU_NODE] * 4, True, [{"CPU": 1.0, "GPU": 1.0}])) == []
+
+
+@given(st.lists(st.floats(0.01, 4), min_size=1, max_size=6), st.integers(1, 4))
+def test_what_one_node_holds_is_never_a_problem(amounts: list[float], nodes: int) -> None:
+    shapes = [Shape(f"s{i}", {"CPU": amount}) for i, amount in enumerate(amounts)]
+    assert problems(shapes, View([Node({"CPU": sum(amounts) + 1e-6})] * nodes)) == []
+
+
+def test_labels_where_ray_takes_none_are_refused() -> None:
+    labels = "labels={vpo-group: generate}"
+    assert load(PRESET, [f"judge.pool.{labels}"]).judge.pool.labels == {"vpo-group": "generate"}
+    with pytest.raises(RecipeError, match=r"judge\.pool\.labels.*pool\.resources"):
+        load(PRESET, [f"judge.pool.{labels}", "judge.engine.tensor_parallel_size=2"])
+    with pytest.raises(RecipeError, match=r"serve\.pool\.resources"):
+        load(PRESET, [f"serve.pool.{labels}"])
+    assert load(PRESET, [f"render.pool.{labels}"]).fingerprint() == load(PRESET).fingerprint()
+
+
+def test_a_lost_node_ends_the_work_and_one_that_comes_back_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster here is a list that changes; asking a real one is tested with Ray below."""
+    shapes = [Shape("render.pool", {"GPU": 1})]
+    views = [View([GPU_NODE]), View([]), View([GPU_NODE])]
+    monkeypatch.setattr(placement, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(placement, "look", lambda: views.pop(0) if len(views) > 1 else views[0])
+    before = signal.getsignal(signal.SIGUSR1)
+    with placement.watched(shapes, timeout_s=0.2):
+        threading.Event().wait(0.5)
+    views[:] = [View([])]
+    began = time.monotonic()
+    with pytest.raises(PlacementError, match=r"render\.pool.*GPU 1.*\n.*Its nodes: none"):
+        with placement.watched(shapes, timeout_s=0.2):
+            threading.Event().wait(30)
+    assert time.monotonic() - began < 10
+    assert signal.getsignal(signal.SIGUSR1) == before

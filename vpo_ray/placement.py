@@ -1,0 +1,282 @@
+"""Whether the cluster has nodes that a recipe's replicas and training workers fit on.
+
+Ray waits for ever, and silently, for a node that does not exist. Here a run asks first, and goes on
+asking while it streams: what no node has, and none that an autoscaler could add, ends it with the
+missing resource named.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vpo_ray.recipe import Engine, Pool, Recipe, Train
+
+logger = logging.getLogger(__name__)
+
+Amounts = Mapping[str, float]
+
+# How often a waiting or streaming run looks at the cluster, in seconds.
+LOOK_EVERY_S = 2.0
+
+
+class PlacementError(RuntimeError):
+    """No node of the cluster can take a replica or worker; the message says which, what it asks for
+    and what there is."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one replica or worker reserves, in one piece on one node.
+
+    where: the recipe's key. count: how many of them must fit at the same time for the work to go on.
+    """
+
+    where: str
+    resources: Amounts
+    labels: Mapping[str, str] = field(default_factory=dict)
+    count: int = 1
+
+    def __str__(self) -> str:
+        amounts = ", ".join(f"{name} {amount:g}" for name, amount in self.resources.items())
+        labels = ", ".join(f"{name}={value}" for name, value in self.labels.items())
+        return f"{amounts or 'no resource'}" + (f" on a node labelled {labels}" if labels else "")
+
+
+@dataclass(frozen=True)
+class Node:
+    resources: Amounts
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """The cluster now. `autoscaled`: an autoscaler runs, so that nodes may come; it names requests
+    that none of its node types fits as `infeasible`."""
+
+    nodes: Sequence[Node]
+    autoscaled: bool = False
+    infeasible: Sequence[Amounts] = ()
+
+
+def pool_shapes(recipe: Recipe, stages: Sequence[str]) -> list[Shape]:
+    """The replicas of these stages; the stream moves once there is one of each."""
+    pools: dict[str, tuple[str, Pool, Engine | None]] = {
+        "sample": ("sample.pool", recipe.sample.pool, recipe.sample.engine),
+        "judge": ("judge.pool", recipe.judge.pool, recipe.judge.engine),
+        "render": ("render.pool", recipe.render.pool, None),
+        "score": ("reward.pool", recipe.reward.pool, None),
+    }
+    return [_pool_shape(*pools[stage]) for stage in stages]
+
+
+def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:
+    amounts = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    if pool.accelerator_type:
+        amounts[f"accelerator_type:{pool.accelerator_type}"] = 0.001
+    # The pieces of a tensor-parallel engine may lie on several nodes.
+    pieces = 1
+    if engine is not None:
+        pieces = engine.tensor_parallel_size * engine.engine_kwargs.get("pipeline_parallel_size", 1)
+    return Shape(where, {k: v for k, v in amounts.items() if v}, pool.labels, pieces)
+
+
+def worker_shapes(phase: str, settings: Train) -> list[Shape]:
+    """The workers of a training phase, which start together or not at all."""
+    amounts = dict(settings.resources_per_worker)
+    # Ray Train's own defaults.
+    if settings.use_gpu or not amounts:
+        amounts.setdefault("GPU" if settings.use_gpu else "CPU", 1.0)
+    return [
+        Shape(f"{phase}.workers", {k: v for k, v in amounts.items() if v}, settings.labels, settings.workers)
+    ]
+
+
+def problems(shapes: Sequence[Shape], view: View) -> list[str]:
+    """What cannot be placed, a line each; empty where everything may be.
+
+    An autoscaler may add nodes of which nothing is known here: then only what it calls infeasible
+    is a problem.
+    """
+    if view.autoscaled:
+        return [
+            f"{shape.where}: a replica needs {shape}, and no node type of the autoscaler has that"
+            for shape in shapes
+            # Another job may ask for the same with other labels: what a node here has is no problem.
+            if any(_same(shape.resources, request) for request in view.infeasible)
+            and any(_homeless(shape, view.nodes))
+        ]
+    found = [line for shape in shapes for line in _homeless(shape, view.nodes)]
+    return found or list(_crowded(shapes, view.nodes))
+
+
+def _homeless(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
+    labelled = [node for node in nodes if _labelled(shape, node)]
+    if any(_fits(shape.resources, node.resources) for node in labelled):
+        return
+    line = f"{shape.where}: a replica needs {shape}, and "
+    if not labelled:
+        names = {
+            f"{name}={node.labels[name]}" for node in nodes for name in shape.labels.keys() & node.labels
+        }
+        there = ", ".join(sorted(names)) or "none of these names"
+        yield line + f"no node has these labels (there are {there})"
+        return
+    most = {name: max(node.resources.get(name, 0) for node in labelled) for name in shape.resources}
+    lacking = [name for name, amount in shape.resources.items() if most[name] < amount]
+    if lacking:
+        yield line + "; ".join(
+            f"no node has {name}" if not most[name] else f"no node has more {name} than {most[name]:g}"
+            for name in lacking
+        )
+    else:
+        yield line + "no node has all of these at once"
+
+
+def _crowded(shapes: Sequence[Shape], nodes: Sequence[Node]) -> Iterator[str]:
+    needed: Counter[str] = Counter()
+    for shape in shapes:
+        for name, amount in shape.resources.items():
+            needed[name] += amount * shape.count  # type: ignore[assignment]
+    for name, amount in needed.items():
+        there = sum(node.resources.get(name, 0) for node in nodes)
+        # Ray counts in ten-thousandths.
+        if round(amount - there, 4) > 0:
+            users = ", ".join(
+                f"{shape.where} {shape.resources[name] * shape.count:g}"
+                for shape in shapes
+                if name in shape.resources
+            )
+            yield f"{users}: together {amount:g} {name}, and the cluster has {there:g}"
+
+
+def _fits(wanted: Amounts, has: Amounts) -> bool:
+    return all(has.get(name, 0) >= amount for name, amount in wanted.items())
+
+
+def _same(a: Amounts, b: Amounts) -> bool:
+    return {k: round(v, 4) for k, v in a.items()} == {k: round(v, 4) for k, v in b.items()}
+
+
+def _labelled(shape: Shape, node: Node) -> bool:
+    """Whether the node has the labels; operators (`!a`, `in(a,b)`) are left to Ray."""
+    return all(
+        node.labels.get(name) == value or value.startswith(("!", "in("))
+        for name, value in shape.labels.items()
+    )
+
+
+def look() -> View:
+    """The nodes that are up in the connected cluster, and what its autoscaler says."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    nodes = [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+    gcs = ray._private.worker.global_worker.gcs_client
+    reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=10))
+    state = reply.autoscaling_state
+    # The first version of the autoscaler leaves a report of its own, and does not say what is infeasible.
+    autoscaled = state.autoscaler_state_version > 0 or _internal_kv_get("__autoscaling_status") is not None
+    infeasible = [dict(request.resources_bundle) for request in state.infeasible_resource_requests]
+    infeasible += [
+        dict(request.resources_bundle)
+        for gang in state.infeasible_gang_resource_requests
+        for request in gang.requests
+    ]
+    return View(nodes, autoscaled, infeasible)
+
+
+def require(shapes: Sequence[Shape], timeout_s: float) -> None:
+    """Return once everything can be placed.
+
+    Raises:
+        PlacementError: it still cannot after `timeout_s`: nodes of a cluster that starts join late.
+    """
+    deadline = time.monotonic() + timeout_s
+    told = False
+    while True:
+        view = look()
+        found = problems(shapes, view)
+        if not found:
+            return
+        if time.monotonic() >= deadline:
+            raise PlacementError(_message(found, view))
+        if not told:
+            logger.warning("waiting up to %g s for nodes: %s", timeout_s, "; ".join(found))
+            told = True
+        time.sleep(min(LOOK_EVERY_S, timeout_s / 4))
+
+
+@contextmanager
+def watched(shapes: Sequence[Shape], timeout_s: float) -> Iterator[None]:
+    """Interrupt the work within when something has had no place for `timeout_s`: a spot node went,
+    and none comes. Only a main thread can be interrupted; any other is not watched.
+
+    Raises:
+        PlacementError: from within, as `require`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main = threading.get_ident()
+    over = threading.Event()
+    reason: list[str] = []
+
+    def interrupt(*_: Any) -> None:
+        if not over.is_set():
+            raise PlacementError(reason[0])
+
+    def watch() -> None:
+        since: float | None = None
+        while not over.wait(LOOK_EVERY_S):
+            try:
+                view = look()
+            except Exception:
+                # The next look tells more; the work itself finds out when the cluster is gone.
+                logger.debug("the cluster could not be looked at", exc_info=True)
+                continue
+            found = problems(shapes, view)
+            since = (since or time.monotonic()) if found else None
+            if since is not None and time.monotonic() - since > timeout_s:
+                reason[:] = [_message(found, view)]
+                # A real signal also ends a wait inside Ray.
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=watch, name="placement", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=15)
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _message(found: Sequence[str], view: View) -> str:
+    lines = "\n  ".join(found)
+    return (
+        f"the cluster cannot run this:\n  {lines}\nIts nodes: {_nodes(view.nodes)}\n"
+        "Add such a node, or change the recipe's pools (`vpo plan --address auto` helps)"
+    )
+
+
+def _nodes(nodes: Sequence[Node]) -> str:
+    kinds = Counter(
+        ", ".join(
+            f"{name} {amount:g}"
+            for name, amount in sorted(node.resources.items())
+            # Every node has one of its own, and bytes of memory are no one's request here.
+            if not name.startswith("node:") and name not in ("memory", "object_store_memory")
+        )
+        for node in nodes
+    )
+    return "; ".join(f"{count} x ({kind or 'no CPU'})" for kind, count in kinds.most_common(8)) or "none"
