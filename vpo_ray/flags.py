@@ -1,0 +1,106 @@
+"""Generator flags in a user's query: `-ar 16:9`, `--neg blur, text`, `-camera zoom in`.
+
+Users of video services write settings of the generator behind their query. Curation takes them out
+of the text into a column of their own, and serving can do the same. Nothing is lost: `join` puts a
+query together again. Known are the flags of Pika and Midjourney, in the forms in which people type
+them in the queries that VPO released.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Flag(NamedTuple):
+    """One setting: its name in lower case, without dashes, and its value as the user wrote it."""
+
+    name: str
+    value: str
+
+
+# Short and mistyped names, by what they stand for.
+_ALIASES = {
+    "m": "motion", "cam": "camera", "camer": "camera", "as": "ar", "aspect": "ar", "negative": "neg",
+    "nge": "neg", "no": "neg", "version": "v", "s": "stylize", "q": "quality", "seeds": "seed",
+}  # fmt: skip
+_NUMBERS = "motion|m|gs|fps|seeds?|w|v|version|stylize|s|quality|q|chaos|niji|iw|weird|size"
+_TURN = (
+    r"(?:in|out|up|down|left|right|forwards?|backwards?|counter[ -]?clockwise|anti[ -]?clockwise|"
+    r"clockwise|acw|ccw|cw|static|still|slow(?:ly)?|fast|\d+(?:\.\d+)?)"
+)
+_MOVE = rf"(?:(?:zoom|pan|rotate|tilt|orbit|{_TURN})(?![\w:]))"
+_GAP = r"[ \t]*[,:=]?[ \t]*"
+# A dash inside a word is a hyphen ("slow-motion 4"): there, one dash makes a flag only of names that
+# are no English words.
+_START = r"(?: (?<![\w–—-])[-–—]{1,2} | (?<=\w)(?:--|[–—]) | (?<=\w)-(?=ar|fps|gs|seed|neg) )"
+_HEAD = re.compile(
+    rf"""
+  {_START} (?:
+      (?P<ratio>aspect|ar|as) {_GAP} (?P<ratio_value>\d+(?:\.\d+)?[ ]?[:x/][ ]?\d+(?:\.\d+)?) (?![\w:])
+    | (?P<number>{_NUMBERS}) {_GAP} (?P<number_value>\d+(?:\.\d+)?) (?![\w:]|\.\d)
+    | (?P<camera>camera|camer|cam) {_GAP} (?P<camera_value>{_MOVE}(?:[ ]+{_MOVE})*)
+    | (?P<move>(?:zoom|pan|rotate|tilt)[ ]+{_TURN}(?![\w:]))
+    | (?P<style>style) {_GAP} (?P<style_value>raw|cute|expressive|original|scenic) (?!\w)
+    | (?P<bare>hide|tile) (?!\w)
+    | (?P<free>negative|neg|nge|message|(?<=--)no) (?!\w) {_GAP}
+  )
+  | (?<!\w)(?P<text>Message):[ ](?P<text_value>[^\n–—-]+?[ ]\(Font:[ ][^()\n–—-]+\))
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_STOP = re.compile(r"[\n\]]")
+_LOOSE = " \t\n,-–—"  # what users put between flags
+
+
+def split(query: str) -> tuple[str, tuple[Flag, ...]]:
+    """A query as its text and its flags, in the order in which they stand.
+
+    What only looks like a flag (no value, or one of the wrong kind) stays text. Taking a flag out
+    may bring another together, so that goes on until none is left; hence
+    `split(join(*split(query))) == split(query)`.
+    """
+    flags: list[Flag] = []
+    while found := list(_find(query)):
+        flags += [flag for _, _, flag in found]
+        query = _without(query, [(start, end) for start, end, _ in found])
+    return query, tuple(flags)
+
+
+def join(text: str, flags: Sequence[Flag]) -> str:
+    """What the user meant, as one query: the text, and the flags behind it."""
+    return " ".join([*([text] if text else []), *(f"-{name} {value}".rstrip() for name, value in flags)])
+
+
+def _find(query: str) -> Iterator[tuple[int, int, Flag]]:
+    """Start, end and content of every flag."""
+    heads = list(_HEAD.finditer(query))
+    bounds = [*(head.start() for head in heads[1:]), len(query)]
+    for head, bound in zip(heads, bounds, strict=False):
+        kind = next(name for name in _KINDS if head[name] is not None)
+        name, end = head[kind].lower(), head.end()
+        if kind == "free":
+            # Free text goes on to the next flag, the end of the line or of a bracket.
+            stop = _STOP.search(query, end, bound)
+            end = stop.start() if stop else bound
+            value = query[head.end() : end].strip(_LOOSE)
+            if not re.search(r"\w", value):
+                continue
+        elif kind == "move":
+            name, value = "camera", head[kind]
+        else:
+            value = head[f"{kind}_value"] if kind != "bare" else ""
+        yield head.start(), end, Flag(_ALIASES.get(name, name), value)
+
+
+def _without(query: str, spans: list[tuple[int, int]]) -> str:
+    """The query without these spans, nor what only stood between them."""
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(query)]
+    pieces = [query[end:start].rstrip(_LOOSE) for end, start in zip(ends, starts, strict=True)]
+    pieces[1:] = [piece.lstrip(" \t,") for piece in pieces[1:]]
+    return " ".join(piece for piece in pieces if piece.strip(_LOOSE + ".")).strip()
+
+
+_KINDS = ("ratio", "number", "camera", "move", "style", "bare", "free", "text")
