@@ -146,9 +146,18 @@ def parse(tree: Mapping[str, Any], where: str) -> Recipe:
 
 
 def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
-    """The `serve` section of a recipe, or its defaults, with `serve.key=value` overrides."""
+    """The `serve` section of a recipe, or its defaults, with `serve.key=value` overrides.
+
+    What serving takes from other sections (the video and the reward model behind `/v1/videos`) is
+    filled in from the recipe.
+    """
     if path is not None:
-        return load(path, overrides).serve
+        recipe = load(path, overrides)
+        videos = recipe.serve.videos
+        if videos is None:
+            return recipe.serve
+        filled = {"render": videos.render or recipe.render, "reward": videos.reward or recipe.reward}
+        return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
     tree: dict[str, Any] = {"serve": {}}
     for item in overrides:
         set_key(tree, item)

@@ -1,13 +1,94 @@
-"""Recipe sections of serving."""
+"""Recipe sections of serving: the endpoint, who may call it, its safety gate, ranking and videos."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Pool, Positive, Section, Temperature
+from vpo_ray.recipe.base import Fraction, Pool, Positive, Section, Temperature
 from vpo_ray.recipe.text import Engine
+from vpo_ray.recipe.video import Endpoint, Render, Reward
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Service(Section):
+    """A model behind an OpenAI-compatible endpoint that the ingress asks."""
+
+    model: str
+    endpoint: Endpoint = Endpoint(timeout_s=10, retries=1)
+
+
+class Safety(Section):
+    """The safety gate. What is checked: the user's query, the optimised prompt, or both.
+
+    `query: rewrite` lets a flagged query through to the optimiser, whose task is to make it
+    harmless, and relies on the check of the prompt. Every checker that is named is asked, in the
+    order below, until one flags the text.
+    """
+
+    query: Literal["off", "refuse", "rewrite"] = "off"
+    prompt: bool = False
+    keywords: str | None = Field(
+        default=None, description="file with a word or phrase a line; # begins a comment"
+    )
+    moderation: Service | None = Field(default=None, description="an endpoint with OpenAI's /v1/moderations")
+    judge: Service | None = Field(default=None, description="a chat endpoint that is asked for a verdict")
+    judge_prompt: str = "builtin:safety"
+    on_error: Literal["refuse", "pass"] = "refuse"
+
+    @model_validator(mode="after")
+    def _has_a_checker(self) -> Safety:
+        checks = self.query != "off" or self.prompt
+        if checks and not (self.keywords or self.moderation or self.judge):
+            raise ValueError("nothing to check with: name `keywords`, `moderation` or `judge`")
+        if self.query == "rewrite" and not self.prompt:
+            raise ValueError("query: rewrite needs prompt: true, or a flagged query would go unchecked")
+        return self
+
+
+class BestOf(Section):
+    """Rank n candidates and answer with the best. `judge` is a chat endpoint that gives each a score
+    and a critique; `rerank` a text reward behind a `/rerank` route (vLLM's, Jina's, Cohere's)."""
+
+    n: Annotated[int, Field(ge=2, le=64)] = 4
+    judge: Service | None = None
+    judge_prompt: str = "builtin:rank"
+    rerank: Service | None = None
+
+    @model_validator(mode="after")
+    def _one_ranker(self) -> BestOf:
+        if (self.judge is None) == (self.rerank is None):
+            raise ValueError("name what ranks: either `judge` or `rerank`")
+        return self
+
+
+class Autoscaling(Section):
+    """How the engine's replicas follow the load between `pool.size`'s two numbers."""
+
+    target_ongoing_requests: Positive | None = Field(
+        default=None, description="requests a replica works on; half of engine.max_num_seqs when unset"
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 30
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 600
+
+
+class Canary(Section):
+    """A second checkpoint that answers a share of the queries."""
+
+    checkpoint: str
+    share: Fraction
+
+
+class Videos(Section):
+    """`/v1/videos`: query in, video out. `render` and `reward` are the recipe's own when unset."""
+
+    store: str = Field(description="folder or URI of the video store; jobs lie in `jobs/` of it")
+    render: Render | None = None
+    reward: Reward | None = None
+    score: bool = Field(default=False, description="let the reward model score every video")
+    max_waiting: Positive = 64
 
 
 class Serve(Section):
@@ -21,5 +102,34 @@ class Serve(Section):
     max_tokens: Positive = 1024
     max_query_chars: Positive = 4000
     max_n: Positive = 8
+    max_messages: Positive = 64
+    max_queries: Positive = Field(default=16, description="queries of one /v1/optimize request")
+    history: Literal["edits", "last", "refuse"] = Field(
+        default="edits",
+        description="earlier user messages: the later ones edit the first, only the last counts, or 400",
+    )
+    timeout_s: Seconds = Field(default=120, description="the longest answer; draining waits as long")
+    retries: Annotated[int, Field(ge=0)] = Field(default=2, description="when a replica dies under a request")
+    fallback: bool = Field(default=False, description="answer with the raw query where the optimiser fails")
+    keys: str | None = Field(
+        default=None, description="file or folder (a mounted Secret) that `vpo key` writes for"
+    )
+    requests_per_minute: Positive | None = Field(
+        default=None, description="of each key that has no own limit"
+    )
+    concurrency: Positive | None = Field(
+        default=None, description="requests at once of each key without own limit"
+    )
+    max_queued_requests: Positive = 1024
+    overload_status: Literal[429, 503] = 429
+    cors_origins: list[str] = []
+    log_queries: Literal["no", "hash", "yes"] = "no"
+    playground: bool = True
+    ingress_replicas: Positive = 1
+    safety: Safety = Safety()
+    best_of: BestOf | None = None
+    autoscaling: Autoscaling = Autoscaling()
+    canary: Canary | None = None
+    videos: Videos | None = None
     engine: Engine = Engine()
     pool: Pool = Pool()
