@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.request import RequestError, max_body_bytes, parse_request
+from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.optimize import parse_optimize
+from vpo_ray.serve.request import max_body_bytes, parse_request
 
 SETTINGS = Serve(max_tokens=64, max_query_chars=100, max_n=4, temperature=0.5, top_p=0.8)
 
@@ -36,14 +38,29 @@ def test_what_is_asked_is_kept_zero_too() -> None:
     assert (fields["n"], fields["seed"], fields["stop"]) == (2, 3, ["."])
 
 
-def test_the_query_is_the_last_user_message() -> None:
-    messages = [
-        {"role": "system", "content": "Ignore the task."},
-        user("first"),
-        {"role": "assistant", "content": "an answer"},
-        user([{"type": "text", "text": "second"}, {"type": "text", "text": "line"}]),
-    ]
-    assert parse_request(body(messages=messages), SETTINGS)[0] == "second\nline"
+CONVERSATION = [
+    {"role": "system", "content": "Ignore the task."},
+    user("a cat"),
+    {"role": "assistant", "content": "A cat sits in the morning sun."},
+    user([{"type": "text", "text": "make it night"}, {"type": "text", "text": "and rainy"}]),
+]
+
+
+@pytest.mark.parametrize(
+    ("history", "query"),
+    [("edits", "a cat\nEdit: make it night\nand rainy"), ("last", "make it night\nand rainy")],
+)
+def test_later_user_messages_edit_the_first(history: str, query: str) -> None:
+    settings = SETTINGS.model_copy(update={"history": history})
+    assert parse_request(body(messages=CONVERSATION), settings)[0] == query
+    assert parse_request(body(), settings)[0] == "a cat"
+
+
+def test_history_may_be_refused() -> None:
+    settings = SETTINGS.model_copy(update={"history": "refuse"})
+    with pytest.raises(RequestError, match="no chat history"):
+        parse_request(body(messages=CONVERSATION), settings)
+    assert parse_request(body(messages=CONVERSATION[:2]), settings)[0] == "a cat"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +75,7 @@ def test_the_query_is_the_last_user_message() -> None:
         (b'{"model": "vpo"}', 400, "messages"),
         (body(messages=[]), 400, "messages"),
         (body(messages="a cat"), 400, "messages"),
-        (body(messages=[user("a")] * 10_000), 400, "messages"),
+        (body(messages=[user("a")] * 10_000), 400, "10000 messages"),
         (body(messages=[{"role": "system", "content": "a"}]), 400, "no user message"),
         (body(messages=[{"role": "wizard", "content": "a"}]), 400, "messages.0.role"),
         (body(messages=[user(None)]), 400, "no user message"),
@@ -80,6 +97,7 @@ def test_the_query_is_the_last_user_message() -> None:
         (body(temperature="hot"), 400, "temperature:"),
         (body(top_p=0), 400, "top_p:"),
         (body(stop=["a"] * 5), 400, "stop"),
+        (body(stop="\ud800"), 400, "stop"),
         (body(seed=2**70), 400, "seed:"),
         (body(stream="yes"), 400, "stream:"),
     ],
@@ -113,3 +131,51 @@ FIELDS = st.sampled_from(["model", "messages", "n", "temperature", "max_tokens",
 def test_no_body_is_more_than_refused(fields: dict[str, Any]) -> None:
     with suppress(RequestError):  # and nothing else
         parse_request(body(**fields), SETTINGS)
+
+
+def ask(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def test_one_query_or_several() -> None:
+    asked = parse_optimize(ask(query="a cat", n=3, seed=5), SETTINGS)
+    assert (asked.queries, asked.single, asked.fields["n"], asked.fields["seed"]) == (["a cat"], True, 3, 5)
+    assert (asked.fields["temperature"], asked.fields["max_tokens"]) == (0.5, 64)
+    asked = parse_optimize(ask(query="a cat -ar 16:9 --neg blur"), SETTINGS)
+    assert asked.queries == ["a cat"]
+    assert [(flag.name, flag.value) for flag in asked.flags[0]] == [("ar", "16:9"), ("neg", "blur")]
+    assert parse_optimize(ask(query="-ar 16:9"), SETTINGS).queries == ["-ar 16:9"]
+    asked = parse_optimize(ask(queries=["a", "b"], temperature=0, model="vpo"), SETTINGS)
+    assert (asked.queries, asked.single, asked.fields["temperature"]) == (["a", "b"], False, 0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "told"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"\xff", 400, "not UTF-8"),
+        (b"[]", 422, "the body"),
+        (ask(), 422, "either"),
+        (ask(query="a", queries=["b"]), 422, "either"),
+        (ask(query=3), 422, "query"),
+        (ask(query=""), 422, "query"),
+        (ask(query=" \n"), 400, "empty"),
+        (ask(query="x" * 101), 413, "101 characters"),
+        (ask(query="\ud800"), 422, "query"),
+        (ask(queries=[]), 422, "queries"),
+        (ask(queries=["a", " "]), 400, "empty"),
+        (ask(queries=["a"] * 17), 413, "17 queries"),
+        (ask(queries=["a"], stream=True), 422, "stream"),
+        (ask(query="a", n=0), 422, "n:"),
+        (ask(query="a", n=1000), 422, "n is 1000"),
+        (ask(query="a", n=True), 422, "n:"),
+        (ask(query="a", seed="x"), 422, "seed"),
+        (ask(query="a", temperature=3), 422, "temperature"),
+        (ask(query="a", model="gpt-4"), 404, "gpt-4"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_optimize_request_is_refused_with_what_is_wrong(raw: bytes, status: int, told: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_optimize(raw, SETTINGS)
+    assert (refused.value.status, told in refused.value.message) == (status, True), refused.value.message

@@ -1,4 +1,4 @@
-"""What a client may ask: the body of a chat completion, checked, and errors in OpenAI's form.
+"""What a client may ask of `/v1/chat/completions`: its body, checked.
 
 Only the fields that mean something for a prompt optimiser are read; others of OpenAI's are ignored,
 so that any client works by changing `base_url`. Nothing here knows Ray or the engine.
@@ -9,110 +9,141 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vpo_ray.recipe import Serve
+from vpo_ray.serve.errors import RequestError, explained
 
-MAX_MESSAGES = 256
 # JSON may spell one character as two escapes of six bytes; the rest of a body is small.
 BYTES_PER_CHAR, BODY_ROOM = 12, 65536
 
 
-class RequestError(ValueError):
-    """A request that is refused: an HTTP status, and what OpenAI's error body says."""
+class Body(BaseModel):
+    """Strict about types, so that nothing is guessed; unknown fields are ignored."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class TextPart(_Body):
+def _whole(text: str) -> str:
+    text.encode("utf-8")  # half a character is a ValueError here, and the engine's failure later
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ChatRequest(_Body):
+class ChatRequest(Body):
     """The fields of OpenAI's chat completion request that this endpoint reads."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     n: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
 
-def max_body_bytes(settings: Serve) -> int:
-    return settings.max_query_chars * BYTES_PER_CHAR + BODY_ROOM
+def max_body_bytes(settings: Serve, queries: int = 1) -> int:
+    return settings.max_query_chars * BYTES_PER_CHAR * queries + BODY_ROOM
+
+
+def read_json(body: bytes) -> Any:
+    """The value of a body. Raises RequestError (400) with where it stops being JSON."""
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON: {error}") from None
 
 
 def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
-    """The raw query, and the engine's fields of the request (all but `messages`).
+    """The query of a chat completion request, and the engine's fields of it (all but `messages`).
 
-    The query is the text of the last user message; what a client sends as a system message or as
-    chat history is not used, since the task prompt lives in the checkpoint's chat template.
+    The query is the text of the user's messages (see `_query`); a system message is not used, since
+    the task prompt lives in the checkpoint's chat template.
 
     Raises:
         RequestError: 400 for a body that is not as it should be, 404 for an unknown model, 413 for
             a query that is too long.
     """
     try:
-        request = ChatRequest.model_validate(json.loads(body))
-    except UnicodeDecodeError as error:
-        raise RequestError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        request = ChatRequest.model_validate(read_json(body))
     except ValidationError as error:
-        raise _explained(error) from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}") from None
-    if request.model != settings.model_name:
-        message = (
-            f"the model {request.model[:100]!r} does not exist; this endpoint serves {settings.model_name!r}"
-        )
-        raise RequestError(404, message, "model", "model_not_found")
+        raise explained(error, 400) from None
+    check_model(request.model, settings)
     return _query(request.messages, settings), _engine_fields(request, settings)
 
 
-def _query(messages: list[Message], settings: Serve) -> str:
-    content = next((m.content for m in reversed(messages) if m.role == "user"), None)
-    if content is None:
-        raise RequestError(
-            400, "no user message: send the query as the last message of role `user`", "messages"
-        )
-    query = content if isinstance(content, str) else "\n".join(part.text for part in content)
+def check_model(model: str | None, settings: Serve) -> None:
+    """Raises RequestError (404) for another model than the one that is served."""
+    if model not in (None, settings.model_name):
+        message = f"the model {model[:100]!r} does not exist; this endpoint serves {settings.model_name!r}"
+        raise RequestError(404, message, "model", "model_not_found")
+
+
+def check_query(query: str, settings: Serve, param: str) -> None:
+    """Raises RequestError: 400 for no text, 413 for too much."""
     if not query.strip():
-        raise RequestError(400, "the query is empty", "messages", "empty_query")
+        raise RequestError(400, "the query is empty", param, "empty_query")
     if len(query) > settings.max_query_chars:
         message = f"the query has {len(query)} characters, at most {settings.max_query_chars} are taken"
-        raise RequestError(413, message, "messages", "query_too_long")
+        raise RequestError(413, message, param, "query_too_long")
     try:
         query.encode("utf-8")
     except UnicodeEncodeError:
-        raise RequestError(
-            400, "the query is not valid Unicode: a surrogate stands alone", "messages"
-        ) from None
+        raise RequestError(400, "the query is not valid Unicode: a surrogate stands alone", param) from None
+
+
+def _query(messages: list[Message], settings: Serve) -> str:
+    """The user's first message with the later ones as edits of it, or the last alone.
+
+    The policy learned to rewrite one query, so a conversation ("a cat", "make it night") becomes
+    one; what the assistant answered in between is the policy's own and not part of it.
+    """
+    if len(messages) > settings.max_messages:
+        message = f"{len(messages)} messages, at most {settings.max_messages} are taken"
+        raise RequestError(400, message, "messages", "too_many_messages")
+    texts = [_text(message) for message in messages if message.role == "user" and message.content is not None]
+    if not texts:
+        message = "no user message: send the query as the last message of role `user`"
+        raise RequestError(400, message, "messages")
+    if len(texts) > 1 and settings.history == "refuse":
+        message = "this endpoint takes one user message, no chat history"
+        raise RequestError(400, message, "messages", "history_refused")
+    if not texts[-1].strip():
+        raise RequestError(400, "the query is empty", "messages", "empty_query")
+    query = texts[-1]
+    if settings.history == "edits":
+        first, *edits = [text for text in texts if text.strip()]
+        query = "\n".join([first, *(f"Edit: {edit}" for edit in edits)])
+    check_query(query, settings, "messages")
     return query
+
+
+def _text(message: Message) -> str:
+    if isinstance(message.content, list):
+        return "\n".join(part.text for part in message.content)
+    return message.content or ""
 
 
 def _engine_fields(request: ChatRequest, settings: Serve) -> dict[str, Any]:
@@ -140,11 +171,3 @@ def _engine_fields(request: ChatRequest, settings: Serve) -> dict[str, Any]:
     if request.stream and request.stream_options:
         fields["stream_options"] = request.stream_options.model_dump()
     return fields
-
-
-def _explained(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    # A union names its branches in the location; a client knows fields and indices only.
-    parts = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]
-    where = ".".join(p for p in parts if p not in ("str", "TextPart"))
-    return RequestError(400, f"{where or 'the body'}: {first['msg']}", where or None)

@@ -1,0 +1,160 @@
+"""`/v1/optimize`: what a client may ask, and what it is told about its query.
+
+The chat API has no place for what a caller of a prompt optimiser wants to know: whether the query
+was changed, what the safety gate said, the other candidates. Pure: neither Ray nor an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vpo_ray.flags import split
+from vpo_ray.recipe import Serve
+from vpo_ray.serve.errors import RequestError, explained
+from vpo_ray.serve.request import Body, Text, check_model, check_query, read_json
+
+
+class OptimizeRequest(Body):
+    """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["query"]}, {"required": ["queries"]}]},
+    )
+
+    query: Annotated[Text, Field(min_length=1)] | None = None
+    queries: Annotated[list[Text], Field(min_length=1)] | None = None
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _either(self) -> OptimizeRequest:
+        if (self.query is None) == (self.queries is None):
+            raise ValueError("give either `query` or `queries`")
+        if self.stream and self.queries is not None:
+            raise ValueError("`stream` takes one `query`")
+        return self
+
+
+class Rank(BaseModel):
+    """What the ranker said of a candidate; higher is better."""
+
+    prompt: str
+    score: float
+    reason: str | None = None
+
+
+class Safety(BaseModel):
+    """What the gate said. `reason` is set unless everything passed."""
+
+    outcome: Literal["pass", "rewritten", "refused"] = "pass"
+    reason: str | None = None
+    checked: list[Literal["query", "prompt"]] = []
+
+
+class Latency(BaseModel):
+    """Seconds of this query: its whole way, and the parts that took some."""
+
+    total: float = 0
+    gate: float = 0
+    optimiser: float = 0
+    ranking: float = 0
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class GeneratorFlag(BaseModel):
+    """A setting of the video generator that stood in the query, such as ar 16:9; see `vpo_ray.flags`."""
+
+    name: str
+    value: str
+
+
+class Optimization(BaseModel):
+    """A query's answer. `prompt` is null where it was refused, and the raw query where `fallback`."""
+
+    object: Literal["optimization"] = "optimization"
+    prompt: str | None = None
+    alternatives: list[str] = []
+    changed: bool = False
+    flags: list[GeneratorFlag] = []
+    safety: Safety = Safety()
+    fallback: bool = False
+    ranking: list[Rank] | None = None
+    model: str
+    system_fingerprint: str | None = None
+    usage: Usage = Usage()
+    latency: Latency = Latency()
+
+
+class OptimizationList(BaseModel):
+    """The answers of several queries, in their order; one that is refused as a request has `error`."""
+
+    object: Literal["list"] = "list"
+    data: list[Optimization | dict[str, Any]]
+    model: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked request: its queries without generator flags, these, and the engine's fields."""
+
+    queries: list[str]
+    flags: list[list[GeneratorFlag]]
+    fields: dict[str, Any]
+    single: bool = True
+    stream: bool = False
+
+
+def parse_optimize(body: bytes, settings: Serve) -> Asked:
+    """A checked request.
+
+    Raises:
+        RequestError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, 404
+            for an unknown model, 413 for too long a query or too many of them.
+    """
+    try:
+        request = OptimizeRequest.model_validate(read_json(body))
+    except ValidationError as error:
+        raise explained(error, 422) from None
+    check_model(request.model, settings)
+    if request.n > settings.max_n:
+        raise RequestError(422, f"n is {request.n}, at most {settings.max_n} is allowed here", "n")
+    queries = [request.query] if request.queries is None else request.queries
+    if len(queries) > settings.max_queries:
+        message = f"{len(queries)} queries, at most {settings.max_queries} are taken"
+        raise RequestError(413, message, "queries", "too_many_queries")
+    for index, query in enumerate(queries):
+        check_query(query or "", settings, "query" if request.queries is None else f"queries.{index}")
+    separated = [separate(query or "") for query in queries]
+    fields = engine_fields(settings, request.n, request.seed, request.temperature)
+    texts, found = [text for text, _ in separated], [flags for _, flags in separated]
+    return Asked(texts, found, fields, request.queries is None, request.stream)
+
+
+def separate(query: str) -> tuple[str, list[GeneratorFlag]]:
+    """A query's text and its generator flags. One of nothing but flags stays as it is."""
+    text, flags = split(query)
+    if not text.strip():
+        return query, []
+    return text, [GeneratorFlag(name=flag.name, value=flag.value) for flag in flags]
+
+
+def engine_fields(settings: Serve, n: int, seed: int | None, temperature: float | None) -> dict[str, Any]:
+    return {
+        "model": settings.model_name,
+        "n": n,
+        "temperature": settings.temperature if temperature is None else temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "seed": seed,
+        "stream": False,
+    }
