@@ -5,6 +5,7 @@ vpo plan recipe.yaml                check the recipe and say what it will take
 vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
+vpo key NAME                        a key for a caller of that endpoint
 """
 
 from __future__ import annotations
@@ -114,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. serve.port=9000"
     )
+    serve.add_argument(
+        "--config", action="store_true", help="print a Serve config file for `serve deploy` or a RayService"
+    )
+    key = command("key", "make an API key: it is printed once, and the line for the file of keys", _key)
+    key.add_argument("name", metavar="NAME", help="who will use it, as metrics and logs name the caller")
     return parser
 
 
@@ -178,8 +184,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     from vpo_ray.serve import serve_forever
 
     settings = recipes.load_serve(arguments.recipe, arguments.set)
+    if arguments.config:
+        from vpo_ray.serve.config import config_file
+
+        sys.stdout.write(config_file(recipes.locate(arguments.checkpoint), settings))
+        return 0
     loop.connect(arguments.verbose)
     serve_forever(recipes.locate(arguments.checkpoint), settings)
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from vpo_ray.serve.keys import make_key
+
+    key, line = make_key(arguments.name)
+    sys.stdout.write(f"key (shown this once): {key}\nline for serve.keys:  {line}\n")
     return 0
 
 

@@ -1,0 +1,178 @@
+"""API keys: who may call the endpoint. Made by `vpo key NAME`, read from a file or mounted Secret.
+
+A line is `NAME SHA256 [option=value ...]`; the key itself is printed once and stored nowhere. Keys
+have 256 random bits, so that a plain hash of one cannot be searched. The source is read again when
+it changes: a line that is removed is a key that is revoked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpo_ray.serve.errors import RequestError
+
+logger = logging.getLogger("ray.serve")
+
+PREFIX = "vpo-"
+SCOPES = ("optimize", "videos")
+# How often the source is looked at; a revoked key works for so many seconds at most.
+LOOK_EVERY_S = 1.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class KeyFileError(ValueError):
+    """A file of keys that cannot be used as it is."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A caller. Limits that are None are the recipe's."""
+
+    name: str
+    digest: str
+    requests_per_minute: int | None = None
+    concurrency: int | None = None
+    scopes: tuple[str, ...] = SCOPES
+
+
+ANYONE = Key("anyone", "")
+
+
+def make_key(name: str) -> tuple[str, str]:
+    """A fresh key, and the line for the file of keys. Raises KeyFileError for a name that cannot be one."""
+    if not _NAME.fullmatch(name):
+        raise KeyFileError(f"{name!r} cannot name a key: use up to 64 letters, digits, dots, dashes")
+    key = PREFIX + secrets.token_urlsafe(32)
+    return key, f"{name} {_digest(key)}"
+
+
+def parse_line(line: str) -> Key:
+    """Raises KeyFileError with what is wrong; the message holds no digest."""
+    name, *rest = line.split()
+    if not _NAME.fullmatch(name):
+        raise KeyFileError(f"{name[:64]!r} is no name of a key")
+    if not rest or not _DIGEST.fullmatch(rest[0]):
+        raise KeyFileError(
+            f"{name}: the name is followed by 64 hex digits; make a line with `vpo key {name}`"
+        )
+    numbers: dict[str, int] = {}
+    scopes: tuple[str, ...] = SCOPES
+    for option in rest[1:]:
+        field, _, value = option.partition("=")
+        if (
+            field in ("requests_per_minute", "concurrency")
+            and value.isascii()
+            and value.isdigit()
+            and int(value)
+        ):
+            numbers[field] = int(value)
+        elif field == "scopes" and set(value.split(",")) <= set(SCOPES):
+            scopes = tuple(value.split(","))
+        else:
+            raise KeyFileError(
+                f"{name}: {option[:64]!r} is no option; there are requests_per_minute=N, concurrency=N and "
+                f"scopes={','.join(SCOPES)}"
+            )
+    return Key(name, rest[0], **numbers, scopes=scopes)
+
+
+class KeyRing:
+    """The keys of a file, or of all files of a folder, as they are now.
+
+    Args:
+        source: a file, or a folder as Kubernetes mounts a Secret (names with a leading dot are its
+            own).
+        now: a clock in seconds.
+
+    Raises:
+        KeyFileError: no such file, a line that is no key, or no key at all. Later, while serving, a
+            bad line is logged and left out, and a source that is gone admits nobody.
+    """
+
+    def __init__(self, source: str | Path, now: Callable[[], float] = time.monotonic) -> None:
+        self.source, self._now = Path(source), now
+        self._looked = now()
+        self._seen, texts = self._read()
+        self._keys, faults = _parse(texts)
+        if not self.source.exists():
+            raise KeyFileError(
+                f"serve.keys: {self.source} does not exist; `vpo key NAME` makes a line for it"
+            )
+        if faults or not self._keys:
+            raise KeyFileError(f"serve.keys: {self.source}: {'; '.join(faults) or 'it holds no key'}")
+
+    def find(self, authorization: str | None) -> Key:
+        """The caller of a request by its `Authorization` header.
+
+        Raises:
+            RequestError: 401 without a key or with an unknown one. Every known key is compared, in
+                constant time.
+        """
+        self._look()
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            message = "no API key: send it as `Authorization: Bearer KEY`"
+            raise RequestError(401, message, code="missing_api_key", headers=CHALLENGE)
+        digest = _digest(given.strip())
+        found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
+        if not found:
+            raise RequestError(401, "this API key is not known", code="invalid_api_key", headers=CHALLENGE)
+        return found[0]
+
+    def _look(self) -> None:
+        if self._now() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = self._now()
+        seen, texts = self._read(self._seen)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        self._keys, faults = _parse(texts)
+        logger.info("%s was read again: %d keys", self.source, len(self._keys))
+        for fault in faults:
+            logger.error("%s: left out, %s", self.source, fault)
+
+    def _read(self, before: object = None) -> tuple[object, list[tuple[str, str]]]:
+        """What tells a change, and name and text of every file unless nothing changed."""
+        try:
+            files = [self.source]
+            if self.source.is_dir():
+                files = sorted(f for f in self.source.iterdir() if f.is_file() and not f.name.startswith("."))
+            stats = [(str(f), f.stat()) for f in files]
+            seen = [(name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in stats]
+            if seen == before:
+                return seen, []
+            return seen, [(f.name, f.read_text("utf-8")) for f in files]
+        except (OSError, UnicodeDecodeError) as error:
+            if before is not None and before != []:
+                logger.error("the file of keys cannot be read, nobody is admitted: %s", error)
+            return [], []
+
+
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+
+
+def _parse(texts: Iterable[tuple[str, str]]) -> tuple[list[Key], list[str]]:
+    keys, faults = [], []
+    for name, text in texts:
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            try:
+                keys.append(parse_line(line))
+            except KeyFileError as error:
+                faults.append(f"{name} line {number}: {error}")
+    return keys, faults
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
