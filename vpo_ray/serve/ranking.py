@@ -1,0 +1,79 @@
+"""Best of n: candidates of one query in the order that a judge or a text reward gives them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.recipe.serve import BestOf
+from vpo_ray.serve.optimize import Rank
+from vpo_ray.serve.services import ServiceError, ask_chat, client_of
+from vpo_ray.stages.judge import fill
+
+logger = logging.getLogger("ray.serve")
+
+MAX_SCORE = 10
+CRITIQUE_CHARS = 600
+SCHEMA = {
+    "critique": {"type": "string", "maxLength": CRITIQUE_CHARS},
+    "score": {"type": "number", "minimum": 0, "maximum": MAX_SCORE},
+}
+
+
+class Ranker:
+    """Scores every candidate and sorts them, best first; equal ones keep the policy's order.
+
+    Raises:
+        ServiceError, PromptError: the settings cannot be used.
+    """
+
+    def __init__(self, settings: BestOf) -> None:
+        self.settings = settings
+        self.prompt = read_prompt(settings.judge_prompt)
+        self.client: Any = None
+        if settings.judge is not None:
+            self.client = client_of(settings.judge, "best_of.judge")
+        elif settings.rerank is not None:
+            self.client = client_of(settings.rerank, "best_of.rerank")
+
+    async def rank(self, query: str, prompts: Sequence[str]) -> list[Rank] | None:
+        """The candidates, best first; None when the ranker fails, which costs the ranking alone."""
+        try:
+            ranks = await (
+                self._judged(query, prompts) if self.settings.judge else self._reranked(query, prompts)
+            )
+        except ServiceError as error:
+            logger.error("the candidates stay unranked: %s", error)
+            return None
+        return sorted(ranks, key=lambda rank: -rank.score)
+
+    async def _judged(self, query: str, prompts: Sequence[str]) -> list[Rank]:
+        return list(await asyncio.gather(*(self._judge(query, prompt) for prompt in prompts)))
+
+    async def _judge(self, query: str, prompt: str) -> Rank:
+        assert self.settings.judge is not None
+        text = fill(self.prompt, query=query, prompt=prompt)
+        answer = await ask_chat(self.client, self.settings.judge.model, text, SCHEMA)
+        score = answer.get("score")
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= MAX_SCORE:
+            raise ServiceError(f"best_of.judge: {str(score)[:40]!r} is no score from 0 to {MAX_SCORE}")
+        return Rank(prompt=prompt, score=score, reason=str(answer.get("critique", ""))[:CRITIQUE_CHARS])
+
+    async def _reranked(self, query: str, prompts: Sequence[str]) -> list[Rank]:
+        import openai
+
+        assert self.settings.rerank is not None
+        body = {"model": self.settings.rerank.model, "query": query, "documents": list(prompts)}
+        try:
+            reply = await self.client.post("/rerank", cast_to=object, body=body)
+            scores = {int(r["index"]): float(r["relevance_score"]) for r in reply["results"]}
+            ranks = [Rank(prompt=prompt, score=scores[index]) for index, prompt in enumerate(prompts)]
+        except (openai.OpenAIError, LookupError, TypeError, ValueError) as error:
+            raise ServiceError(f"best_of.rerank: {type(error).__name__}") from error
+        if not all(math.isfinite(rank.score) for rank in ranks):
+            raise ServiceError("best_of.rerank: a score is not a number")
+        return ranks

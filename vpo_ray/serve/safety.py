@@ -1,0 +1,161 @@
+"""The safety gate: what may reach the optimiser, and what may leave it.
+
+Checkers are a keyword list, an endpoint with OpenAI's `/v1/moderations`, and a chat endpoint that is
+asked for a verdict. One that does not answer decides by `safety.on_error`: closed or open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.recipe.serve import Safety
+from vpo_ray.serve.services import ServiceError, ask_chat, client_of
+from vpo_ray.stages.judge import fill
+
+logger = logging.getLogger("ray.serve")
+
+REASON_CHARS = 300
+SCHEMA = {"reason": {"type": "string", "maxLength": REASON_CHARS}, "unsafe": {"type": "boolean"}}
+UNAVAILABLE = "the safety check did not answer"
+
+
+class SafetyFileError(ValueError):
+    """A keyword list that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a text is flagged, or None; `unavailable` when no checker could tell."""
+
+    reason: str | None = None
+    unavailable: bool = False
+
+    @property
+    def flagged(self) -> bool:
+        return self.reason is not None
+
+
+CLEAR = Verdict()
+
+
+class Checker(Protocol):
+    async def check(self, text: str) -> str | None:
+        """Why the text is unsafe, or None. Raises ServiceError when it cannot be told."""
+        ...
+
+
+class Keywords:
+    """Words and phrases, whole and in any case; letters that look alike by Unicode's compatibility
+    forms count as the same.
+
+    Raises:
+        SafetyFileError: no such file, or no word in it.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            lines = Path(path).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SafetyFileError(f"safety.keywords: cannot read {path}: {error}") from error
+        phrases = [_folded(line.partition("#")[0]).split() for line in lines]
+        patterns = [r"\s+".join(map(re.escape, words)) for words in phrases if words]
+        if not patterns:
+            raise SafetyFileError(f"safety.keywords: {path} holds no word")
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(patterns, key=len, reverse=True))})(?!\w)")
+
+    async def check(self, text: str) -> str | None:
+        match = self._pattern.search(_folded(text))
+        return f"keyword {' '.join(match[0].split())!r}" if match else None
+
+
+class Moderation:
+    """A classifier behind OpenAI's `/v1/moderations`."""
+
+    def __init__(self, settings: Any) -> None:
+        self.model, self.client = settings.model, client_of(settings, "safety.moderation")
+
+    async def check(self, text: str) -> str | None:
+        import openai
+
+        try:
+            reply = await self.client.moderations.create(model=self.model, input=text)
+            result = reply.results[0].model_dump()
+            flagged = result["flagged"]
+        except (openai.OpenAIError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ServiceError(f"safety.moderation: {type(error).__name__}") from error
+        if not isinstance(flagged, bool):
+            raise ServiceError("safety.moderation: a result without `flagged`")
+        if not flagged:
+            return None
+        names = [name for name, on in (result.get("categories") or {}).items() if on is True]
+        return f"classified as {', '.join(sorted(names))[:REASON_CHARS] or 'unsafe'}"
+
+
+class SafetyJudge:
+    """An LLM that gives a verdict, held to a JSON schema."""
+
+    def __init__(self, settings: Any, prompt: str) -> None:
+        self.model, self.client = settings.model, client_of(settings, "safety.judge")
+        self.prompt = read_prompt(prompt)
+
+    async def check(self, text: str) -> str | None:
+        answer = await ask_chat(self.client, self.model, fill(self.prompt, text=text), SCHEMA)
+        if not isinstance(answer.get("unsafe"), bool):
+            raise ServiceError(f"safety.judge: no verdict in {json.dumps(answer)[:80]}")
+        if not answer["unsafe"]:
+            return None
+        return f"judged unsafe: {str(answer.get('reason') or 'no reason given')[:REASON_CHARS]}"
+
+
+class Gate:
+    """The checkers of a recipe, asked in order.
+
+    Raises:
+        SafetyFileError, PromptError, ServiceError: the settings cannot be used.
+    """
+
+    def __init__(self, settings: Safety) -> None:
+        self.settings = settings
+        self.checkers: list[Checker] = []
+        if settings.keywords:
+            self.checkers.append(Keywords(settings.keywords))
+        if settings.moderation:
+            self.checkers.append(Moderation(settings.moderation))
+        if settings.judge:
+            self.checkers.append(SafetyJudge(settings.judge, settings.judge_prompt))
+
+    @property
+    def checks_query(self) -> bool:
+        return self.settings.query != "off"
+
+    async def check(self, text: str) -> Verdict:
+        """What the checkers say; one that fails counts as `safety.on_error` says."""
+        failed = False
+        for checker in self.checkers:
+            try:
+                reason = await checker.check(text)
+            except ServiceError as error:
+                logger.error("%s; it counts as %s", error, self.settings.on_error)
+                failed = True
+                continue
+            if reason is not None:
+                return Verdict(reason)
+        if failed and self.settings.on_error == "refuse":
+            return Verdict(UNAVAILABLE, unavailable=True)
+        return CLEAR
+
+    async def check_all(self, texts: Sequence[str]) -> list[Verdict]:
+        return await asyncio.gather(*(self.check(text) for text in texts))
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
