@@ -22,6 +22,10 @@ LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/ser
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), 99))
+    # Tests of one group run in one process. The endpoint's files share an engine.
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("serve" if file.startswith("tests/serve") else file))
 
 
 @pytest.fixture(scope="session")

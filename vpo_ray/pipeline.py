@@ -413,13 +413,13 @@ def _render_pool(
 def _score_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    settings = _located(recipe.reward)
-    more = {name: _located(reward) for name, reward in recipe.more_rewards.items()}
+    settings = located_reward(recipe.reward)
+    more = {name: located_reward(reward) for name, reward in recipe.more_rewards.items()}
     stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
 
 
-def _located(reward: Reward) -> Reward:
+def located_reward(reward: Reward) -> Reward:
     """The settings with paths that hold on every node that mounts them."""
     files = {key: value and locate(value) for key, value in reward.checklist.files().items()}
     checklist = reward.checklist.model_copy(update=files)

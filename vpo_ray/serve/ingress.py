@@ -1,75 +1,74 @@
-"""The HTTP side of the endpoint: OpenAI's routes, in front of the engine's deployment.
+"""The routes of the endpoint, in front of the engine's deployment.
 
-It refuses what is malformed before the engine sees it, breaks up control tokens in the query, and
-hands the engine one user message: the checkpoint's chat template puts it into the task prompt.
+A request is admitted by its key and the key's limits, checked, and only then shown to the engine.
+What the routes answer is decided in `optimiser`; here it gets its HTTP form.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-from vpo_ray.policy_prompt import neutralise
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.request import ChatRequest, RequestError, max_body_bytes, parse_request
+from vpo_ray.serve import playground
+from vpo_ray.serve.answers import completion, completion_events, event, usage_in
+from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.http import Cors, Events, application, internal, read_body, refused
+from vpo_ray.serve.keys import ANYONE, Key, KeyRing
+from vpo_ray.serve.limits import Limits
+from vpo_ray.serve.optimiser import build_optimiser, failure, refusal
+from vpo_ray.serve.optimize import Asked, Optimization, OptimizationList, OptimizeRequest, parse_optimize
+from vpo_ray.serve.policy import PolicyFailed, overloaded
+from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
+from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
+from vpo_ray.videos import VideoStore
 
 logger = logging.getLogger("ray.serve")
-http = FastAPI(title="vpo_ray", docs_url=None, redoc_url=None)
+http = application()
 
 # Without a replica that can take it a call waits for one: whoever asks for health is told sooner.
 HEALTH_SECONDS = 5
-
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": ChatRequest.model_json_schema()}},
-    }
-}
+# An answer this recent is proof of health, so that a busy engine is not asked on top.
+FRESH_SECONDS = 5
 
 
-@http.exception_handler(RequestError)
-async def _refused(request: Request, error: RequestError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
+def _documented(model: type[BaseModel]) -> dict[str, Any]:
+    """What the OpenAPI document says of a body that is read by hand."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
 
+    def inlined(value: Any) -> Any:
+        """References point into the document, where FastAPI puts only the models that it reads itself."""
+        if isinstance(value, list):
+            return [inlined(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return inlined(definitions[value["$ref"].rpartition("/")[2]])
+        return {key: inlined(item) for key, item in value.items()}
 
-@http.exception_handler(HTTPException)
-async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(RequestError(error.status_code, message).body(), error.status_code)
-
-
-@http.exception_handler(Exception)
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    """What went wrong goes to the log; a client learns that it was not its fault, and no internals."""
-    logger.error("a request failed", exc_info=error)
-    return JSONResponse(RequestError(500, "the engine failed; try again").body(), 500)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
 
 
 # `serve.ingress` copies the routes when the class is made: what they call is defined before it.
-async def _read(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit. Raises RequestError (413)."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise RequestError(413, f"the body is over {limit} bytes", code="body_too_large")
-    return bytes(body)
+def _id(request: Request) -> str:
+    """The request's id, that Serve gives or takes from the client; the engine's log has it too."""
+    return request.headers.get("x-request-id", "")[:128]
 
 
-async def _chained(first: str, rest: AsyncIterator[str | dict[str, Any]]) -> AsyncIterator[str]:
-    yield first
-    async for part in rest:
-        yield part if isinstance(part, str) else f"data: {json.dumps({'error': part})}\n\n"
+def _json(answer: Any) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 @serve.ingress(http)
@@ -77,46 +76,285 @@ class Ingress:
     """Replica of the HTTP side; light, so that it starts while the engine loads.
 
     Args:
-        engine: handle of the `PolicyServer` deployment.
-        control: the checkpoint's control tokens (policy_prompt.control_tokens).
+        main, canary, settings, control: see `build_optimiser`.
+        jobs: handle of the `VideoJobs` deployment where there are videos.
     """
 
-    def __init__(self, engine: DeploymentHandle, settings: Serve, control: tuple[str, ...]) -> None:
-        self.engine, self.answers = engine, engine.options(stream=True)
-        self.settings, self.control = settings, control
+    def __init__(
+        self,
+        main: DeploymentHandle,
+        canary: DeploymentHandle | None,
+        jobs: DeploymentHandle | None,
+        settings: Serve,
+        control: tuple[str, ...],
+    ) -> None:
+        self.settings, self.engine, self.jobs = settings, main, jobs
+        self.optimiser = build_optimiser(main, canary, settings, control)
+        self.policy, self.metrics = self.optimiser.policy, self.optimiser.policy.metrics
+        self.store = settings.videos.store if settings.videos else None
+        self.keys = KeyRing(settings.keys) if settings.keys else None
+        self.limits = Limits(settings.requests_per_minute, settings.concurrency, settings.ingress_replicas)
+        self.running = 0
         self.created = int(time.time())
+        Cors.origins = settings.cors_origins
 
     @http.get("/health")
     async def health(self) -> dict[str, str]:
         """Answers once the engine does."""
-        try:
-            await asyncio.wait_for(self.engine.check_health.remote(), HEALTH_SECONDS)
-        except Exception as error:
-            raise RequestError(503, "the engine does not answer", code="engine_unavailable") from error
+        if time.monotonic() - self.policy.answered > FRESH_SECONDS:
+            try:
+                await asyncio.wait_for(self.engine.check_health.remote(), HEALTH_SECONDS)
+            except Exception as error:
+                raise RequestError(503, "the engine does not answer", code="engine_unavailable") from error
         return {"status": "ok"}
 
+    @http.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        return (
+            playground.page(self.settings)
+            if self.settings.playground
+            else refused(RequestError(404, "no page here"))
+        )
+
+    @http.get("/playground/{name}", include_in_schema=False)
+    async def asset(self, name: str) -> Response:
+        found = playground.asset(name) if self.settings.playground else None
+        return found or refused(RequestError(404, "no such file"))
+
     @http.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._card()]}
+    async def models(self, request: Request) -> Response:
+        async def answer(key: Key) -> Response:
+            return JSONResponse({"object": "list", "data": [self._card()]})
+
+        return await self._admitted(request, "models", None, answer)
 
     @http.get("/v1/models/{model:path}")
-    async def model(self, model: str) -> dict[str, Any]:
-        if model != self.settings.model_name:
-            raise RequestError(404, f"the model {model[:100]!r} does not exist", "model", "model_not_found")
-        return self._card()
+    async def model(self, request: Request, model: str) -> Response:
+        async def answer(key: Key) -> Response:
+            if model != self.settings.model_name:
+                message = f"the model {model[:100]!r} does not exist"
+                raise RequestError(404, message, "model", "model_not_found")
+            return JSONResponse(self._card())
 
-    @http.post("/v1/chat/completions", openapi_extra=_BODY)
+        return await self._admitted(request, "models", None, answer)
+
+    @http.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat(self, request: Request) -> Response:
-        query, fields = parse_request(await _read(request, max_body_bytes(self.settings)), self.settings)
-        fields["messages"] = [{"role": "user", "content": neutralise(query, self.control)}]
-        answer = aiter(self.answers.chat_json.remote(fields))
-        # The first part tells whether the engine took the request, while the status can still be set.
-        first = await anext(answer)
-        if isinstance(first, dict):
-            raise RequestError(first["code"], first["message"], first.get("param"))
-        if fields["stream"]:
-            return StreamingResponse(_chained(first, answer), media_type="text/event-stream")
-        return Response(first, media_type="application/json")
+        async def answer(key: Key) -> Response:
+            body = await read_body(request, max_body_bytes(self.settings))
+            query, fields = parse_request(body, self.settings)
+            self._note(query, key)
+            if self.optimiser.looks_at_prompts:
+                return await self._chat_checked(query, fields, key, _id(request))
+            return await self._chat_direct(query, fields, key, _id(request))
+
+        return await self._admitted(request, "chat", "optimize", answer)
+
+    @http.post(
+        "/v1/optimize",
+        openapi_extra=_documented(OptimizeRequest),
+        response_model=Optimization | OptimizationList,
+    )
+    async def optimize(self, request: Request) -> Response:
+        async def answer(key: Key) -> Response:
+            limit = max_body_bytes(self.settings, self.settings.max_queries)
+            asked = parse_optimize(await read_body(request, limit), self.settings)
+            for query in asked.queries:
+                self._note(query, key)
+            if asked.stream:
+                return Events(self._events(asked, key, _id(request)))
+            if asked.single:
+                return _json(await self._optimised(asked, 0, key, _id(request)))
+            indices = range(len(asked.queries))
+            work = (self._entry(asked, index, key, f"{_id(request)}-{index}") for index in indices)
+            data = list(await asyncio.gather(*work))
+            return _json(OptimizationList(data=data, model=self.settings.model_name))
+
+        return await self._admitted(request, "optimize", "optimize", answer)
+
+    @http.post(
+        "/v1/videos", status_code=202, openapi_extra=_documented(VideoRequest), response_model=VideoJob
+    )
+    async def make_video(self, request: Request) -> Response:
+        async def answer(key: Key) -> Response:
+            jobs, _ = self._videos()
+            query, seed = parse_video(await read_body(request, max_body_bytes(self.settings)), self.settings)
+            self._note(query, key)
+            job = await jobs.submit.remote(query, seed, key.name)
+            if job is None:
+                raise overloaded(self.settings.overload_status)
+            return Response(job, 202, media_type="application/json")
+
+        return await self._admitted(request, "videos", "videos", answer)
+
+    @http.get("/v1/videos/{job_id}", response_model=VideoJob)
+    async def video(self, request: Request, job_id: str) -> Response:
+        async def answer(key: Key) -> Response:
+            return _json((await self._job(job_id, key)).shown())
+
+        return await self._admitted(request, "videos", None, answer)
+
+    @http.get("/v1/videos/{job_id}/content", response_class=Response)
+    async def video_content(self, request: Request, job_id: str) -> Response:
+        """The mp4 of a job that is completed; 409 while it is not."""
+
+        async def answer(key: Key) -> Response:
+            job = await self._job(job_id, key)
+            if job.video is None:
+                message = f"the job is {job.status}"
+                raise RequestError(409, message, code="video_not_ready", headers={"Retry-After": "2"})
+            data = await asyncio.to_thread(VideoStore(self._videos()[1]).read, job.video.key)
+            return Response(data, media_type="video/mp4")
+
+        return await self._admitted(request, "videos", None, answer)
+
+    async def _job(self, job_id: str, key: Key) -> StoredJob:
+        """A caller's own job. Raises RequestError (404) for one that is unknown or another's."""
+        job = await asyncio.to_thread(JobFolder(self._videos()[1]).read, job_id)
+        if job is None or job.owner != key.name:
+            raise RequestError(404, f"there is no video {job_id[:100]!r}", code="video_not_found")
+        return job
+
+    def _videos(self) -> tuple[DeploymentHandle, str]:
+        if self.jobs is None or self.store is None:
+            raise RequestError(404, "this endpoint makes no videos (serve.videos)", code="no_videos")
+        return self.jobs, self.store
+
+    async def _admitted(
+        self,
+        request: Request,
+        endpoint: str,
+        scope: str | None,
+        answer: Callable[[Key], Awaitable[Response]],
+    ) -> Response:
+        """Answer a caller who may ask, count what came of it, and give its place back at the end."""
+        began, hold, key = time.monotonic(), ExitStack(), ANYONE
+        self._run(1)
+        hold.callback(self._run, -1)
+        try:
+            key = self._caller(request, scope)
+            if scope is not None:
+                hold.enter_context(self.limits.admit(key))
+            response = await answer(key)
+        except RequestError as error:
+            response = refused(error)
+        except PolicyFailed as error:
+            response = refused(failure(error))
+        except Exception as error:  # noqa: BLE001  a client gets an answer whatever happens
+            response = internal(error)
+        except BaseException:
+            hold.close()  # the client left
+            self.metrics.answered(endpoint, "left", key.name, time.monotonic() - began)
+            raise
+        status = str(response.status_code)
+
+        def done() -> None:
+            hold.close()
+            self.metrics.answered(endpoint, status, key.name, time.monotonic() - began)
+
+        if isinstance(response, Events):
+            response.done = done
+        else:
+            done()
+        return response
+
+    def _caller(self, request: Request, scope: str | None) -> Key:
+        if self.keys is None:
+            return ANYONE
+        key = self.keys.find(request.headers.get("authorization"))
+        if scope is not None and scope not in key.scopes:
+            message = f"this key may not use this route: its scopes are {', '.join(key.scopes)}"
+            raise RequestError(403, message, code="scope_missing")
+        return key
+
+    async def _chat_direct(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
+        """The engine's own answer, passed on as it comes."""
+        result = Optimization(model=self.settings.model_name)
+        flagged = await self.optimiser.check_query(query, result)
+        if result.safety.outcome == "refused":
+            self.metrics.optimised(result, key.name)
+            raise refusal(result.safety)
+        try:
+            if fields["stream"]:
+                return Events(self._passed(await self.policy.stream(query, fields, request_id), key))
+            answer = await self.policy.answer(query, fields, request_id)
+        except PolicyFailed:
+            if not self.settings.fallback:
+                raise
+            await self.optimiser.fall_back(query, flagged, result)
+            return self._chat_answer(result, fields, key, request_id)
+        self.metrics.optimised(result, key.name)
+        self.metrics.tokens(answer.get("usage") or {}, key.name)
+        return JSONResponse(answer)
+
+    async def _passed(self, parts: AsyncIterator[str], key: Key) -> AsyncIterator[str]:
+        async for part in parts:
+            if usage := usage_in(part):
+                self.metrics.tokens(usage, key.name)
+            yield part
+
+    async def _chat_checked(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
+        """An answer that is looked at as a whole before any of it leaves."""
+        result = await self.optimiser(query, fields, request_id)
+        return self._chat_answer(result, fields, key, request_id)
+
+    def _chat_answer(
+        self, result: Optimization, fields: dict[str, Any], key: Key, request_id: str
+    ) -> Response:
+        self.metrics.optimised(result, key.name)
+        if result.safety.outcome == "refused":
+            raise refusal(result.safety)
+        whole = completion(result, request_id)
+        if not fields["stream"]:
+            return JSONResponse(whole)
+        with_usage = fields.get("stream_options", {}).get("include_usage", False)
+        return Events(completion_events(whole, with_usage))
+
+    async def _optimised(self, asked: Asked, index: int, key: Key, request_id: str) -> Optimization:
+        result = await self.optimiser(asked.queries[index], asked.fields, request_id)
+        result.flags = asked.flags[index]
+        self.metrics.optimised(result, key.name)
+        return result
+
+    async def _entry(
+        self, asked: Asked, index: int, key: Key, request_id: str
+    ) -> Optimization | dict[str, Any]:
+        """One of several queries: its failure is its own."""
+        try:
+            return await self._optimised(asked, index, key, request_id)
+        except RequestError as error:
+            return error.body()
+        except PolicyFailed as error:
+            return failure(error).body()
+
+    async def _events(self, asked: Asked, key: Key, request_id: str) -> AsyncIterator[str]:
+        """`prompt` events with the text as it is written, then one `result` or `error`."""
+        try:
+            # Several candidates, or ones that are checked or ranked first, are shown at the end.
+            if asked.fields["n"] == 1 and not self.optimiser.looks_at_prompts:
+                result = Optimization(model=self.settings.model_name, flags=asked.flags[0])
+                written = self.optimiser.written(asked.queries[0], asked.fields, request_id, result)
+                async for text in written:
+                    yield event("prompt", {"delta": text})
+                self.metrics.optimised(result, key.name)
+            else:
+                result = await self._optimised(asked, 0, key, request_id)
+            yield event("result", result.model_dump())
+        except RequestError as error:
+            yield event("error", error.body())
+        except PolicyFailed as error:
+            yield event("error", failure(error).body())
+
+    def _note(self, query: str, key: Key) -> None:
+        """A line in the log about a query, where the recipe asks for it."""
+        if self.settings.log_queries == "yes":
+            logger.info("key %s asks %r", key.name, query)
+        elif self.settings.log_queries == "hash":
+            logger.info("key %s asks sha256:%s", key.name, hashlib.sha256(query.encode()).hexdigest())
+
+    def _run(self, change: int) -> None:
+        self.running += change
+        self.metrics.running(self.running)
 
     def _card(self) -> dict[str, Any]:
         return {

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vpo_ray.recipe import Serve
+from vpo_ray.serve.config import APP
+from vpo_ray.serve.keys import KeyRing
+from vpo_ray.serve.ranking import Ranker
+from vpo_ray.serve.safety import Gate
 
-APP = "vpo"
 logger = logging.getLogger(__name__)
 
 
@@ -23,6 +26,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
 
     Raises:
         PromptError: the folder is not a checkpoint of a policy (see `build_app`).
+        KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
         RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
     """
     from ray import serve
@@ -31,10 +35,11 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
 
     # Serve tells every step of a deployment; what is wrong is told above this level too.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    check(settings)
     app = build_app(checkpoint, settings)
     if serve.status().proxies:
         raise RuntimeError(
-            "Ray Serve already runs on this cluster: deploy into it with `serve run`, or stop it"
+            "Ray Serve already runs on this cluster: deploy into it with `serve deploy`, or stop it"
         )
     port = settings.port or free_port(settings.host)
     serve.start(http_options={"host": settings.host, "port": port})
@@ -42,9 +47,33 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
         serve.run(app, name=APP, route_prefix="/")
         yield f"http://{settings.host}:{port}/v1"
     finally:
-        # Deleting waits for running answers, up to DRAIN_SECONDS; shutting down does not.
+        # Deleting waits for running answers; shutting down does not.
         serve.delete(APP)
         serve.shutdown()
+
+
+def deploy(checkpoint: str, settings: Serve) -> None:
+    """Put a checkpoint into the running Serve instance, in place of the one that is there.
+
+    New replicas stand before old ones stop, and these finish what they have, so that no request
+    fails; it returns when only the new ones answer. Deploying the old checkpoint rolls it back.
+    """
+    from ray import serve
+
+    from vpo_ray.serve.app import build_app
+
+    serve.run(build_app(checkpoint, settings), name=APP, route_prefix="/")
+
+
+def check(settings: Serve) -> None:
+    """What replicas would fail on is told here in one line. Raises what `serving` names."""
+    if settings.keys:
+        KeyRing(settings.keys)
+    elif settings.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("anyone who reaches %s may call: serve.keys is not set", settings.host)
+    Gate(settings.safety)
+    if settings.best_of:
+        Ranker(settings.best_of)
 
 
 def serve_forever(checkpoint: str, settings: Serve) -> None:
@@ -62,7 +91,9 @@ def ask(checkpoint: str, settings: Serve, query: str) -> str:
     """One query through the real endpoint, on loopback and a free port; the optimised prompt."""
     from openai import OpenAI
 
-    with serving(checkpoint, settings.model_copy(update={"host": "127.0.0.1", "port": 0})) as url:
+    # Whoever may call and what the gate says is no matter of this question.
+    local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "keys": None})
+    with serving(checkpoint, local) as url:
         client = OpenAI(base_url=url, api_key="none", timeout=120)
         answer = client.chat.completions.create(
             model=settings.model_name, seed=0, messages=[{"role": "user", "content": query}]

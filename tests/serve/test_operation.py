@@ -1,0 +1,155 @@
+"""A roll-out and a killed replica under load, metrics, the config file: what an operator relies on."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+from tiny_endpoint import SETTINGS, TINY
+
+from vpo_ray.cli import main
+from vpo_ray.recipe import load_serve
+from vpo_ray.serve.policy import takes_canary
+
+
+def test_the_config_file_is_one_that_serve_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from vpo_ray.serve.app import Arguments
+
+    capsys.readouterr()  # what those imports print
+    options = ["--recipe", str(TINY), "--set", "serve.host=0.0.0.0", "--set", "serve.keys=/etc/vpo/keys"]
+    assert main(["serve", "runs/demo/checkpoints/dpo", *options, "--config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    application = ServeDeploySchema.model_validate(tree).applications[0]
+    assert application.import_path == "vpo_ray.serve.app:app"
+    settings = Arguments.model_validate(application.args).serve
+    assert settings == load_serve(str(TINY), ["serve.host=0.0.0.0", "serve.keys=/etc/vpo/keys"])
+    assert tree["http_options"]["host"] == "0.0.0.0"
+
+
+def test_a_canary_takes_its_share_and_keeps_its_queries() -> None:
+    queries = [f"query {number}" for number in range(2000)]
+    tenth = {query for query in queries if takes_canary(query, 0.1)}
+    assert 150 < len(tenth) < 250
+    assert tenth < {query for query in queries if takes_canary(query, 0.3)}
+    assert not any(takes_canary(query, 0) for query in queries)
+    assert all(takes_canary(query, 1) for query in queries)
+
+
+@contextmanager
+def load(url: str) -> Iterator[Counter[str]]:
+    """Callers that ask one query after another; what they got, by outcome or checkpoint."""
+    seen: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def call(number: int) -> None:
+        with httpx.Client(timeout=150) as client:
+            for n in range(10_000):
+                if stop.is_set():
+                    return
+                body = {"query": f"a cat, number {number} of {n}", "temperature": 0}
+                try:
+                    reply = client.post(f"{url}/optimize", json=body)
+                    found = reply.json()
+                    seen[found.get("system_fingerprint") or f"{reply.status_code} {reply.text[:80]}"] += 1
+                except httpx.HTTPError as error:
+                    seen[type(error).__name__] += 1
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(160)
+
+
+def until(true: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def replica_pid() -> int:
+    """The newest replica of the engine."""
+    processes = psutil.Process(os.getpid()).children(recursive=True)
+    found = [p for p in processes if "ServeReplica:vpo:PolicyServer" in " ".join(p.cmdline())]
+    return max(found, key=lambda p: p.create_time()).pid
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_no_request_fails_while_a_checkpoint_is_rolled_out_and_a_replica_killed(
+    brief: str, checkpoint: str, tmp_path: Path
+) -> None:
+    from ray import serve
+
+    from vpo_ray.serve import deploy
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(checkpoint).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    with load(brief) as seen:
+        until(lambda: sum(seen.values()) > 5)
+        (old,) = seen
+        deploy(str(other), SETTINGS)
+        until(lambda: len(seen) > 1)
+        (new,) = set(seen) - {old}
+        before = seen[new]
+        # The only replica dies; what it had, and what comes meanwhile, is answered by the next one.
+        os.kill(replica_pid(), signal.SIGKILL)
+        until(lambda: seen[new] > before + 3)
+    assert set(seen) == {old, new}, "every request was answered by the one or the other"
+    assert old.startswith("vpo-")
+    assert serve.status().applications["vpo"].status == "RUNNING"
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_more_than_can_wait_are_told_to_come_back(brief: str) -> None:
+    def call(number: int) -> httpx.Response:
+        return httpx.post(f"{brief}/optimize", json={"query": f"a cat, number {number}"}, timeout=60)
+
+    with ThreadPoolExecutor(40) as pool:
+        replies = list(pool.map(call, range(80)))
+    assert Counter(reply.status_code for reply in replies).keys() == {200, 429}
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert int(refused.headers["Retry-After"]) > 0
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_prometheus_has_callers_outcomes_and_tokens(brief: str) -> None:
+    import ray
+
+    httpx.post(f"{brief}/optimize", json={"queries": ["a", "b", "c", "d", "e", "f"]}, timeout=60)
+    httpx.post(f"{brief}/optimize", json={})
+    port = ray.nodes()[0]["MetricsExportPort"]
+
+    def exported() -> str:
+        return httpx.get(f"http://127.0.0.1:{port}/metrics").text
+
+    until(lambda: "ray_vpo_serve_requests" in exported(), 40)
+    text = exported()
+    lines = [line for line in text.splitlines() if "vpo_serve" in line]
+    assert any('outcome="200"' in line and 'key="anyone"' in line for line in lines)
+    assert any('outcome="422"' in line for line in lines)
+    assert {"main", "canary"} == {v for v in ("main", "canary") if any(f'variant="{v}"' in x for x in lines)}
+    for name in ("seconds_bucket", "tokens", "running", "variants"):
+        assert any(f"vpo_serve_{name}" in line for line in lines), name

@@ -1,0 +1,121 @@
+"""The playground in a real browser: a query is typed, an answer appears, and text stays text."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from tiny_endpoint import CHROMIUM
+
+from vpo_ray.serve.keys import make_key
+from vpo_ray.serve.playground import FOLDER, POLICY
+
+ATTACK = """<script>document.title='owned'</script><img src=x onerror="document.title='owned'">"""
+
+
+def test_the_page_names_nothing_from_elsewhere() -> None:
+    for file in FOLDER.iterdir():
+        text = file.read_text("utf-8")
+        for way in ("http", "innerHTML", "outerHTML", "insertAdjacent", "eval(", "onclick", "style="):
+            assert way not in text
+    assert "unsafe" not in POLICY
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip("the page is looked at in Chromium, and /usr/bin/chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=quiet)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def locked(endpoint: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """An endpoint that asks for a key and rewrites flagged queries, and the key."""
+    folder = tmp_path_factory.mktemp("playground")
+    key, line = make_key("page")
+    (folder / "keys").write_text(line)
+    (folder / "words").write_text("knife\n")
+    safety = {"query": "rewrite", "prompt": True, "keywords": str(folder / "words")}
+    where = endpoint("locked", keys=str(folder / "keys"), safety=safety)
+    return where.removesuffix("/v1") + "/", key
+
+
+def opened(browser: Any, where: str, width: int) -> tuple[Any, list[str]]:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    origin = "/".join(where.split("/")[:3])
+    page.on("request", lambda r: None if r.url.startswith((origin, "blob:")) else problems.append(r.url))
+    page.goto(where)
+    return page, problems
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    """Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_query_is_typed_and_its_prompt_appears(brief: str, browser: Any, width: int) -> None:
+    page, problems = opened(browser, brief.removesuffix("/v1") + "/", width)
+    assert page.evaluate("document.activeElement.id") == "query"
+    # By keyboard alone: type, go on to the number of alternatives, and back up to send.
+    page.keyboard.type(ATTACK)
+    page.keyboard.press("Tab")
+    page.keyboard.type("2")
+    page.locator("#query").press("Control+Enter")
+    until(lambda: page.locator("#changes").is_visible())
+    assert page.title() == "vpo_ray playground", "the query's script did not run"
+    assert page.locator("main script, main img").count() == 0
+    prompt = page.locator("#prompt").inner_text()
+    assert prompt
+    marked = page.locator("#diff ins, #diff span").all_text_contents()
+    assert "".join(marked).split() == prompt.split(), "what was added and kept is the prompt"
+    assert "<script>" in "".join(page.locator("#diff del, #diff span").all_text_contents())
+    page.locator("#others summary").click()
+    assert page.locator("#alternatives li").count() == 2
+    assert page.locator("#key").is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_wrong_key_and_a_safety_outcome_are_readable(locked: tuple[str, str], browser: Any) -> None:
+    where, key = locked
+    page, problems = opened(browser, where, 390)
+    page.locator("#query").fill("a knife on a table")
+    page.get_by_label("API key").fill("vpo-wrong")
+    page.get_by_role("button", name="Optimise").click()
+    until(lambda: page.locator("#problem").is_visible())
+    assert page.get_by_role("alert").inner_text() == "401: this API key is not known"
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Optimise").click()
+    until(lambda: page.locator("#safety").inner_text() != "")
+    assert "rewritten — query: keyword 'knife'" in page.locator("#safety").inner_text()
+    assert page.locator("#problem").is_hidden()
+    assert [p for p in problems if "401" not in p] == []
+    page.close()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_the_page_is_served_with_a_strict_policy(brief: str) -> None:
+    root = brief.removesuffix("/v1")
+    for path in ("/", "/playground/page.js", "/playground/page.css"):
+        assert httpx.get(root + path).headers["Content-Security-Policy"] == POLICY
+    assert httpx.get(f"{root}/playground/..%2f__init__.py").status_code == 404

@@ -1,0 +1,125 @@
+"""`/v1/videos`: a query in, a video out, on the tiny models; and what a job survives."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tiny_endpoint import SETTINGS, TINY
+
+from vpo_ray.engines.reward.frames import read_frames
+from vpo_ray.recipe import RecipeError, load, load_serve
+from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.keys import make_key
+from vpo_ray.serve.video_jobs import JobFolder, StoredJob, parse_video
+
+
+def job(**more: Any) -> StoredJob:
+    fields = {"id": "video1", "model": "vpo", "query": "a cat", "seed": 0, "created_at": 1, "owner": "web"}
+    return StoredJob(**{**fields, **more})
+
+
+def test_jobs_are_kept_apart_until_they_end(tmp_path: Path) -> None:
+    jobs = JobFolder(str(tmp_path))
+    jobs.write(job())
+    jobs.write(job(id="video0", created_at=0, status="in_progress"))
+    assert [left.id for left in jobs.unfinished()] == ["video0", "video1"]
+    jobs.write(job(status="completed", completed_at=2))
+    assert [left.id for left in jobs.unfinished()] == ["video0"]
+    found = jobs.read("video1")
+    assert found is not None
+    assert (found.status, found.owner) == ("completed", "web")
+    assert not hasattr(found.shown(), "owner")
+    for name in ("none", "../video1", "open/video0", "", "é"):
+        assert jobs.read(name) is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"", 400),
+        (b"{}", 422),
+        (b'{"query": "a", "prompt": "b"}', 422),
+        (b'{"query": "a", "seed": -1}', 422),
+        (b'{"query": " "}', 400),
+        (b'{"query": "a", "model": "other"}', 404),
+    ],
+)
+def test_a_bad_request_for_a_video(raw: bytes, status: int) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_video(raw, SETTINGS)
+    assert refused.value.status == status
+    assert parse_video(b'{"prompt": "a cat", "seed": 3}', SETTINGS) == ("a cat", 3)
+
+
+def test_the_recipes_own_models_make_the_videos(tmp_path: Path) -> None:
+    settings = load_serve(str(TINY), [f"serve.videos.store={tmp_path}"])
+    recipe = load(TINY)
+    assert settings.videos is not None
+    assert settings.videos.render == recipe.render
+    assert settings.videos.reward == recipe.reward
+    from vpo_ray.serve.app import ingress_app
+
+    with pytest.raises(RecipeError, match=r"serve\.videos\.render is missing"):
+        ingress_app(None, None, load_serve(None, [f"serve.videos.store={tmp_path}"]), ())
+
+
+def finished(where: str, made: str, headers: dict[str, str]) -> dict[str, Any]:
+    end = time.monotonic() + 120
+    while True:
+        found: dict[str, Any] = httpx.get(f"{where}/videos/{made}", headers=headers).json()
+        if found["status"] in ("completed", "failed"):
+            return found
+        assert time.monotonic() < end, found
+        time.sleep(0.3)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_query_becomes_a_video(
+    endpoint: Callable[..., str], tiny_models: Path, tiny_sets: list[str], tmp_path: Path
+) -> None:
+    recipe = load(TINY, [part for part in tiny_sets if part != "--set"])
+    (mine, line), (other, other_line) = make_key("mine"), make_key("other")
+    (tmp_path / "keys").write_text(f"{line}\n{other_line}\n")
+    (tmp_path / "words").write_text("knife\n")
+    # What a replica that died has left: the next one finishes it.
+    JobFolder(str(tmp_path / "store")).write(job(id="videoleft", owner="mine", status="in_progress"))
+    videos = {
+        "store": str(tmp_path / "store"),
+        "render": recipe.render,
+        "reward": recipe.reward,
+        "score": True,
+    }
+    safety = {"query": "refuse", "keywords": str(tmp_path / "words")}
+    where = endpoint("films", keys=str(tmp_path / "keys"), videos=videos, safety=safety)
+    headers = {"Authorization": f"Bearer {mine}"}
+    reply = httpx.post(f"{where}/videos", json={"query": "a cat", "seed": 4}, headers=headers)
+    assert reply.status_code == 202, reply.text
+    made = reply.json()
+    assert (made["object"], made["status"], made["query"]) == ("video", "queued", "a cat")
+    early = httpx.get(f"{where}/videos/{made['id']}/content", headers=headers)
+    assert (early.status_code, early.json()["error"]["code"]) in {(409, "video_not_ready"), (200, None)}
+    found = finished(where, made["id"], headers)
+    assert found["status"] == "completed", found
+    assert found["prompt"] != "a cat"
+    assert isinstance(found["video"]["score"], float)
+    content = httpx.get(f"{where}/videos/{made['id']}/content", headers=headers)
+    assert content.headers["content-type"] == "video/mp4"
+    assert (
+        len(read_frames(content.content, lambda times, fps: list(range(len(times)))))
+        == found["video"]["frames"]
+    )
+    # The same query and seed is the same video, which is not rendered twice; another seed is another.
+    again = httpx.post(f"{where}/videos", json={"query": "a cat", "seed": 4}, headers=headers).json()
+    assert finished(where, again["id"], headers)["video"]["key"] == found["video"]["key"]
+    assert finished(where, "videoleft", headers)["video"]["key"] != found["video"]["key"]
+    refused = httpx.post(f"{where}/videos", json={"query": "a knife"}, headers=headers).json()
+    told = finished(where, refused["id"], headers)
+    assert (told["status"], told["error"]["code"]) == ("failed", "content_filter")
+    # A video belongs to who asked for it.
+    strange = {"Authorization": f"Bearer {other}"}
+    for path in (made["id"], f"{made['id']}/content", "videonone"):
+        assert httpx.get(f"{where}/videos/{path}", headers=strange).status_code == 404

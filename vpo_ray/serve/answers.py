@@ -1,0 +1,70 @@
+"""The forms of an answer on the wire: chat completions, their chunks, server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from vpo_ray.serve.optimize import Optimization
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(name: str, data: Any) -> str:
+    """A named server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def chunks_in(part: str) -> Iterator[dict[str, Any]]:
+    """The chunks in a piece of a chat completion's stream; errors among them."""
+    for line in part.split("\n"):
+        data = line.removeprefix("data: ")
+        if data != line and data != "[DONE]":
+            yield json.loads(data)
+
+
+def usage_in(part: str) -> dict[str, Any] | None:
+    """The usage that a piece of a stream tells, most tell none."""
+    if '"usage":{' not in part:
+        return None
+    return next((chunk["usage"] for chunk in chunks_in(part) if chunk.get("usage")), None)
+
+
+def completion(result: Optimization, request_id: str) -> dict[str, Any]:
+    """A chat completion that says what `/v1/optimize` says; what OpenAI has no field for is in `vpo`."""
+    texts = [result.prompt or "", *result.alternatives]
+    usage = result.usage.model_dump()
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": result.model,
+        "system_fingerprint": result.system_fingerprint,
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+            for index, text in enumerate(texts)
+        ],
+        "usage": {**usage, "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"]},
+        "vpo": result.model_dump(include={"safety", "fallback", "ranking", "latency"}),
+    }
+
+
+async def completion_events(whole: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
+    """A finished completion as a stream, for clients that asked for one."""
+    frame = {key: whole[key] for key in ("id", "created", "model", "system_fingerprint")}
+    frame["object"] = "chat.completion.chunk"
+    for choice in whole["choices"]:
+        said = {"role": "assistant", "content": choice["message"]["content"]}
+        for delta, reason in ((said, None), ({}, "stop")):
+            part = {"index": choice["index"], "delta": delta, "logprobs": None, "finish_reason": reason}
+            yield f"data: {json.dumps({**frame, 'choices': [part]})}\n\n"
+    last = {**frame, "choices": [], "vpo": whole["vpo"]}
+    yield f"data: {json.dumps({**last, 'usage': whole['usage']} if with_usage else last)}\n\n"
+    yield DONE

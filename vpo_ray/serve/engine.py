@@ -1,0 +1,127 @@
+"""The engine's replica: vLLM as `ray.serve.llm` deploys it, with one checkpoint of the policy.
+
+It speaks JSON, so that what calls it need not import vLLM. It is healthy when it answers: an engine
+that has not for a while is asked for one token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
+
+from vpo_ray.recipe import Serve
+
+# Room beyond the longest answer for what surrounds it: queues, the network, the last chunk.
+DRAIN_ROOM_S = 15
+# An answer this recent proves that the engine works.
+FRESH_S = 10
+
+Refusal = dict[str, Any]
+
+
+class PolicyServer(LLMServer):
+    """One replica; see the module."""
+
+    async def start(self) -> None:
+        # The checkpoint is a folder that every node sees. Ray would start a task on each node to
+        # download it, whose imports alone take as long as loading a small model.
+        self._llm_config.get_or_create_callback().ctx.run_init_node = False
+        await super().start()
+        self.answered = time.monotonic()
+        # OpenAI's field for which model answered: a client can tell one checkpoint from the next.
+        folder = Path(self._llm_config.model_loading_config.model_source)
+        self.engine._oai_serving_chat.system_fingerprint = fingerprint(folder)
+
+    async def answer(self, body: dict[str, Any]) -> str | Refusal:
+        """A whole chat completion as JSON, or a refusal with `code`, `message` and `param`."""
+        async for part in self.stream(body):
+            return part
+        return {"code": 500, "message": "the engine gave no answer"}
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[str | Refusal]:
+        """Server-sent events where `stream` is set, and one JSON answer otherwise."""
+        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+
+        request = ChatCompletionRequest.model_validate(body)
+        async for part in await self.chat(request):
+            for item in part if isinstance(part, list) else [part]:
+                if hasattr(item, "error"):
+                    yield item.error.model_dump()
+                    continue
+                self.answered = time.monotonic()
+                yield item if isinstance(item, str) else item.model_dump_json(exclude_none=True)
+
+    async def check_health(self) -> None:
+        """Serve calls it every few seconds, and replaces a replica that fails. Raises RuntimeError."""
+        await super().check_health()
+        if time.monotonic() - self.answered > FRESH_S:
+            body = {"model": self._llm_config.model_id, "messages": [PROBE], "max_tokens": 1}
+            reply = await self.answer(body)
+            if not isinstance(reply, str):
+                raise RuntimeError(f"the engine does not answer: {reply.get('message')}")
+
+
+PROBE = {"role": "user", "content": "a"}
+
+
+def fingerprint(folder: Path) -> str:
+    """A name of a checkpoint's files, by where they lie, their sizes and times."""
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir() if f.is_file())
+    return f"vpo-{hashlib.sha256(repr((str(folder), files)).encode()).hexdigest()[:16]}"
+
+
+def llm_config(folder: Path, settings: Serve) -> LLMConfig:
+    """What `ray.serve.llm` needs to know of a checkpoint and the recipe's settings."""
+    engine, pool, scaling = settings.engine, settings.pool, settings.autoscaling
+    kwargs: dict[str, Any] = {
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "max_num_seqs": engine.max_num_seqs,
+        # The sampling settings are the recipe's, not those that the base model's authors left.
+        "generation_config": "vllm",
+        # The folded template joins the query to the task prompt as a string, not as a list of parts.
+        "chat_template_content_format": "string",
+        **engine.engine_kwargs,
+    }
+    bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    replicas: dict[str, Any] = {"num_replicas": pool.size[0]}
+    if pool.size[0] != pool.size[1]:
+        replicas = {
+            "autoscaling_config": {
+                "min_replicas": pool.size[0],
+                "max_replicas": pool.size[1],
+                "target_ongoing_requests": scaling.target_ongoing_requests
+                or max(1, engine.max_num_seqs // 2),
+                "upscale_delay_s": scaling.upscale_delay_s,
+                "downscale_delay_s": scaling.downscale_delay_s,
+            }
+        }
+    return LLMConfig(
+        model_loading_config=ModelLoadingConfig(model_id=settings.model_name, model_source=str(folder)),
+        engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
+        accelerator_type=pool.accelerator_type,
+        accelerator_config=None if pool.num_gpus else {"kind": "cpu"},
+        placement_group_config={"bundle_per_worker": {k: v for k, v in bundle.items() if v}},
+        deployment_config={
+            **replicas,
+            **operation(settings),
+            "max_ongoing_requests": engine.max_num_seqs * 2,
+            "max_queued_requests": settings.max_queued_requests,
+            # A full engine may take a whole answer's time before it starts on the probe.
+            "health_check_timeout_s": settings.timeout_s,
+            "ray_actor_options": {"num_cpus": 0},
+        },
+        runtime_env={"env_vars": engine.env} if engine.env else None,
+    )
+
+
+def operation(settings: Serve) -> dict[str, Any]:
+    """Options of every deployment: answers are finished before a replica ends, and new replicas
+    stand before old ones go, so that a roll-out fails no request."""
+    return {"graceful_shutdown_timeout_s": settings.timeout_s + DRAIN_ROOM_S, "max_surge_percent": 100}

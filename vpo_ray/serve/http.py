@@ -1,0 +1,109 @@
+"""The HTTP application around the routes: errors in OpenAI's form, CORS, what a body may weigh."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from vpo_ray.serve.errors import RequestError
+
+logger = logging.getLogger("ray.serve")
+
+
+class Cors:
+    """Starlette's CORS answers for the recipe's origins; without any, browsers of other sites get none.
+
+    The origins are known when the replica starts, after the application was made.
+    """
+
+    origins: ClassVar[list[str]] = []
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.cors: CORSMiddleware | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not self.origins:
+            return await self.app(scope, receive, send)
+        self.cors = self.cors or CORSMiddleware(
+            self.app,
+            allow_origins=self.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
+        await self.cors(scope, receive, send)
+
+
+def refused(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+def application() -> FastAPI:
+    """An application without routes, for `serve.ingress`."""
+    http = FastAPI(title="vpo_ray", docs_url=None, redoc_url=None)
+    http.add_middleware(Cors)
+
+    @http.exception_handler(RequestError)
+    async def _refused(request: Request, error: RequestError) -> JSONResponse:
+        return refused(error)
+
+    @http.exception_handler(HTTPException)
+    async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return refused(RequestError(error.status_code, message, headers=error.headers))
+
+    @http.exception_handler(Exception)
+    async def _failed(request: Request, error: Exception) -> JSONResponse:
+        return internal(error)
+
+    return http
+
+
+def internal(error: Exception) -> JSONResponse:
+    """What went wrong goes to the log; a client learns that it was not its fault, and no internals.
+    The message is left out: it may quote the query."""
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else "nowhere"
+    logger.error("a request failed: %s at %s", type(error).__name__, place)
+    return refused(RequestError(500, "the endpoint failed; try again"))
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, read no further than the limit. Raises RequestError (413)."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared[:20]) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(413, f"the body is over {limit} bytes", code="body_too_large")
+
+
+class Events(StreamingResponse):
+    """Server-sent events; `done` is called however the answer ends, a client that leaves included."""
+
+    def __init__(self, events: AsyncIterator[str], done: Callable[[], None] | None = None) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.done = done
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self.done is not None:
+                self.done()

@@ -1,0 +1,42 @@
+"""The playground page at `/`: try a query in a browser; nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi.responses import Response
+
+from vpo_ray.recipe import Serve
+
+FOLDER = Path(__file__).parent / "page"
+TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
+# Scripts and styles of this page's own files only; text that is shown can never become one.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self' blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def page(settings: Serve) -> Response:
+    """The page, with what it must know of the endpoint in its root element."""
+    html = (FOLDER / "index.html").read_text("utf-8")
+    facts = f'data-keys="{settings.keys is not None}" data-max-n="{settings.max_n}"'
+    facts += f' data-videos="{settings.videos is not None}"'
+    text = html.replace('<html lang="en">', f'<html lang="en" {facts}>')
+    return Response(text, media_type=TYPES[".html"], headers=HEADERS)
+
+
+def asset(name: str) -> Response | None:
+    """A file that the page names, or None."""
+    known = {file.name: file for file in FOLDER.iterdir() if file.suffix in (".css", ".js")}
+    return _file(known[name]) if name in known else None
+
+
+def _file(path: Path) -> Response:
+    return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=HEADERS)

@@ -1,0 +1,183 @@
+"""The policy as the ingress calls it: its replicas behind retries, a time limit and a canary.
+
+A replica that dies takes its requests with it. They are asked again of another one, where nothing
+has been sent to the client yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from vpo_ray.policy_prompt import neutralise
+from vpo_ray.recipe import Serve
+from vpo_ray.records import share_of
+from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.metrics import ServeMetrics
+
+logger = logging.getLogger("ray.serve")
+
+RETRY_AFTER_S = 2
+# Between tries, doubled each time: a replica that died is taken off the list meanwhile.
+FIRST_WAIT_S = 0.1
+
+T = TypeVar("T")
+
+
+class PolicyFailed(RuntimeError):
+    """No answer could be had: replicas died, the engine failed, or the time was over."""
+
+    def __init__(self, message: str, *, timeout: bool = False) -> None:
+        super().__init__(message)
+        self.timeout = timeout
+
+
+class Policy:
+    """Calls the engine.
+
+    Args:
+        main, canary: handles of the `PolicyServer` deployments.
+        control: control tokens to break up in queries (policy_prompt.control_tokens).
+    """
+
+    def __init__(
+        self,
+        main: DeploymentHandle,
+        canary: DeploymentHandle | None,
+        settings: Serve,
+        control: tuple[str, ...],
+        metrics: ServeMetrics,
+    ) -> None:
+        self._main, self._canary = main, canary
+        self._share = settings.canary.share if settings.canary else 0.0
+        self.settings, self.control, self.metrics = settings, control, metrics
+        self.answered = -math.inf  # when the engine last gave anything, by time.monotonic()
+
+    async def answer(self, query: str, fields: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+        """A whole chat completion.
+
+        Raises:
+            RequestError: the engine refuses the request (too long for the model), or is overloaded.
+            PolicyFailed: no answer.
+        """
+        handle = self._handle(query)
+        whole = {name: value for name, value in fields.items() if name != "stream_options"}
+        body = {**self._body(query, whole, request_id), "stream": False}
+
+        async def once() -> dict[str, Any]:
+            reply = await _cancelled_with(handle.answer.remote(body))
+            if isinstance(reply, dict):
+                raise _refused(reply)
+            found: dict[str, Any] = json.loads(reply)
+            return found
+
+        return await self._tried(once)
+
+    async def stream(self, query: str, fields: Mapping[str, Any], request_id: str) -> AsyncIterator[str]:
+        """The first part is there when this returns; see `answer` for what it raises. A failure
+        behind the first part ends the stream with an error event."""
+        handle = self._handle(query).options(stream=True)
+        body = {**self._body(query, fields, request_id), "stream": True}
+
+        async def once() -> tuple[str, Any]:
+            parts = handle.stream.remote(body)
+            first = await _cancelled_with(parts, anext(aiter(parts)))
+            if isinstance(first, dict):
+                raise _refused(first)
+            return first, parts
+
+        first, parts = await self._tried(once)
+        return self._rest(first, parts)
+
+    async def _rest(self, first: str, parts: Any) -> AsyncIterator[str]:
+        yield first
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                async for part in parts:
+                    self.answered = time.monotonic()
+                    yield part if isinstance(part, str) else _error_event(_refused(part))
+        except (RayError, RayServeException, TimeoutError) as error:
+            parts.cancel()
+            logger.error("an answer broke off: %s", type(error).__name__)
+            yield _error_event(PolicyFailed("the answer broke off; ask again"))
+
+    async def _tried(self, once: Callable[[], Awaitable[T]]) -> T:
+        wait = FIRST_WAIT_S
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                for left in range(self.settings.retries, -1, -1):
+                    try:
+                        found = await once()
+                        self.answered = time.monotonic()
+                        return found
+                    except BackPressureError as error:
+                        raise overloaded(self.settings.overload_status) from error
+                    except (RayError, RayServeException, PolicyFailed) as error:
+                        # Only the kind of error is told: its text may hold the query.
+                        logger.warning("the engine failed (%s), %d tries left", _kind(error), left)
+                        if not left:
+                            raise PolicyFailed("the engine failed; try again") from error
+                    self.metrics.retried()
+                    await asyncio.sleep(wait)
+                    wait *= 2
+        except TimeoutError as error:
+            raise PolicyFailed(f"no answer within {self.settings.timeout_s:g} s", timeout=True) from error
+        raise AssertionError("unreachable")
+
+    def _handle(self, query: str) -> DeploymentHandle:
+        canary = self._canary if takes_canary(query, self._share) else None
+        self.metrics.variant("main" if canary is None else "canary")
+        return canary or self._main
+
+    def _body(self, query: str, fields: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+        message = {"role": "user", "content": neutralise(query, self.control)}
+        return {**fields, "messages": [message], "request_id": request_id}
+
+
+def takes_canary(query: str, share: float) -> bool:
+    """Whether the canary answers a query: always the same one, as long as the share does not shrink."""
+    return share_of("canary", query) < share
+
+
+async def _cancelled_with(response: Any, result: Awaitable[Any] | None = None) -> Any:
+    """Await a call. When that is given up, the engine must stop too: it would write to its end."""
+    try:
+        return await (response if result is None else result)
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+def overloaded(status: int) -> RequestError:
+    return RequestError(
+        status,
+        "too many requests are waiting; try again in a moment",
+        code="overloaded",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
+    )
+
+
+def _refused(reply: dict[str, Any]) -> RequestError | PolicyFailed:
+    if reply["code"] >= 500:
+        return PolicyFailed("the engine failed")
+    return RequestError(reply["code"], reply["message"], reply.get("param"))
+
+
+def _error_event(error: RequestError | PolicyFailed) -> str:
+    if isinstance(error, PolicyFailed):
+        error = RequestError(503, str(error), code="engine_failed")
+    return f"data: {json.dumps(error.body())}\n\n"
+
+
+def _kind(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)
+    return type(cause if cause is not None else error).__name__

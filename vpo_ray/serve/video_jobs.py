@@ -1,0 +1,263 @@
+"""`/v1/videos`: a query in, a video out, as a job that outlives the request and its replica.
+
+One replica of `VideoJobs` owns all jobs: it optimises the query, has the prompt rendered into the
+content-addressed store, and scored where the recipe says so. A job is a JSON file in the store:
+in `jobs/open/` until it ends, so that a restarted replica finds what was left and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from vpo_ray.recipe import Render, Reward, Serve
+from vpo_ray.records import query_id
+from vpo_ray.serve.errors import RequestError, explained
+from vpo_ray.serve.optimiser import build_optimiser, failure
+from vpo_ray.serve.optimize import Safety, engine_fields, separate
+from vpo_ray.serve.policy import PolicyFailed
+from vpo_ray.serve.request import Body, Text, check_model, check_query, read_json
+from vpo_ray.storage import Folder, StorageError
+
+logger = logging.getLogger("ray.serve")
+
+# A render that kills its process is given up after so many.
+TRIES = 2
+
+T = TypeVar("T")
+
+
+class VideoRequest(Body):
+    """A video of a query; OpenAI's field `prompt` is the query too. The seed is the video's."""
+
+    query: Text | None = None
+    prompt: Text | None = None
+    model: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _either(self) -> VideoRequest:
+        if (self.query is None) == (self.prompt is None):
+            raise ValueError("give `query`")
+        return self
+
+
+class Video(BaseModel):
+    """What a finished job made."""
+
+    key: str
+    frames: int
+    fps: float
+    width: int
+    height: int
+    score: float | None = None
+    dimensions: dict[str, float] | None = None
+
+
+class VideoJob(BaseModel):
+    """A job as its caller sees it; times are in seconds since 1970."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
+    query: str
+    seed: int
+    prompt: str | None = None
+    safety: Safety = Safety()
+    fallback: bool = False
+    created_at: int
+    completed_at: int | None = None
+    video: Video | None = None
+    error: dict[str, Any] | None = None
+
+
+class StoredJob(VideoJob):
+    """A job as it is stored: with the name of the key that may see it."""
+
+    owner: str
+
+    def shown(self) -> VideoJob:
+        return VideoJob(**self.model_dump(exclude={"owner"}))
+
+
+def parse_video(body: bytes, settings: Serve) -> tuple[str, int]:
+    """Query and seed. Raises RequestError as `parse_optimize` does."""
+    try:
+        request = VideoRequest.model_validate(read_json(body))
+    except ValidationError as error:
+        raise explained(error, 422) from None
+    check_model(request.model, settings)
+    query = request.query if request.query is not None else request.prompt or ""
+    check_query(query, settings, "query")
+    return query, request.seed
+
+
+class JobFolder:
+    """The jobs' files, in a video store."""
+
+    def __init__(self, store: str) -> None:
+        self.folder = Folder(store) / "jobs"
+
+    def read(self, job_id: str) -> StoredJob | None:
+        """None for an unknown id. Raises StorageError."""
+        if not job_id.isascii() or not job_id.isalnum():
+            return None
+        for name in (f"{job_id}.json", f"open/{job_id}.json", f"{job_id}.json"):  # it may end in between
+            try:
+                return StoredJob.model_validate_json(self.folder.read(name))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError(f"cannot read job {job_id}: {error}") from error
+        return None
+
+    def write(self, job: StoredJob) -> None:
+        ended = job.status in ("completed", "failed")
+        self.folder.write(f"{'' if ended else 'open/'}{job.id}.json", job.model_dump_json(indent=2).encode())
+        if ended:
+            self.folder.delete(f"open/{job.id}.json")
+
+    def unfinished(self) -> list[StoredJob]:
+        """Jobs that an earlier replica left, oldest first."""
+        names = (self.folder / "open").files(".json")
+        jobs = [self.read(name.removesuffix(".json")) for name in names]
+        left = [job for job in jobs if job is not None and job.status in ("queued", "in_progress")]
+        return sorted(left, key=lambda job: job.created_at)
+
+
+class VideoRenderer:
+    """A replica of the video model."""
+
+    def __init__(self, settings: Render, store: str) -> None:
+        from vpo_ray.stages.render import Renderer
+
+        self.renderer = Renderer(settings, store, seed=0)
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return (await asyncio.to_thread(self.renderer, [row]))[0]
+
+
+class VideoScorer:
+    """A replica of the reward model."""
+
+    def __init__(self, settings: Reward, store: str) -> None:
+        from vpo_ray.stages.score import Scorer
+
+        self.scorer = Scorer(settings, store)
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return (await asyncio.to_thread(self.scorer, [row]))[0]
+
+
+class VideoJobs:
+    """Owns the jobs; one replica.
+
+    Args:
+        main, canary, settings, control: see `build_optimiser`.
+        renderer, scorer: handles of the deployments above.
+    """
+
+    def __init__(
+        self,
+        main: DeploymentHandle,
+        canary: DeploymentHandle | None,
+        renderer: DeploymentHandle,
+        scorer: DeploymentHandle | None,
+        settings: Serve,
+        control: tuple[str, ...],
+    ) -> None:
+        assert settings.videos is not None
+        self.optimiser = build_optimiser(main, canary, settings, control)
+        self.settings, self.renderer, self.scorer = settings, renderer, scorer
+        self.jobs = JobFolder(settings.videos.store)
+        self.max_waiting = settings.videos.max_waiting
+        self.tasks: set[asyncio.Task[None]] = set()
+        for job in self.jobs.unfinished():
+            logger.info("job %s goes on", job.id)
+            self._start(job)
+
+    async def submit(self, query: str, seed: int, owner: str) -> str | None:
+        """Take a job and return it as JSON; None when too many are waiting."""
+        if len(self.tasks) >= self.max_waiting:
+            return None
+        job = StoredJob(
+            id=f"video{uuid.uuid4().hex}",
+            model=self.settings.model_name,
+            query=query,
+            seed=seed,
+            created_at=int(time.time()),
+            owner=owner,
+        )
+        await asyncio.to_thread(self.jobs.write, job)
+        self._start(job)
+        return job.shown().model_dump_json()
+
+    def _start(self, job: StoredJob) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, job: StoredJob) -> None:
+        try:
+            await self._make(job)
+        except RequestError as error:
+            job.error = error.body()["error"]
+        except PolicyFailed as error:
+            job.error = failure(error).body()["error"]
+        except (RayError, RayServeException) as error:
+            logger.error("job %s failed: %s", job.id, type(error).__name__)
+            job.error = RequestError(500, "the video model failed").body()["error"]
+        except Exception as error:  # noqa: BLE001  a job ends with an answer whatever happens
+            logger.error("job %s failed: %s", job.id, type(error).__name__)
+            job.error = RequestError(500, "the job failed").body()["error"]
+        job.status = "completed" if job.error is None else "failed"
+        job.completed_at = int(time.time())
+        await asyncio.to_thread(self.jobs.write, job)
+
+    async def _make(self, job: StoredJob) -> None:
+        fields = engine_fields(self.settings, 1, job.seed, None)
+        # The video model's settings are the recipe's: flags in the query are only taken out.
+        result = await self.optimiser(separate(job.query)[0], fields, job.id)
+        job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
+        if result.safety.outcome == "refused":
+            raise RequestError(
+                400, f"refused by the safety gate: {result.safety.reason}", code="content_filter"
+            )
+        job.status = "in_progress"
+        await asyncio.to_thread(self.jobs.write, job)
+        # The seed of a video comes from the query's id; here the caller's seed is part of it.
+        row: dict[str, Any] = {
+            "query_id": f"{query_id(job.query)}-{job.seed}",
+            "query": job.query,
+            "prompt": job.prompt,
+        }
+        row = await _tried(lambda: self.renderer.remote({**row, "verdict": "aligned", "error": None}))
+        if row["error"] is None and self.scorer is not None:
+            scorer, rendered = self.scorer, row
+            row = await _tried(lambda: scorer.remote(rendered))
+        if row["error"] is not None:
+            raise RequestError(500, f"{row['error_stage']}: {row['error']}")
+        dimensions = {d["name"]: d["score"] for d in row.get("dimensions") or []} or None
+        made = {name: row[name] for name in ("frames", "fps", "width", "height")}
+        score = row.get("score")
+        job.video = Video(key=row["video_key"], **made, score=score, dimensions=dimensions)
+
+
+async def _tried(call: Callable[[], Awaitable[T]]) -> T:
+    for left in range(TRIES - 1, -1, -1):
+        try:
+            return await call()
+        except (RayError, RayServeException):
+            if not left:
+                raise
+    raise AssertionError("unreachable")
