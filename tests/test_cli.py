@@ -40,7 +40,8 @@ COMMANDS = {
     "dpo": RECIPE,
     "report": RECIPE,
     "videos": ["ACTION", "--help"],
-    "serve": ["checkpoint", "--help", "--recipe", "--set"],
+    "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
+    "key": ["NAME", "--help"],
 }
 
 
