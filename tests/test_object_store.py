@@ -1,5 +1,6 @@
 """A run directory and a video store on a real S3-compatible server, through `pyarrow.fs`."""
 
+import itertools
 import logging
 import pickle
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import pytest
 
+from vpo_ray import cli
 from vpo_ray.records import Row
 from vpo_ray.storage import Folder, RunDir, StorageError, Table, join
 from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
@@ -215,3 +217,48 @@ def test_a_run_directory_without_a_query_in_its_uri(
     run = RunDir(uri.partition("?")[0])
     run.write_json("ledger.json", {"stages": {}})
     assert RunDir(uri).read_json("ledger.json") == {"stages": {}}
+
+
+def test_the_commands_without_an_engine(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Curate, resume, pair, report and the store's own command, all on the server."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    (tmp_path / "q.txt").write_text("a cat\n\na dog\n")
+    tiny = ["jobs/recipes/tiny.yaml", "--out", uri, "--set", f"queries.path={tmp_path / 'q.txt'}"]
+    tiny += ["--set", "queries.splits={dpo: 1}", "--set", "pair.dominance=none"]
+    for _ in range(2):
+        assert cli.main(["curate", *tiny]) == 0, capsys.readouterr().err
+    run = RunDir(uri)
+    assert (run.table("queries").count(), run.table("dropped").count()) == (2, 1)
+    store = VideoStore(run.at("videos"))
+    for k, query in itertools.product((0, 1), run.table("queries").rows()):
+        key = f"{query['query_id'][:8]}{k}"
+        store.write(key, DATA, {"prompt": f"take {k}", "frames": 9, "width": 96, "height": 64})
+        run.table("feedback").append(
+            [
+                {
+                    **candidate(key),
+                    "query_id": query["query_id"],
+                    "query": query["query"],
+                    "k": k,
+                    "prompt": f"take {k}",
+                    "verdict": "aligned",
+                    "video_key": key,
+                    "video_uri": store.uri(key),
+                    "answers": [],
+                    "dimensions": [],
+                    "score": float(k),
+                }
+            ]
+        )
+    for command in ("pair", "report"):
+        assert cli.main([command, *tiny]) == 0, capsys.readouterr().err
+    assert run.table("pairs").count() == 2
+    assert b"take 1" in run.read("report/index.html")
+    assert cli.main(["videos", "verify", run.at("videos")]) == 0
+    assert "4 videos read, 0 damaged" in capsys.readouterr().out
+    assert (
+        cli.main(["videos", "prune", run.at("videos"), "--keep", uri, "--older-than", "0m", "--delete"]) == 0
+    )
+    assert len(list(store.entries())) == 4

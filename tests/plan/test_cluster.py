@@ -34,6 +34,12 @@ def test_a_running_cluster(ray_cluster: None) -> None:
     assert (found.cpus, found.gpus, found.gpu_type) == (4, 0, None)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:99999"])
+def test_a_cluster_that_nobody_answers_for(address: str) -> None:
+    with pytest.raises(ClusterError, match=f"no Ray cluster at {address}"):
+        live(address)
+
+
 @pytest.mark.parametrize(
     ("replicas", "room"),
     [

@@ -7,6 +7,8 @@ neither recipes nor stages.
 from __future__ import annotations
 
 import math
+import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,6 +100,7 @@ def live(address: str | None) -> Cluster:
     """
     import ray
 
+    _knock(address)
     joined = ray.is_initialized()
     if not joined:
         try:
@@ -110,6 +113,17 @@ def live(address: str | None) -> Cluster:
         if not joined:
             ray.shutdown()
     return Cluster(tuple(_node(resources) for resources in nodes))
+
+
+def _knock(address: str | None) -> None:
+    """Ray asks an address that nobody answers for minutes; this asks once."""
+    place = re.fullmatch(r"(?:ray://)?(?P<host>[^/:]+):(?P<port>\d{1,5})", address or "")
+    if place is None:
+        return
+    try:
+        socket.create_connection((place["host"], int(place["port"])), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster at {address}: {error}") from error
 
 
 def _node(resources: dict[str, float]) -> Node:
