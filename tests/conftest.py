@@ -1,5 +1,6 @@
 """Fixtures that several test folders share."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         file = item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group("serve" if file.startswith("tests/serve") else file))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The commands set up the log of their process, which here is that of the tests."""
+    ours, root = logging.getLogger("vpo_ray"), logging.getLogger()
+    before = ours.handlers, ours.propagate, ours.level, root.level
+    yield
+    ours.handlers, ours.propagate = before[:2]
+    ours.setLevel(before[2])
+    root.setLevel(before[3])
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """The `vpo` command: what it takes, what it says when it cannot go on, and what needs no engine."""
 
-import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +41,6 @@ COMMANDS = {
     "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
     "key": ["NAME", "--help"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    ours, root = logging.getLogger("vpo_ray"), logging.getLogger()
-    before = ours.handlers, ours.propagate, ours.level, root.level
-    yield
-    ours.handlers, ours.propagate = before[:2]
-    ours.setLevel(before[2])
-    root.setLevel(before[3])
 
 
 @pytest.fixture
