@@ -232,7 +232,8 @@ class Table(Folder):
         append meanwhile. Readers see the old parts or the merged ones, never both and never neither,
         whenever this is killed: a file `compacting.json` names the parts that do not count. It hides
         the merged parts while they are written, then, replaced in one step, the old ones while they
-        are deleted. What a kill leaves, `settle` clears away.
+        are deleted. What a kill leaves, `settle` clears away. A reader that listed the parts before
+        the switch may find one gone; that is a StorageError, and reading again goes well.
 
         Args:
             fewest: fewer single parts than this are left as they are.

@@ -130,7 +130,7 @@ class Scorer:
         try:
             return self.store.read(row["video_key"])
         except (VideoMissing, VideoDamaged) as error:
-            return RewardError(f"{error}; render it again")
+            return RewardError(f"{error}; --retry-errors renders it again")
 
 
 def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: bool) -> Row:
