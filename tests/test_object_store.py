@@ -14,7 +14,9 @@ import pyarrow.fs as pafs
 import pytest
 
 from vpo_ray import cli
+from vpo_ray.recipe import Queries
 from vpo_ray.records import Row
+from vpo_ray.stages.curate import InputError, curate
 from vpo_ray.storage import Folder, RunDir, StorageError, Table, join
 from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
 
@@ -262,3 +264,19 @@ def test_the_commands_without_an_engine(
         cli.main(["videos", "prune", run.at("videos"), "--keep", uri, "--older-than", "0m", "--delete"]) == 0
     )
     assert len(list(store.entries())) == 4
+
+
+def test_queries_are_read_from_a_store(uri: str) -> None:
+    folder = Folder(uri)
+    folder.write("logs/q1.jsonl", b'{"query": "one"}\n{"query": "two"}\n')
+    folder.write("logs/deep/q2.txt", b"three\none\n")
+    for path, found in {
+        "logs/q1.jsonl": ["one", "two"],
+        "logs/*.jsonl": ["one", "two"],
+        "logs": ["three", "one", "two"],
+        "**/q*.*": ["three", "one", "two"],
+    }.items():
+        curated = curate(Queries(path=join(uri, path)))
+        assert [text for part in curated.queries(10) for text in part["query"].to_pylist()] == found
+    with pytest.raises(InputError, match=r"none\.txt.*: No such file"):
+        curate(Queries(path=join(uri, "none.txt")))

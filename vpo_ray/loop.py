@@ -25,13 +25,13 @@ import yaml
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id, normalise, query_id
-from vpo_ray.stages.curate import InputError, curate
+from vpo_ray.stages.curate import InputError, curate, wants_workers
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.storage import RunDir, StorageError
 
 logger = logging.getLogger(__name__)
 
-QUERIES_PER_PART = 1000
+QUERIES_PER_PART = 10_000
 
 _CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
 
@@ -109,22 +109,25 @@ def curate_queries(recipe: Recipe, run: RunDir) -> None:
     a new run directory."""
     if run.exists("queries/curated.json"):
         return
-    counts: Counter[str] = Counter()
-    pending: dict[str, list[Row]] = {"queries": [], "dropped": []}
-    for table, row in curate(recipe.queries):
-        counts[table] += 1
-        pending[table].append(row)
-        if len(pending[table]) == QUERIES_PER_PART:
-            run.table(table).append(pending[table])
-            pending[table] = []
-    for table, rows in pending.items():
-        run.table(table).append(rows)
+    if wants_workers(recipe.queries):
+        connect()
+    curated = curate(recipe.queries)
+    counts = {"queries": 0, "dropped": 0}
+    for name, parts in (
+        ("queries", curated.queries(QUERIES_PER_PART)),
+        ("dropped", curated.dropped(QUERIES_PER_PART)),
+    ):
+        for part in parts:
+            run.table(name).append(part)
+            counts[name] += len(part)
+    for what, number in curated.counts().most_common():
+        logger.info("curate: %8d %s", number, what)
     if not counts["queries"]:
         raise InputError(
             f"queries.path {recipe.queries.path}: all {counts['dropped']} rows were dropped, "
             f"see the reasons in {run.uri}/dropped"
         )
-    run.write_json("queries/curated.json", dict(counts))
+    run.write_json("queries/curated.json", counts)
 
 
 def sft_rows(path: str) -> Iterator[Row]:

@@ -19,13 +19,17 @@ Verdict = Literal["aligned", "unsafe", "imprecise", "refusal"]
 VERDICTS: tuple[Verdict, ...] = ("aligned", "unsafe", "imprecise", "refusal")
 SPLITS = ("sft", "dpo", "eval")
 
+# Generator flags that were taken out of a query: see flags.py.
+FLAGS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
+
 QUERY = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
         pa.field("source", pa.string()),
         pa.field("split", pa.string(), nullable=False),
-        pa.field("unsafe", pa.bool_()),
+        pa.field("unsafe", pa.bool_()),  # null: not labelled
+        pa.field("flags", FLAGS),  # null: not looked for
     ]
 )
 

@@ -196,17 +196,18 @@ class Table(Folder):
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.uri, self.schema, self.key))
 
-    def append(self, rows: Sequence[Row]) -> str:
+    def append(self, rows: Sequence[Row] | pa.Table) -> str:
         """Write rows as one part named by their keys, and return its name ("" for no rows).
 
         Raises:
             ValueError: a row does not fit the schema.
             StorageError: the part cannot be written.
         """
-        if not rows:
+        if not len(rows):
             return ""
-        name = f"{content_id(sorted(row[self.key] for row in rows))}.parquet"
-        self._write_part(name, table(list(rows), self.schema))
+        whole = rows.cast(self.schema) if isinstance(rows, pa.Table) else table(list(rows), self.schema)
+        name = f"{content_id(sorted(whole[self.key].to_pylist()))}.parquet"
+        self._write_part(name, whole)
         return name
 
     def _write_part(self, name: str, rows: pa.Table) -> None:

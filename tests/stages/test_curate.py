@@ -13,10 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.recipe import Queries, Splits
+from vpo_ray.ledger import build_ledger
+from vpo_ray.loop import curate_queries
+from vpo_ray.recipe import Queries, Splits, load
 from vpo_ray.records import DROPPED, QUERY, Row, table
 from vpo_ray.stages.curate import InputError, curate, split_of
+from vpo_ray.storage import RunDir
 
+ROOT = Path(__file__).parents[2]
 REAL = Path(__file__).parents[3] / "shared/data/vpo/sft_prompts.json"
 GOOD = ["a cat on a roof", "two dogs, one ball", "中文查询 \U0001f600", 'quotes " and \\ slashes']
 KINDS = ["txt", "json", "jsonl", "csv", "parquet"]
@@ -25,10 +29,9 @@ KINDS = ["txt", "json", "jsonl", "csv", "parquet"]
 def run(path: Path | list[str] | str, **options: Any) -> tuple[list[Row], list[Row]]:
     """Queries and dropped rows; both fit their tables."""
     names = path if isinstance(path, list) else str(path)
-    queries: list[Row] = []
-    dropped: list[Row] = []
-    for name, row in curate(Queries(path=names, **options)):
-        (queries if name == "queries" else dropped).append(row)
+    curated = curate(Queries(path=names, **options))
+    queries = [row for part in curated.queries(1000) for row in part.to_pylist()]
+    dropped = [row for part in curated.dropped(1000) for row in part.to_pylist()]
     assert table(queries, QUERY).num_rows == len({row["query_id"] for row in queries})
     assert table(dropped, DROPPED).num_rows == len({row["row_id"] for row in dropped})
     return queries, dropped
@@ -251,7 +254,7 @@ def test_no_such_file(tmp_path: Path, kind: str) -> None:
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "q.txt").mkdir()
-    with pytest.raises(InputError, match="Is a directory"):
+    with pytest.raises(InputError, match="no file matches"):
         run(tmp_path / "q.txt")
 
 
@@ -319,3 +322,28 @@ def test_real_queries_of_users_all_count() -> None:
     # VPO released them without duplicates; two that differ in white space or NFC only are one here.
     assert len(queries) > 0.99 * total
     assert set(reasons(dropped)) <= {"duplicate", "empty", "too long"}
+
+
+# The run directory
+
+
+def test_every_row_is_in_the_tables_and_the_ledger(tmp_path: Path) -> None:
+    values = [f"a {word} on a red roof -ar 16:9" for word in ("cat", "dog", "cow", "hen")]
+    path = write(tmp_path / "q.jsonl", [*values, "a cat on a red roof", "A cat on a red roof!", "", "-gs 4"])
+    queries = {"path": str(path), "flags": True, "near_duplicates": {"threshold": 0.9}, "size": 3}
+    recipe = load(ROOT / "jobs/recipes/tiny.yaml", [f"out={tmp_path}/run", f"queries={json.dumps(queries)}"])
+    directory = RunDir(recipe.out)
+    curate_queries(recipe, directory)
+    assert directory.read_json("queries/curated.json") == {"queries": 3, "dropped": 5}
+    stage = build_ledger(directory, recipe)["stages"]["curate"]
+    assert (stage["in"], stage["out"]) == (8, 3)
+    assert stage["dropped"] == {
+        "duplicate": 1, "empty": 1, "near duplicate": 1, "not in the subset": 1, "only flags": 1,
+    }  # fmt: skip
+    flags = [row["flags"] for row in directory.table("queries").rows(["flags"])]
+    assert flags.count([{"name": "ar", "value": "16:9"}]) >= 2
+    # Finished once, it is kept.
+    before = {name: directory.table(name).parts() for name in ("queries", "dropped")}
+    path.write_text("")
+    curate_queries(recipe, directory)
+    assert {name: directory.table(name).parts() for name in before} == before

@@ -19,7 +19,8 @@ from vpo_ray.plan.figures import (
     read_ledger,
 )
 from vpo_ray.recipe import Engine, Pool, Recipe, Train
-from vpo_ray.stages.curate import curate
+from vpo_ray.records import SPLITS
+from vpo_ray.stages.curate import preview
 
 MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), then give --ledger PROBE"
 
@@ -105,11 +106,18 @@ def plan(
     """
     check(recipe)
     past = read_ledger(recipe, ledger)
-    queries = Counter(row.get("split", "dropped") for _, row in curate(recipe.queries))
+    counts, exact = preview(recipe.queries)
+    queries: Counter[str] = Counter()
+    for name, number in counts.items():
+        queries[name if name in SPLITS else "dropped"] += number
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
     stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
     training = list(_training(recipe, queries, past))
     made = Plan(recipe, queries, stages, training, bytes_per_video(recipe), cluster, price)
+    if not exact:
+        made.notes.append(
+            "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
+        )
     made.notes += hub_ids(recipe)
     if cluster is not None:
         refuse(made, cluster)

@@ -19,15 +19,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.recipe.base import Fraction, Pool, Positive, Section
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
+from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.serve import Serve
-from vpo_ray.recipe.text import Engine, Judge, Policy, Queries, Sample, Splits
+from vpo_ray.recipe.text import Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import Train
 from vpo_ray.recipe.video import Checklist, Endpoint, Lora, Pair, Render, Reward, video_presets
 
 __all__ = [
-    "Checklist", "Endpoint", "Engine", "Judge", "Limits", "Lora", "Pair", "Policy", "Pool", "Queries",
-    "Recipe", "RecipeError", "Render", "Reward", "Sample", "Section", "Serve", "Splits", "Train",
-    "computed", "differences", "load", "load_serve", "locate", "parse", "video_presets",
+    "Checklist", "Diversity", "Endpoint", "Engine", "Judge", "Limits", "Lora", "NearDuplicates", "Pair",
+    "Policy", "Pool", "Queries", "Recipe", "RecipeError", "Render", "Reward", "Rules", "Sample", "Section",
+    "Serve", "Splits", "Train", "computed", "differences", "load", "load_serve", "locate", "parse",
+    "video_presets",
 ]  # fmt: skip
 
 # Keys that change how a run is executed but not what it computes. They may differ between two

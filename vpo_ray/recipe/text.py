@@ -1,37 +1,12 @@
-"""Recipe sections of the text side: queries, the policy, its candidates and the judge."""
+"""Recipe sections of the text side: the policy, its candidates and the judge."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vpo_ray.recipe.base import Pool, Positive, Section, Temperature
-
-
-class Splits(Section):
-    """Shares of the curated queries; they are normalised to a sum of one."""
-
-    sft: Annotated[float, Field(ge=0)] = 0
-    dpo: Annotated[float, Field(ge=0)] = 1
-    eval: Annotated[float, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _some(self) -> Splits:
-        if self.sft + self.dpo + self.eval <= 0:
-            raise ValueError("every share is 0: give at least one of sft, dpo, eval a share")
-        return self
-
-
-class Queries(Section):
-    """Where user queries come from, and which are dropped (each with a counted reason)."""
-
-    path: str | list[str]
-    column: str = "query"
-    limit: Positive | None = None
-    min_chars: Positive = 1
-    max_chars: Positive = 4000
-    splits: Splits = Splits()
 
 
 class Policy(Section):

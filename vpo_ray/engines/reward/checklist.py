@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import yaml
 
 from vpo_ray import recipe
