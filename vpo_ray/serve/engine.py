@@ -7,6 +7,8 @@ that has not for a while is asked for one token.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
 from vpo_ray.recipe import Serve
+
+logger = logging.getLogger("ray.serve")
 
 # Room beyond the longest answer for what surrounds it: queues, the network, the last chunk.
 DRAIN_ROOM_S = 15
@@ -48,16 +52,30 @@ class PolicyServer(LLMServer):
         from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
 
         request = ChatCompletionRequest.model_validate(body)
-        async for part in await self.chat(request):
-            for item in part if isinstance(part, list) else [part]:
-                if hasattr(item, "error"):
-                    yield item.error.model_dump()
-                    continue
-                self.answered = time.monotonic()
-                yield item if isinstance(item, str) else item.model_dump_json(exclude_none=True)
+        try:
+            async for part in await self.chat(request):
+                for item in part if isinstance(part, list) else [part]:
+                    if hasattr(item, "error"):
+                        self._leave_if_dead()
+                        yield item.error.model_dump()
+                        continue
+                    self.answered = time.monotonic()
+                    yield item if isinstance(item, str) else item.model_dump_json(exclude_none=True)
+        except Exception:
+            self._leave_if_dead()
+            raise
+
+    def _leave_if_dead(self) -> None:
+        """vLLM's engine is a process of its own. Without it this replica would fail every request
+        until Serve has seen three bad health checks; a replica that is gone is replaced at once, and
+        what it had is asked again elsewhere."""
+        if self.engine._engine_client.errored:
+            logger.error("the vLLM engine died, leaving for a fresh replica")
+            os._exit(1)
 
     async def check_health(self) -> None:
         """Serve calls it every few seconds, and replaces a replica that fails. Raises RuntimeError."""
+        self._leave_if_dead()
         await super().check_health()
         if time.monotonic() - self.answered > FRESH_S:
             body = {"model": self._llm_config.model_id, "messages": [PROBE], "max_tokens": 1}
