@@ -131,6 +131,9 @@ def test_the_gate_and_the_fallback_where_the_engines_answer_is_passed_on(
     found = post(where, {"query": "a Knife"}).json()
     assert (found["prompt"], found["safety"]["outcome"]) == (None, "refused")
     assert found["safety"]["reason"] == "query: keyword 'knife'"
+    flag = post(where, {"query": "a cat --neg blur, knife"}).json()
+    assert flag["flags"] == [{"name": "neg", "value": "blur, knife"}]
+    assert flag["safety"]["outcome"] == "refused", "flags reach the video model too"
     reply = post(where, chat("a knife"), route="chat/completions")
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "content_filter")
     late = chat("a cat", max_tokens=1700)

@@ -311,8 +311,7 @@ class Ingress:
         return Events(completion_events(whole, with_usage))
 
     async def _optimised(self, asked: Asked, index: int, key: Key, request_id: str) -> Optimization:
-        result = await self.optimiser(asked.queries[index], asked.fields, request_id)
-        result.flags = asked.flags[index]
+        result = await self.optimiser(asked.queries[index], asked.fields, request_id, asked.flags[index])
         self.metrics.optimised(result, key.name)
         return result
 

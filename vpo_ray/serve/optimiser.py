@@ -6,17 +6,18 @@ Behind both `/v1/optimize` and `/v1/chat/completions`, so that they agree on eve
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
+from vpo_ray.flags import Flag, join
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.answers import chunks_in
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.metrics import ServeMetrics
-from vpo_ray.serve.optimize import Latency, Optimization, Rank, Safety, Usage
+from vpo_ray.serve.optimize import GeneratorFlag, Latency, Optimization, Rank, Safety, Usage
 from vpo_ray.serve.policy import Policy, PolicyFailed
 from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import UNAVAILABLE, Gate, Verdict
@@ -47,14 +48,19 @@ class Optimiser:
         """Whether a prompt must be whole before any of it may be sent."""
         return self.gate.settings.prompt or self.ranker is not None
 
-    async def __call__(self, query: str, fields: Mapping[str, Any], request_id: str) -> Optimization:
+    async def __call__(
+        self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
+    ) -> Optimization:
         """Optimise one query. What is refused by the gate is an answer, not an error.
+
+        Args:
+            flags: generator flags that stood in the query. The policy does not see them, the gate does.
 
         Raises:
             RequestError: the engine refuses the query (400), or is overloaded.
             PolicyFailed: no answer, and the recipe has no fallback.
         """
-        result = Optimization(model=self.settings.model_name)
+        result = Optimization(model=self.settings.model_name, flags=list(flags))
         clock = _Clock()
         with clock.part("gate"):
             flagged = await self.check_query(query, result)
@@ -106,7 +112,7 @@ class Optimiser:
         if not self.gate.checks_query:
             return Verdict()
         result.safety.checked.append("query")
-        verdict = await self.gate.check(query)
+        verdict = await self.gate.check(_whole(query, result))
         if verdict.flagged and (verdict.unavailable or self.gate.settings.query == "refuse"):
             _refuse(result, "query", verdict)
         return verdict
@@ -118,7 +124,7 @@ class Optimiser:
         verdict = flagged
         if self.gate.settings.prompt and not flagged.flagged:
             with (clock or _Clock()).part("gate"):
-                verdict = await self.gate.check(query)
+                verdict = await self.gate.check(_whole(query, result))
         if verdict.flagged:
             _refuse(result, "query", verdict)
             return
@@ -209,6 +215,11 @@ def _take(reply: Mapping[str, Any], result: Optimization) -> None:
     if usage := reply.get("usage"):
         result.usage = Usage(**{name: usage.get(name, 0) for name in Usage.model_fields})
     result.system_fingerprint = reply.get("system_fingerprint") or result.system_fingerprint
+
+
+def _whole(query: str, result: Optimization) -> str:
+    """The query with its generator flags: what they say reaches the video model too."""
+    return join(query, [Flag(flag.name, flag.value) for flag in result.flags])
 
 
 def _refuse(result: Optimization, where: str, verdict: Verdict) -> None:

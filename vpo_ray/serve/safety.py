@@ -14,10 +14,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from vpo_ray.policy_prompt import read_prompt
-from vpo_ray.recipe.serve import Safety
+from vpo_ray.recipe.serve import Safety, Service
 from vpo_ray.serve.services import ServiceError, ask_chat, client_of
 from vpo_ray.stages.judge import fill
 
@@ -80,8 +80,8 @@ class Keywords:
 class Moderation:
     """A classifier behind OpenAI's `/v1/moderations`."""
 
-    def __init__(self, settings: Any) -> None:
-        self.model, self.client = settings.model, client_of(settings, "safety.moderation")
+    def __init__(self, service: Service) -> None:
+        self.model, self.client = service.model, client_of(service, "safety.moderation")
 
     async def check(self, text: str) -> str | None:
         import openai
@@ -103,8 +103,8 @@ class Moderation:
 class SafetyJudge:
     """An LLM that gives a verdict, held to a JSON schema."""
 
-    def __init__(self, settings: Any, prompt: str) -> None:
-        self.model, self.client = settings.model, client_of(settings, "safety.judge")
+    def __init__(self, service: Service, prompt: str) -> None:
+        self.model, self.client = service.model, client_of(service, "safety.judge")
         self.prompt = read_prompt(prompt)
 
     async def check(self, text: str) -> str | None:

@@ -227,7 +227,8 @@ class VideoJobs:
     async def _make(self, job: StoredJob) -> None:
         fields = engine_fields(self.settings, 1, job.seed, None)
         # The video model's settings are the recipe's: flags in the query are only taken out.
-        result = await self.optimiser(separate(job.query)[0], fields, job.id)
+        query, flags = separate(job.query)
+        result = await self.optimiser(query, fields, job.id, flags)
         job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
         if result.safety.outcome == "refused":
             raise RequestError(
