@@ -43,7 +43,8 @@ def make_worker(
 
     model = str(tiny_models / "policy")
 
-    def make(phase: str, rows: list[Row], chosen: Train, seed: int = 0) -> Worker:
+    def make(phase: str, rows: list[Row], chosen: Train, seed: int = 0, held_out: int = 0) -> Worker:
+        torch.manual_seed(seed)
         tokenizer = load_tokenizer(model, TASK_PROMPT)
         examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length)
         job = Job(
@@ -52,7 +53,8 @@ def make_worker(
             model=model,
             revision=None,
             trust_remote_code=False,
-            examples=examples,
+            examples=examples[: len(examples) - held_out],
+            held_out=examples[len(examples) - held_out :],
             tokenizer=tokenizer,
             end=end_of_turn(tokenizer, TASK_PROMPT),
             out=str(tmp_path / "out"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from train_data import pairs, settings, sft_rows
 
-from vpo_ray.train.losses import dpo_loss
+from vpo_ray.train.losses import DPO_METRICS, dpo_loss
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -162,7 +162,9 @@ def test_sft_equals_trl(make_worker: Any, tiny_models: Path, tmp_path: Path):
     ],
 )
 def test_the_options_of_dpo_are_their_formulas(changes: dict[str, Any], expected: torch.Tensor):
-    logps, reference = torch.tensor([-8.5, -4.5]), torch.tensor([-10.0, -4.0])
-    loss, metrics = dpo_loss(logps, reference, (4, 2), settings(beta=0.1, **changes))
+    token_logps = torch.tensor([-4.0, -3.0, -1.0, -0.5, -2.5, -2.0])
+    loss, metrics = dpo_loss(token_logps, torch.tensor([-10.0, -4.0]), (4, 2), settings(beta=0.1, **changes))
     torch.testing.assert_close(loss, expected)
-    assert metrics[0] == 1
+    found = dict(zip(DPO_METRICS, metrics.tolist(), strict=True))
+    assert (found["accuracy"], found["chosen_logp"], found["rejected_logp"]) == (1, -8.5, -4.5)
+    assert found["end_logp"] == -0.5

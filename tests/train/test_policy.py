@@ -84,3 +84,15 @@ def test_every_zero_stage_and_dtype_takes_the_same_steps(
         expected, actual = plain.step(step), other.step(step)
         for name in ("loss", "grad_norm", "chosen_logp"):
             assert actual[name] == pytest.approx(expected[name], rel=rel, abs=rel / 10), (step, name)
+
+
+def test_an_optimizer_offloaded_to_the_cpu_takes_the_same_steps(make_worker: Any, monkeypatch: Any):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    plain = make_worker("dpo", pairs(4), settings(global_batch=2, epochs=2))
+    offload = {"optimizer": "cpu", "parameters": "cpu"}
+    other = make_worker("dpo", pairs(4), settings(global_batch=2, epochs=2, zero_stage=3, offload=offload))
+    assert type(other.engine.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+    for step in range(4):
+        expected, actual = plain.step(step), other.step(step)
+        for name in ("loss", "grad_norm", "chosen_logp"):
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (step, name)

@@ -1,10 +1,12 @@
 """Rows and settings that the training tests share."""
 
+from pathlib import Path
 from typing import Any
 
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Train
 from vpo_ray.records import Row
+from vpo_ray.train import TrainResult, train
 
 TASK_PROMPT = read_prompt("builtin:policy")
 ANIMALS = ("dog", "cat", "horse", "fox", "bird", "tiger", "wolf", "bear", "owl", "whale", "crab")
@@ -42,3 +44,33 @@ def settings(**changes: Any) -> Train:
         "max_failures": 0,
     }
     return Train(**(defaults | changes))
+
+
+# Of 23 rows 4 are held out: batches of 8, 8 and a rest of 3 that is uneven for two workers.
+TWO_WORKERS = settings(
+    epochs=4,
+    global_batch=8,
+    micro_batch=4,
+    lr=3e-4,
+    zero_stage=3,
+    workers=2,
+    save_steps=3,
+    max_failures=2,
+    evaluate={"share": 0.12, "steps": 4},
+)
+ROWS = 23
+
+
+def run(folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any = None) -> TrainResult:
+    """A whole phase on the running Ray cluster; it leaves `folder/policy`."""
+    return train(
+        phase,
+        chosen,
+        model=str(model),
+        rows=pairs(ROWS) if rows is None else rows,
+        task_prompt=TASK_PROMPT,
+        out=str(folder / "policy"),
+        run_uri=str(folder),
+        seed=5,
+        fingerprint="0123456789abcdef",
+    )

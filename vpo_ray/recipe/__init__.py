@@ -22,14 +22,14 @@ from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.serve import Serve
 from vpo_ray.recipe.text import Engine, Judge, Policy, Sample
-from vpo_ray.recipe.train import Train
+from vpo_ray.recipe.train import Evaluate, Guard, Offload, Track, Train, TrainLora
 from vpo_ray.recipe.video import Checklist, Endpoint, Lora, Pair, Render, Reward, video_presets
 
 __all__ = [
-    "Checklist", "Diversity", "Endpoint", "Engine", "Judge", "Limits", "Lora", "NearDuplicates", "Pair",
-    "Policy", "Pool", "Queries", "Recipe", "RecipeError", "Render", "Reward", "Rules", "Sample", "Section",
-    "Serve", "Splits", "Train", "computed", "differences", "load", "load_serve", "locate", "parse",
-    "video_presets",
+    "Checklist", "Diversity", "Endpoint", "Engine", "Evaluate", "Guard", "Judge", "Limits", "Lora",
+    "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries", "Recipe", "RecipeError", "Render",
+    "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track", "Train", "TrainLora", "computed",
+    "differences", "load", "load_serve", "locate", "parse", "video_presets",
 ]  # fmt: skip
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
@@ -38,6 +38,7 @@ OPERATIONAL = frozenset({
     "out", "pool", "limits", "serve", "env", "device", "engine_kwargs", "workers", "use_gpu",
     "resources_per_worker", "labels", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
     "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
+    "track", "guard", "keep_checkpoints", "license",
 })  # fmt: skip
 
 _REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
@@ -78,6 +79,10 @@ class Recipe(Section):
             raise ValueError(
                 "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
                 "or remove the sft section"
+            )
+        if self.sft is not None and self.sft.lora is not None and not self.sft.lora.merge:
+            raise ValueError(
+                "sft.lora.merge is false, but candidates are sampled from a whole model: set it true"
             )
         return self
 

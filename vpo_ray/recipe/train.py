@@ -4,14 +4,92 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vpo_ray.recipe.base import Amount, Fraction, Positive, Section
 
 
+class TrainLora(Section):
+    """Low-rank adapters instead of full fine-tuning (arXiv 2106.09685), by peft.
+
+    `merge` adds the trained adapter to the base model's weights on export; without it the export is
+    the adapter alone, for peft or for vLLM's LoRA support.
+    """
+
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[str | list[str], Field(description="names of linear layers")] = "all-linear"
+    rslora: Annotated[bool, Field(description="scale by alpha / sqrt(r), arXiv 2312.03732")] = False
+    merge: bool = True
+
+
+class Evaluate(Section):
+    """Held-out rows: a share of the queries, by their content, that is never trained on.
+
+    They are evaluated every `steps` optimizer steps (every epoch when unset), before every
+    checkpoint and at the end. `patience` stops after that many evaluations without a better
+    `metric`; `export: best` takes the weights of the best evaluation instead of the last ones.
+    """
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    steps: Positive | None = None
+    metric: Literal["loss", "accuracy", "margin"] = "loss"
+    patience: Positive | None = None
+    export: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> Evaluate:
+        if self.share == 0 and (self.patience is not None or self.export == "best"):
+            raise ValueError("patience and export: best need held-out rows: give share a value above 0")
+        return self
+
+
+class Guard(Section):
+    """When DPO is called degenerate; it warns and goes on. Both limits are ours, in nats (natural
+    log of probability), as means over ten steps; 0 switches one off."""
+
+    chosen_drop: Annotated[
+        float,
+        Field(
+            ge=0, description="fall of the chosen responses' log-probability per token below the reference's"
+        ),
+    ] = 0.5
+    end_drop: Annotated[
+        float,
+        Field(ge=0, description="fall of the end-of-turn token's log-probability: responses get longer"),
+    ] = 1.0
+
+
+class Track(Section):
+    """Where curves go beside `metrics/<phase>.jsonl`. Addresses and keys come from the environment
+    only: MLFLOW_TRACKING_URI (and its user, password or token), WANDB_API_KEY."""
+
+    tensorboard: bool = True
+    mlflow: Annotated[bool, Field(description="needs vpo-ray[mlflow] and MLFLOW_TRACKING_URI")] = False
+    wandb: Annotated[bool, Field(description="needs vpo-ray[wandb] and WANDB_API_KEY")] = False
+    project: Annotated[str, Field(description="MLflow's experiment, W&B's project")] = "vpo_ray"
+    run_name: Annotated[str | None, Field(description="the recipe's name and the phase when unset")] = None
+
+
+class Offload(Section):
+    """Where ZeRO keeps what does not fit the accelerator. `nvme` needs `nvme_path` on every node, and
+    ZeRO-3; optimizer offload needs ZeRO-1 or more, parameter offload ZeRO-3."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> Offload:
+        if "nvme" in (self.optimizer, self.parameters) and not self.nvme_path:
+            raise ValueError("nvme needs nvme_path, a folder on a local disk of every node")
+        return self
+
+
 class Train(Section):
-    """One training phase. `data` is read by SFT only; `beta`, `loss`, `label_smoothing`, `rpo_alpha`
-    and `length_normalise` by DPO only."""
+    """One training phase. `data` is read by SFT only; `beta`, `loss`, `label_smoothing`, `rpo_alpha`,
+    `length_normalise`, `reference` and `guard` by DPO only."""
 
     data: str | None = Field(None, description="SFT data: JSONL or Parquet with `query` and `prompt`")
     epochs: Annotated[float, Field(gt=0)]
@@ -21,6 +99,13 @@ class Train(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     rpo_alpha: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of an SFT term on chosen")
     length_normalise: bool = False
+    reference: Literal["updated", "kept"] = Field(
+        "updated", description="of later rounds: the policy that was sampled, or the first round's"
+    )
+    lora: TrainLora | None = None
+    evaluate: Evaluate = Evaluate()
+    guard: Guard = Guard()
+    track: Track = Track()
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1
     global_batch: Positive
@@ -32,10 +117,24 @@ class Train(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     activation_checkpointing: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 3
+    offload: Offload = Offload()
     deepspeed: dict[str, Any] = {}
     save_steps: Positive | None = Field(None, description="steps between checkpoints to resume from")
+    keep_checkpoints: Positive = Field(2, description="the best by evaluate.metric, or the newest")
     max_failures: Annotated[int, Field(ge=0)] = 2
+    license: str | None = Field(None, description="of the export's model card; the base model's when unset")
     workers: Positive = 1
     use_gpu: bool = True
     resources_per_worker: dict[str, Amount] = {}
     labels: dict[str, str] = Field({}, description="of the nodes that workers may run on")
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> Train:
+        offload, stage = self.offload, self.zero_stage
+        if offload.parameters != "none" and stage < 3:
+            raise ValueError(f"offload.parameters needs zero_stage 3, it is {stage}")
+        if offload.optimizer == "nvme" and stage < 3:
+            raise ValueError(f"offload.optimizer: nvme needs zero_stage 3, it is {stage}")
+        if offload.optimizer == "cpu" and stage < 1:
+            raise ValueError("offload.optimizer: cpu needs zero_stage 1 or more, it is 0")
+        return self

@@ -10,8 +10,10 @@ from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.recipe import Train, computed
 from vpo_ray.records import PAIR, SFT, Row, content_id
 from vpo_ray.storage import Folder, Table, join
+from vpo_ray.train.evaluate import split
 from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, tokenise
-from vpo_ray.train.model_files import fetch, identity, marker
+from vpo_ray.train.model_files import fetch, identity, marker, refuse_adapter
+from vpo_ray.train.track import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,8 @@ class TrainResult:
     """A trained policy.
 
     out: its folder. steps: optimizer steps. metrics: of the last step. rows: trained on, with
-    dropped counts by reason. trained: False when it was there already.
+    dropped counts by reason. trained: False when it was there already. warnings: of a policy that
+    may be degenerate.
     """
 
     out: str
@@ -30,6 +33,7 @@ class TrainResult:
     rows: int
     dropped: dict[str, int]
     trained: bool
+    warnings: tuple[str, ...] = ()
 
 
 def train(
@@ -45,6 +49,8 @@ def train(
     fingerprint: str,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    reference: str | None = None,
+    run_name: str = "vpo_ray",
 ) -> TrainResult:
     """Train the policy on the running Ray cluster and leave a Hugging Face folder at `out`.
 
@@ -61,9 +67,12 @@ def train(
         run_uri: the run directory, for `metrics/<phase>.jsonl` and checkpoints.
         seed: of the data's order.
         fingerprint: of the recipe; it is written to the model card and `vpo.json`.
+        reference: DPO's reference policy where it is another model than `model`.
+        run_name: what trackers call the run, together with the phase.
 
     Raises:
-        TrainError: no usable row, a conflict with the deepspeed section, a loss that is not finite.
+        TrainError: no usable row, a conflict with the deepspeed section, a tracker that is not
+            installed, a model that cannot be trained, a loss that is not finite.
         PromptError: the tokenizer has no chat template.
     """
     from vpo_ray.train.zero import deepspeed_config
@@ -72,12 +81,16 @@ def train(
         rows = Table(rows, {"sft": SFT, "dpo": PAIR}[phase], COLUMNS[phase][0]).rows()
     rows = sorted(rows, key=lambda row: str(row.get(COLUMNS[phase][0])))
     deepspeed_config(settings, settings.workers)
+    check_trackers(settings.track)
+    for name in filter(None, (model, reference)):
+        refuse_adapter(name)
     job_id = content_id(
         "train",
         phase,
         fingerprint,
-        computed(settings.model_dump(mode="json")),
+        computed(settings.model_dump(mode="json", exclude_defaults=True)),
         identity(model, revision),
+        *([identity(reference, revision)] if reference else []),
         task_prompt,
         seed,
         [[row.get(name) for name in (COLUMNS[phase][0], "query", *COLUMNS[phase][1])] for row in rows],
@@ -90,12 +103,17 @@ def train(
     examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, settings.max_length)
     for reason, count in dropped.items():
         log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
+    groups = {row[COLUMNS[phase][0]]: str(row.get("query_id") or row["query"]) for row in rows}
+    examples, held_out = split(examples, groups, settings.evaluate.share)
+    if not examples:
+        raise TrainError(f"{phase}: evaluate.share leaves no row of {len(held_out)} to train on: lower it")
     facts: Row = {
         "phase": phase,
         "job": job_id,
         "fingerprint": fingerprint,
         "base_model": model,
         "rows": len(examples),
+        "held_out": len(held_out),
         "dropped": dict(dropped),
     }
     _fit(
@@ -112,25 +130,25 @@ def train(
         run_uri=Folder(run_uri).uri,
         seed=seed,
         facts=facts,
+        held_out=held_out,
+        reference=None if reference == model else reference,
+        run_name=f"{run_name} {phase}",
     )
     done = marker(out)
     if done is None or done["job"] != job_id:
         raise TrainError(f"{phase}: the workers finished but {out} is not complete; is it on shared storage?")
-    return _result(out, done, trained=True)
+    result = _result(out, done, trained=True)
+    for text in result.warnings:
+        log.warning("%s: %s", phase, text)
+    return result
 
 
 def _fit(job_id: str, **parts: object) -> None:
     import ray
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from vpo_ray.train import checkpoints
     from vpo_ray.train.loop import Job, train_worker
 
     job = Job(id=job_id, **parts)  # type: ignore[arg-type]
@@ -150,7 +168,7 @@ def _fit(job_id: str, **parts: object) -> None:
             name=name,
             storage_path=join(job.run_uri, "checkpoints"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=checkpoints.config(settings),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -160,9 +178,10 @@ def _fit(job_id: str, **parts: object) -> None:
         raise TrainError(f"{job.phase} failed {settings.max_failures + 1} times: {error}") from error
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
-    checkpoints = Folder(join(job.run_uri, f"checkpoints/{name}"))
-    checkpoints.fs.delete_dir(checkpoints.path)
+    kept = Folder(join(job.run_uri, f"checkpoints/{name}"))
+    kept.fs.delete_dir(kept.path)
 
 
 def _result(out: str, facts: Row, trained: bool) -> TrainResult:
-    return TrainResult(out, facts["steps"], facts["metrics"], facts["rows"], facts["dropped"], trained)
+    counts = facts["rows"], facts["dropped"]
+    return TrainResult(out, facts["steps"], facts["metrics"], *counts, trained, tuple(facts["warnings"]))

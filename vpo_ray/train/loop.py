@@ -1,4 +1,4 @@
-"""The loop that every worker runs: reference log-probabilities, steps, checkpoints, export.
+"""The loop that every worker runs: reference log-probabilities, steps, evaluations, export.
 
 Everything a step does follows from its number: its rows, its learning rate, its seed. So a
 restarted worker needs only the last checkpoint and the step it stands for, and ends with the same
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,29 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Train, computed
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.storage import Folder, RunDir, join
-from vpo_ray.train import packing, zero
+from vpo_ray.train import checkpoints, packing, zero
+from vpo_ray.train.degenerate import degenerate
+from vpo_ray.train.evaluate import best, enough, is_due
 from vpo_ray.train.examples import Example, Phase, TrainError
 from vpo_ray.train.export import export
-from vpo_ray.train.losses import DPO_METRICS, dpo_loss, sft_loss
+from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
 from vpo_ray.train.model_files import digest, fetch
-from vpo_ray.train.policy import PackedPolicy, check_packing, response_sums
+from vpo_ray.train.policy import PackedPolicy, check_packing
+from vpo_ray.train.track import Trackers
 
 log = logging.getLogger(__name__)
 
 # Mean difference per token that packing may make: rounding of float32 and of bfloat16.
 PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One phase as the driver hands it to the workers."""
+    """One phase as the driver hands it to the workers. `held_out` is evaluated and never trained on;
+    `reference` is DPO's reference model where it is not `model`."""
 
     phase: Phase
     settings: Train
@@ -54,10 +57,18 @@ class Job:
     seed: int
     id: str
     facts: Row
+    held_out: list[Example] = field(default_factory=list)
+    reference: str | None = None
+    run_name: str = "vpo_ray"
 
     @property
     def steps(self) -> int:
         return packing.total_steps(len(self.examples), self.settings.global_batch, self.settings.epochs)
+
+    @cached_property
+    def rows(self) -> list[Example]:
+        """Trained rows, then held-out ones; row numbers everywhere are places in this list."""
+        return [*self.examples, *self.held_out]
 
 
 class Stopped(TrainError):
@@ -76,17 +87,37 @@ class Worker:
     reference: np.ndarray | None = None
     curve: list[Row] = field(default_factory=list)
     resumed_after: int | None = None
+    trackers: Trackers | None = None
 
     def run(self) -> None:
-        for step in range(self._resume(), self.job.steps):
-            line = self.step(step)
+        job, settings = self.job, self.job.settings
+        first = checkpoints.resume(self)
+        if self.rank == 0:
+            self.trackers = Trackers(
+                settings.track, job.phase, job.run_uri, job.id, job.run_name, _parameters(job), self.curve
+            )
+        leaving: list[str] = []
+        for step in range(first, job.steps):
+            line, done = self.step(step), step + 1
+            notice = ray.train.get_preemption_info() if settings.save_steps else None
+            preempted = notice is not None and notice.preempted_node_ids != leaving
+            leaving = notice.preempted_node_ids if notice else leaving
+            save = preempted or checkpoints.is_due(done, job)
+            if job.held_out and (save or is_due(done, job.steps, len(job.examples), settings)):
+                line |= self.evaluate()
             self.curve.append(line)
-            done = step + 1
-            every = self.job.settings.save_steps
-            if every and done % every == 0 and done < self.job.steps:
-                self._save(done)
+            self._warn(line)
+            save |= settings.evaluate.export == "best" and best(self.curve, settings.evaluate) is line
+            if self.trackers:
+                self.trackers.log(line)
+            if save and done < job.steps:
+                # A node that is about to go may not live until an upload in the background is through.
+                checkpoints.save(self, done, wait=preempted)
             else:
                 ray.train.report(line)
+            if enough(self.curve, settings.evaluate):
+                log.info("no better %s for a while: stopped after step %d", settings.evaluate.metric, done)
+                break
         self._finish()
 
     def step(self, step: int) -> Row:
@@ -108,7 +139,7 @@ class Worker:
             group["lr"] = lr
         torch.manual_seed(seed_of("step", job.seed, step, self.rank))
         self.engine.train()
-        sums = torch.zeros(1 + len(DPO_METRICS), dtype=torch.float64, device=self.device)
+        sums = self._no_sums()
         bad: list[str] = []
         mine = shares[self.rank]
         for n, members in enumerate(mine):
@@ -126,24 +157,52 @@ class Worker:
         self._stop_if(bad, step, "loss")
         norm = zero.step(self.engine)
         self._stop_if([] if math.isfinite(norm) else [job.examples[r].id for r in rows], step, "gradient")
-        values = (sums / items).tolist()
         seconds = time.perf_counter() - started
-        line: Row = {"step": step + 1, "epoch": (step + 1) * settings.epochs / job.steps, "loss": values[0]}
+        line: Row = {"step": step + 1, "epoch": (step + 1) * settings.epochs / job.steps}
+        line |= self._means(sums, items)
         line |= {"lr": lr, "grad_norm": norm, "rows": len(rows), "tokens": learnt}
-        line |= {"seconds": seconds, "time": time.time()}
-        return line | (dict(zip(DPO_METRICS, values[1:], strict=True)) if job.phase == "dpo" else {})
+        if job.phase == "dpo":
+            for place, side in enumerate(("chosen", "rejected")):
+                tokens = sum(len(job.examples[r].responses[place]) for r in rows)
+                line[f"{side}_tokens"] = tokens / len(rows)
+        return line | {"seconds": seconds, "time": time.time()}
+
+    @torch.no_grad()
+    def evaluate(self) -> Row:
+        """Metrics of the held-out rows, as `eval_<name>`; the same on every rank."""
+        job = self.job
+        self.engine.eval()
+        rows = list(range(len(job.examples), len(job.rows)))
+        sums = self._no_sums()
+        for members in self._packs(rows):
+            loss, metrics = self._loss(members or rows[:1])
+            if members:
+                sums += torch.cat([loss.double()[None], metrics])
+        dist.all_reduce(sums)
+        items = len(rows) if job.phase == "dpo" else sum(job.rows[r].response_tokens for r in rows)
+        return {f"eval_{name}": value for name, value in self._means(sums, items).items()}
+
+    def _packs(self, rows: list[int]) -> list[list[int]]:
+        """This rank's packs of the rows."""
+        sizes = [self.job.rows[r].tokens for r in rows]
+        return packing.spread(rows, sizes, self.workers, self.job.settings.micro_batch)[self.rank]
+
+    def _no_sums(self) -> torch.Tensor:
+        return torch.zeros(1 + len(DPO_METRICS), dtype=torch.float64, device=self.device)
+
+    def _means(self, sums: torch.Tensor, items: int) -> Row:
+        names = ("loss", *DPO_METRICS) if self.job.phase == "dpo" else ("loss",)
+        return dict(zip(names, (sums / items).tolist(), strict=False))
 
     def _loss(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over these rows: the loss, and the metrics of DPO."""
-        pack = packing.pack([self.job.examples[r] for r in rows]).to(self.device)
+        pack = packing.pack([self.job.rows[r] for r in rows]).to(self.device)
         token_logps = self.engine(pack)
         if self.job.phase == "sft":
-            return sft_loss(token_logps), torch.zeros(
-                len(DPO_METRICS), dtype=torch.float64, device=self.device
-            )
+            return sft_loss(token_logps), self._no_sums()[1:]
         assert self.reference is not None
         reference = torch.from_numpy(self.reference[rows].reshape(-1)).to(self.device)
-        return dpo_loss(response_sums(token_logps, pack.lengths), reference, pack.lengths, self.job.settings)
+        return dpo_loss(token_logps, reference, pack.lengths, self.job.settings)
 
     def _stop_if(self, ids: list[str], step: int, what: str) -> None:
         """Stop every rank when one has ids of a batch with a bad number."""
@@ -151,85 +210,72 @@ class Worker:
         dist.all_gather_object(everywhere, ids)
         found = sorted({i for part in everywhere for i in part})
         if found:
+            name = f"metrics/{self.job.phase}-stopped.json"
+            if self.rank == 0:
+                run = RunDir(self.job.run_uri)
+                run.write_json(name, {"step": step + 1, "what": what, "rows": found, "job": self.job.id})
+                run.write_metrics(self.job.phase, self.curve)
             raise Stopped(
                 f"the {what} is not a finite number in step {step + 1}; "
-                f"rows in that batch: {', '.join(found)}. "
-                "Look at these rows, or lower the learning rate; the last checkpoint is kept"
+                f"rows in that batch: {', '.join(found[:16])}{', ...' * (len(found) > 16)} "
+                f"(all in {name}). Look at these rows, or lower the learning rate; the last "
+                "checkpoint is kept"
             )
 
-    @torch.no_grad()
-    def compute_reference(self, weights: str) -> None:
-        """Log-probabilities of all responses under the untrained policy, [rows, 2] float32.
-
-        They are stored in the run by the content of weights and data, and computed once.
-        """
-        job = self.job
-        data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.examples]
-        name = f"{content_id('reference', weights, job.settings.dtype, data)}.npy"
-        folder = Folder(join(job.run_uri, "checkpoints/reference"))
-        found = [folder.exists(name) if self.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0]:
-            self.reference = np.frombuffer(folder.read(name), dtype=np.float32).reshape(-1, 2).copy()
+    def _warn(self, line: Row) -> None:
+        """Tell what the guard finds, each kind once in a run; it stays in the curve."""
+        if self.job.phase != "dpo":
             return
+        told = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
+        new = {k: v for k, v in degenerate(self.curve, self.job.settings).items() if k not in told}
+        if new:
+            line["warnings"] = new
+        for text in new.values() if self.rank == 0 else ():
+            log.warning("dpo, step %d: %s", line["step"], text)
+
+    @torch.no_grad()
+    def compute_reference(self, name: str) -> None:
+        """Log-probabilities of all responses under this engine's model, [rows, 2] float32, stored in
+        the run under `name` (see reference_name) so that they are computed once."""
+        job = self.job
         self.engine.eval()
-        table = torch.zeros(len(job.examples), 2, device=self.device)
-        rows = list(range(len(job.examples)))
-        sizes = [e.tokens for e in job.examples]
-        for members in packing.spread(rows, sizes, self.workers, job.settings.micro_batch)[self.rank]:
-            pack = packing.pack([job.examples[r] for r in members or rows[:1]]).to(self.device)
+        table = torch.zeros(len(job.rows), 2, device=self.device)
+        rows = list(range(len(job.rows)))
+        for members in self._packs(rows):
+            pack = packing.pack([job.rows[r] for r in members or rows[:1]]).to(self.device)
             sums = response_sums(self.engine(pack), pack.lengths)
             if members:
                 table[members] = sums.view(-1, 2)
         dist.all_reduce(table)
         self.reference = table.cpu().numpy()
         if not np.isfinite(self.reference).all():
-            ids = [job.examples[r].id for r in np.flatnonzero(~np.isfinite(self.reference).all(axis=1))]
-            raise Stopped(f"the untrained policy gives no finite log-probability for rows {', '.join(ids)}")
+            ids = [job.rows[r].id for r in np.flatnonzero(~np.isfinite(self.reference).all(axis=1))]
+            raise Stopped(f"the reference gives no finite log-probability for rows {', '.join(ids)}")
         if self.rank == 0:
-            folder.write(name, self.reference.tobytes())
-
-    def _resume(self) -> int:
-        """Load the last checkpoint, if there is one; the step to go on with."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return 0
-        with checkpoint.as_directory() as folder:
-            progress = Folder(folder).read_json(PROGRESS)
-            if progress["workers"] != self.workers:
-                raise Stopped(
-                    f"the checkpoint at step {progress['step']} was written by {progress['workers']} "
-                    f"workers, this run has {self.workers}; a sharded checkpoint needs the same number. Set "
-                    f"workers to {progress['workers']}, or remove {Path(checkpoint.path).parent}"
-                )
-            self.engine.load_checkpoint(folder, tag="state")
-        self.curve, self.resumed_after = progress["curve"], progress["step"]
-        log.info("%s goes on after step %d", self.job.phase, progress["step"])
-        return progress["step"]
-
-    def _save(self, step: int) -> None:
-        """Write this rank's shard, and upload it while training goes on."""
-        folder = Path(tempfile.mkdtemp(prefix="vpo-checkpoint-"))
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
-        if self.rank == 0:
-            Folder(folder).write_json(PROGRESS, {"step": step, "workers": self.workers, "curve": self.curve})
-            RunDir(self.job.run_uri).write_metrics(self.job.phase, self.curve)
-        ray.train.report(
-            self.curve[-1],
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{step:06}",
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
+            _references(job).write(name, self.reference.tobytes())
 
     def _finish(self) -> None:
-        weights = zero.full_weights(self.engine, self.rank)
+        job, settings = self.job, self.job.settings
+        line = self.curve[-1]
+        if settings.evaluate.export == "best":
+            line = best(self.curve, settings.evaluate) or line
+            if line is not self.curve[-1]:
+                checkpoints.load_step(self, line["step"])
+        weights = zero.full_weights(self.engine, self.rank, trained_only=settings.lora is not None)
         if self.rank == 0:
-            job = self.job
             RunDir(job.run_uri).write_metrics(job.phase, self.curve)
-            last = {k: v for k, v in self.curve[-1].items() if k not in ("step", "seconds", "time")}
-            facts = {**job.facts, "steps": job.steps, "metrics": last, "resumed_after": self.resumed_after}
-            export(self.engine.module.model, weights, job.tokenizer, job.end, job.out, facts)
+            metrics = {k: v for k, v in line.items() if k not in ("step", "seconds", "time", "warnings")}
+            facts = {
+                **job.facts,
+                "steps": len(self.curve),
+                "exported_step": line["step"],
+                "metrics": metrics,
+                "resumed_after": self.resumed_after,
+                "warnings": [text for x in self.curve for text in x.get("warnings", {}).values()],
+            }
+            export(self.engine.module.model, weights, job, facts)
+        if self.trackers:
+            self.trackers.close()
         dist.barrier()
 
 
@@ -246,36 +292,77 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def train_worker(config: dict[str, Any]) -> Row:
-    """What Ray Train runs on each worker; on a problem that no retry mends, returns its message.
-
-    Raises:
-        TrainError: the model cannot be trained like this.
-    """
+    """What Ray Train runs on each worker; on a problem that no retry mends, returns its message."""
     job: Job = ray.get(config["job"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     zero.prepare_process(job.settings.use_gpu)
     device = ray.train.torch.get_device()
-    torch.manual_seed(job.seed)
+    models = list(dict.fromkeys([job.reference or job.model, job.model]))
     if context.get_local_rank() == 0:
-        fetch(job.model)
+        for model in models:
+            fetch(model)
     dist.barrier()
-    folder = fetch(job.model)
-    settings = zero.deepspeed_config(job.settings, workers)
+
+    def start(model: str) -> Worker:
+        torch.manual_seed(job.seed)
+        settings = zero.deepspeed_config(job.settings, workers)
+        loaded = zero.load_model(fetch(model), job.settings, settings, job.revision, job.trust_remote_code)
+        engine = zero.start_engine(PackedPolicy(loaded), job.settings, settings)
+        return Worker(job, engine, rank, workers, device)
+
     try:
-        model = zero.load_model(folder, job.settings, settings, job.revision, job.trust_remote_code)
-        engine = zero.start_engine(PackedPolicy(model), job.settings, settings)
-        worker = Worker(job, engine, rank, workers, device)
-        engine.eval()
-        check_packing(
-            engine, max(job.examples, key=lambda e: e.tokens), device, PACKING_TOLERANCE[job.settings.dtype]
-        )
+        reference = None
         if job.phase == "dpo":
-            worker.compute_reference(_weights_id(folder, job.revision, rank))
+            name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank))
+            reference = stored_reference(job, name, rank)
+            if reference is None and len(models) == 2:
+                # One after the other: there are never two models in memory.
+                other = start(models[0])
+                other.compute_reference(name)
+                reference = other.reference
+                zero.forget(other.engine)
+                del other
+        worker = start(job.model)
+        worker.engine.eval()
+        check_packing(
+            worker.engine,
+            max(job.rows, key=lambda e: e.tokens),
+            device,
+            PACKING_TOLERANCE[job.settings.dtype],
+        )
+        worker.reference = reference
+        if job.phase == "dpo" and reference is None:
+            worker.compute_reference(name)
         worker.run()
     except TrainError as error:
         return {"stopped": str(error)}
     return {}
+
+
+def reference_name(job: Job, weights: str) -> str:
+    """Name of stored reference log-probabilities: a function of the weights and of the rows."""
+    data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.rows]
+    return f"{content_id('reference', weights, job.settings.dtype, data)}.npy"
+
+
+def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:
+    """Reference log-probabilities that an earlier start has stored; all ranks agree on it."""
+    found = [_references(job).exists(name) if rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    if not found[0]:
+        return None
+    return np.frombuffer(_references(job).read(name), dtype=np.float32).reshape(-1, 2).copy()
+
+
+def _references(job: Job) -> Folder:
+    return Folder(join(job.run_uri, "checkpoints/reference"))
+
+
+def _parameters(job: Job) -> Row:
+    """What trackers show beside a curve: the settings that are not defaults."""
+    shown = computed(job.settings.model_dump(mode="json", exclude_defaults=True))
+    return {**shown, "phase": job.phase, "model": job.model, "fingerprint": job.facts.get("fingerprint")}
 
 
 def _weights_id(model: str, revision: str | None, rank: int) -> str:

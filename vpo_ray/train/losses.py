@@ -15,7 +15,9 @@ from torch import Tensor
 from vpo_ray.recipe import Train
 
 # What a DPO step reports, as means over its pairs.
-DPO_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+DPO_METRICS = (
+    "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "end_logp"
+)  # fmt: skip
 
 
 def sft_loss(token_logps: Tensor) -> Tensor:
@@ -23,14 +25,19 @@ def sft_loss(token_logps: Tensor) -> Tensor:
     return -token_logps.sum()
 
 
+def response_sums(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum per response: [N] to [S]."""
+    return torch.stack([part.sum() for part in token_logps.split(list(lengths))])
+
+
 def dpo_loss(
-    logps: Tensor, reference: Tensor, lengths: Sequence[int], settings: Train
+    token_logps: Tensor, reference: Tensor, lengths: Sequence[int], settings: Train
 ) -> tuple[Tensor, Tensor]:
     """DPO (arXiv 2305.18290, equation 7) and its options, summed over pairs.
 
     Args:
-        logps: [2 * pairs] log-probabilities of whole responses: chosen, rejected, chosen, ...
-        reference: the same of the reference policy.
+        token_logps: [N] log-probabilities of the responses' tokens: chosen, rejected, chosen, ...
+        reference: [2 * pairs], the sum of each response under the reference policy.
         lengths: tokens of each response.
         settings: `beta`, and the options `loss` (ipo: arXiv 2310.12036, equation 17, on mean
             log-probabilities as its authors advise), `label_smoothing` (conservative DPO),
@@ -38,8 +45,10 @@ def dpo_loss(
             2404.19733), `length_normalise` (rewards per token, arXiv 2405.14734).
 
     Returns:
-        The sum of the pairs' losses, and the sums of DPO_METRICS (without gradient).
+        The sum of the pairs' losses, and the sums of DPO_METRICS (without gradient); `end_logp` is of
+        the end-of-turn tokens of chosen responses.
     """
+    logps = response_sums(token_logps, lengths)
     count = torch.tensor(lengths, dtype=logps.dtype, device=logps.device)
     ratio = logps - reference
     if settings.length_normalise or settings.loss == "ipo":
@@ -57,6 +66,7 @@ def dpo_loss(
     with torch.no_grad():
         chosen, rejected = settings.beta * ratio[0::2], settings.beta * ratio[1::2]
         won = (chosen > rejected).to(logps.dtype)
-        metrics = (won, chosen - rejected, chosen, rejected, logps[0::2], logps[1::2])
+        ends = token_logps[count.long().cumsum(0) - 1][0::2]
+        metrics = (won, chosen - rejected, chosen, rejected, logps[0::2], logps[1::2], ends)
         sums = torch.stack([metric.sum() for metric in metrics]).double()
     return losses.sum(), sums

@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage import Folder
+from vpo_ray.train.examples import TrainError
 
 MARKER = "vpo.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -26,6 +27,17 @@ def marker(folder: str) -> Row | None:
     """What `vpo.json` of a trained model says, or None where there is no complete one."""
     place = Folder(folder)
     return place.read_json(MARKER) if place.exists(MARKER) else None
+
+
+def refuse_adapter(model: str) -> None:
+    """Raises TrainError for the folder of a LoRA adapter, which is no model by itself."""
+    if "://" not in model and not os.path.isdir(model):
+        return
+    place = Folder(model)
+    if place.exists("adapter_config.json") and not place.exists("config.json"):
+        raise TrainError(
+            f"{model} is a LoRA adapter, not a whole model: train it with lora.merge true to go on from it"
+        )
 
 
 def identity(model: str, revision: str | None) -> str:

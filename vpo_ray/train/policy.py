@@ -143,11 +143,6 @@ class PackedPolicy(nn.Module):
         return self.model.get_output_embeddings()(hidden[0, pack.predict], pack.targets)
 
 
-def response_sums(token_logps: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Sum per response: [N] to [S]."""
-    return torch.stack([part.sum() for part in token_logps.split(list(lengths))])
-
-
 @torch.no_grad()
 def check_packing(policy: Any, example: Example, device: torch.device, tolerance: float) -> None:
     """Compare packed log-probabilities of an example with the model's own forward pass.

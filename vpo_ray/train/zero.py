@@ -7,12 +7,16 @@ is refused by name, so that two places never disagree in silence.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vpo_ray.recipe import Train
 from vpo_ray.train.examples import TrainError
+from vpo_ray.train.lora import attach
 
 # Keys of the configuration that follow from recipe keys.
 _DECIDED = {
@@ -22,8 +26,13 @@ _DECIDED = {
     "gradient_clipping": "clip_grad_norm",
     "bf16.enabled": "dtype",
     "fp16.enabled": "dtype",
+    "optimizer.params.lr": "lr",
+    "optimizer.params.betas": "adam_betas",
+    "optimizer.params.weight_decay": "weight_decay",
     "scheduler.type": "schedule",
     "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer.device": "offload.optimizer",
+    "zero_optimization.offload_param.device": "offload.parameters",
 }
 
 
@@ -36,31 +45,49 @@ def deepspeed_config(settings: Train, workers: int) -> dict[str, Any]:
     Raises:
         TrainError: `settings.deepspeed` decides what the recipe decides, otherwise.
     """
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    for name, device in (
+        ("offload_optimizer", settings.offload.optimizer),
+        ("offload_param", settings.offload.parameters),
+    ):
+        if device != "none":
+            path = {"nvme_path": settings.offload.nvme_path} if device == "nvme" else {}
+            zero[name] = {"device": device, "pin_memory": settings.use_gpu, **path}
     ours: dict[str, Any] = {
         "train_batch_size": workers,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.clip_grad_norm,
         "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
-    merged = _merge(ours, settings.deepspeed, "")
-    return merged
+    if "optimizer" in settings.deepspeed:
+        params = {
+            "lr": settings.lr,
+            "betas": list(settings.adam_betas),
+            "weight_decay": settings.weight_decay,
+        }
+        ours["optimizer"] = {"params": params}
+    return _merge(ours, settings.deepspeed, "")
 
 
 def _merge(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """`auto`, which Hugging Face's integration fills in, is what the recipe says, or else DeepSpeed's
+    own default."""
     merged = dict(ours)
     for name, value in theirs.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             below = ours.get(name, {})
             merged[name] = _merge(below if isinstance(below, Mapping) else {}, value, f"{key}.")
+        elif value == "auto":
+            continue
         elif key not in _DECIDED:
             merged[name] = value
-        elif value not in ("auto", ours.get(name)):
+        elif value != ours.get(name):
             raise TrainError(
                 f"deepspeed.{key} is {value!r}, but it follows from {_DECIDED[key]} of the recipe"
                 + (f" ({ours[name]!r})" if name in ours else "")
@@ -85,8 +112,12 @@ def prepare_process(use_gpu: bool) -> None:
 
 
 def load_model(model: str, settings: Train, config: dict[str, Any], revision: str | None, trust: bool) -> Any:
-    """The policy, with packed attention. Under ZeRO-3 its parameters are partitioned as they load,
-    so that no worker ever holds a full copy."""
+    """The policy, with packed attention, and with adapters where the recipe has `lora`. Under ZeRO-3
+    its parameters are partitioned as they load, so that no worker ever holds a full copy.
+
+    Raises:
+        TrainError: the folder is no such model, or takes no such adapters.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
@@ -95,17 +126,28 @@ def load_model(model: str, settings: Train, config: dict[str, Any], revision: st
 
     register_attention()
     keep = HfDeepSpeedConfig(config) if settings.zero_stage == 3 else None
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model,
-        revision=revision,
-        trust_remote_code=trust,
-        dtype=getattr(torch, settings.dtype),
-        attn_implementation=ATTENTION,
-    )
-    del keep
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision,
+            trust_remote_code=trust,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        raise TrainError(f"{model} is not a causal language model: {error}") from error
+    finally:
+        del keep
+    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if wrong:
+        raise TrainError(
+            f"{model}: the weights are not those of its config.json: {len(wrong)} are missing or of another "
+            f"shape, such as {wrong[0]}; training would start from noise"
+        )
     if settings.activation_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return loaded
+    return loaded if settings.lora is None else attach(loaded, settings.lora)
 
 
 def start_engine(policy: Any, settings: Train, config: dict[str, Any]) -> Any:
@@ -125,7 +167,9 @@ def start_engine(policy: Any, settings: Train, config: dict[str, Any]) -> Any:
     ]
     optimizer = None
     if "optimizer" not in config:
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.adam_betas, eps=1e-8)
+        # Offloaded state is stepped on the CPU, for which DeepSpeed compiles an optimizer of its own.
+        adam = torch.optim.AdamW if settings.offload.optimizer == "none" else _cpu_adam()
+        optimizer = adam(parameters, lr=settings.lr, betas=settings.adam_betas, eps=1e-8)
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=optimizer,
@@ -136,8 +180,44 @@ def start_engine(policy: Any, settings: Train, config: dict[str, Any]) -> Any:
     return engine
 
 
-def full_weights(engine: Any, rank: int) -> dict[str, Any]:
-    """The policy's weights by name, on rank 0's CPU; empty elsewhere. Every rank must call this.
+def _cpu_adam() -> Any:
+    """DeepSpeed's AdamW for the CPU; it is compiled at first use.
+
+    Raises:
+        TrainError: it cannot be compiled here.
+    """
+    import deepspeed
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    # The ninja of our own environment, where the machine has none.
+    here = str(Path(sys.executable).parent)
+    if here not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + here
+    try:
+        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        raise TrainError(
+            f"offload.optimizer needs DeepSpeed's CPU Adam, which does not compile here: {error}. It needs "
+            "g++ and ninja on every node; or give the deepspeed section an optimizer"
+        ) from error
+    return DeepSpeedCPUAdam
+
+
+def forget(engine: Any) -> None:
+    """Let go of an engine and of what it holds on the accelerator."""
+    import gc
+
+    import torch
+
+    engine.destroy()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str, Any]:
+    """The policy's weights by name (or of those that are trained), on rank 0's CPU; empty elsewhere.
+    Every rank must call this.
 
     Parameters are gathered one after the other, so that no accelerator holds them all.
     """
@@ -145,6 +225,8 @@ def full_weights(engine: Any, rank: int) -> dict[str, Any]:
 
     gathered = {}
     for name, tensor in engine.module.model.state_dict(keep_vars=True).items():
+        if trained_only and not tensor.requires_grad:
+            continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if rank == 0:
                 gathered[name] = tensor.detach().cpu().clone()

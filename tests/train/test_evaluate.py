@@ -1,0 +1,128 @@
+"""Held-out rows, the best evaluation, early stopping, and the guard against degenerate DPO."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from train_data import pairs, settings
+
+from vpo_ray.recipe import Evaluate
+from vpo_ray.records import Row
+from vpo_ray.train.degenerate import WINDOW, degenerate
+from vpo_ray.train.evaluate import best, enough, is_due, split
+from vpo_ray.train.examples import Example
+
+
+def examples(count: int, per_query: int = 2) -> tuple[list[Example], dict[str, str]]:
+    groups = {f"pair-{n}": f"query-{n // per_query}" for n in range(count)}
+    return [Example(name, None, ()) for name in groups], groups  # type: ignore[arg-type]
+
+
+def test_whole_queries_are_held_out_by_their_content():
+    rows, groups = examples(400)
+    trained, held_out = split(rows, groups, 0.2)
+    assert 50 < len(held_out) < 110
+    assert not {groups[e.id] for e in trained} & {groups[e.id] for e in held_out}
+    assert sorted(e.id for e in trained + held_out) == sorted(groups)
+    # Other rows move none: half of them, in another order, are split alike.
+    again = split(rows[::-2], groups, 0.2)[1]
+    assert {e.id for e in again} <= {e.id for e in held_out}
+
+
+def test_a_share_holds_out_at_least_one_query_and_none_holds_out_nothing():
+    rows, groups = examples(6)
+    assert len(split(rows, groups, 1e-6)[1]) == 2
+    assert split(rows, groups, 0) == (rows, [])
+
+
+def test_evaluations_come_every_so_many_steps_or_epochs_and_at_the_end():
+    def steps(**changes: Any) -> list[int]:
+        return [n for n in range(1, 12) if is_due(n, 11, 18, settings(global_batch=4, **changes))]
+
+    assert steps() == [5, 10, 11]
+    assert steps(evaluate=Evaluate(share=0.1, steps=3)) == [3, 6, 9, 11]
+
+
+def curve(losses: list[float | None]) -> list[Row]:
+    return [
+        {"step": n, "loss": 1.0} | ({} if loss is None else {"eval_loss": loss, "eval_margin": -loss})
+        for n, loss in enumerate(losses, start=1)
+    ]
+
+
+def test_training_stops_after_enough_evaluations_without_a_better_one():
+    chosen = Evaluate(share=0.1, patience=2)
+    lines = curve([3.0, None, 2.0, 2.0, None, 2.5])
+    assert [enough(lines[:n], chosen) for n in range(1, 7)] == [False] * 5 + [True]
+    assert best(lines, chosen) is lines[2]
+    assert best(lines, Evaluate(share=0.1, metric="margin")) is lines[2]
+    assert best(curve([None, None]), chosen) is None
+    assert not enough(lines, Evaluate(share=0.1))
+
+
+def test_best_and_patience_need_held_out_rows():
+    for values in ({"patience": 2}, {"export": "best"}):
+        with pytest.raises(ValidationError, match="need held-out rows"):
+            Evaluate(**values)
+
+
+def healthy(steps: int) -> list[Row]:
+    line = {
+        "chosen_reward": -0.1,
+        "margin": 0.5,
+        "end_logp": -1.0,
+        "chosen_tokens": 40,
+        "rejected_tokens": 20,
+    }
+    return [{"step": n + 1, **line} for n in range(steps)]
+
+
+def test_the_guard_tells_a_chosen_log_probability_that_collapses():
+    lines = healthy(3 * WINDOW)
+    assert degenerate(lines, settings()) == {}
+    # beta 0.1: a reward of -3.2 is 32 nats in 40 tokens, 0.8 a token
+    for line in lines[-WINDOW:]:
+        line["chosen_reward"] = -3.2
+    found = degenerate(lines, settings())
+    assert list(found) == ["chosen_drop"]
+    assert "fell 0.80 nats a token" in found["chosen_drop"]
+    assert "margin is 0.5" in found["chosen_drop"]
+    assert degenerate(lines, settings(guard={"chosen_drop": 0})) == {}
+    assert "fell 32.00 nats" in degenerate(lines, settings(length_normalise=True))["chosen_drop"]
+
+
+def test_the_guard_tells_responses_that_stop_ending():
+    lines = healthy(3 * WINDOW)
+    for line in lines[-WINDOW:]:
+        line["end_logp"] = -2.5
+    found = degenerate(lines, settings())
+    assert list(found) == ["end_drop"]
+    assert "from -1.00 to -2.50" in found["end_drop"]
+    assert "Chosen responses have 40 tokens, rejected ones 20" in found["end_drop"]
+    assert degenerate(lines[: WINDOW - 1], settings()) == {}
+
+
+@pytest.mark.engine
+def test_evaluation_gives_the_held_out_rows_own_metrics_and_trains_nothing(make_worker: Any):
+    worker = make_worker("dpo", pairs(8), settings(micro_batch=2, warmup_ratio=0), held_out=3)
+    alone = make_worker("dpo", pairs(8)[5:], settings(global_batch=3, micro_batch=3))
+    expected = alone.step(0)
+    found = worker.evaluate()
+    for name in ("loss", "accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp"):
+        assert found[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    first = worker.step(0)
+    assert first["rows"] == 5
+    assert worker.evaluate()["eval_chosen_logp"] != found["eval_chosen_logp"]
+
+
+@pytest.mark.engine
+def test_a_policy_that_collapses_is_told_once_with_numbers(make_worker: Any, caplog: Any):
+    chosen = settings(global_batch=4, lr=0.3, epochs=30, schedule="constant", warmup_ratio=0)
+    worker = make_worker("dpo", pairs(4), chosen)
+    for step in range(2 * WINDOW):
+        line = worker.step(step)
+        worker.curve.append(line)
+        worker._warn(line)
+    warned = [line["warnings"] for line in worker.curve if "warnings" in line]
+    assert sum("chosen_drop" in found for found in warned) == 1
+    assert len([r for r in caplog.records if "gives up the chosen" in r.getMessage()]) == 1

@@ -1,0 +1,59 @@
+"""Held-out rows: which they are, when they are evaluated, which evaluation was the best.
+
+Everything follows from content and from the curve, so that a restarted worker decides as an
+undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from vpo_ray.recipe import Evaluate, Train
+from vpo_ray.records import Row, share_of
+from vpo_ray.train.examples import Example
+
+
+def split(
+    examples: Sequence[Example], groups: dict[str, str], share: float
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and held-out ones.
+
+    The share is of queries, by their content: all rows of a query are on one side, or the policy
+    would be evaluated on a query that it has seen. Where no query falls into a share above 0, the
+    one nearest to it is held out.
+
+    Args:
+        examples: of a phase, in any order.
+        groups: example id to query id.
+        share: of the queries, from 0 to 1.
+    """
+    if share == 0:
+        return list(examples), []
+    points = {query: share_of("held out", query) for query in {groups[e.id] for e in examples}}
+    bound = max(share, min(points.values()) + 1e-12)
+    held_out = [e for e in examples if points[groups[e.id]] < bound]
+    return [e for e in examples if points[groups[e.id]] >= bound], held_out
+
+
+def is_due(done: int, steps: int, rows: int, settings: Train) -> bool:
+    """Whether step `done` of `steps` is followed by an evaluation: every `evaluate.steps` (or epoch)
+    and at the end."""
+    every = settings.evaluate.steps or math.ceil(rows / settings.global_batch)
+    return done % every == 0 or done == steps
+
+
+def best(curve: Sequence[Row], settings: Evaluate) -> Row | None:
+    """The line of the best evaluation (of equals the first), None before there was one."""
+    name, sign = f"eval_{settings.metric}", 1 if settings.metric == "loss" else -1
+    evaluated = [line for line in curve if name in line]
+    return min(evaluated, key=lambda line: sign * line[name]) if evaluated else None
+
+
+def enough(curve: Sequence[Row], settings: Evaluate) -> bool:
+    """Early stopping: `patience` evaluations since the best one."""
+    top = best(curve, settings)
+    if settings.patience is None or top is None:
+        return False
+    since = [line for line in curve if line["step"] > top["step"] and f"eval_{settings.metric}" in line]
+    return len(since) >= settings.patience

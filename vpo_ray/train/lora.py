@@ -1,0 +1,69 @@
+"""LoRA (arXiv 2106.09685) by peft: adapters on the policy, and what is left of them on export.
+
+The adapters start at zero effect, so the policy before its first step is the base model: DPO's
+reference needs no second model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vpo_ray.recipe import TrainLora
+from vpo_ray.train.examples import TrainError
+
+
+def attach(model: Any, lora: TrainLora) -> Any:
+    """The model with adapters, everything else frozen.
+
+    Raises:
+        TrainError: `target_modules` names no layer, or the output embedding.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise TrainError(f"lora.target_modules {lora.target_modules!r}: {error}") from error
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise TrainError(
+            "lora.target_modules: the output embedding (lm_head) takes no adapter, leave it out; its "
+            "logits are never made as a whole"
+        )
+    return adapted
+
+
+def save_adapter(adapted: Any, weights: dict[str, Any], base: str, folder: Path) -> None:
+    """The adapter as peft and vLLM load it; `weights` are the trained parameters by name and `base`
+    is what the adapter's config names as its base model."""
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template; ours is written beside it
+
+
+def merged(base: str, revision: str | None, trust: bool, dtype: Any, adapter: Path) -> Any:
+    """The base model with the adapter added to its weights, on the CPU.
+
+    Raises:
+        TrainError: a merged weight is not a finite number.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, revision=revision, trust_remote_code=trust, dtype=dtype
+    )
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise TrainError(f"the adapter cannot be merged: {error}") from error

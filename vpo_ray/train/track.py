@@ -1,0 +1,237 @@
+"""Where a training curve goes beside `metrics/<phase>.jsonl`: Ray's metrics, TensorBoard, MLflow, W&B.
+
+Rank 0 has one `Trackers`, which knows the trackers that the recipe asks for behind one call. A
+tracker that fails is told once and left out: curves are never worth a training run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.fs as pafs
+
+from vpo_ray.recipe import Track
+from vpo_ray.records import Row
+from vpo_ray.storage import Folder
+from vpo_ray.train.examples import Phase, TrainError
+
+log = logging.getLogger(__name__)
+
+NOT_VALUES = ("step", "time")
+
+
+class Tracker(Protocol):
+    """One destination. Steps come in order, after a restart from where the last checkpoint ended."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(track: Track) -> None:
+    """Refuse a tracker that cannot work, before a worker starts.
+
+    Raises:
+        TrainError: its package is not installed, or its address is not in the environment.
+    """
+    for name, wanted, variable in (
+        ("mlflow", track.mlflow, "MLFLOW_TRACKING_URI"),
+        ("wandb", track.wandb, "WANDB_API_KEY"),
+    ):
+        if not wanted:
+            continue
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(f'track.{name} needs the {name} package: pip install "vpo-ray[{name}]"')
+        offline = name == "wandb" and os.environ.get("WANDB_MODE") in ("offline", "disabled")
+        if not os.environ.get(variable) and not offline:
+            raise TrainError(f"track.{name} needs the environment variable {variable}, on every node")
+
+
+class Trackers:
+    """All trackers of a phase.
+
+    Args:
+        track: the recipe's section.
+        phase: names TensorBoard's folder, `<run>/metrics/tensorboard/<phase>`.
+        run_uri: the run directory.
+        run_id: the same for every start of this phase, so that a restart goes on in the same run.
+        run_name: for people.
+        settings: what MLflow and W&B show as the run's parameters.
+        curve: the steps before this start; TensorBoard's file is made again from them.
+    """
+
+    def __init__(
+        self,
+        track: Track,
+        phase: Phase,
+        run_uri: str,
+        run_id: str,
+        run_name: str,
+        settings: Row,
+        curve: Sequence[Row],
+    ) -> None:
+        name = track.run_name or run_name
+        makers: dict[str, Callable[[], Tracker]] = {"Ray's metrics": lambda: RayMetrics(phase)}
+        if track.tensorboard:
+            makers["TensorBoard"] = lambda: TensorBoard(
+                Folder(run_uri) / f"metrics/tensorboard/{phase}", curve
+            )
+        if track.mlflow:
+            makers["MLflow"] = lambda: MLflow(track.project, run_id, name, settings)
+        if track.wandb:
+            makers["Weights & Biases"] = lambda: WandB(track.project, run_id, name, settings)
+        self._trackers: dict[str, Tracker] = {}
+        for title, make in makers.items():
+            with self._or_without(title):
+                self._trackers[title] = make()
+
+    def log(self, line: Row) -> None:
+        values = values_of(line)
+        for title, tracker in list(self._trackers.items()):
+            with self._or_without(title):
+                tracker.log(line["step"], values)
+
+    def flush(self) -> None:
+        for title, tracker in list(self._trackers.items()):
+            with self._or_without(title):
+                tracker.flush()
+
+    def close(self) -> None:
+        for title, tracker in list(self._trackers.items()):
+            with self._or_without(title):
+                tracker.close()
+
+    @contextmanager
+    def _or_without(self, title: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  any client may fail in any way
+            self._trackers.pop(title, None)
+            log.warning("%s takes no more of the curve: %s: %s", title, type(error).__name__, error)
+
+
+def values_of(line: Row) -> dict[str, float]:
+    """The numbers of a step's line."""
+    return {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k not in NOT_VALUES}
+
+
+class RayMetrics:
+    """Gauges for Prometheus: `vpo_train_<name>` with the phase as tag."""
+
+    NAMES = ("loss", "lr", "grad_norm", "tokens", "seconds", "accuracy", "margin", "eval_loss")
+
+    def __init__(self, phase: Phase) -> None:
+        from ray.util.metrics import Gauge
+
+        self._phase = {"phase": phase}
+        self._gauges = {
+            name: Gauge(f"vpo_train_{name}", f"{name} of the last training step", tag_keys=("phase",))
+            for name in self.NAMES
+        }
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, gauge in self._gauges.items():
+            if name in values:
+                gauge.set(values[name], tags=self._phase)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """An event file in the run directory: written in place on a local disk, beside it and copied on
+    every flush for an object store."""
+
+    def __init__(self, folder: Folder, curve: Sequence[Row]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._folder = folder
+        info = folder.fs.get_file_info(folder.path)
+        if info.type == pafs.FileType.Directory:
+            folder.fs.delete_dir(folder.path)
+        self._local = Path(folder.path if folder.is_local else tempfile.mkdtemp(prefix="vpo-tensorboard-"))
+        self._writer = SummaryWriter(str(self._local), flush_secs=10)
+        for line in curve:
+            self.log(line["step"], values_of(line))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            group = "eval" if name.startswith("eval_") else "train"
+            self._writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if not self._folder.is_local:
+            for path in self._local.iterdir():
+                self._folder.write(path.name, path.read_bytes())
+
+    def close(self) -> None:
+        self.flush()
+        self._writer.close()
+        if not self._folder.is_local:
+            shutil.rmtree(self._local)
+
+
+class MLflow:
+    """A run in the experiment `project` of MLFLOW_TRACKING_URI; a restart finds it by its tag."""
+
+    TAG = "vpo_ray.job"
+
+    def __init__(self, project: str, run_id: str, name: str, settings: Row) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self._client.create_experiment(project)
+        runs = self._client.search_runs([experiment], f"tags.`{self.TAG}` = '{run_id}'", max_results=1)
+        if runs:
+            self._run = runs[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+        else:
+            self._run = self._client.create_run(
+                experiment, run_name=name, tags={self.TAG: run_id}
+            ).info.run_id
+            for key, value in settings.items():
+                self._client.log_param(self._run, key, value)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run, name, value, step=step, synchronous=False)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        import mlflow
+
+        mlflow.flush_async_logging()
+        self._client.set_terminated(self._run)
+
+
+class WandB:
+    """A run of W&B; the same id makes a restart go on in it."""
+
+    def __init__(self, project: str, run_id: str, name: str, settings: Row) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=project, id=run_id[:32], name=name, config=settings, resume="allow", reinit=True
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self._run.finish()
