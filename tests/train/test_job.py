@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,33 +13,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from train_data import TASK_PROMPT, pairs, settings, sft_rows
+from train_data import ROWS, TASK_PROMPT, TWO_WORKERS, pairs, run, settings, sft_rows
 
 from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.storage import RunDir
-from vpo_ray.train import TrainError, TrainResult, train
+from vpo_ray.train import TrainError, TrainResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
-
-TWO_WORKERS = settings(
-    epochs=4, global_batch=5, micro_batch=2, lr=3e-4, zero_stage=3, workers=2, save_steps=3, max_failures=2
-)
-
-
-def run(
-    folder: Path, model: Path, phase: str = "dpo", rows: Any = None, chosen: Any = TWO_WORKERS
-) -> TrainResult:
-    return train(
-        phase,
-        chosen,
-        model=str(model),
-        rows=pairs(11) if rows is None else rows,
-        task_prompt=TASK_PROMPT,
-        out=str(folder / "policy"),
-        run_uri=str(folder),
-        seed=5,
-        fingerprint="0123456789abcdef",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +27,26 @@ def trained(
     ray_cluster: None, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, TrainResult]:
     folder = tmp_path_factory.mktemp("trained")
-    return folder, run(folder, tiny_models / "policy")
+    return folder, run(folder, tiny_models / "policy", TWO_WORKERS)
 
 
 def test_dpo_learns_and_its_curve_is_stored(trained: tuple[Path, TrainResult]):
     folder, result = trained
     curve = RunDir(folder).metrics("dpo")
     assert [line["step"] for line in curve] == list(range(1, 13))
-    assert [line["rows"] for line in curve] == [5, 5, 1] * 4
+    assert [line["rows"] for line in curve] == [8, 8, 3] * 4
     assert curve[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert curve[-2]["loss"] < 0.3
     assert curve[-2]["accuracy"] == 1
     assert curve[-2]["chosen_reward"] > curve[-2]["rejected_reward"]
     assert result.metrics["loss"] == curve[-1]["loss"]
-    assert (result.steps, result.rows, result.trained) == (12, 11, True)
+    assert (result.steps, result.rows, result.trained, result.warnings) == (12, 19, True, ())
+    # Evaluated every 4 steps, with every checkpoint (every 3), and at the end.
+    evaluated = {line["step"]: line["eval_loss"] for line in curve if "eval_loss" in line}
+    assert list(evaluated) == [3, 4, 6, 8, 9, 12]
+    assert evaluated[12] < evaluated[3] < 0.7
+    assert curve[-1]["eval_accuracy"] == 1
+    assert list((folder / "metrics/tensorboard/dpo").glob("events*"))
 
 
 def test_the_export_is_a_plain_hugging_face_folder(trained: tuple[Path, TrainResult]):
@@ -89,10 +77,12 @@ def test_the_export_is_a_plain_hugging_face_folder(trained: tuple[Path, TrainRes
 def test_one_worker_gives_the_same_losses_and_weights_as_two(
     trained: tuple[Path, TrainResult], make_worker: Any
 ):
+    """One worker with batches of 8, without ZeRO, and two with 4 each; the last batch of 3 is uneven."""
     folder, _ = trained
-    worker = make_worker(
-        "dpo", pairs(11), settings(epochs=4, global_batch=5, micro_batch=5, lr=3e-4, zero_stage=0), seed=5
-    )
+    held_out = {"pair-00", "pair-01", "pair-09", "pair-19"}
+    rows = [row for row in pairs(ROWS) if row["pair_id"] not in held_out]
+    chosen = settings(epochs=4, global_batch=8, micro_batch=8, lr=3e-4, zero_stage=0)
+    worker = make_worker("dpo", rows, chosen, seed=5)
     curve = [worker.step(step) for step in range(12)]
     for alone, together in zip(curve, RunDir(folder).metrics("dpo"), strict=True):
         for name in ("loss", "grad_norm", "lr", "margin", "tokens"):
@@ -105,38 +95,100 @@ def test_one_worker_gives_the_same_losses_and_weights_as_two(
 def test_a_second_run_trains_nothing(trained: tuple[Path, TrainResult], tiny_models: Path):
     folder, result = trained
     before = (folder / "policy" / "model.safetensors").stat()
-    again = run(folder, tiny_models / "policy", rows=pairs(11)[::-1])
+    again = run(folder, tiny_models / "policy", TWO_WORKERS, rows=pairs(ROWS)[::-1])
     assert not again.trained
     assert (again.steps, again.metrics, again.rows) == (result.steps, result.metrics, result.rows)
     assert (folder / "policy" / "model.safetensors").stat() == before
 
 
-def test_a_killed_worker_goes_on_from_its_checkpoint_to_the_same_weights(
+def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     trained: tuple[Path, TrainResult], tiny_models: Path, tmp_path: Path
 ):
+    import ray
+
+    script, address = Path(__file__).with_name("driver.py"), ray.get_runtime_context().gcs_address
+    command = [sys.executable, str(script), address, str(tiny_models / "policy"), str(tmp_path)]
+    with open(tmp_path / "driver.log", "wb") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_for(tmp_path, "step-000003", lambda: driver.poll() is None)
+        driver.kill()
+        driver.wait(timeout=30)
+    assert not (tmp_path / "policy").exists(), (tmp_path / "driver.log").read_text()
+
     killed: list[int] = []
     killer = threading.Thread(target=_kill_worker_after_checkpoint, args=(tmp_path, killed.append))
     killer.start()
-    result = run(tmp_path, tiny_models / "policy")
+    result = run(tmp_path, tiny_models / "policy", TWO_WORKERS)
     killer.join()
     assert killed
-    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 3
+    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 6
     assert result.steps == 12
     undisturbed, disturbed = (f / "policy" / "model.safetensors" for f in (trained[0], tmp_path))
     assert disturbed.read_bytes() == undisturbed.read_bytes()
-    assert [line["loss"] for line in RunDir(tmp_path).metrics("dpo")] == [
-        line["loss"] for line in RunDir(trained[0]).metrics("dpo")
+    keys = ("step", "loss", "eval_loss")
+    curves = [
+        [[line.get(k) for k in keys] for line in RunDir(f).metrics("dpo")] for f in (tmp_path, trained[0])
     ]
+    assert curves[0] == curves[1]
     assert not list((tmp_path / "checkpoints").glob("dpo-*"))
 
 
-def test_fewer_rows_than_workers_and_a_loss_that_explodes(
+def test_a_loss_that_explodes_keeps_the_checkpoint_which_other_workers_refuse(
     ray_cluster: None, tiny_models: Path, tmp_path: Path
 ):
-    chosen = settings(epochs=9, lr=1e30, schedule="constant", warmup_ratio=0, zero_stage=2, workers=2)
-    with pytest.raises(TrainError, match=r"is not a finite number in step .* query-00"):
-        run(tmp_path, tiny_models / "policy", "sft", sft_rows(1), chosen)
+    """One row on two workers, too: fewer rows than workers train all the same."""
+    values = {"epochs": 9, "lr": 1e30, "schedule": "constant", "warmup_ratio": 0, "save_steps": 1}
+    chosen = settings(**values, zero_stage=2, workers=2)
+    with pytest.raises(TrainError, match=r"is not a finite number in step 2.* query-00"):
+        run(tmp_path, tiny_models / "policy", chosen, "sft", sft_rows(1))
     assert not (tmp_path / "policy").exists()
+    stopped = RunDir(tmp_path).read_json("metrics/sft-stopped.json")
+    assert (stopped["step"], stopped["rows"]) == (2, ["query-00"])
+    assert [path.name for path in (tmp_path / "checkpoints").glob("sft-*/step-*")] == ["step-000001"]
+    alone = settings(**values, zero_stage=2, workers=1)
+    with pytest.raises(TrainError, match=r"step 1 was written by 2 workers, this run has 1.*workers to 2"):
+        run(tmp_path, tiny_models / "policy", alone, "sft", sft_rows(1))
+
+
+def test_early_stopping_exports_the_best_of_its_evaluations(
+    ray_cluster: None, tiny_models: Path, tmp_path: Path
+):
+    """SFT of LoRA adapters with ZeRO-3 at a rate at which the held-out loss soon grows again."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chosen = settings(
+        epochs=40,
+        lr=0.05,
+        schedule="constant",
+        warmup_ratio=0,
+        zero_stage=3,
+        workers=2,
+        lora={"r": 4, "alpha": 8},
+        evaluate={"share": 0.12, "steps": 1, "patience": 2, "export": "best"},
+    )
+    rows = sft_rows(ROWS)
+    result = run(tmp_path, tiny_models / "policy", chosen, "sft", rows)
+    curve = RunDir(tmp_path).metrics("sft")
+    losses = [line["eval_loss"] for line in curve]
+    top = losses.index(min(losses))
+    assert len(losses) == result.steps == top + 3 < 40 * 3
+    facts = json.loads((tmp_path / "policy" / "vpo.json").read_text())
+    assert (facts["exported_step"], facts["metrics"]["eval_loss"]) == (top + 1, losses[top])
+
+    tokenizer = load_tokenizer(str(tmp_path / "policy"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    held_out = [row for row in rows if row["query_id"] in {f"query-{n:02}" for n in (0, 1, 9, 19)}]
+    from vpo_ray.train.examples import tokenise
+
+    total, count = 0.0, 0
+    for example in tokenise("sft", held_out, tokenizer, TASK_PROMPT, 1024)[0]:
+        prompt, response = example.prompt.tolist(), example.responses[0].tolist()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
+        count += len(response)
+    assert total / count == pytest.approx(losses[top], rel=1e-4)
 
 
 def test_what_cannot_be_trained_is_refused_before_a_worker_starts(tiny_models: Path, tmp_path: Path):
@@ -144,27 +196,35 @@ def test_what_cannot_be_trained_is_refused_before_a_worker_starts(tiny_models: P
     with pytest.raises(
         TrainError, match=r"deepspeed\.zero_optimization\.stage is 1.*zero_stage of the recipe"
     ):
-        run(tmp_path, tiny_models / "policy", chosen=conflict)
+        run(tmp_path, tiny_models / "policy", conflict)
     with pytest.raises(TrainError, match="the table is empty"):
-        run(tmp_path, tiny_models / "policy", rows=[])
+        run(tmp_path, tiny_models / "policy", TWO_WORKERS, rows=[])
+    with pytest.raises(TrainError, match="leaves no row of 1 to train on"):
+        run(tmp_path, tiny_models / "policy", TWO_WORKERS, rows=pairs(1))
+
+
+def wait_for(folder: Path, checkpoint: str, alive: Callable[[], bool] = lambda: True) -> None:
+    """Return while this checkpoint is uploaded."""
+    deadline = time.monotonic() + 300
+    while not list((folder / "checkpoints").glob(f"dpo-*/{checkpoint}")):
+        assert alive(), (folder / "driver.log").read_text()
+        assert time.monotonic() < deadline, f"no {checkpoint} in time"
+        time.sleep(0.005)
 
 
 def _kill_worker_after_checkpoint(folder: Path, report: Callable[[int], None]) -> None:
-    """SIGKILL one of this cluster's training workers while the second checkpoint is uploaded."""
+    """SIGKILL one of this cluster's training workers while a later checkpoint is uploaded."""
     import ray
 
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if list((folder / "checkpoints").glob("dpo-*/step-000006")):
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-                    worker = b"ray::RayTrainWorker" in (process / "cmdline").read_bytes()
-                except OSError:  # it has ended meanwhile
-                    continue
-                if parent == raylet and worker:
-                    os.kill(int(process.name), signal.SIGKILL)
-                    report(int(process.name))
-                    return
-        time.sleep(0.005)
+    wait_for(folder, "step-000009")
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            worker = b"ray::RayTrainWorker" in (process / "cmdline").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if parent == raylet and worker:
+            os.kill(int(process.name), signal.SIGKILL)
+            report(int(process.name))
+            return
