@@ -98,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
 
     whole = with_recipe("run", "run the whole loop; again to go on where it stopped", _run)
     whole.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    whole.add_argument(
+        "--rounds",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="repeat from sampling on with the policy that DPO left, in rounds/2 to rounds/N",
+    )
     planned = with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
     plan_command.add(planned)
     tiny = command(
@@ -123,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def _load(arguments: argparse.Namespace) -> Recipe:
     # As a JSON string, so that no name of a folder is read as another YAML value.
     out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
@@ -133,12 +147,13 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 def _run(arguments: argparse.Namespace) -> int:
     from vpo_ray import loop
     from vpo_ray.plan import check
+    from vpo_ray.rounds import run_rounds
+    from vpo_ray.summary import summary
 
     recipe = _load(arguments)
     check(recipe)
     loop.connect(arguments.verbose)
-    run = loop.run_loop(recipe, retry_errors=arguments.retry_errors)
-    from vpo_ray.summary import summary
+    run = run_rounds(recipe, arguments.rounds, retry_errors=arguments.retry_errors)
 
     sys.stdout.write(summary(run))
     return 0
@@ -168,11 +183,11 @@ def _stage(arguments: argparse.Namespace) -> int:
         loop.make_pairs(recipe, run)
     elif name != "report":
         loop.connect(arguments.verbose)
-        policy = loop.train_sft(recipe, run) if name in ("sft", "sample", "dpo") else recipe.policy.model
+        start = loop.starting_policy(recipe, run, trained=name in ("sft", "sample", "dpo"))
         if name == "dpo":
-            loop.train_dpo(recipe, run, policy)
+            loop.train_dpo(recipe, run, start)
         elif name != "sft":
-            loop.generate_feedback(recipe, run, policy, (name,), arguments.retry_errors)
+            loop.generate_feedback(recipe, run, start, (name,), arguments.retry_errors)
     loop.write_ledger(recipe, run)
     where = f"{loop.write_report(recipe, run)}" if name == "report" else f"{run.uri}/ledger.json"
     sys.stdout.write(f"{name}: done, see {where}\n")

@@ -301,10 +301,12 @@ def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:
         return _entry(examples, 0, skipped={why: examples} if examples else {}, steps=len(curve))
     facts = run.read_json(made)
     seconds = sum(line["seconds"] for line in curve)
+    held_out = facts.get("held_out", 0)
     return _entry(
         examples,
         facts["rows"],
         dropped=facts["dropped"],
+        skipped={"held out for evaluation": held_out} if held_out else {},
         steps=facts["steps"],
         seconds=round(seconds, 3),
         seconds_per_row=round(seconds / facts["rows"], 4) if facts["rows"] else None,

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,26 @@ from vpo_ray.storage import RunDir, StorageError
 logger = logging.getLogger(__name__)
 
 QUERIES_PER_PART = 10_000
+ROUND = "round.json"
 
 _CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
 
 
 class OtherRecipeError(ValueError):
     """The run directory belongs to a recipe that computes something else; the message says what."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The policy that a run samples and trains further.
+
+    policy: its folder. identity: what it is by content, see policy_id. reference: the folder of
+    DPO's reference where that is another policy.
+    """
+
+    policy: str
+    identity: str
+    reference: str | None = None
 
 
 class LoopError(RuntimeError):
@@ -188,19 +203,38 @@ def train_sft(recipe: Recipe, run: RunDir) -> str:
     )
 
 
-def train_dpo(recipe: Recipe, run: RunDir, policy: str) -> str:
+def starting_policy(recipe: Recipe, run: RunDir, trained: bool = True) -> Start:
+    """What this run samples: in a later round what the round before left (see vpo_ray.rounds), else
+    the policy after SFT; `trained=False` is for stages that do not sample."""
+    if run.exists(ROUND):
+        return Start(**run.read_json(ROUND)["start"])
+    return Start(train_sft(recipe, run) if trained else recipe.policy.model, policy_id(recipe))
+
+
+def dpo_id(recipe: Recipe, run: RunDir, start: Start) -> str:
+    """The identity of the policy after DPO on the run's pairs."""
+    pairs = sorted(run.table("pairs").keys())
+    return content_id("dpo", start.identity, recipe.fingerprint("dpo"), pairs, digits=16)
+
+
+def train_dpo(recipe: Recipe, run: RunDir, start: Start) -> str:
     """The folder of the policy after DPO on the run's pairs."""
     from vpo_ray.train import train
 
     rows = sorted(run.table("pairs").rows(), key=lambda row: row["pair_id"])
-    identity = content_id(
-        "dpo", policy_id(recipe), recipe.fingerprint("dpo"), [row["pair_id"] for row in rows], digits=16
-    )
-    return _train(train, recipe, run, "dpo", policy, rows, identity)
+    identity = dpo_id(recipe, run, start)
+    return _train(train, recipe, run, "dpo", start.policy, rows, identity, start.reference)
 
 
 def _train(
-    train: Any, recipe: Recipe, run: RunDir, phase: str, model: str, rows: list[Row], identity: str
+    train: Any,
+    recipe: Recipe,
+    run: RunDir,
+    phase: str,
+    model: str,
+    rows: list[Row],
+    identity: str,
+    reference: str | None = None,
 ) -> str:
     settings = recipe.sft if phase == "sft" else recipe.dpo
     folder = run.at(f"checkpoints/{phase}")
@@ -216,6 +250,8 @@ def _train(
         fingerprint=identity,
         revision=recipe.policy.revision,
         trust_remote_code=recipe.policy.trust_remote_code,
+        reference=reference,
+        run_name=recipe.name,
     )
     return folder
 
@@ -223,13 +259,13 @@ def _train(
 def generate_feedback(
     recipe: Recipe,
     run: RunDir,
-    policy: str,
+    start: Start,
     stages: tuple[str, ...] | None = None,
     retry_errors: bool = False,
 ) -> dict[str, Any]:
     from vpo_ray.pipeline import STAGES, Models, generate
 
-    models = Models(policy, policy_id(recipe))
+    models = Models(start.policy, start.identity)
     return generate(recipe, run, models, stages or tuple(STAGES), retry_errors)
 
 
@@ -270,24 +306,26 @@ def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str]) -> Iterator[Row]:
             yield from pairs_of_query(queries[key], recipe.pair, reasons)
 
 
-def run_loop(recipe: Recipe, retry_errors: bool = False) -> RunDir:
-    """Everything, in order; see the module's first line."""
+def run_loop(recipe: Recipe, retry_errors: bool = False, example: bool = True) -> RunDir:
+    """Everything, in order; see the module's first line. `example=False` serves no query at the end."""
     began = time.monotonic()
     run = open_run(recipe)
     _say("curate", run)
     curate_queries(recipe, run)
-    if recipe.sft is not None:
+    if recipe.sft is not None and not run.exists(ROUND):
         _say("sft", run)
-    policy = train_sft(recipe, run)
+    start = starting_policy(recipe, run)
     _say("generate: sample, judge, render, score", run)
-    did: dict[str, Any] = {"generated": generate_feedback(recipe, run, policy, retry_errors=retry_errors)}
+    did: dict[str, Any] = {"generated": generate_feedback(recipe, run, start, retry_errors=retry_errors)}
     write_ledger(recipe, run)
     _say("pair", run)
     did["pairs"] = make_pairs(recipe, run)
     if recipe.dpo is not None:
         _say("dpo", run)
-        policy = train_dpo(recipe, run, policy)
-        if not run.exists("example.json"):
+        policy = train_dpo(recipe, run, start)
+        if recipe.dpo.lora is not None and not recipe.dpo.lora.merge:
+            logger.info("%s is an adapter: serve it with its base model, or set dpo.lora.merge", policy)
+        elif example and not run.exists("example.json"):
             _say("serve one query", run)
             write_example(recipe, run, policy)
     did["wall_seconds"] = round(time.monotonic() - began, 1)

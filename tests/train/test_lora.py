@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_data import pairs, settings
+from train_data import FACTS, pairs, settings
 
 from vpo_ray.recipe import TrainLora
 from vpo_ray.records import Row
@@ -17,11 +17,6 @@ from vpo_ray.train.packing import pack
 from vpo_ray.train.zero import full_weights
 
 pytestmark = pytest.mark.engine
-
-FACTS: Row = {
-    "phase": "dpo", "job": "j", "fingerprint": "f", "base_model": "base", "rows": 6, "held_out": 0,
-    "dropped": {}, "steps": 2, "exported_step": 2, "metrics": {"loss": 0.5}, "warnings": [],
-}  # fmt: skip
 
 
 def lora(stage: int = 0, merge: bool = True, **changes: Any) -> Any:

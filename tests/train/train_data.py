@@ -74,3 +74,10 @@ def run(folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any 
         seed=5,
         fingerprint="0123456789abcdef",
     )
+
+
+# What `vpo.json` says of a policy that a test exports by itself.
+FACTS: Row = {
+    "phase": "dpo", "job": "j", "fingerprint": "f", "base_model": "base", "rows": 6, "held_out": 0,
+    "dropped": {}, "steps": 2, "exported_step": 2, "metrics": {"loss": 0.5}, "warnings": [],
+}  # fmt: skip

@@ -14,7 +14,9 @@ MAX_POINTS = 200
 # Phase, key in metrics/<phase>.jsonl, title, what a reader should know, fixed bounds if any.
 CURVES: tuple[tuple[str, str, str, str, tuple[float, float] | None], ...] = (
     ("sft", "loss", "SFT loss", "per token", None),
+    ("sft", "eval_loss", "SFT loss, held out", "per token, of rows not trained on", None),
     ("dpo", "loss", "DPO loss", "0.69 at the start: no preference", None),
+    ("dpo", "eval_loss", "DPO loss, held out", "of pairs not trained on", None),
     ("dpo", "accuracy", "DPO accuracy", "pairs with the chosen prompt ahead", (0.0, 1.0)),
     ("dpo", "margin", "DPO margin", "reward of chosen less rejected", None),
 )

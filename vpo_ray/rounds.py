@@ -1,0 +1,60 @@
+"""Rounds: `vpo run --rounds N`. The policy of one round samples the pairs of the next.
+
+Round 1 is the run directory itself, round n lies in `rounds/<n>` of it and is a run directory like
+any other; its `round.json` says which policy it starts from. Videos are shared by all rounds. Every
+round finds out what is done, so the same command goes on where it stopped, and a greater N adds
+rounds.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+from vpo_ray.loop import ROUND, LoopError, Start, dpo_id, open_run, run_loop, starting_policy
+from vpo_ray.recipe import Recipe
+from vpo_ray.storage import RunDir, join
+
+logger = logging.getLogger(__name__)
+
+
+def run_rounds(recipe: Recipe, rounds: int, retry_errors: bool = False) -> RunDir:
+    """Run the loop `rounds` times; returns the last round's run directory.
+
+    DPO of a later round starts from the policy of the round before. Its reference is that policy
+    too, or with `dpo.reference: kept` the one that the first round started from.
+
+    Raises:
+        LoopError: rounds need a dpo section that leaves a whole model.
+    """
+    if rounds > 1:
+        _check(recipe)
+    first = run = run_loop(recipe, retry_errors, example=rounds == 1)
+    reference = starting_policy(recipe, first).policy if _keeps(recipe) and rounds > 1 else None
+    for number in range(2, rounds + 1):
+        before = starting_policy(recipe, run)
+        start = Start(run.at("checkpoints/dpo"), dpo_id(recipe, run, before), reference)
+        later = recipe.model_copy(
+            update={
+                "out": join(first.uri, f"rounds/{number}"),
+                "render": recipe.render.model_copy(
+                    update={"store": recipe.render.store or first.at("videos")}
+                ),
+            }
+        )
+        run = open_run(later)
+        run.write_json(ROUND, {"round": number, "of": first.uri, "start": asdict(start)})
+        logger.info("round %d of %d", number, rounds)
+        run = run_loop(later, retry_errors, example=number == rounds)
+    return run
+
+
+def _keeps(recipe: Recipe) -> bool:
+    return recipe.dpo is not None and recipe.dpo.reference == "kept"
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.dpo is None:
+        raise LoopError("--rounds needs a dpo section: its policy samples the next round")
+    if recipe.dpo.lora is not None and not recipe.dpo.lora.merge:
+        raise LoopError("--rounds needs dpo.lora.merge true: the next round samples from a whole model")
