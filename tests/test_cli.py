@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")
 RECIPE = ["recipe", "--help", "--out", "--set"]
 COMMANDS = {
-    "run": [*RECIPE, "--retry-errors"],
+    "run": [*RECIPE, "--retry-errors", "--rounds"],
     "plan": [
         *RECIPE,
         "--ledger",

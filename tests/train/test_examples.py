@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from train_data import TASK_PROMPT, pairs, sft_rows
 
-from vpo_ray.policy_prompt import fold_task_prompt, load_tokenizer, prompt_ids
+from vpo_ray.policy_prompt import PromptError, fold_task_prompt, load_tokenizer, prompt_ids
 from vpo_ray.train.examples import TrainError, end_of_turn, tokenise
 
 
@@ -67,3 +67,19 @@ def test_no_usable_row_and_a_wrong_table_are_told(tokenizer):
         tokenise("dpo", sft_rows(1), tokenizer, TASK_PROMPT, 1024)
     with pytest.raises(TrainError, match="another task prompt"):
         tokenise("dpo", pairs(1), tokenizer, "Other: {query}", 1024)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_and_without_a_pad_token_is_not(
+    tiny_models: Path, tmp_path: Path
+):
+    tokenizer = load_tokenizer(str(tiny_models / "policy"), TASK_PROMPT)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    unpadded = load_tokenizer(str(tmp_path / "unpadded"), TASK_PROMPT)
+    assert unpadded.pad_token is None
+    assert len(tokenise("dpo", pairs(3), unpadded, TASK_PROMPT, 1024)[0]) == 3
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(PromptError, match="no chat template; use an instruction-tuned checkpoint"):
+        load_tokenizer(str(tmp_path / "bare"), TASK_PROMPT)

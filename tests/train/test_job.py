@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from train_data import ROWS, TASK_PROMPT, TWO_WORKERS, pairs, run, settings, sft_rows
 
 from vpo_ray.policy_prompt import load_tokenizer
-from vpo_ray.storage import RunDir
+from vpo_ray.storage import RunDir, StorageError
 from vpo_ray.train import TrainError, TrainResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
@@ -191,6 +191,23 @@ def test_early_stopping_exports_the_best_of_its_evaluations(
     assert total / count == pytest.approx(losses[top], rel=1e-4)
 
 
+def test_a_preemption_notice_saves_a_checkpoint_and_training_goes_on(tiny_models: Path, tmp_path: Path):
+    script = Path(__file__).with_name("preempted.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_models / "policy"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["steps"] == 240
+    [name] = told["seen"]
+    assert 1 <= int(name.removeprefix("step-")) < 240
+    assert (tmp_path / "policy/vpo.json").is_file()
+
+
 def test_what_cannot_be_trained_is_refused_before_a_worker_starts(tiny_models: Path, tmp_path: Path):
     conflict = settings(deepspeed={"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}})
     with pytest.raises(
@@ -199,6 +216,10 @@ def test_what_cannot_be_trained_is_refused_before_a_worker_starts(tiny_models: P
         run(tmp_path, tiny_models / "policy", conflict)
     with pytest.raises(TrainError, match="the table is empty"):
         run(tmp_path, tiny_models / "policy", TWO_WORKERS, rows=[])
+    table = RunDir(tmp_path).table("sft")
+    table.append(sft_rows(2))
+    with pytest.raises(StorageError, match="holds a part of another table: no pair_id"):
+        run(tmp_path, tiny_models / "policy", TWO_WORKERS, rows=table.uri)
     with pytest.raises(TrainError, match="leaves no row of 1 to train on"):
         run(tmp_path, tiny_models / "policy", TWO_WORKERS, rows=pairs(1))
 

@@ -1,10 +1,12 @@
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from train_data import pairs, settings
 
-from vpo_ray.train import policy
+from vpo_ray.train import policy, zero
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.packing import pack
 
@@ -37,6 +39,22 @@ def test_a_model_that_packing_would_get_wrong_is_refused(make_worker: Any):
     inner.forward = capped
     with pytest.raises(TrainError, match="when packed"):
         policy.check_packing(worker.engine.module, worker.job.examples[0], torch.device("cpu"), 1e-3)
+
+
+def test_weights_of_another_model_are_refused(process_group: None, tiny_models: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("renamed", "resized"):
+        shutil.copytree(tiny_models / "policy", tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        key = next(key for key in weights if "q_proj" in key)
+        tensor = weights.pop(key)
+        weights.update({f"other.{key}": tensor} if name == "renamed" else {key: torch.cat([tensor, tensor])})
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+        with pytest.raises(TrainError, match=r"not those of its config.json.*q_proj"):
+            zero.load_model(str(tmp_path / name), settings(), {}, None, False)
+    with pytest.raises(TrainError, match="is not a causal language model"):
+        zero.load_model(str(tiny_models / "video/text_encoder"), settings(), {}, None, False)
 
 
 @pytest.mark.parametrize(("chunk", "keep"), [(2**26, 2**26), (7 * 50, 2**26), (7 * 50, 0)])

@@ -87,6 +87,7 @@ def publish(folder: Path, out: str) -> None:
     if not place.is_local:
         if place.exists(MARKER):
             place.fs.delete_file(f"{place.path}/{MARKER}")
+        place.fs.delete_dir_contents(place.path, missing_dir_ok=True)
         for path in sorted(folder.iterdir(), key=lambda p: p.name == MARKER):
             pafs.copy_files(str(path), f"{place.path}/{path.name}", destination_filesystem=place.fs)
         return

@@ -134,6 +134,7 @@ def load_model(model: str, settings: Train, config: dict[str, Any], revision: st
             dtype=getattr(torch, settings.dtype),
             attn_implementation=ATTENTION,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
         )
     except ValueError as error:
         raise TrainError(f"{model} is not a causal language model: {error}") from error
