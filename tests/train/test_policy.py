@@ -77,29 +77,28 @@ def test_the_head_in_chunks_equals_log_softmax(monkeypatch: Any, chunk: int, kee
     )
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[Any]:
+    """The curve of a float32 run without ZeRO, made by the first test that needs it."""
+    return []
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_zero_stage_and_dtype_takes_the_same_steps(
-    make_worker: Any, monkeypatch: Any, stage: int, dtype: str
+    make_worker: Any, plain: list[Any], monkeypatch: Any, stage: int, dtype: str
 ):
     """Also with accumulation over packs and activation checkpointing; bf16 within its rounding."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    plain = make_worker("dpo", pairs(6), settings(global_batch=3, micro_batch=3, epochs=2, zero_stage=0))
-    other = make_worker(
-        "dpo",
-        pairs(6),
-        settings(
-            global_batch=3,
-            micro_batch=1,
-            epochs=2,
-            zero_stage=stage,
-            dtype=dtype,
-            activation_checkpointing=True,
-        ),
-    )
+    values = {"global_batch": 3, "epochs": 2}
+    if not plain:
+        worker = make_worker("dpo", pairs(6), settings(**values, micro_batch=3, zero_stage=0))
+        plain += [worker.step(step) for step in range(4)]
+    chosen = settings(**values, micro_batch=1, zero_stage=stage, dtype=dtype, activation_checkpointing=True)
+    other = make_worker("dpo", pairs(6), chosen)
     rel = 1e-4 if dtype == "float32" else 0.2
-    for step in range(4):
-        expected, actual = plain.step(step), other.step(step)
+    for step, expected in enumerate(plain):
+        actual = other.step(step)
         for name in ("loss", "grad_norm", "chosen_logp"):
             assert actual[name] == pytest.approx(expected[name], rel=rel, abs=rel / 10), (step, name)
 

@@ -15,6 +15,7 @@ import ray.train
 
 from vpo_ray.recipe import Train
 from vpo_ray.storage import Folder, RunDir
+from vpo_ray.train.examples import TrainError
 
 if TYPE_CHECKING:
     from vpo_ray.train.loop import Job, Worker
@@ -68,25 +69,31 @@ def save(worker: Worker, step: int, wait: bool) -> None:
     )
 
 
-def resume(worker: Worker) -> int:
-    """Load the newest checkpoint, if there is one; the step to go on with.
+def refuse_other_workers(folder: Folder, workers: int) -> None:
+    """Called before workers start, with the folder of a run's checkpoints.
 
     Raises:
-        Stopped: another number of workers wrote it.
+        TrainError: the run stopped at a checkpoint that another number of workers wrote.
     """
-    from vpo_ray.train.loop import Stopped
+    written = [name for name in folder.files(PROGRESS) if name.startswith("step-")]
+    if not written:
+        return
+    progress = folder.read_json(max(written))
+    if progress["workers"] != workers:
+        raise TrainError(
+            f"the checkpoint at step {progress['step']} was written by {progress['workers']} workers, this "
+            f"run has {workers}; a sharded checkpoint needs the same number. Set workers to "
+            f"{progress['workers']}, or remove {folder.uri} to begin again"
+        )
 
+
+def resume(worker: Worker) -> int:
+    """Load the newest checkpoint, if there is one; the step to go on with."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
         progress = Folder(folder).read_json(PROGRESS)
-        if progress["workers"] != worker.workers:
-            raise Stopped(
-                f"the checkpoint at step {progress['step']} was written by {progress['workers']} "
-                f"workers, this run has {worker.workers}; a sharded checkpoint needs the same number. Set "
-                f"workers to {progress['workers']}, or remove {Path(checkpoint.path).parent}"
-            )
         load(worker, folder)
     worker.curve, worker.resumed_after = progress["curve"], progress["step"]
     log.info("%s goes on after step %d", worker.job.phase, progress["step"])

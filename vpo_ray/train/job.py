@@ -154,6 +154,8 @@ def _fit(job_id: str, **parts: object) -> None:
     job = Job(id=job_id, **parts)  # type: ignore[arg-type]
     settings = job.settings
     name = f"{job.phase}-{job_id[:16]}"
+    kept = Folder(join(job.run_uri, f"checkpoints/{name}"))
+    checkpoints.refuse_other_workers(kept, settings.workers)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.put(job)},
@@ -178,7 +180,6 @@ def _fit(job_id: str, **parts: object) -> None:
         raise TrainError(f"{job.phase} failed {settings.max_failures + 1} times: {error}") from error
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
-    kept = Folder(join(job.run_uri, f"checkpoints/{name}"))
     kept.fs.delete_dir(kept.path)
 
 
