@@ -19,8 +19,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", help="run directory or URI that every node reaches")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="rounds of the loop")
     options = parser.parse_args()
-    arguments = ["run", options.recipe]
+    arguments = ["run", options.recipe, "--rounds", str(options.rounds)]
     if options.out:
         arguments += ["--out", options.out]
     for item in options.set:

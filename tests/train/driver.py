@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import ray
-from train_data import TWO_WORKERS, run
+from train_data import OFTEN_SAVED, run
 
 if __name__ == "__main__":
     address, model, folder = sys.argv[1:]
     ray.init(address=address, log_to_driver=False)
-    run(Path(folder), Path(model), TWO_WORKERS)
+    run(Path(folder), Path(model), OFTEN_SAVED)

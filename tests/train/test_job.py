@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from train_data import ROWS, TASK_PROMPT, TWO_WORKERS, pairs, run, settings, sft_rows
+from train_data import OFTEN_SAVED, ROWS, TASK_PROMPT, TWO_WORKERS, pairs, run, settings, sft_rows
 
 from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.storage import RunDir, StorageError
@@ -98,7 +98,7 @@ def test_a_second_run_trains_nothing(trained: tuple[Path, TrainResult], tiny_mod
     again = run(folder, tiny_models / "policy", TWO_WORKERS, rows=pairs(ROWS)[::-1])
     assert not again.trained
     assert (again.steps, again.metrics, again.rows) == (result.steps, result.metrics, result.rows)
-    assert (folder / "policy" / "model.safetensors").stat() == before
+    assert (folder / "policy" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
@@ -110,7 +110,7 @@ def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     command = [sys.executable, str(script), address, str(tiny_models / "policy"), str(tmp_path)]
     with open(tmp_path / "driver.log", "wb") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(tmp_path, "step-000003", lambda: driver.poll() is None)
+        wait_for(tmp_path, "step-000002", lambda: driver.poll() is None)
         driver.kill()
         driver.wait(timeout=30)
     assert not (tmp_path / "policy").exists(), (tmp_path / "driver.log").read_text()
@@ -118,18 +118,17 @@ def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     killed: list[int] = []
     killer = threading.Thread(target=_kill_worker_after_checkpoint, args=(tmp_path, killed.append))
     killer.start()
-    result = run(tmp_path, tiny_models / "policy", TWO_WORKERS)
+    result = run(tmp_path, tiny_models / "policy", OFTEN_SAVED)
     killer.join()
     assert killed
-    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 6
+    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 4
     assert result.steps == 12
     undisturbed, disturbed = (f / "policy" / "model.safetensors" for f in (trained[0], tmp_path))
     assert disturbed.read_bytes() == undisturbed.read_bytes()
-    keys = ("step", "loss", "eval_loss")
-    curves = [
-        [[line.get(k) for k in keys] for line in RunDir(f).metrics("dpo")] for f in (tmp_path, trained[0])
-    ]
-    assert curves[0] == curves[1]
+    curves = [RunDir(folder).metrics("dpo") for folder in (tmp_path, trained[0])]
+    for ours, theirs in zip(*curves, strict=True):
+        assert (ours["step"], ours["loss"]) == (theirs["step"], theirs["loss"])
+    assert curves[0][-1]["eval_loss"] == curves[1][-1]["eval_loss"]
     assert not list((tmp_path / "checkpoints").glob("dpo-*"))
 
 
@@ -238,7 +237,7 @@ def _kill_worker_after_checkpoint(folder: Path, report: Callable[[int], None]) -
     import ray
 
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
-    wait_for(folder, "step-000009")
+    wait_for(folder, "step-000006")
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])

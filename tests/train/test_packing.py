@@ -76,3 +76,15 @@ def test_the_load_of_workers_is_balanced_by_tokens():
     shares = spread(range(8), sizes, workers=2, micro_batch=4)
     loads = [sum(sizes[row] for row in chain(*share)) for share in shares]
     assert max(loads) - min(loads) <= 20
+
+
+def test_a_token_budget_makes_more_and_smaller_packs():
+    sizes = [900, 300, 300, 300, 100, 100, 100, 100]
+    shares = spread(range(8), sizes, workers=2, micro_batch=8, tokens=500)
+    packs = [pack for share in shares for pack in share]
+    assert sorted(chain(*packs)) == list(range(8))
+    assert len({len(share) for share in shares}) == 1
+    # What is longer than the budget is alone, the rest fits.
+    assert [0] in packs
+    assert all(sum(sizes[row] for row in pack) <= 500 for pack in packs if pack != [0])
+    assert len(packs) < 8

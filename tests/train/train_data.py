@@ -60,6 +60,9 @@ TWO_WORKERS = settings(
 )
 ROWS = 23
 
+# The same weights, in time to be killed: Ray Train takes a checkpoint every two seconds.
+OFTEN_SAVED = TWO_WORKERS.model_copy(update={"save_steps": 2})
+
 
 def run(folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any = None) -> TrainResult:
     """A whole phase on the running Ray cluster; it leaves `folder/policy`."""

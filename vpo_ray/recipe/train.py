@@ -109,7 +109,8 @@ class Train(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1
     global_batch: Positive
-    micro_batch: Positive = 1
+    micro_batch: Annotated[Positive, Field(description="rows that a pack takes at most")] = 1
+    micro_tokens: Positive | None = Field(None, description="tokens that a pack takes at most, too")
     max_length: Positive = 2048
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -96,6 +96,18 @@ class Worker:
             self.trackers = Trackers(
                 settings.track, job.phase, job.run_uri, job.id, job.run_name, _parameters(job), self.curve
             )
+        try:
+            self._train(first)
+            self._finish()
+        except BaseException:
+            if self.trackers:
+                self.trackers.close(failed=True)
+            raise
+        if self.trackers:
+            self.trackers.close()
+
+    def _train(self, first: int) -> None:
+        job, settings = self.job, self.job.settings
         leaving: list[str] = []
         for step in range(first, job.steps):
             line, done = self.step(step), step + 1
@@ -110,15 +122,13 @@ class Worker:
             save |= settings.evaluate.export == "best" and best(self.curve, settings.evaluate) is line
             if self.trackers:
                 self.trackers.log(line)
+            # Ray Train takes a report every 2 seconds: one a step would hold quick steps up.
             if save and done < job.steps:
                 # A node that is about to go may not live until an upload in the background is through.
                 checkpoints.save(self, done, wait=preempted)
-            else:
-                ray.train.report(line)
             if enough(self.curve, settings.evaluate):
                 log.info("no better %s for a while: stopped after step %d", settings.evaluate.metric, done)
-                break
-        self._finish()
+                return
 
     def step(self, step: int) -> Row:
         """One optimizer step over a global batch; its metrics, the same on every rank.
@@ -129,9 +139,7 @@ class Worker:
         started = time.perf_counter()
         job, settings = self.job, self.job.settings
         rows = packing.batch(step, len(job.examples), settings.global_batch, job.seed)
-        shares = packing.spread(
-            rows, [job.examples[r].tokens for r in rows], self.workers, settings.micro_batch
-        )
+        mine = self._packs(rows)
         learnt = sum(job.examples[r].response_tokens for r in rows)
         items = len(rows) if job.phase == "dpo" else learnt
         lr = settings.lr * lr_factor(step, job.steps, settings.schedule, settings.warmup_ratio)
@@ -141,7 +149,6 @@ class Worker:
         self.engine.train()
         sums = self._no_sums()
         bad: list[str] = []
-        mine = shares[self.rank]
         for n, members in enumerate(mine):
             self.engine.set_gradient_accumulation_boundary(n == len(mine) - 1)
             # ZeRO needs every rank in every micro step: one without rows does a row's work for nothing.
@@ -184,8 +191,9 @@ class Worker:
 
     def _packs(self, rows: list[int]) -> list[list[int]]:
         """This rank's packs of the rows."""
-        sizes = [self.job.rows[r].tokens for r in rows]
-        return packing.spread(rows, sizes, self.workers, self.job.settings.micro_batch)[self.rank]
+        sizes, settings = [self.job.rows[r].tokens for r in rows], self.job.settings
+        shares = packing.spread(rows, sizes, self.workers, settings.micro_batch, settings.micro_tokens)
+        return shares[self.rank]
 
     def _no_sums(self) -> torch.Tensor:
         return torch.zeros(1 + len(DPO_METRICS), dtype=torch.float64, device=self.device)
@@ -274,8 +282,7 @@ class Worker:
                 "warnings": [text for x in self.curve for text in x.get("warnings", {}).values()],
             }
             export(self.engine.module.model, weights, job, facts)
-        if self.trackers:
-            self.trackers.close()
+        ray.train.report(line)
         dist.barrier()
 
 

@@ -125,7 +125,7 @@ def batch(step: int, rows: int, global_batch: int, seed: int) -> list[int]:
 
 
 def spread(
-    rows: Sequence[int], sizes: Sequence[int], workers: int, micro_batch: int
+    rows: Sequence[int], sizes: Sequence[int], workers: int, micro_batch: int, tokens: int | None = None
 ) -> list[list[list[int]]]:
     """Rows of a batch as [worker][micro step][row]: the same number of micro steps for all.
 
@@ -134,14 +134,20 @@ def spread(
 
     Args:
         rows: row numbers.
-        sizes: tokens of each of them.
+        sizes: tokens of each of them, with its own copy of the prompt.
         micro_batch: rows a pack takes at most.
+        tokens: a pack's budget; a row that is longer gets a pack of its own.
     """
     micro_steps = math.ceil(len(rows) / (workers * micro_batch))
-    packs: list[list[int]] = [[] for _ in range(workers * micro_steps)]
-    filled = [0] * len(packs)
-    for size, row in sorted(zip(sizes, rows, strict=True), key=lambda item: (-item[0], item[1])):
-        best = min((n for n, p in enumerate(packs) if len(p) < micro_batch), key=lambda n: (filled[n], n))
-        packs[best].append(row)
-        filled[best] += size
-    return [packs[worker::workers] for worker in range(workers)]
+    longest_first = sorted(zip(sizes, rows, strict=True), key=lambda item: (-item[0], item[1]))
+    while True:
+        packs: list[list[int]] = [[] for _ in range(workers * micro_steps)]
+        filled = [0] * len(packs)
+        for size, row in longest_first:
+            best = min((n for n, p in enumerate(packs) if len(p) < micro_batch), key=lambda n: (filled[n], n))
+            packs[best].append(row)
+            filled[best] += size
+        over = [p for p, size in zip(packs, filled, strict=True) if tokens and size > tokens and len(p) > 1]
+        if not over:
+            return [packs[worker::workers] for worker in range(workers)]
+        micro_steps += 1

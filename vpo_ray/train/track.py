@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
     def flush(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 def check_trackers(track: Track) -> None:
@@ -106,10 +106,10 @@ class Trackers:
             with self._or_without(title):
                 tracker.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         for title, tracker in list(self._trackers.items()):
             with self._or_without(title):
-                tracker.close()
+                tracker.close(failed)
 
     @contextmanager
     def _or_without(self, title: str) -> Iterator[None]:
@@ -146,7 +146,7 @@ class RayMetrics:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -176,7 +176,7 @@ class TensorBoard:
             for path in self._local.iterdir():
                 self._folder.write(path.name, path.read_bytes())
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.flush()
         self._writer.close()
         if not self._folder.is_local:
@@ -211,11 +211,11 @@ class MLflow:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         import mlflow
 
         mlflow.flush_async_logging()
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 
 class WandB:
@@ -225,7 +225,7 @@ class WandB:
         import wandb
 
         self._run: Any = wandb.init(
-            project=project, id=run_id[:32], name=name, config=settings, resume="allow", reinit=True
+            project=project, id=run_id[:32], name=name, config=settings, resume="allow"
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -233,5 +233,5 @@ class WandB:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
