@@ -110,18 +110,24 @@ def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     command = [sys.executable, str(script), address, str(tiny_models / "policy"), str(tmp_path)]
     with open(tmp_path / "driver.log", "wb") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(tmp_path, "step-000002", lambda: driver.poll() is None)
+        wait_for(lambda: list((tmp_path / "checkpoints").glob("dpo-*/step-000002")), driver)
         driver.kill()
+        kill_workers()  # before they notice and end by themselves
         driver.wait(timeout=30)
     assert not (tmp_path / "policy").exists(), (tmp_path / "driver.log").read_text()
 
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_worker_after_checkpoint, args=(tmp_path, killed.append))
+
+    def kill_one() -> None:
+        wait_for(lambda: latest_checkpoint(tmp_path) >= "step-000006")
+        killed.extend(kill_workers(1))
+
+    killer = threading.Thread(target=kill_one)
     killer.start()
     result = run(tmp_path, tiny_models / "policy", OFTEN_SAVED)
     killer.join()
     assert killed
-    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 4
+    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 6
     assert result.steps == 12
     undisturbed, disturbed = (f / "policy" / "model.safetensors" for f in (trained[0], tmp_path))
     assert disturbed.read_bytes() == undisturbed.read_bytes()
@@ -223,28 +229,34 @@ def test_what_cannot_be_trained_is_refused_before_a_worker_starts(tiny_models: P
         run(tmp_path, tiny_models / "policy", TWO_WORKERS, rows=pairs(1))
 
 
-def wait_for(folder: Path, checkpoint: str, alive: Callable[[], bool] = lambda: True) -> None:
-    """Return while this checkpoint is uploaded."""
+def wait_for(condition: Callable[[], Any], process: Any = None) -> None:
     deadline = time.monotonic() + 300
-    while not list((folder / "checkpoints").glob(f"dpo-*/{checkpoint}")):
-        assert alive(), (folder / "driver.log").read_text()
-        assert time.monotonic() < deadline, f"no {checkpoint} in time"
+    while not condition():
+        assert process is None or process.poll() is None, "the driver has ended"
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
 
 
-def _kill_worker_after_checkpoint(folder: Path, report: Callable[[int], None]) -> None:
-    """SIGKILL one of this cluster's training workers while a later checkpoint is uploaded."""
+def latest_checkpoint(folder: Path) -> str:
+    """Name of the checkpoint that a restart would take, "" for none."""
+    found = list((folder / "checkpoints").glob("dpo-*/checkpoint_manager_snapshot.json"))
+    state = json.loads(found[0].read_text() or "{}") if found else {}
+    return (state.get("latest_checkpoint_result") or {}).get("checkpoint_dir_name", "")
+
+
+def kill_workers(at_most: int = 9) -> list[int]:
+    """SIGKILL training workers of this cluster; their process ids."""
     import ray
 
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
-    wait_for(folder, "step-000006")
+    killed: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             worker = b"ray::RayTrainWorker" in (process / "cmdline").read_bytes()
         except OSError:  # it has ended meanwhile
             continue
-        if parent == raylet and worker:
+        if parent == raylet and worker and len(killed) < at_most:
             os.kill(int(process.name), signal.SIGKILL)
-            report(int(process.name))
-            return
+            killed.append(int(process.name))
+    return killed
