@@ -240,7 +240,10 @@ def wait_for(condition: Callable[[], Any], process: Any = None) -> None:
 def latest_checkpoint(folder: Path) -> str:
     """Name of the checkpoint that a restart would take, "" for none."""
     found = list((folder / "checkpoints").glob("dpo-*/checkpoint_manager_snapshot.json"))
-    state = json.loads(found[0].read_text() or "{}") if found else {}
+    try:
+        state = json.loads(found[0].read_text()) if found else {}
+    except ValueError:  # it is being written
+        return ""
     return (state.get("latest_checkpoint_result") or {}).get("checkpoint_dir_name", "")
 
 
