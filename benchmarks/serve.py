@@ -57,8 +57,13 @@ def main() -> None:
     parser.add_argument("--bad", type=int, default=500, help="malformed requests")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer; a prompt has about 130")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Ray gives the root logger a handler of its own.
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # Ray starts its workers at niceness 15: beside the clients, which run on the same cores here, they
+    # would wait where vLLM's server does not.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own spelling
     with tempfile.TemporaryDirectory(prefix="sb", dir="/tmp") as folder:
         checkpoint = make_checkpoint(Path(folder) / "policy")
         key, line = make_key("benchmark")
