@@ -7,6 +7,7 @@ test_loop.py runs the whole with real ones.
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pytest
 
 from vpo_ray import pipeline
 from vpo_ray.ledger import build_ledger, reconcile
+from vpo_ray.loop import make_pairs
 from vpo_ray.pipeline import STAGES, GenerationError, Models, generate
 from vpo_ray.pools import batch_pool
 from vpo_ray.recipe import Pool, Recipe, load
 from vpo_ray.records import query_id
+from vpo_ray.stages.adaptive import ENOUGH
 from vpo_ray.storage import RunDir, StorageError
 from vpo_ray.videos import VideoStore
 
@@ -58,7 +61,8 @@ class Small:
             return row | {"verdict": "imprecise" if row["k"] == 3 else "aligned", "critique": "so"}
         if self.name == "render":
             return row | {"video_key": row["candidate_id"], "video_uri": "x", "frames": 9}
-        return row | {"score": float(row["k"]), "answers": [], "dimensions": []}
+        flat = (self.faults / f"flat-{row['query'].split()[0]}").exists()
+        return row | {"score": 1.0 if flat else float(row["k"]), "answers": [], "dimensions": []}
 
 
 def small_pool(name, faults, stream, recipe, run, models, outcome, rows, alone):
@@ -68,7 +72,8 @@ def small_pool(name, faults, stream, recipe, run, models, outcome, rows, alone):
 
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Path:
-    """A folder of faults: a file `STAGE-QUERY-K` makes that row fail with its text, or kill."""
+    """A folder of faults: a file `STAGE-QUERY-K` makes that row fail with its text, or kill, and
+    `flat-QUERY` gives all its videos one score."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -79,8 +84,8 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -
     return folder
 
 
-def recipe_for(tmp_path: Path, **limits) -> Recipe:
-    overrides = [f"out={tmp_path / 'run'}", "sample.engine.batch_size=8", "judge.engine.batch_size=8"]
+def recipe_for(tmp_path: Path, more: Sequence[str] = (), **limits) -> Recipe:
+    overrides = [*more, f"out={tmp_path / 'run'}", "sample.engine.batch_size=8", "judge.engine.batch_size=8"]
     overrides += [f"limits.{key}={value}" for key, value in limits.items()]
     return load("jobs/recipes/tiny.yaml", overrides)
 
@@ -232,3 +237,93 @@ def test_storage_that_fails_stops_the_run_and_makes_no_error_rows(tmp_path: Path
     (faults / "render-q2-1").unlink()
     generate(recipe, run, MODELS)
     assert len(outputs(run)) == 48
+
+
+ADAPTIVE = ["render.strategy=adaptive"]
+
+
+def adaptive_run(tmp_path: Path, faults: Path, count: int = 8) -> tuple[Recipe, RunDir]:
+    """A run whose odd queries have no pair; k=3 is never aligned, and any two scores make a pair."""
+    for i in range(1, count, 2):
+        (faults / f"flat-q{i}").touch()
+    recipe = recipe_for(tmp_path, ADAPTIVE)
+    return recipe, run_of(recipe, count)
+
+
+def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(tmp_path: Path, faults: Path) -> None:
+    recipe, run = adaptive_run(tmp_path, faults)
+    counts = generate(recipe, run, MODELS)
+    assert counts["render"]["done"] == 4 * 2 + 4 * 3
+    rows = list(run.table("feedback").rows())
+    assert len(rows) == 8 * 4
+    assert {(r["query"], r["k"]) for r in rows if r["skipped"]} == {
+        (f"q{i} of many", 2) for i in (0, 2, 4, 6)
+    }
+    make_pairs(recipe, run)
+    ledger = build_ledger(run, recipe)
+    assert reconcile(ledger) == []
+    assert ledger["stages"]["render"]["skipped"] == {"not aligned: imprecise": 8, ENOUGH: 4}
+
+    whole = recipe_for(tmp_path / "all")
+    other = run_of(whole, 8)
+    assert generate(whole, other, MODELS)["render"]["done"] == 8 * 3
+    make_pairs(whole, other)
+    paired = [{row["query_id"] for row in r.table("pairs").rows()} for r in (run, other)]
+    assert paired[0] == paired[1]
+    assert len(paired[0]) == 4
+    # Both runs tell what either strategy takes.
+    told = {"all": {"videos": 24, "per_video_pair": 6.0}, "adaptive": {"videos": 20, "per_video_pair": 5.0}}
+    assert ledger["stages"]["pair"]["videos"] == told
+    assert build_ledger(other, whole)["stages"]["pair"]["videos"] == told
+
+    parts = run.table("feedback").parts()
+    for name in STAGES:
+        pipeline._POOLS.pop(name)
+    assert sum(count["done"] for count in generate(recipe, run, MODELS).values()) == 0
+    assert run.table("feedback").parts() == parts
+
+
+def test_adaptive_rendering_goes_on_after_a_kill_and_a_full_disk(tmp_path: Path, faults: Path) -> None:
+    recipe, run = adaptive_run(tmp_path / "whole", faults, 6)
+    generate(recipe, run, MODELS)
+    complete = outputs(run)
+
+    (faults / "render-q1-1").write_text("disk full")
+    recipe, run = adaptive_run(tmp_path / "broken", faults, 6)
+    with pytest.raises(GenerationError, match="disk full"):
+        generate(recipe, run, MODELS)
+    (faults / "render-q1-1").unlink()
+    # What is left of two tables after a kill: some of the rows that left each stage.
+    for name, share in (("feedback", 2), ("renders", 3)):
+        for part in run.table(name).parts()[::share]:
+            os.unlink(f"{run.table(name).path}/{part}")
+    generate(recipe, run, MODELS)
+    assert outputs(run) == complete
+
+
+def test_adaptive_rendering_gives_up_and_retries_row_by_row(tmp_path: Path, faults: Path) -> None:
+    (faults / "render-q0-0").write_text("black frames")
+    (faults / "render-q2-1").write_text("kill")
+    recipe, run = adaptive_run(tmp_path, faults, 4)
+    generate(recipe, run, MODELS)
+    rows = {(r["query"][:2], r["k"]): r for r in run.table("feedback").rows()}
+    assert {key for key, row in rows.items() if row["error"]} == {("q0", 0), ("q2", 1)}
+    # The third video stands in for the one that failed.
+    assert rows["q0", 2]["score"] == rows["q2", 2]["score"] == 2.0
+    assert len(rows) == 16
+
+    (faults / "render-q0-0").unlink()
+    (faults / "render-q2-1").unlink()
+    assert generate(recipe, run, MODELS, retry_errors=True)["render"]["done"] == 2
+    assert all(row["error"] is None for row in run.table("feedback").rows())
+
+
+def test_adaptive_rendering_stage_by_stage(tmp_path: Path, faults: Path) -> None:
+    recipe, run = adaptive_run(tmp_path, faults, 4)
+    generate(recipe, run, MODELS, ["sample", "judge"])
+    made = []
+    for _ in range(3):
+        made.append(generate(recipe, run, MODELS, ["render"])["render"]["done"])
+        generate(recipe, run, MODELS, ["score"])
+    assert made == [8, 2, 0], "a round of rendering waits for the scores of the one before"
+    assert len(outputs(run)) == 16

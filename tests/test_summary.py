@@ -31,6 +31,15 @@ def test_the_funnel_and_where_to_look(run: RunDir) -> None:
     assert not any(line.startswith(("serve", "policy", "query")) for line in lines)
 
 
+def test_what_a_video_pair_takes_is_told_for_both_strategies(run: RunDir) -> None:
+    ledger = run.read_json("ledger.json")
+    counts = {"all": {"videos": 24, "per_video_pair": 6.0}, "adaptive": {"videos": 20, "per_video_pair": 5.0}}
+    ledger["stages"]["pair"] |= {"kinds": {"video": 4}, "videos": counts}
+    run.write_json("ledger.json", ledger)
+    told = "videos for a video pair, by render.strategy: 5.0 (adaptive), 6.0 (all)"
+    assert told in summary(run).splitlines()
+
+
 @pytest.mark.parametrize(("made", "shown"), [(["sft"], "sft"), (["sft", "dpo"], "dpo"), (["dpo"], "dpo")])
 def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str], shown: str) -> None:
     for phase in made:

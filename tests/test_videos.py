@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "cache": "faster",
     "cache_options": {"threshold": 0.1},
     "offload": "model",
+    "strategy": "adaptive",
     "batch_size": 4,
     "time_limit_s": 5,
     "store": "s3://videos",

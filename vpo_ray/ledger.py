@@ -135,10 +135,10 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
     seconds = 0.0
     skipped: Counter[str] = Counter()
     errored: Counter[str] = Counter()
-    for row in _rows(run, stage, [*facts.columns, "verdict", "seconds", "error", "error_stage"]):
+    for row in _rows(run, stage, [*facts.columns, "verdict", "skipped", "seconds", "error", "error_stage"]):
         failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
         misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
-        if failed_at < position or (misaligned and stage == "score"):
+        if failed_at < position or ((misaligned or row["skipped"]) and stage == "score"):
             continue
         spent = (row["seconds"] or {}).get(stage)
         if spent is not None:
@@ -147,6 +147,8 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
             errored[reason_of(row["error"])] += 1
         elif misaligned and stage == "render":
             skipped[f"not aligned: {row['verdict']}"] += 1
+        elif row["skipped"] and stage == "render":
+            skipped[row["skipped"]] += 1
         else:
             out += 1
             facts.add(row)
@@ -238,6 +240,7 @@ class _Tally:
     candidates: int = 0
     failed: int = 0
     refined: int = 0
+    skipped: str | None = None
     scores: tuple[float, ...] = ()
     prompts: frozenset[int] = frozenset()
 
@@ -247,6 +250,8 @@ class _Tally:
             self.failed += 1
         elif row["refined_verdict"] == "aligned":
             self.refined += 1
+        elif row["skipped"] is not None:
+            self.skipped = row["skipped"]
         elif row["score"] is not None:
             self.scores += (row["score"],)
             self.prompts |= {hash(row["prompt"])}
@@ -258,6 +263,8 @@ class _Tally:
             return "text pairs are off (pair.text_per_query)"
         if self.refined:
             return "the refined prompt equals the original"
+        if not self.scores and self.skipped:
+            return f"no video: {self.skipped}"
         if not self.scores:
             return "no aligned candidate, no aligned refinement"
         if len(self.scores) == 1:
@@ -280,12 +287,20 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
         paired.add(row["query_id"])
     ran = bool(kinds) or run.exists("pairs/reasons.json")
     tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
-    columns = ["query_id", "prompt", "refined_verdict", "score", "error"]
+    columns = ["query_id", "prompt", "refined_verdict", "skipped", "score", "error"]
     if settings.reward is not None:
         columns.append("more_rewards")
     for row in run.table("feedback").rows(columns):
         tallies[row["query_id"]].add(by_reward(row, settings.reward))
-    more = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+    more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+    if run.exists("pairs/videos.json"):
+        more["videos"] = {
+            strategy: {
+                "videos": videos,
+                "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
+            }
+            for strategy, videos in run.read_json("pairs/videos.json").items()
+        }
     if not ran:
         return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)
     dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)

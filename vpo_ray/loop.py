@@ -26,6 +26,7 @@ import yaml
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id, normalise, query_id
+from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import InputError, curate, wants_workers
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.storage import RunDir, StorageError
@@ -270,14 +271,16 @@ def generate_feedback(
 
 
 def make_pairs(recipe: Recipe, run: RunDir) -> int:
-    """Fill `pairs/` from `feedback/`, replacing what is there.
+    """Fill `pairs/` from `feedback/`, replacing what is there; count what either strategy renders.
 
     Raises:
         LoopError: no pair was found; the message counts the reasons.
     """
     reasons: Counter[str] = Counter()
-    count = run.table("pairs").replace(_pairs(recipe, run, reasons))
+    videos: Counter[str] = Counter()
+    count = run.table("pairs").replace(_pairs(recipe, run, reasons, videos))
     run.write_json("pairs/reasons.json", dict(reasons))
+    run.write_json("pairs/videos.json", dict(videos))
     if not count:
         for name in ("verdict", "error_stage"):
             values = Counter(row[name] for row in run.table("feedback").rows([name]) if row[name] is not None)
@@ -292,17 +295,19 @@ def make_pairs(recipe: Recipe, run: RunDir) -> int:
     return count
 
 
-def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str]) -> Iterator[Row]:
+def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str], videos: Counter[str]) -> Iterator[Row]:
     """Pairs by query. Queries are taken in 16 shares by id, so that only one share is in memory."""
     import pyarrow.compute as pc
 
-    columns = ["candidate_id", "query_id", "query", "k", "prompt", "refined_prompt", "refined_verdict",
-               "answers", "dimensions", "score", "more_rewards", "error"]  # fmt: skip
+    columns = ["candidate_id", "query_id", "query", "k", "prompt", "verdict", "refined_prompt",
+               "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error",
+               "error_stage"]  # fmt: skip
     for share in "0123456789abcdef":
         queries: dict[str, list[Row]] = {}
         for row in run.table("feedback").rows(columns, pc.starts_with(pc.field("query_id"), share)):
             queries.setdefault(row["query_id"], []).append(row)
         for key in sorted(queries):
+            videos.update(videos_by_strategy(queries[key], recipe.pair))
             yield from pairs_of_query(queries[key], recipe.pair, reasons)
 
 

@@ -23,10 +23,12 @@ import ray
 from ray.data import Dataset
 
 from vpo_ray import policy_prompt
+from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
 from vpo_ray.pools import STOP, TASK_CPUS, Outcome, batch_pool, progress_handle, split_blocks
 from vpo_ray.progress import StatusTable
 from vpo_ray.recipe import Recipe, Reward, locate
 from vpo_ray.records import FEEDBACK, Row, failed, table
+from vpo_ray.render_rounds import Rounds
 from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.sample import Sampler, candidates
@@ -38,10 +40,6 @@ logger = logging.getLogger(__name__)
 
 # Stage -> the table that it writes; a stage reads the table before its own.
 STAGES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
-
-# Ids are compared as sorted arrays of 32 bytes each: sets of strings would take five times that in
-# the driver, and workers look into an array where it lies in the object store.
-ID = "S32"
 
 # Videos are made for the queries of the DPO split.
 GENERATED = pc.field("split") == "dpo"
@@ -84,27 +82,44 @@ def generate(
             video store cannot be written.
         StorageError: a table cannot be merged into fewer parts.
     """
-    tables = [run.table(STAGES[stage]) for stage in stages]
-    for stored in tables:
-        stored.settle()
-    total = _generate(recipe, run, models, stages, retry_errors)
-    for stored in tables:
-        stored.compact()
+    total: dict[str, dict[str, float]] = {
+        stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
+    }
+    for stage in stages:
+        run.table(STAGES[stage]).settle()
+    if recipe.render.strategy == "adaptive" and "render" in stages:
+        # What is rendered depends on all texts of a query, and then on the scores of its videos.
+        at = list(stages).index("render")
+        texts, videos = stages[:at], stages[at:]
+        if texts:
+            _generate(recipe, run, models, texts, retry_errors, total)
+        rounds = Rounds(recipe, run, videos, retry_errors)
+        while (enter := rounds.next()) is not None:
+            _generate(recipe, run, models, videos, False, total, enter)
+    else:
+        _generate(recipe, run, models, stages, retry_errors, total)
     return total
 
 
 def _generate(
-    recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], retry_errors: bool
-) -> dict[str, dict[str, float]]:
-    first = True
-    total: dict[str, dict[str, float]] = {
-        stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
-    }
+    recipe: Recipe,
+    run: RunDir,
+    models: Models,
+    stages: Sequence[str],
+    retry_errors: bool,
+    total: dict[str, dict[str, float]],
+    enter: np.ndarray | None = None,
+) -> None:
+    """One stream with its further passes for lost rows; adds to the counts of `total`.
+
+    Args:
+        enter: the ids that the render stage takes, and no others of those that wait for it.
+    """
     for attempt in range(1, recipe.limits.tries + 1):
-        stream = _stream(recipe, run, models, stages, retry_errors and first, alone=not first)
-        first = False
+        first = attempt == 1
+        stream = _stream(recipe, run, models, stages, retry_errors and first, not first, enter)
         if stream is None:
-            return total
+            break
         dataset, progress = stream
         _drain(dataset, progress, recipe)
         for stage, counts in ray.get(progress.snapshot.remote()).items():
@@ -112,29 +127,43 @@ def _generate(
                 total[stage][name] = round(total[stage][name] + counts[name], 1)
             if counts["warm_up_s"]:
                 logger.info("%s: %.1f s to load and warm up, apart from its rows", stage, counts["warm_up_s"])
-        missing = _unfinished(recipe, run, models, stages)
+        missing = _unfinished(recipe, run, models, stages, enter)
         if not missing:
-            return total
+            break
         logger.warning("%d rows were lost with a process that died (pass %d)", missing, attempt)
-    _give_up(recipe, run, models, stages)
-    return total
+    else:
+        _give_up(recipe, run, models, stages, enter)
+    for stage in stages:
+        run.table(STAGES[stage]).compact()
 
 
 def _stream(
-    recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], retry_errors: bool, alone: bool
+    recipe: Recipe,
+    run: RunDir,
+    models: Models,
+    stages: Sequence[str],
+    retry_errors: bool,
+    alone: bool,
+    enter: np.ndarray | None,
 ) -> tuple[Dataset, Any] | None:
     """The dataset of all rows that some of `stages` still have to see, or None if there are none."""
     progress = progress_handle(stages)
     done = _later_keys(run, stages, retry_errors)
-    if retry_errors and "render" in stages:
-        again = _lost_videos(recipe, run)
-        done["render"] = done["render"][~_among(done["render"], again)]
-        if "score" in stages:
-            done["score"] = np.sort(np.concatenate([done["score"], again]))
+    again = _lost_videos(recipe, run) if retry_errors and "render" in stages else id_set()
+    if enter is not None:
+        # In a second pass, those that were lost; what an earlier call left behind them is in both.
+        again = enter[~among(enter, done["render"])] if alone else enter
+    elif len(again):
+        done["render"] = done["render"][~among(done["render"], again)]
+    if "score" in stages:
+        done["score"] = union(done["score"], again)
     stream: Dataset | None = None
     flowing = 0
     for stage in stages:
-        source = _entering(recipe, run, models, stage, done[stage], retry_errors)
+        if stage == "render" and enter is not None:
+            source = _read(_table_before(run, stage), again, _rows_as_they_are, None, chosen=True)
+        else:
+            source = _entering(recipe, run, models, stage, done[stage], retry_errors)
         rows = 1 if alone else _block_rows(recipe, stage)
         if stream is not None and rows != flowing:
             stream = split_blocks(stream, rows)
@@ -151,14 +180,13 @@ def _stream(
 def _later_keys(run: RunDir, stages: Sequence[str], retry_errors: bool) -> dict[str, np.ndarray]:
     """For each stage, the ids that its own table or one behind it has already."""
     where = pc.field("error").is_null() if retry_errors else None
-    keys = _ids(())
+    keys = id_set()
     later: dict[str, np.ndarray] = {}
     for stage in reversed(list(STAGES)):
         if stage in stages:
-            own = _ids(_stored(run.table(STAGES[stage]), where))
+            own = stored_ids(run.table(STAGES[stage]), where)
             # Mostly nothing is new: what left a later stage has passed this one.
-            new = own[~_among(own, keys)]
-            keys = np.sort(np.concatenate([keys, new])) if len(new) else keys
+            keys = union(keys, own)
             later[stage] = keys
     return later
 
@@ -169,7 +197,7 @@ def _entering(
     """Rows of the table before `stage` that are not done: new to the stream here."""
     where = pc.field("error").is_null() if retry_errors else None
     # Looked up only where something is done: a first run starts at once.
-    if len(done) and _among(_wanted(recipe, run, models, stage, where), done).all():
+    if len(done) and among(_wanted(recipe, run, models, stage, where), done).all():
         return None
     if stage == "sample":
         expand = partial(_expand, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
@@ -185,7 +213,7 @@ def _lost_videos(recipe: Recipe, run: RunDir) -> np.ndarray:
     rows = run.table("feedback").rows(columns, pc.field("error").is_valid())
     unscored = [row for row in rows if row["error_stage"] == "score" and row["video_key"] is not None]
     good = run.table("feedback").keys(pc.field("error").is_null()) if unscored else set()
-    return _ids(
+    return id_set(
         row["candidate_id"]
         for row in unscored
         if row["candidate_id"] not in good and not store.has(row["video_key"])
@@ -200,55 +228,37 @@ def _table_before(run: RunDir, stage: str) -> Table:
 def _wanted(recipe: Recipe, run: RunDir, models: Models, stage: str, where: Any = None) -> np.ndarray:
     """The ids of every row that `stage` has to see, finished or not."""
     if stage != "sample":
-        return _ids(_stored(_table_before(run, stage), where))
+        return stored_ids(_table_before(run, stage), where)
     queries = (batch.to_pylist() for batch in run.table("queries").batches(where=GENERATED))
     rows = (_expand(batch, recipe.sample, models.policy_id, recipe.seed) for batch in queries)
-    return _ids(row["candidate_id"] for batch in rows for row in batch)
+    return id_set(row["candidate_id"] for batch in rows for row in batch)
 
 
-def _stored(stored: Table, where: Any = None) -> Iterator[str]:
-    for batch in stored.batches([stored.key], where):
-        yield from batch.column(0).to_pylist()
-
-
-def _ids(ids: Iterable[str]) -> np.ndarray:
-    array = np.fromiter(ids, ID)
-    array.sort()
-    return array
-
-
-def _among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """For each id, whether it is in the sorted array `known`."""
-    if not len(known):
-        return np.zeros(len(ids), bool)
-    return known.take(np.searchsorted(known, ids), mode="clip") == ids
-
-
-def _read(source: Table, done: np.ndarray, expand: Any, where: Any) -> Dataset | None:
-    """A table's rows, expanded to FEEDBACK rows, without the done ones."""
+def _read(source: Table, ids: np.ndarray, expand: Any, where: Any, chosen: bool = False) -> Dataset | None:
+    """A table's rows, expanded to FEEDBACK rows: those whose ids are `chosen`, or all but the ids."""
     parts = source.parts()
-    if not parts:
+    if not parts or (chosen and not len(ids)):
         return None
     # The ids are stored once for all workers of a node.
-    reference = ray.put(done)
+    reference = ray.put(ids)
     dataset = ray.data.from_items(
         [{"part": part} for part in parts], override_num_blocks=min(len(parts), 1000)
     )
     return dataset.map_batches(
-        partial(_read_parts, source=source, where=where, expand=expand, done=reference),
+        partial(_read_parts, source=source, where=where, expand=expand, ids=reference, chosen=chosen),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
     )
 
 
-def _read_parts(batch: pa.Table, source: Table, where: Any, expand: Any, done: Any) -> Any:
-    skip = ray.get(done)
+def _read_parts(batch: pa.Table, source: Table, where: Any, expand: Any, ids: Any, chosen: bool) -> Any:
+    known = ray.get(ids)
     for part in batch["part"].to_pylist():
         for stored in source.batches(where=where, parts=[part]):
             rows = expand(stored.to_pylist())
-            old = _among(np.array([row["candidate_id"] for row in rows], ID), skip)
-            yield table([row for row, is_old in zip(rows, old, strict=True) if not is_old], FEEDBACK)
+            found = among(np.array([row["candidate_id"] for row in rows], ID), known)
+            yield table([row for row, is_in in zip(rows, found, strict=True) if is_in == chosen], FEEDBACK)
 
 
 def _expand(queries: list[Row], settings: Any, policy: str, seed: int) -> list[Row]:
@@ -321,18 +331,29 @@ def _before(recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator
         yield from candidates(query, recipe.sample, models.policy_id, recipe.seed)
 
 
-def _unfinished(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str]) -> int:
-    have = _ids(_stored(run.table(STAGES[stages[-1]])))
-    return int(np.count_nonzero(~_among(_wanted(recipe, run, models, stages[0]), have)))
+def _unfinished(
+    recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], enter: np.ndarray | None
+) -> int:
+    have = stored_ids(run.table(STAGES[stages[-1]]))
+    if enter is None:
+        wanted = _wanted(recipe, run, models, stages[0])
+    else:
+        wanted = union(enter, stored_ids(run.table("renders")))
+    return int(np.count_nonzero(~among(wanted, have)))
 
 
-def _give_up(recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str]) -> None:
+def _give_up(
+    recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], enter: np.ndarray | None
+) -> None:
     """Turn rows that no pass could finish into error rows of the stage that they died in."""
     reason = f"the process died under this row in each of {recipe.limits.tries} passes"
     for position, stage in enumerate(stages):
         tables = [run.table(STAGES[name]) for name in stages[position:]]
         have = set().union(*(target.keys() for target in tables))
-        rows = _before(recipe, run, models, stage)
+        rows: Iterable[Row] = _before(recipe, run, models, stage)
+        if stage == "render" and enter is not None:
+            taken = {candidate.decode() for candidate in enter.tolist()}
+            rows = (row for row in rows if row["candidate_id"] in taken)
         dead = [failed(row, stage, reason) for row in rows if row["candidate_id"] not in have]
         for target in tables:
             target.append(dead)

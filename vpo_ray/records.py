@@ -82,6 +82,7 @@ FEEDBACK = pa.schema(
         pa.field("fps", pa.float64()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
+        pa.field("skipped", pa.string()),  # why an aligned prompt was not rendered
         # score; then the same columns of every further reward by its name
         *_SCORE_COLUMNS,
         pa.field("more_rewards", pa.list_(pa.struct([pa.field("name", pa.string()), *_SCORE_COLUMNS]))),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
@@ -299,13 +300,15 @@ class Table(Folder):
             yield group, self._each_key_once(held)
 
     def _each_key_once(self, batches: Sequence[pa.RecordBatch]) -> pa.Table:
-        """The batches as one table; of a key that is there twice, a row without an error."""
+        """The batches as one table; of a key that is there twice, a row without an error or a skip."""
         rows = pa.Table.from_batches(batches, self.schema)
         keys = rows[self.key].to_pylist()
-        errors = rows["error"].is_valid().to_pylist() if "error" in self.schema.names else [False] * len(keys)
+        poor = np.zeros(len(keys), bool)
+        for name in self._marks():
+            poor |= rows[name].is_valid().to_numpy(zero_copy_only=False)
         best: dict[str, int] = {}
-        for position, (key, error) in enumerate(zip(keys, errors, strict=True)):
-            if key not in best or (errors[best[key]] and not error):
+        for position, key in enumerate(keys):
+            if key not in best or (poor[best[key]] and not poor[position]):
                 best[key] = position
         return rows if len(best) == len(keys) else rows.take(list(best.values()))
 
@@ -350,11 +353,11 @@ class Table(Folder):
     def rows(
         self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
     ) -> Iterator[Row]:
-        """Rows, each key once. Where a key is stored twice (a retried error), a row without an
-        error wins over one with."""
+        """Rows, each key once. Where a key is stored twice (a retried error, a candidate that was
+        skipped at first), a row without an error or a skip wins."""
         wanted = list(columns) if columns else self.schema.names
-        has_error = "error" in self.schema.names
-        read = list(dict.fromkeys([*wanted, self.key, *(["error"] if has_error else [])]))
+        marks = self._marks()
+        read = list(dict.fromkeys([*wanted, self.key, *marks]))
         bad: dict[str, Row] = {}
         seen: set[str] = set()
         for batch in self.batches(read, where):
@@ -362,7 +365,7 @@ class Table(Folder):
                 key = row[self.key]
                 if key in seen:
                     continue
-                if has_error and row["error"] is not None:
+                if any(row[mark] is not None for mark in marks):
                     bad.setdefault(key, row)
                     continue
                 seen.add(key)
@@ -370,6 +373,10 @@ class Table(Folder):
         for key, row in bad.items():
             if key not in seen:
                 yield {name: row[name] for name in wanted}
+
+    def _marks(self) -> list[str]:
+        """Columns that say why a row is not what it could be."""
+        return [name for name in ("error", "skipped") if name in self.schema.names]
 
     def keys(self, where: pads.Expression | None = None) -> set[str]:
         return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}

@@ -15,6 +15,10 @@ def summary(run: RunDir) -> str:
     ledger = run.read_json("ledger.json")
     lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
     lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
+    pair = ledger["stages"]["pair"]
+    if "videos" in pair and pair["kinds"].get("video"):
+        told = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())
+        lines.append(f"videos for a video pair, by render.strategy: {told}")
     if run.exists("example.json"):
         example = run.read_json("example.json")
         lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]

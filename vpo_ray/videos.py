@@ -35,6 +35,7 @@ OPERATIONAL = frozenset(
         "model",
         "revision",
         "lora",
+        "strategy",
         "batch_size",
         "long_prompts",
         "vae_slicing",

@@ -68,6 +68,9 @@ class Render(Section):
     cache: Literal["first_block", "faster", "pyramid", "taylorseer"] | None = None
     cache_options: dict[str, Any] = {}
     offload: Literal["none", "model", "sequential"] = "none"
+    strategy: Literal["all", "adaptive"] = Field(
+        "all", description="adaptive: no more videos of a query than its pair takes, in rounds"
+    )
     batch_size: Positive = 1
     time_limit_s: Annotated[float, Field(gt=0)] = 1800
     store: str | None = Field(None, description="folder or URI of the video store; <out>/videos when unset")

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STDERR = 2  # the file itself: a replaced sys.stderr may have none
 WARM_UP_LIMIT_S = 3600  # compiling takes minutes
+GRACE_S = 60.0  # what a render may take beyond twice its time limit before its process is ended
 
 # A video's sidecar, or the reason why there is no video.
 Outcome = dict[str, Any] | str
@@ -156,7 +157,7 @@ class Renderer:
         start = time.perf_counter()
         # The engine ends a slow render between two steps. One that hangs within a step can only be
         # ended with its process; the pool then tries its rows elsewhere.
-        with _guarded(2 * self.settings.time_limit_s * len(batch) + 60):
+        with _guarded(2 * self.settings.time_limit_s * len(batch) + GRACE_S):
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
         return videos, (time.perf_counter() - start) / len(batch)
 
