@@ -1,13 +1,18 @@
 """The `vpo` command: what it takes, what it says when it cannot go on, and what needs no engine."""
 
+import os
 import re
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vpo_ray import cli
+from vpo_ray import cli, loop
+from vpo_ray import recipe as recipes
+from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
 from vpo_ray.storage import RunDir
 
@@ -27,9 +32,20 @@ COMMANDS = {
         "--cpus",
         "--address",
     ],
+    "submit": [
+        *RECIPE,
+        "--command",
+        "--address",
+        "--working-dir",
+        "--retry-errors",
+        "--follow",
+        "--print-id",
+    ],
+    "doctor": ["recipe", "--help", "--out", "--set", "--json"],
     "tiny": ["DIR", "--help"],
     "curate": RECIPE,
     "sft": RECIPE,
+    "generate": [*RECIPE, "--retry-errors"],
     "sample": [*RECIPE, "--retry-errors"],
     "judge": [*RECIPE, "--retry-errors"],
     "render": [*RECIPE, "--retry-errors"],
@@ -277,3 +293,38 @@ def test_no_pairs_says_why(vpo: Any, tmp_path: Path) -> None:
     assert status == 1
     assert "margin too small" in one_line(err)
     assert "Lower pair.margin" in err
+
+
+# Stopped from outside
+
+
+def _stop_in_the_middle(recipe: Recipe, run: RunDir) -> None:
+    with loop.accounted(recipe, run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+
+def test_a_terminated_run_leaves_its_ledger(tmp_path: Path) -> None:
+    recipe = recipes.load(TINY, [f"out={tmp_path / 'run'}"])
+    run = loop.open_run(recipe)
+    before = signal.signal(signal.SIGTERM, loop._terminate)
+    try:
+        with pytest.raises(loop.Terminated):
+            _stop_in_the_middle(recipe, run)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb what is left to do
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run.read_json("ledger.json")["stages"]
+
+
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (loop.Terminated, 143)])
+def test_the_exit_status_tells_who_stopped_it(
+    vpo: Any, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], status: int
+) -> None:
+    def stopped(*_: Any) -> int:
+        raise stop
+
+    monkeypatch.setattr(cli.plan_command, "run", stopped)
+    told = vpo("plan")
+    assert told[0] == status
+    assert "the same command goes on where this stopped" in one_line(told[2])

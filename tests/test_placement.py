@@ -1,5 +1,6 @@
 """What no node of the cluster can take is told with the missing resource named, and nothing else is."""
 
+import json
 import signal
 import threading
 import time
@@ -87,6 +88,17 @@ def test_an_autoscaler_may_bring_what_is_not_there_unless_it_says_no() -> None:
     assert problems(shapes, other) == []
     # Somebody else's request with other labels.
     assert problems(shapes, View([GPU_NODE] * 4, True, [{"CPU": 1.0, "GPU": 1.0}])) == []
+
+
+def test_a_monitor_that_only_looks_on_is_no_autoscaler() -> None:
+    alone, grouped = [Node({"CPU": 4})], [Node({"CPU": 4}, {"ray.io/node-group": "generate"})]
+    looks_on = json.dumps({"autoscaler_report": {"active_nodes": {"node_ab12": 1}}}).encode()
+    first = json.dumps({"autoscaler_report": {"active_nodes": {"head": 1}}}).encode()
+    assert not placement._autoscaled(alone, 0, None)
+    assert not placement._autoscaled(alone, 5, looks_on)
+    assert placement._autoscaled(alone, 0, first)
+    assert placement._autoscaled(grouped, 5, None)
+    assert not placement._autoscaled(grouped, 0, None), "KubeRay without its autoscaler"
 
 
 @given(st.lists(st.floats(0.01, 4), min_size=1, max_size=6), st.integers(1, 4))

@@ -2,6 +2,8 @@
 
 vpo run recipe.yaml                 everything, or what is left of it
 vpo plan recipe.yaml                check the recipe and say what it will take
+vpo submit recipe.yaml              the same as a job of a Ray cluster
+vpo doctor recipe.yaml              check every node of the cluster
 vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
@@ -16,13 +18,16 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from vpo_ray import doctor as doctor_command
 from vpo_ray import plan_command, videos_command
 from vpo_ray import recipe as recipes
+from vpo_ray import submit as submit_command
 from vpo_ray.recipe import Recipe
 
 STAGE_COMMANDS = {
     "curate": "read raw queries into queries/",
     "sft": "train the policy on sft.data into checkpoints/sft",
+    "generate": "sample, judge, render and score as one stream: queries/ to feedback/",
     "sample": "queries/ to candidates/ with the policy",
     "judge": "candidates/ to verdicts/ with the judge: critique, refine, judge again",
     "render": "verdicts/ to renders/ with the video model",
@@ -34,18 +39,23 @@ STAGE_COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit status: 0 done, 1 the run failed or was stopped, 2 wrong usage or input."""
+    """Entry point. Exit status: 0 done; 1 the run failed or its limits stopped it; 2 wrong usage or input;
+    3 the run is submitted already; 130 interrupted, 143 terminated (what was made is kept)."""
     arguments = _parser().parse_args(argv)
     _log_to_stderr(verbose=arguments.verbose)
     try:
         return arguments.command(arguments)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where this stopped", 130)
+    except KeyboardInterrupt as stop:
+        # loop.Terminated, which is not imported for the commands that need no Ray.
+        terminated = type(stop) is not KeyboardInterrupt
+        what = "terminated" if terminated else "interrupted"
+        return _fail(f"{what}; the same command goes on where this stopped", 143 if terminated else 130)
     except Exception as error:
         # Our own errors explain themselves; for any other the trace is what a bug report needs.
         if not type(error).__module__.startswith("vpo_ray"):
             logging.getLogger(__name__).exception("unexpected failure")
-        return _fail(str(error) or type(error).__name__, 2 if isinstance(error, ValueError) else 1)
+        status = getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1)
+        return _fail(str(error) or type(error).__name__, status)
 
 
 def _log_to_stderr(verbose: bool) -> None:
@@ -107,13 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned = with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
     plan_command.add(planned)
+    submit_command.add(
+        with_recipe("submit", "hand `run` or another command to a Ray cluster as a job", _submit)
+    )
+    doctor_command.add(
+        command("doctor", "check every node of a cluster, and what a recipe needs of it", _doctor)
+    )
     tiny = command(
         "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
     )
     tiny.add_argument("folder", metavar="DIR")
     for name, text in STAGE_COMMANDS.items():
         sub = with_recipe(name, text, _stage)
-        if name in ("sample", "judge", "render", "score"):
+        if name in ("generate", "sample", "judge", "render", "score"):
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
     videos_command.add(command("videos", videos_command.HELP, _stage))
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
@@ -163,6 +179,18 @@ def _plan(arguments: argparse.Namespace) -> int:
     return plan_command.run(_load(arguments), arguments)
 
 
+def _submit(arguments: argparse.Namespace) -> int:
+    return submit_command.run(_load(arguments), arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vpo_ray import loop
+
+    recipe = _load(arguments) if arguments.recipe else None
+    loop.connect(arguments.verbose)
+    return doctor_command.run(recipe, arguments.json)
+
+
 def _tiny(arguments: argparse.Namespace) -> int:
     from vpo_ray.tiny import make_tiny
 
@@ -177,17 +205,19 @@ def _stage(arguments: argparse.Namespace) -> int:
     recipe = _load(arguments)
     run = loop.open_run(recipe)
     name: str = arguments.name
-    if name == "curate":
-        loop.curate_queries(recipe, run)
-    elif name == "pair":
-        loop.make_pairs(recipe, run)
-    elif name != "report":
-        loop.connect(arguments.verbose)
-        start = loop.starting_policy(recipe, run, trained=name in ("sft", "sample", "dpo"))
-        if name == "dpo":
-            loop.train_dpo(recipe, run, start)
-        elif name != "sft":
-            loop.generate_feedback(recipe, run, start, (name,), arguments.retry_errors)
+    with loop.accounted(recipe, run):
+        if name == "curate":
+            loop.curate_queries(recipe, run)
+        elif name == "pair":
+            loop.make_pairs(recipe, run)
+        elif name != "report":
+            loop.connect(arguments.verbose)
+            start = loop.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))
+            if name == "dpo":
+                loop.train_dpo(recipe, run, start)
+            elif name != "sft":
+                stages = None if name == "generate" else (name,)
+                loop.generate_feedback(recipe, run, start, stages, arguments.retry_errors)
     loop.write_ledger(recipe, run)
     where = f"{loop.write_report(recipe, run)}" if name == "report" else f"{run.uri}/ledger.json"
     sys.stdout.write(f"{name}: done, see {where}\n")

@@ -11,11 +11,14 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,10 @@ class Start:
 
 class LoopError(RuntimeError):
     """The loop cannot go on; the message says why and what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the job was stopped, or its node is about to go."""
 
 
 def open_run(recipe: Recipe) -> RunDir:
@@ -118,6 +125,26 @@ def connect(verbose: bool = False) -> None:
     context.enable_progress_bars = sys.stderr.isatty()
     # Ray 2.60 has no other way yet to say how often a pool's actors restart.
     warnings.filterwarnings("ignore", message="`ray_remote_args")
+    if threading.current_thread() is threading.main_thread():
+        # After Ray, which would exit at once.
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(*_: object) -> None:
+    # Whoever stops a job kills it seconds later: a second signal may not disturb the ledger's writing.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+@contextmanager
+def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
+    """Write the ledger of what was made when the work within is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.warning("stopping: what was made is kept, and %s/ledger.json counts it", run.uri)
+        write_ledger(recipe, run)
+        raise
 
 
 def curate_queries(recipe: Recipe, run: RunDir) -> None:
@@ -313,8 +340,14 @@ def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str], videos: Counter[s
 
 def run_loop(recipe: Recipe, retry_errors: bool = False, example: bool = True) -> RunDir:
     """Everything, in order; see the module's first line. `example=False` serves no query at the end."""
-    began = time.monotonic()
     run = open_run(recipe)
+    with accounted(recipe, run):
+        _phases(recipe, run, retry_errors, example)
+    return run
+
+
+def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> None:
+    began = time.monotonic()
     _say("curate", run)
     curate_queries(recipe, run)
     if recipe.sft is not None and not run.exists(ROUND):
@@ -338,7 +371,6 @@ def run_loop(recipe: Recipe, retry_errors: bool = False, example: bool = True) -
         logger.warning("the ledger does not add up: %s", problem)
     _say("report", run)
     write_report(recipe, run)
-    return run
 
 
 def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:

@@ -7,6 +7,7 @@ missing resource named.
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -183,8 +184,7 @@ def look() -> View:
     gcs = ray._private.worker.global_worker.gcs_client
     reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=10))
     state = reply.autoscaling_state
-    # The first version of the autoscaler leaves a report of its own, and does not say what is infeasible.
-    autoscaled = state.autoscaler_state_version > 0 or _internal_kv_get("__autoscaling_status") is not None
+    autoscaled = _autoscaled(nodes, state.autoscaler_state_version, _internal_kv_get("__autoscaling_status"))
     infeasible = [dict(request.resources_bundle) for request in state.infeasible_resource_requests]
     infeasible += [
         dict(request.resources_bundle)
@@ -192,6 +192,19 @@ def look() -> View:
         for request in gang.requests
     ]
     return View(nodes, autoscaled, infeasible)
+
+
+def _autoscaled(nodes: Sequence[Node], version: int, report: bytes | None) -> bool:
+    """Whether the monitor of the head may add nodes. Every head has one that reports; without worker
+    groups it only looks on: the first version then names node types `node_ID`, the second gives the
+    nodes no group."""
+    try:
+        kinds = json.loads(report or b"{}").get("autoscaler_report", {}).get("active_nodes", {})
+    except ValueError:
+        kinds = {}
+    if any(not kind.startswith("node_") for kind in kinds):
+        return True
+    return version > 0 and any("ray.io/node-group" in node.labels for node in nodes)
 
 
 def require(shapes: Sequence[Shape], timeout_s: float) -> None:

@@ -35,7 +35,7 @@ class StageMetrics:
     """A stage's Prometheus metrics, exported by Ray on every node."""
 
     def __init__(self, stage: str) -> None:
-        from ray.util.metrics import Counter
+        from ray.util.metrics import Counter, Gauge
 
         self.stage = stage
         self._rows = Counter("vpo_rows", "Rows that left a stage", tag_keys=("stage", "outcome"))
@@ -46,6 +46,7 @@ class StageMetrics:
             "vpo_warm_up_seconds", "Seconds in which replicas loaded and compiled", tag_keys=("stage",)
         )
         self._tokens = Counter("vpo_tokens", "Tokens of the policy", tag_keys=("stage", "kind"))
+        self._score = Gauge("vpo_score", "The last score of a replica")
 
     def warmed(self, seconds: float) -> None:
         self._warm_up.inc(seconds, {"stage": self.stage})
@@ -58,6 +59,9 @@ class StageMetrics:
         seconds = sum((row["seconds"] or {}).get(self.stage) or 0.0 for row in rows)
         if seconds > 0:
             self._seconds.inc(seconds, {"stage": self.stage})
+        scores = [row["score"] for row in rows if row["score"] is not None]
+        if self.stage == "score" and scores:
+            self._score.set(scores[-1])
         if self.stage == "sample":
             for kind in ("prompt", "completion"):
                 tokens = sum(row[f"{kind}_tokens"] or 0 for row in rows)

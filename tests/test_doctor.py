@@ -1,0 +1,107 @@
+"""The doctor names what is wrong with a node, and finds a good one good."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray import doctor
+from vpo_ray.recipe import load
+
+TINY = "jobs/recipes/tiny.yaml"
+NODE = {
+    "NodeID": "ab" * 16,
+    "NodeManagerHostname": "worker-1",
+    "NodeManagerAddress": "10.0.0.1",
+    "Resources": {"CPU": 4.0, "object_store_memory": 2.0**30},
+}
+
+
+@pytest.fixture(scope="module")
+def good() -> dict[str, Any]:
+    return doctor.probe(doctor.Ask({}, {}, ())) | {"disk_used": 0.5, "shared_memory": 2**31, "gpus": []}
+
+
+def wrong(node: dict[str, Any], answer: Any, here: dict[str, Any], skew: float = 0) -> list[str]:
+    found = doctor.node_findings(node, answer, skew, here)
+    assert all(finding.fix for finding in found if not finding.ok)
+    assert all("worker-1" in finding.where for finding in found)
+    return [f"{finding.check}: {finding.found}" for finding in found if not finding.ok]
+
+
+def test_a_good_node_has_no_problem(good: dict[str, Any]) -> None:
+    assert wrong(NODE, good, good) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"versions": {"ray": "2.9"}}, "versions: ray 2.9, the driver has"),
+        ({"disk_used": 0.96}, "disk of /tmp: 96% used"),
+        ({"shared_memory": 2**26}, "object store: 1.0 GiB, /dev/shm 0.1 GiB"),
+        ({"unreadable": {"judge.model": "/models/x: Permission denied"}}, "reads judge.model: /models/x"),
+        ({"unwritable": {"out": "s3://b: access denied"}}, "writes out: s3://b"),
+        ({"absent": ["OPENAI_API_KEY"]}, "variable OPENAI_API_KEY: not set"),
+    ],
+)
+def test_each_problem_is_named(good: dict[str, Any], change: dict[str, Any], told: str) -> None:
+    versions = good["versions"] | change.get("versions", {})
+    [line] = wrong(NODE, good | change | {"versions": versions}, good)
+    assert line.startswith(told)
+
+
+def test_gpus_that_ray_offers_and_no_driver_has(good: dict[str, Any]) -> None:
+    node = NODE | {"Resources": NODE["Resources"] | {"GPU": 2.0}}
+    [line] = wrong(node, good, good)
+    assert line == "GPUs: no driver answers (Ray offers 2)"
+    assert wrong(node, good | {"gpus": ["H100, 81559 MiB, 570.1"] * 2}, good) == []
+
+
+def test_a_clock_and_a_silent_node(good: dict[str, Any]) -> None:
+    assert wrong(NODE, good, good, skew=30) == ["clock: 30 s off"]
+    assert wrong(NODE, "no answer within 60 s", good) == ["answers: no answer within 60 s"]
+    small = NODE | {"Resources": {"object_store_memory": 2.0**20}}
+    assert wrong(small, good, good) == ["object store: 0.0 GiB, /dev/shm 2.0 GiB"]
+
+
+def test_paths_are_tried_and_not_only_looked_at(tmp_path: Path) -> None:
+    model, empty, file = tmp_path / "model", tmp_path / "empty", tmp_path / "file"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    empty.mkdir()
+    file.write_text("no folder")
+    ask = doctor.Ask(
+        {"a": str(model), "b": str(empty), "c": str(tmp_path / "gone")},
+        {"out": str(tmp_path / "run"), "store": str(file / "videos")},
+        ("VPO_NO_SUCH_VARIABLE", "PATH"),
+    )
+    answer = doctor.probe(ask)
+    assert set(answer["unreadable"]) == {"b", "c"}
+    assert "No such file" in answer["unreadable"]["c"]
+    assert set(answer["unwritable"]) == {"store"}
+    assert answer["absent"] == ["VPO_NO_SUCH_VARIABLE"]
+    assert not list((tmp_path / "run").iterdir()), "nothing is left behind"
+    # A node whose folder of the same name is another disk does not see the driver's file.
+    elsewhere = doctor.probe(replace(ask, writable={"out": str(tmp_path / "run")}, marker="doctor-of-driver"))
+    assert "another disk" in elsewhere["unwritable"]["out"]
+
+
+def test_a_recipe_asks_for_its_files_storage_and_keys(tmp_path: Path) -> None:
+    sets = [f"out={tmp_path}", f"judge.model={tmp_path}", "reward.checklist.file=s3://b/c.yaml"]
+    ask = doctor.asked(load(TINY, [*sets, "reward.kind=openai", "reward.endpoint.api_key_env=MY_KEY"]))
+    assert ask.readable["judge.model"] == str(tmp_path)
+    assert "reward.model" not in ask.readable
+    assert "reward.checklist.file" not in ask.readable
+    assert ask.writable == {"out": str(tmp_path)}
+    assert ask.variables == ["MY_KEY"]
+
+
+def test_help_needs_no_cluster() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vpo_ray.cli", "doctor", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "--json" in done.stdout

@@ -1,0 +1,142 @@
+"""`vpo submit`: hand a command of a recipe to a Ray cluster as a job.
+
+The job's id is a function of the recipe, its run directory and the command: Ray refuses a second job
+of the same id, so that two people who submit the same run get one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from vpo_ray.recipe import Recipe
+from vpo_ray.records import content_id
+from vpo_ray.storage import RunDir
+
+logger = logging.getLogger(__name__)
+
+COMMANDS = ("run", "curate", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo", "report")
+
+# What never travels with the working directory (patterns as in .gitignore).
+EXCLUDES = [".git", ".venv", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors", "*.mp4"]
+
+# Each attempt at a run is a job of its own; the number tells them apart.
+_ATTEMPT = re.compile(r"-(\d+)$")
+
+
+class SubmitError(RuntimeError):
+    """The job cannot be handed over; the message says why."""
+
+
+class AlreadySubmittedError(SubmitError):
+    """This run is submitted or running; the message names the job."""
+
+    exit_status = 3
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of `vpo submit` its options."""
+    parser.add_argument("--command", dest="task", choices=COMMANDS, default="run", help="default: run")
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the cluster's dashboard, e.g. http://127.0.0.1:8265; RAY_API_SERVER_ADDRESS when absent",
+    )
+    parser.add_argument(
+        "--working-dir", metavar="DIR", default=".", help="what travels: the recipe and files that it names"
+    )
+    parser.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    parser.add_argument("--follow", action="store_true", help="show the job's log, and end as it ends")
+    parser.add_argument("--print-id", action="store_true", help="print the submission id and submit nothing")
+
+
+def submission_id(recipe: Recipe, task: str) -> str:
+    """The id of all attempts at this command of this recipe in this run directory."""
+    name = re.sub("[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:40] or "recipe"
+    where = RunDir(recipe.out).uri
+    return f"vpo-{name}-{task}-{content_id('submission', recipe.fingerprint(), where, task, digits=12)}"
+
+
+def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """Submit the job; with `--follow`, wait for it.
+
+    Returns:
+        0 when submitted, or with `--follow` the exit status of the job's command.
+
+    Raises:
+        AlreadySubmittedError: an attempt at this run is not over.
+        SubmitError: the recipe is outside the working directory, or the cluster does not answer.
+    """
+    if arguments.print_id:
+        sys.stdout.write(submission_id(recipe, arguments.task) + "\n")
+        return 0
+    from ray.job_submission import JobSubmissionClient
+
+    entrypoint = _entrypoint(arguments)
+    try:
+        client = JobSubmissionClient(arguments.address)
+        name = _next_attempt(client, submission_id(recipe, arguments.task))
+        client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=name,
+            runtime_env={"working_dir": arguments.working_dir, "excludes": EXCLUDES},
+            metadata={"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "out": recipe.out},
+        )
+    except (ConnectionError, RuntimeError) as error:
+        if isinstance(error, SubmitError):
+            raise
+        if "already exists" in str(error):
+            raise AlreadySubmittedError(f"somebody submitted this run at the same moment: {name}") from error
+        raise SubmitError(f"the cluster does not take the job: {error}") from error
+    sys.stdout.write(f"{name}\n")
+    sys.stdout.flush()
+    return asyncio.run(_follow(client, name)) if arguments.follow else 0
+
+
+def _entrypoint(arguments: argparse.Namespace) -> str:
+    folder, recipe = Path(arguments.working_dir).resolve(), Path(arguments.recipe).resolve()
+    if not recipe.is_relative_to(folder):
+        raise SubmitError(
+            f"{arguments.recipe} is not in the working directory {folder}, which is all that travels: "
+            "give --working-dir"
+        )
+    words = ["python", "-m", "vpo_ray.cli", arguments.task, str(recipe.relative_to(folder))]
+    words += ["--out", arguments.out] if arguments.out else []
+    for item in arguments.set:
+        words += ["--set", item]
+    return shlex.join(words + ["--retry-errors"] * arguments.retry_errors)
+
+
+def _next_attempt(client: Any, base: str) -> str:
+    attempts = {}
+    for job in client.list_jobs():
+        name = job.submission_id or ""
+        number = _ATTEMPT.search(name)
+        if number and name == f"{base}-{number[1]}":
+            attempts[int(number[1])] = job
+    for job in attempts.values():
+        if not job.status.is_terminal():
+            raise AlreadySubmittedError(
+                f"this run is {job.status.lower()} as {job.submission_id}. Look at it with `ray job logs "
+                f"--follow {job.submission_id}`, or end it with `ray job stop {job.submission_id}`"
+            )
+    return f"{base}-{max(attempts, default=0) + 1}"
+
+
+async def _follow(client: Any, name: str) -> int:
+    async for lines in client.tail_job_logs(name):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+    while not (status := client.get_job_status(name)).is_terminal():
+        await asyncio.sleep(1)
+    if status == "SUCCEEDED":
+        return 0
+    info = client.get_job_info(name)
+    logger.error("%s %s: %s", name, status.lower(), info.message)
+    return info.driver_exit_code or 1
