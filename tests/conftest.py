@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from endpoint_server import EndpointServer, Reply, Request
 from hypothesis import HealthCheck, settings
 
 # A checkpoint with its reference's outputs; it lies beside the repository, where it is at all.
@@ -69,6 +70,20 @@ def clip() -> Callable[..., bytes]:
         return encode(coarse.repeat(8, axis=1).repeat(8, axis=2), 8, 12)
 
     return make
+
+
+@pytest.fixture
+def serve_endpoint() -> Iterator[Callable[[Callable[[Request], Reply]], EndpointServer]]:
+    """Starts OpenAI-compatible servers: serve_endpoint(reply), where `reply` answers one request."""
+    servers: list[EndpointServer] = []
+
+    def start(reply: Callable[[Request], Reply]) -> EndpointServer:
+        servers.append(EndpointServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")

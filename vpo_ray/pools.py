@@ -7,10 +7,12 @@ run goes on behind its last finished batch.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -19,9 +21,10 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import StreamingRepartition
 
+from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
 from vpo_ray.progress import StageMetrics
 from vpo_ray.recipe import Pool
-from vpo_ray.records import FEEDBACK, Row, failed, table
+from vpo_ray.records import Row, failed, table
 from vpo_ray.storage import StorageError, Table
 
 # What small tasks (reading, splitting) reserve: with whole CPUs, a dozen operators of one stream
@@ -35,7 +38,10 @@ RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
 # a model that does not load is no property of a row.
 STOP = "stop"
 
-RESULT = pa.schema([FEEDBACK.field("candidate_id"), FEEDBACK.field("error"), FEEDBACK.field("error_stage")])
+
+def result_schema(table: Table) -> pa.Schema:
+    """What goes back to the driver of a row: its id and its error."""
+    return pa.schema([table.schema.field(name) for name in (table.key, "error", "error_stage")])
 
 
 class Stage(Protocol):
@@ -141,8 +147,9 @@ class Outcome:
         When storage fails, the rows go on as STOP errors that no table keeps: the driver stops the
         run at the first, and the next run takes them again.
         """
-        made = {row["candidate_id"]: row for row in done}
-        out = [made.get(row["candidate_id"], row) for row in rows]
+        key = self.table.key
+        made = {row[key]: row for row in done}
+        out = [made.get(row[key], row) for row in rows]
         try:
             self.table.append([row for row in out if row["error_stage"] != STOP])
         except StorageError as error:
@@ -150,18 +157,61 @@ class Outcome:
         errors = sum(row["error"] is not None for row in done)
         self._metrics().count(done)
         self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
-        return (
-            table(out, FEEDBACK)
-            if not self.last
-            else table([{k: r[k] for k in RESULT.names} for r in out], RESULT)
-        )
+        if not self.last:
+            return table(out, self.table.schema)
+        result = result_schema(self.table)
+        return table([{name: row[name] for name in result.names} for row in out], result)
 
     def _metrics(self) -> StageMetrics:
         self.metrics = self.metrics or StageMetrics(self.stage)
         return self.metrics
 
-    def charge(self, row: Row, seconds: float) -> Row:
-        return {**row, "seconds": {**(row["seconds"] or {}), self.stage: seconds}}
+    def charge(self, row: Row, seconds: float, usage: Usage | None = None) -> Row:
+        row = {**row, "seconds": {**(row["seconds"] or {}), self.stage: seconds}}
+        if usage is not None:
+            row["usage"] = {**(row["usage"] or {}), self.stage: asdict(usage)}
+        return row
+
+
+class ChatRunner:
+    """A text stage in an async actor: all rows of all its batches at once, a failure to its row.
+
+    Args:
+        fatal: errors that leave the engine dead; `leave` is called for them.
+    """
+
+    def __init__(
+        self,
+        stage: ChatStage,
+        chat: Chat,
+        outcome: Outcome,
+        fatal: tuple[type[BaseException], ...] = (),
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.stage, self.chat, self.outcome = stage, chat, outcome
+        self.fatal, self.leave = fatal, leave
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        done = await asyncio.gather(*(self._run(row) for row in rows if self.stage.wants(row)))
+        return await asyncio.to_thread(self.outcome.publish, rows, done)
+
+    async def _run(self, row: Row) -> Row:
+        chat = Metered(self.chat)
+        with self.outcome.timed(1) as seconds:
+            done = await self._answer(row, chat)
+        return self.outcome.charge(done, seconds[0], chat.usage)
+
+    async def _answer(self, row: Row, chat: Chat) -> Row:
+        try:
+            return await self.stage(row, chat)
+        except self.fatal:
+            self.leave()
+            raise
+        except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
+            if getattr(error, "stops_run", False):
+                return failed(row, STOP, str(error))
+            return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
 
 
 class StageActor:
@@ -240,8 +290,8 @@ def split_blocks(dataset: Dataset, rows: int) -> Dataset:
     return Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
 
 
-def progress_handle(stages: Sequence[str]) -> Any:
-    """Start the actor that counts rows; it lives as long as the handle."""
+def progress_handle(stages: Sequence[str], spent: float = 0.0) -> Any:
+    """Start the actor that counts rows and money; it lives as long as the handle."""
     from vpo_ray.progress import Progress
 
-    return ray.remote(num_cpus=0)(Progress).remote(list(stages))
+    return ray.remote(num_cpus=0)(Progress).remote(list(stages), spent)

@@ -17,15 +17,22 @@ COUNTS = ("started", "done", "errors", "passed", "warm_up_s")
 
 
 class Progress:
-    """Counts of rows by stage: taken up, finished, failed, and passed on untouched; and the seconds
-    that its replicas took to warm up."""
+    """Counts of rows by stage: taken up, finished, failed, and passed on untouched; the seconds that
+    its replicas took to warm up; and the money that went to endpoints, `spent` before this execution.
+    """
 
-    def __init__(self, stages: Sequence[str]) -> None:
+    def __init__(self, stages: Sequence[str], spent: float = 0.0) -> None:
+        self._spent = spent
         self._counts: dict[str, dict[str, float]] = {stage: dict.fromkeys(COUNTS, 0) for stage in stages}
 
     def add(self, stage: str, **counts: float) -> None:
         for name, count in counts.items():
             self._counts[stage][name] += count
+
+    def spend(self, cost: float) -> float:
+        """Add what an endpoint took; returns all that the run has paid so far."""
+        self._spent += cost
+        return self._spent
 
     def snapshot(self) -> dict[str, dict[str, float]]:
         return self._counts
@@ -45,7 +52,8 @@ class StageMetrics:
         self._warm_up = Counter(
             "vpo_warm_up_seconds", "Seconds in which replicas loaded and compiled", tag_keys=("stage",)
         )
-        self._tokens = Counter("vpo_tokens", "Tokens of the policy", tag_keys=("stage", "kind"))
+        self._tokens = Counter("vpo_tokens", "Tokens of the LLMs", tag_keys=("stage", "kind"))
+        self._cost = Counter("vpo_cost", "Paid to endpoints, in their prices' currency", tag_keys=("stage",))
         self._score = Gauge("vpo_score", "The last score of a replica")
 
     def warmed(self, seconds: float) -> None:
@@ -59,14 +67,16 @@ class StageMetrics:
         seconds = sum((row["seconds"] or {}).get(self.stage) or 0.0 for row in rows)
         if seconds > 0:
             self._seconds.inc(seconds, {"stage": self.stage})
-        scores = [row["score"] for row in rows if row["score"] is not None]
-        if self.stage == "score" and scores:
-            self._score.set(scores[-1])
-        if self.stage == "sample":
-            for kind in ("prompt", "completion"):
-                tokens = sum(row[f"{kind}_tokens"] or 0 for row in rows)
-                if tokens:
-                    self._tokens.inc(tokens, {"stage": self.stage, "kind": kind})
+        if self.stage == "score":
+            scores = [row["score"] for row in rows if row["score"] is not None]
+            if scores:
+                self._score.set(scores[-1])
+        used = [usage for row in rows if (usage := (row["usage"] or {}).get(self.stage))]
+        for kind in ("prompt", "completion"):
+            if tokens := sum(usage[kind] or 0 for usage in used):
+                self._tokens.inc(tokens, {"stage": self.stage, "kind": kind})
+        if cost := sum(usage["cost"] or 0.0 for usage in used):
+            self._cost.inc(cost, {"stage": self.stage})
 
 
 class StatusTable:

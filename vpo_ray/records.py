@@ -44,6 +44,9 @@ DROPPED = pa.schema(
 )
 
 _SECONDS = pa.struct([(stage, pa.float64()) for stage in ("sample", "judge", "render", "score")])
+# What an LLM read and wrote for a row, and what an endpoint took for it (in its price's currency).
+_TOKENS = pa.struct([("prompt", pa.int64()), ("completion", pa.int64()), ("cost", pa.float64())])
+_USAGE = pa.struct([(stage, _TOKENS) for stage in ("sample", "judge")])
 _ANSWER = pa.struct([("question", pa.int32()), ("yes", pa.bool_()), ("probability", pa.float32())])
 _DIMENSION = pa.struct([("name", pa.string()), ("score", pa.float64())])
 _SCORE_COLUMNS = [
@@ -51,6 +54,21 @@ _SCORE_COLUMNS = [
     pa.field("answers", pa.list_(_ANSWER)),
     pa.field("dimensions", pa.list_(_DIMENSION)),
     pa.field("score", pa.float64()),
+]
+
+# The judge on a prompt: its verdict, with the details of the query that the prompt lacks and those
+# that it adds; for a misaligned prompt, the refined one, its form's fault or its own verdict.
+_REVIEW = [
+    pa.field("verdict", pa.string()),
+    pa.field("critique", pa.string()),
+    pa.field("missing", pa.list_(pa.string())),
+    pa.field("added", pa.list_(pa.string())),
+    pa.field("refined_prompt", pa.string()),
+    pa.field("refined_fault", pa.string()),
+    pa.field("refined_verdict", pa.string()),
+    pa.field("refined_critique", pa.string()),
+    pa.field("refined_missing", pa.list_(pa.string())),
+    pa.field("refined_added", pa.list_(pa.string())),
 ]
 
 # One row per candidate. Every stage table has this schema; the columns of later stages are null.
@@ -68,12 +86,7 @@ FEEDBACK = pa.schema(
         pa.field("finish_reason", pa.string()),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("completion_tokens", pa.int32()),
-        # judge: `verdict` of the prompt; for a misaligned one, the refined prompt and its own verdict
-        pa.field("verdict", pa.string()),
-        pa.field("critique", pa.string()),
-        pa.field("refined_prompt", pa.string()),
-        pa.field("refined_verdict", pa.string()),
-        pa.field("refined_critique", pa.string()),
+        *_REVIEW,
         # render
         pa.field("video_key", pa.string()),
         pa.field("video_uri", pa.string()),
@@ -88,6 +101,29 @@ FEEDBACK = pa.schema(
         pa.field("more_rewards", pa.list_(pa.struct([pa.field("name", pa.string()), *_SCORE_COLUMNS]))),
         # every stage
         pa.field("seconds", _SECONDS),
+        pa.field("usage", _USAGE),
+        pa.field("error", pa.string()),
+        pa.field("error_stage", pa.string()),
+    ]
+)
+
+# One row per query of the sft split: the whole trail of its SFT example. `target` is the prompt to
+# learn, the draft or its refinement, whichever is aligned; without one, `fault` says why.
+DRAFT = pa.schema(
+    [
+        pa.field("draft_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("unsafe", pa.bool_()),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("model", pa.string()),
+        pa.field("examples", pa.list_(pa.string())),  # query ids of the examples shown
+        pa.field("prompt", pa.string()),
+        *_REVIEW,
+        pa.field("target", pa.string()),
+        pa.field("fault", pa.string()),
+        pa.field("seconds", pa.struct([("draft", pa.float64())])),
+        pa.field("usage", pa.struct([("draft", _TOKENS)])),
         pa.field("error", pa.string()),
         pa.field("error_stage", pa.string()),
     ]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Sampling
 from vpo_ray.policy_prompt import read_prompt
-from vpo_ray.recipe import Judge
+from vpo_ray.recipe import Judge, Pair
 from vpo_ray.records import FEEDBACK, VERDICTS, Row, table
 from vpo_ray.stages.judge import JudgeError, Judgement, Judging, fill, parse_judgement, refined_fault
+from vpo_ray.stages.pair import pairs_of_query
 
 CRITIQUE = read_prompt("builtin:critique")
 REFINE = read_prompt("builtin:refine")
@@ -92,7 +94,7 @@ def read_back(template: str, filled: str) -> dict[str, str]:
         if part[:1] == "{" and part[1:-1] in ("query", "prompt", "critique"):
             names.append(part[1:-1])
             # A JSON string: nothing but its own closing quote ends it.
-            pattern += r'("(?:[^"\\\n<]|\\.)*")'
+            pattern += r'("(?:[^"\\\n<\[]|\\.)*")'
         else:
             pattern += re.escape(part)
     match = re.fullmatch(pattern, filled)
@@ -108,6 +110,8 @@ def check(**values: str) -> None:
         # Every tag is the template's own: no value adds one, opens one or closes one.
         assert filled.count("<") == template.count("<")
         assert filled.count("\n") == template.count("\n")
+        # Nor a control token of any known family, which begin with `<` or `[`.
+        assert filled.count("[") == template.count("[")
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
@@ -139,13 +143,15 @@ def test_there_are_enough_attempts() -> None:
 
 @pytest.mark.parametrize("verdict", VERDICTS)
 def test_a_verdict(verdict: str) -> None:
-    text = json.dumps({"critique": "why", "verdict": verdict})
-    assert parse_judgement(text) == Judgement(verdict, "why")
-    assert parse_judgement(f"\n {text} \n") == Judgement(verdict, "why")
+    found = Judgement(verdict, "why", ["the hat"], [])
+    text = json.dumps({"critique": "why", "missing": ["the hat"], "added": [], "verdict": verdict})
+    assert parse_judgement(text) == found
+    assert parse_judgement(f"\n {text} \n") == found
 
 
 def test_line_breaks_that_a_grammar_lets_through() -> None:
-    assert parse_judgement('{"critique": "one\ntwo", "verdict": "unsafe"}').critique == "one\ntwo"
+    text = '{"critique": "one\ntwo", "missing": [], "added": [], "verdict": "unsafe"}'
+    assert parse_judgement(text).critique == "one\ntwo"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +186,10 @@ def test_line_breaks_that_a_grammar_lets_through() -> None:
         '{"critique": "half \\ud800", "verdict": "aligned"}',
         "[" * 100_000,
         '{"critique": ' + "1" * 5000 + "}",
+        '{"critique": "x", "missing": [], "verdict": "aligned"}',
+        '{"critique": "x", "missing": [], "added": "a dog", "verdict": "aligned"}',
+        '{"critique": "x", "missing": [1], "added": [], "verdict": "aligned"}',
+        '{"critique": "x", "missing": [], "added": [null], "verdict": "aligned"}',
     ],
 )
 def test_an_answer_that_is_no_verdict_is_an_error_not_a_no(text: str) -> None:
@@ -201,6 +211,20 @@ def test_any_other_answer_is_an_error_of_its_own(text: str) -> None:
         ("A cat walks.", None),
         ("", "empty"),
         ("a  red\u00a0cat", "equal to the original"),
+        ("A red Cat", "equal to the original"),
+        ("The video opens with a cat.", "introductory phrase"),
+        ("This clip shows a cat.", "introductory phrase"),
+        ("In this video we see a cat.", "introductory phrase"),
+        ("Sure! A cat walks.", "introductory phrase"),
+        ("Of course, here it is: a cat.", "introductory phrase"),
+        ("Here is the refined prompt: a cat.", "introductory phrase"),
+        ("Here\u2019s your prompt: a cat", "introductory phrase"),
+        ("**Refined Prompt:** a cat", "introductory phrase"),
+        ('"Video Prompt: a cat"', "introductory phrase"),
+        ("The video shop on the corner closes.", None),
+        ("Here is where a cat walks.", None),
+        ("Surely a cat walks.", None),
+        ("Okapi walk by.", None),
         ("one\ntwo", "several paragraphs"),
         ("one\r\rtwo", "several paragraphs"),
         ("one\u2028two", "several paragraphs"),
@@ -232,8 +256,8 @@ class Endpoint:
         return Answer(answer if isinstance(answer, str) else json.dumps(answer), "stop", 10, 10)
 
 
-def said(verdict: str, critique: str = "because") -> dict[str, str]:
-    return {"critique": critique, "verdict": verdict}
+def said(verdict: str, critique: str = "because", missing: Sequence[str] = ()) -> dict[str, Any]:
+    return {"critique": critique, "missing": list(missing), "added": ["a dog"], "verdict": verdict}
 
 
 def judge(*answers: Any, before: Row | None = None, **options: Any) -> tuple[Row, Endpoint]:
@@ -247,29 +271,35 @@ def judge(*answers: Any, before: Row | None = None, **options: Any) -> tuple[Row
 
 def test_an_aligned_prompt_is_asked_about_once() -> None:
     done, endpoint = judge(said("aligned"))
-    assert done == row(verdict="aligned", critique="because")
+    assert done == row(verdict="aligned", critique="because", missing=[], added=["a dog"])
     [(messages, sampling, schema)] = endpoint.asked
     assert [message["role"] for message in messages] == ["user"]
     assert read_back(CRITIQUE, messages[0]["content"]) == {"query": "a cat", "prompt": "a dog"}
     assert sampling.temperature == 0.0
     assert schema is not None
-    assert schema["properties"]["verdict"] == {"enum": list(VERDICTS)}
-    assert schema["required"] == ["critique", "verdict"]
+    assert schema["properties"]["verdict"] == {"type": "string", "enum": list(VERDICTS)}
+    assert schema["required"] == ["critique", "missing", "added", "verdict"]
 
 
 @pytest.mark.parametrize("verdict", ["unsafe", "imprecise", "refusal"])
 @pytest.mark.parametrize("second", VERDICTS)
 def test_a_misaligned_prompt_is_refined_and_judged_again(verdict: str, second: str) -> None:
-    done, endpoint = judge(said(verdict, "no cat"), {"prompt": " a cat \n"}, said(second, "now"))
+    answers = said(verdict, "no cat", ["a cat"]), {"prompt": " a cat \n"}, said(second, "now")
+    done, endpoint = judge(*answers)
     assert done == row(
         verdict=verdict,
         critique="no cat",
+        missing=["a cat"],
+        added=["a dog"],
         refined_prompt="a cat",
         refined_verdict=second,
         refined_critique="now",
+        refined_missing=[],
+        refined_added=["a dog"],
     )
     asked = [messages[0]["content"] for messages, _, _ in endpoint.asked]
-    assert read_back(REFINE, asked[1]) == {"query": "a cat", "prompt": "a dog", "critique": "no cat"}
+    critique = "no cat\nmissing: a cat\nadded: a dog"
+    assert read_back(REFINE, asked[1]) == {"query": "a cat", "prompt": "a dog", "critique": critique}
     assert read_back(CRITIQUE, asked[2]) == {"query": "a cat", "prompt": "a cat"}
 
 
@@ -280,13 +310,29 @@ def test_a_misaligned_prompt_is_refined_and_judged_again(verdict: str, second: s
         (" ", "empty"),
         ("a cat\n\nAnd more.", "several paragraphs"),
         ("cat " * 8, "over 7 words"),
+        ("Sure! a cat", "introductory phrase"),
     ],
 )
 def test_a_refinement_of_no_use_is_kept_but_not_judged(refined: str, fault: str) -> None:
     done, _ = judge(said("imprecise"), {"prompt": refined}, word_limit=7)
     assert done["refined_prompt"] == refined.strip()
     assert done["refined_verdict"] is None
-    assert done["refined_critique"] == f"not judged: {fault}"
+    assert done["refined_fault"] == fault
+    reasons: Counter[str] = Counter()
+    assert pairs_of_query([done], Pair(), reasons) == []
+    assert reasons[f"refined prompt: {fault}"] == 1
+
+
+def test_an_aligned_refinement_is_a_chosen_and_a_misaligned_one_is_not() -> None:
+    def pairs(second: str, reasons: Counter[str]) -> list[Row]:
+        done, _ = judge(said("unsafe"), {"prompt": "a cat"}, said(second))
+        return pairs_of_query([done], Pair(), reasons)
+
+    reasons: Counter[str] = Counter()
+    [pair] = pairs("aligned", reasons)
+    assert (pair["chosen"], pair["rejected"], pair["kind"]) == ("a cat", "a dog", "text")
+    assert pairs("imprecise", reasons) == []
+    assert reasons["refined prompt not aligned"] == 1
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def candidate(k: int, prompt: str = "", query: str = "q", **more: Any) -> Row:
         "k": k,
         "prompt": prompt or f"prompt {k}",
         "refined_prompt": None,
+        "refined_fault": None,
         "refined_verdict": None,
         "answers": None,
         "dimensions": None,

@@ -15,8 +15,32 @@ from vpo_ray.records import Row
 Message = dict[str, str]
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written, and what an endpoint took for them (0 on our own engines)."""
+
+    prompt: int = 0
+    completion: int = 0
+    cost: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cost + other.cost)
+
+
 class ChatError(RuntimeError):
-    """A request that cannot be answered, for example one longer than the model's context."""
+    """A request that has no usable answer, for example one longer than the model's context.
+
+    Attributes:
+        usage: what was spent on it all the same.
+    """
+
+    def __init__(self, message: str, usage: Usage = Usage()) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class Refusal(ChatError):
+    """The model declined to answer, or a content filter stopped it: no text to go on with."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,11 @@ class Answer:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    cost: float = 0.0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.completion_tokens, self.cost)
 
 
 class Chat(Protocol):
@@ -45,9 +74,27 @@ class Chat(Protocol):
         """One answer. With a JSON schema the text is an object of it.
 
         Raises:
-            ChatError: the request does not fit the model.
+            ChatError: the request does not fit the model, or has no usable answer.
         """
         ...
+
+
+class Metered:
+    """A chat for one row, that adds up what the row's turns used; failed turns count too."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat, self.usage = chat, Usage()
+
+    async def complete(
+        self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None = None
+    ) -> Answer:
+        try:
+            answer = await self.chat.complete(messages, sampling, schema)
+        except ChatError as error:
+            self.usage += error.usage
+            raise
+        self.usage += answer.usage
+        return answer
 
 
 class ChatStage(Protocol):

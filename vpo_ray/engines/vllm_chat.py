@@ -7,7 +7,6 @@ a text stage on each row, with as many turns as the row needs, all rows of all b
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import os
@@ -18,11 +17,10 @@ import pyarrow as pa
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS, vLLMEngineStageUDF
 
-from vpo_ray.engines.chat import Answer, Chat, ChatError, ChatStage, Message, Sampling
+from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
 from vpo_ray.policy_prompt import chat_ids
-from vpo_ray.pools import RESTARTS, Outcome
+from vpo_ray.pools import RESTARTS, ChatRunner, Outcome
 from vpo_ray.recipe import Engine, Pool
-from vpo_ray.records import Row, failed
 
 logger = logging.getLogger(__name__)
 
@@ -76,30 +74,18 @@ class VllmStageActor(vLLMEngineStageUDF):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.stage = stage()
-        self.outcome = outcome
-        self.chat: Chat = VllmChat(self.llm, tokenizer())
+        chat = VllmChat(self.llm, tokenizer())
+        self.run = ChatRunner(stage(), chat, outcome, _VLLM_FATAL_ERRORS, _leave)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        rows = batch.to_pylist()
-        done = await asyncio.gather(*(self._run(row) for row in rows if self.stage.wants(row)))
-        yield await asyncio.to_thread(self.outcome.publish, rows, done)
+        yield await self.run(batch)
 
-    async def _run(self, row: Row) -> Row:
-        with self.outcome.timed(1) as seconds:
-            done = await self._answer(row)
-        return self.outcome.charge(done, seconds[0])
 
-    async def _answer(self, row: Row) -> Row:
-        try:
-            return await self.stage(row, self.chat)
-        except _VLLM_FATAL_ERRORS:
-            # The engine's process is gone: leave, so that Ray restarts this actor with a fresh one
-            # and takes the batch again. A raised error would come back to this same actor.
-            logger.exception("the vLLM engine died, leaving for a restart")
-            os._exit(1)
-        except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
-            return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
+def _leave() -> None:
+    """The engine's process is gone: leave, so that Ray restarts this actor with a fresh one and
+    takes the batch again. A raised error would come back to this same actor."""
+    logger.exception("the vLLM engine died, leaving for a restart")
+    os._exit(1)
 
 
 def vllm_pool(

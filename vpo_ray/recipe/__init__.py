@@ -18,18 +18,19 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.recipe.base import Fraction, Pool, Positive, Section
+from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.serve import Serve
-from vpo_ray.recipe.text import Engine, Judge, Policy, Sample
+from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import Evaluate, Guard, Offload, Track, Train, TrainLora
-from vpo_ray.recipe.video import Checklist, Endpoint, Lora, Pair, Render, Reward, video_presets
+from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, Reward, video_presets
 
 __all__ = [
-    "Checklist", "Diversity", "Endpoint", "Engine", "Evaluate", "Guard", "Judge", "Limits", "Lora",
-    "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries", "Recipe", "RecipeError", "Render",
-    "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track", "Train", "TrainLora", "computed",
-    "differences", "load", "load_serve", "locate", "parse", "video_presets",
+    "ChatModel", "Checklist", "Diversity", "Draft", "Endpoint", "Engine", "Evaluate", "Guard", "Judge",
+    "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries", "Recipe",
+    "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track", "Train",
+    "TrainLora", "computed", "differences", "load", "load_serve", "locate", "parse", "video_presets",
 ]  # fmt: skip
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
@@ -39,6 +40,8 @@ OPERATIONAL = frozenset({
     "resources_per_worker", "labels", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
     "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
     "track", "guard", "keep_checkpoints", "license",
+    "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute", "prompt_price",
+    "completion_price", "api_key_env", "answers",
 })  # fmt: skip
 
 _REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
@@ -52,6 +55,9 @@ class Limits(Section):
     min_rows: Positive = 20
     tries: Positive = 2
     placement_timeout_s: Annotated[float, Field(gt=0)] = 45
+    max_cost: Annotated[
+        float | None, Field(gt=0, description="of the endpoints' answers, in their prices' currency")
+    ] = None
 
 
 class Recipe(Section):
@@ -62,6 +68,7 @@ class Recipe(Section):
     out: str
     queries: Queries
     policy: Policy
+    draft: Draft | None = None
     sft: Train | None = None
     sample: Sample
     judge: Judge
@@ -75,10 +82,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _trains_what_it_has(self) -> Recipe:
-        if self.sft is not None and self.sft.data is None:
+        if self.sft is not None and self.sft.data is None and self.draft is None:
             raise ValueError(
                 "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
-                "or remove the sft section"
+                "add a draft section that makes it, or remove the sft section"
             )
         if self.sft is not None and self.sft.lora is not None and not self.sft.lora.merge:
             raise ValueError(

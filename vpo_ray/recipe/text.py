@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from vpo_ray.recipe.base import Pool, Positive, Section, Temperature
+from vpo_ray.recipe.endpoint import Endpoint
 
 
 class Policy(Section):
@@ -47,19 +48,45 @@ class Sample(Section):
     pool: Pool = Pool()
 
 
-class Judge(Section):
-    """The LLM that critiques every candidate, refines the misaligned ones and judges again."""
+class ChatModel(Section):
+    """An LLM that answers chats: vLLM on the cluster, or an OpenAI-compatible endpoint.
+
+    With `backend: openai` the model is one of the endpoint's, and revision, trust_remote_code and
+    the engine's vLLM settings are not used.
+    """
 
     model: str
     revision: str | None = None
-    backend: Literal["vllm"] = "vllm"
+    backend: Literal["vllm", "openai"] = "vllm"
+    endpoint: Endpoint = Endpoint()
     trust_remote_code: bool = False
+    engine: Engine = Engine()
+    pool: Pool = Pool()
+
+
+class Judge(ChatModel):
+    """The LLM that critiques every candidate, refines the misaligned ones and judges again."""
+
     critique_prompt: str = "builtin:critique"
     refine_prompt: str = "builtin:refine"
     temperature: Temperature = 0.0
     max_tokens: Positive = 1024
     critique_max_chars: Positive = 1200
     prompt_max_chars: Positive = 2000
+    max_details: Positive = Field(8, description="missing and added details named, of each at most")
+    detail_max_chars: Positive = 160
     word_limit: Positive = 200
-    engine: Engine = Engine()
-    pool: Pool = Pool()
+
+
+class Draft(Section):
+    """SFT data: a strong LLM writes a prompt for every query of the sft split, shown some examples.
+
+    The judge's prompts and limits check and repair what it wrote. `llm` unset is the judge's model.
+    """
+
+    llm: ChatModel | None = None
+    examples: str = Field(description="JSONL or Parquet with `query` and `prompt`")
+    shots: Positive = Field(3, description="examples shown with a query, chosen by its id")
+    prompt: str = "builtin:draft"
+    temperature: Temperature = 0.7
+    max_tokens: Positive = 1024

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vpo_ray.recipe.base import Pool, Positive, Section
+from vpo_ray.recipe.endpoint import Endpoint
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
 
@@ -113,19 +114,6 @@ class Checklist(Section):
 
     def files(self) -> dict[str, str | None]:
         return {"file": self.file, "questions": self.questions, "weights": self.weights}
-
-
-class Endpoint(Section):
-    """An OpenAI-compatible endpoint. The key is read from the environment, never from a recipe."""
-
-    base_url: Annotated[str | None, Field(description="the openai client's default when unset")] = None
-    api_key_env: Annotated[str | None, Field(description="variable with the key; null for none")] = (
-        "OPENAI_API_KEY"
-    )
-    concurrency: Positive = 16
-    timeout_s: Annotated[float, Field(gt=0)] = 120
-    retries: Annotated[int, Field(ge=0)] = 5
-    logprobs: bool = True
 
 
 class Reward(Section):

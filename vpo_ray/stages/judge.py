@@ -1,8 +1,9 @@
 """Judge: an LLM critiques each candidate; a misaligned one is refined and judged again.
 
 The query and the prompt under judgement are data: they enter the template as JSON strings with
-`<` escaped, so that no text can close its delimiter. The answer is held to a JSON schema, so a
-verdict always parses; an answer that does not is an error of this row, never a silent "no".
+`<` and `[` escaped, so that no text can close its delimiter or spell a control token. The answer is
+held to a JSON schema, so a verdict always parses; an answer that does not is an error of this row,
+never a silent "no".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,20 @@ from vpo_ray.records import VERDICTS, Row, Verdict, seed_of
 
 Ask = Callable[[str, dict[str, Any]], Awaitable[str]]
 
+# How an answer begins that talks about the prompt in place of being it (VPO, figure 7: no "The
+# video opens"; the rest is what chat models put in front).
+_INTRODUCTION = re.compile(
+    r"""["'*#\s]*(?:
+        (?:in\ )?(?:the|this|our)\ (?:video|clip|scene|footage)\ (?:we\ see
+            |(?:show|open|begin|start|feature|depict|capture|present)s?)\b
+        | (?:sure|certainly|of\ course|absolutely|okay|ok)\b\s*[,.!:]
+        | here(?:['’]s|\ is|\ are)\ (?:the|a|an|your|my)\ (?:\w+\ ){0,3}
+            (?:prompt|version|rewrite|description)\b
+        | (?:\w+\ ){0,2}prompt\s*:
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
 
 class JudgeError(ValueError):
     """An answer of the judge that is no verdict."""
@@ -28,8 +43,12 @@ class JudgeError(ValueError):
 
 @dataclass(frozen=True)
 class Judgement:
+    """A verdict, why, and the details that the prompt lacks and adds."""
+
     verdict: Verdict
     critique: str
+    missing: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
 
 
 class Judging:
@@ -46,84 +65,151 @@ class Judging:
         return row["prompt"] is not None and row["verdict"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        ask = partial(self._ask, chat, row)
-        first = await self._critique(row["query"], row["prompt"], ask)
-        row = {**row, "verdict": first.verdict, "critique": first.critique}
+        return {**row, **await self.review(row["query"], row["prompt"], row["candidate_id"], chat)}
+
+    async def review(
+        self, query: str, prompt: str, identity: str, chat: Chat, first: Judgement | None = None
+    ) -> Row:
+        """The judge's columns for a prompt.
+
+        Args:
+            identity: with a question it makes that question's seed, so a rerun asks the same.
+            first: what is known of the prompt already; the LLM is not asked for it then.
+
+        Raises:
+            JudgeError: an answer is no verdict, or no refined prompt.
+            ChatError: the LLM gives no answer.
+        """
+        ask = partial(self._ask, chat, identity)
+        first = first or await self._critique(query, prompt, ask)
+        row: Row = {
+            "verdict": first.verdict,
+            "critique": first.critique,
+            "missing": first.missing,
+            "added": first.added,
+        }
         if first.verdict == "aligned":
             return row
-        refined = await self._refine(row["query"], row["prompt"], first.critique, ask)
-        fault = refined_fault(refined, row["prompt"], self.settings.word_limit)
+        refined = await self._refine(query, prompt, first, ask)
+        fault = refined_fault(refined, prompt, self.settings.word_limit)
         if fault is not None:
-            return {**row, "refined_prompt": refined, "refined_critique": f"not judged: {fault}"}
-        second = await self._critique(row["query"], refined, ask)
+            return {**row, "refined_prompt": refined, "refined_fault": fault}
+        second = await self._critique(query, refined, ask)
         return {
             **row,
             "refined_prompt": refined,
             "refined_verdict": second.verdict,
             "refined_critique": second.critique,
+            "refined_missing": second.missing,
+            "refined_added": second.added,
         }
 
     async def _critique(self, query: str, prompt: str, ask: Ask) -> Judgement:
-        text = fill(self.critique_prompt, query=query, prompt=prompt)
-        critique = _string(self.settings.critique_max_chars)
-        return parse_judgement(await ask(text, {"critique": critique, "verdict": {"enum": list(VERDICTS)}}))
-
-    async def _refine(self, query: str, prompt: str, critique: str, ask: Ask) -> str:
-        text = fill(self.refine_prompt, query=query, prompt=prompt, critique=critique)
-        answer = await ask(text, {"prompt": _string(self.settings.prompt_max_chars)})
-        value = _object(answer).get("prompt")
-        if not isinstance(value, str):
-            raise JudgeError(f"the refinement has no text `prompt`: {answer[:200]!r}")
-        return value.strip()
-
-    async def _ask(self, chat: Chat, row: Row, text: str, properties: dict[str, Any]) -> str:
-        """One turn; its seed comes from the candidate and the question, so a rerun asks the same."""
-        seed = seed_of("judge", row["candidate_id"], text)
-        sampling = Sampling(
-            temperature=self.settings.temperature, max_tokens=self.settings.max_tokens, seed=seed
-        )
-        schema = {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-            "additionalProperties": False,
+        limits = self.settings
+        details = {
+            "type": "array",
+            "items": string_schema(limits.detail_max_chars),
+            "maxItems": limits.max_details,
         }
-        return (await chat.complete([{"role": "user", "content": text}], sampling, schema)).text
+        schema = {
+            "critique": string_schema(limits.critique_max_chars),
+            "missing": details,
+            "added": details,
+            "verdict": {"type": "string", "enum": list(VERDICTS)},
+        }
+        return parse_judgement(await ask(fill(self.critique_prompt, query=query, prompt=prompt), schema))
+
+    async def _refine(self, query: str, prompt: str, found: Judgement, ask: Ask) -> str:
+        lines = [
+            found.critique,
+            *(f"missing: {detail}" for detail in found.missing),
+            *(f"added: {detail}" for detail in found.added),
+        ]
+        text = fill(self.refine_prompt, query=query, prompt=prompt, critique="\n".join(lines))
+        return parse_prompt(await ask(text, {"prompt": string_schema(self.settings.prompt_max_chars)}))
+
+    async def _ask(self, chat: Chat, identity: str, text: str, properties: dict[str, Any]) -> str:
+        sampling = Sampling(
+            temperature=self.settings.temperature,
+            max_tokens=self.settings.max_tokens,
+            seed=seed_of("judge", identity, text),
+        )
+        messages = [{"role": "user", "content": text}]
+        return (await chat.complete(messages, sampling, object_schema(properties))).text
 
 
 def fill(template: str, **values: str) -> str:
     """Put values into `{name}` slots as JSON strings, in one pass, so that a value's own braces
-    are never read as slots and nothing in it can end the string or open a tag."""
-    encoded = {
-        name: json.dumps(value, ensure_ascii=False).replace("<", "\\u003c") for name, value in values.items()
-    }
+    are never read as slots and nothing in it can end the string, open a tag or spell a control
+    token (all known ones begin with `<` or `[`, and an endpoint may take them from text)."""
+    encoded = {name: _quoted(value) for name, value in values.items()}
     slots = re.compile("|".join(re.escape(f"{{{name}}}") for name in encoded))
     return slots.sub(lambda match: encoded[match[0][1:-1]], template)
 
 
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace("[", "\\u005b")
+
+
 def parse_judgement(text: str) -> Judgement:
-    """Raises JudgeError for anything but an object with a known verdict and a critique."""
+    """Raises JudgeError for anything but an object with a known verdict, a critique and the lists
+    of missing and added details."""
     value = _object(text)
-    critique = value.get("critique")
+    critique, missing, added = (value.get(name) for name in ("critique", "missing", "added"))
     for verdict in VERDICTS:
         if value.get("verdict") == verdict and isinstance(critique, str):
-            return Judgement(verdict, critique)
+            if _texts(missing) and _texts(added):
+                return Judgement(verdict, critique, missing, added)  # type: ignore[arg-type]
+            raise JudgeError(f"the judge's answer names no missing and added details: {text[:200]!r}")
     raise JudgeError(
         f"the judge's answer has no critique and verdict of {', '.join(VERDICTS)}: {text[:200]!r}"
     )
 
 
-def refined_fault(refined: str, original: str, word_limit: int) -> str | None:
-    """Why a refined prompt cannot be a chosen one, or None."""
-    if not refined:
+def parse_prompt(text: str) -> str:
+    """The text `prompt` of an answer. Raises JudgeError where there is none."""
+    value = _object(text).get("prompt")
+    if not isinstance(value, str):
+        raise JudgeError(f"the answer has no text `prompt`: {text[:200]!r}")
+    return value.strip()
+
+
+def form_fault(prompt: str, word_limit: int) -> str | None:
+    """Why a text has not the form of a prompt, or None."""
+    if not prompt.strip():
         return "empty"
-    if " ".join(refined.split()) == " ".join(original.split()):
-        return "equal to the original"
-    if len(refined.splitlines()) > 1:
+    if len(prompt.splitlines()) > 1:
         return "several paragraphs"
-    if len(refined.split()) > word_limit:
+    if _INTRODUCTION.match(prompt):
+        return "introductory phrase"
+    if len(prompt.split()) > word_limit:
         return f"over {word_limit} words"
     return None
+
+
+def refined_fault(refined: str, original: str, word_limit: int) -> str | None:
+    """Why a refined prompt cannot be a chosen one, or None."""
+    if refined and " ".join(refined.split()).casefold() == " ".join(original.split()).casefold():
+        return "equal to the original"
+    return form_fault(refined, word_limit)
+
+
+def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def string_schema(max_chars: int) -> dict[str, Any]:
+    return {"type": "string", "maxLength": max_chars}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -137,7 +223,3 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JudgeError(f"the judge's answer is not an object: {text[:200]!r}")
     return value
-
-
-def _string(max_chars: int) -> dict[str, Any]:
-    return {"type": "string", "maxLength": max_chars}

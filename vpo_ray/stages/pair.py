@@ -50,7 +50,9 @@ def _text_pairs(rows: Sequence[Row], reasons: Counter[str]) -> Iterator[Row]:
     refined = [row for row in rows if row["refined_prompt"] is not None and row["error"] is None]
     # One of several misaligned candidates is taken by content, as a shuffle would, not by index.
     for row in sorted(refined, key=lambda row: share_of("text pair", row["candidate_id"])):
-        if row["refined_verdict"] != "aligned":
+        if row["refined_fault"] is not None:
+            reasons[f"refined prompt: {row['refined_fault']}"] += 1
+        elif row["refined_verdict"] != "aligned":
             reasons["refined prompt not aligned"] += 1
         elif row["refined_prompt"] == row["prompt"]:
             reasons["refined prompt equal to the original"] += 1

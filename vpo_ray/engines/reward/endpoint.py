@@ -12,16 +12,17 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import openai
 
+from vpo_ray.engines.endpoint import EndpointClient, EndpointError, RequestError
 from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames
 from vpo_ray.recipe import Reward
+
+__all__ = ["EndpointError", "EndpointReward", "build"]
 
 _SYSTEM = (
     "You see the frames of one video in order. Answer the question about it with yes or no. "
@@ -40,12 +41,6 @@ _FORMAT = {
         },
     },
 }
-# Wrong settings, not a wrong row: these stop the run.
-_FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-
-
-class EndpointError(ValueError):
-    """An endpoint that cannot be used with these settings."""
 
 
 class EndpointReward:
@@ -56,25 +51,12 @@ class EndpointReward:
     """
 
     def __init__(self, settings: Reward) -> None:
-        endpoint = settings.endpoint
-        key = "none"
-        if endpoint.api_key_env is not None:
-            key = os.environ.get(endpoint.api_key_env, "")
-            if not key:
-                raise EndpointError(
-                    f"reward.endpoint.api_key_env: the variable {endpoint.api_key_env} is not set here"
-                )
+        self._client = EndpointClient(settings.endpoint, settings.model, "reward.endpoint")
+        self._client.read_key()
         self.settings = settings
         self.checklist = checklist.load(settings.checklist)
         self.pick = partial(frames.choose, strategy=settings.frame_strategy)
         self.prompt_tokens = self.completion_tokens = 0
-        self._client = partial(
-            openai.AsyncOpenAI,
-            base_url=endpoint.base_url,
-            api_key=key,
-            timeout=endpoint.timeout_s,
-            max_retries=endpoint.retries,
-        )
 
     def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
         """Score videos for their queries; see `RewardModel.score`.
@@ -85,35 +67,22 @@ class EndpointReward:
         return asyncio.run(self._score(videos, queries))
 
     async def _score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
-        slots = asyncio.Semaphore(self.settings.endpoint.concurrency)
-        async with self._client() as client:
+        async with self._client:
             pairs = zip(videos, queries, strict=True)
-            return await asyncio.gather(*(self._video(client, slots, *pair) for pair in pairs))
+            return await asyncio.gather(*(self._video(*pair) for pair in pairs))
 
-    async def _video(
-        self, client: openai.AsyncOpenAI, slots: asyncio.Semaphore, video: bytes, query: str
-    ) -> Scored | Exception:
+    async def _video(self, video: bytes, query: str) -> Scored | Exception:
         try:
             images = [_image(frame) for frame in frames.read_frames(video, self.pick)]
             asked = [question.ask(query) for question in self.checklist.questions]
-            answers = await asyncio.gather(
-                *(self._ask(client, slots, images, text, i) for i, text in enumerate(asked, 1))
-            )
+            answers = await asyncio.gather(*(self._ask(images, text, i) for i, text in enumerate(asked, 1)))
         except RewardError as error:
             return error
         score, dimensions = self.checklist.score([a.yes for a in answers], self.settings.convention)
         return Scored(answers, dimensions, score)
 
-    async def _ask(
-        self,
-        client: openai.AsyncOpenAI,
-        slots: asyncio.Semaphore,
-        images: list[dict[str, Any]],
-        text: str,
-        number: int,
-    ) -> Answer:
+    async def _ask(self, images: list[dict[str, Any]], text: str, number: int) -> Answer:
         request: dict[str, Any] = {
-            "model": self.settings.model,
             "messages": [
                 {"role": "system", "content": _SYSTEM},
                 {"role": "user", "content": [*images, {"type": "text", "text": text}]},
@@ -124,13 +93,11 @@ class EndpointReward:
         }
         if self.settings.endpoint.logprobs:
             request |= {"logprobs": True, "top_logprobs": 5}
-        async with slots:
-            try:
-                reply = await client.chat.completions.create(**request)
-            except _FATAL as error:
-                raise EndpointError(f"reward.endpoint refuses {self.settings.model}: {error}") from error
-            except openai.OpenAIError as error:
-                raise RewardError(f"question {number}: the endpoint failed: {error}") from error
+        try:
+            # Images are most of what is read; how many tokens, only the endpoint knows.
+            reply = await self._client.create(request, tokens=1000 * len(images))
+        except RequestError as error:
+            raise RewardError(f"question {number}: the endpoint failed: {error}") from error
         if reply.usage is not None:
             self.prompt_tokens += reply.usage.prompt_tokens
             self.completion_tokens += reply.usage.completion_tokens

@@ -1,0 +1,313 @@
+"""The endpoint backend of the chat engine: any OpenAI-compatible server, each answer paid once.
+
+An answer is kept by the content of its question as soon as it is there, so that a run which was
+killed asks nothing twice. What it cost is added up for the whole run, and `limits.max_cost` stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jsonschema
+import pyarrow as pa
+from openai.types.chat import ChatCompletion
+
+from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling, Usage
+from vpo_ray.engines.endpoint import EndpointClient, RequestError
+from vpo_ray.pools import RESTARTS, ChatRunner, Outcome
+from vpo_ray.recipe import ChatModel
+from vpo_ray.records import content_id
+from vpo_ray.storage import Folder
+
+logger = logging.getLogger(__name__)
+
+_REPAIR = (
+    "That is not the JSON object that was asked for: {fault}. "
+    "Answer again with the JSON object alone, without any text or code fence around it."
+)
+
+
+class CostLimitReached(RuntimeError):
+    """`limits.max_cost` is spent; the run goes on when it is raised."""
+
+    stops_run = True  # see pools.STOP
+
+
+@dataclass
+class Account:
+    """What the run has paid to endpoints.
+
+    Args:
+        add: adds a cost, and returns all that the run has paid, whoever paid it.
+        limit: `limits.max_cost`.
+    """
+
+    add: Callable[[float], Awaitable[float]]
+    limit: float | None = None
+    spent: float = 0.0
+
+    async def pay(self, cost: float) -> None:
+        self.spent = await self.add(cost)
+
+    def check(self) -> None:
+        """Raises CostLimitReached. The answers under way when the limit is reached go beyond it."""
+        if self.limit is not None and self.spent >= self.limit:
+            raise CostLimitReached(
+                f"limits.max_cost {self.limit:g} is reached: the endpoints' answers cost {self.spent:.4f} so "
+                "far. Raise it to go on"
+            )
+
+
+class Answers:
+    """Answers by the content of their question, a file each, in a folder that runs may share.
+
+    Args:
+        run: who pays here. What another run paid for costs this one nothing.
+    """
+
+    def __init__(self, uri: str, run: str) -> None:
+        self.folder, self.run = Folder(uri), content_id("run", run, digits=16)
+
+    def find(self, key: str) -> Answer | None:
+        """Raises StorageError when the folder cannot be read; a damaged file is as none."""
+        try:
+            kept = json.loads(self.folder.read(self._name(key)))
+            answer = Answer(**kept["answer"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s/%s is damaged, its question is asked again", self.folder.uri, self._name(key))
+            return None
+        return answer if kept["run"] == self.run else replace(answer, cost=0.0)
+
+    def keep(self, key: str, answer: Answer) -> None:
+        """Raises StorageError when the folder cannot be written."""
+        self.folder.write_json(self._name(key), {"answer": asdict(answer), "run": self.run})
+
+    def _name(self, key: str) -> str:
+        return f"{key[:2]}/{key}.json"
+
+
+class OpenAIChat:
+    """Chat on an endpoint; see `chat.Chat`."""
+
+    def __init__(self, model: ChatModel, client: EndpointClient, answers: Answers, account: Account) -> None:
+        self.model, self.client, self.answers, self.account = model, client, answers, account
+        self._grammar = model.endpoint.structured != "text"
+
+    async def complete(
+        self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None = None
+    ) -> Answer:
+        """One answer, from the kept ones where it is among them.
+
+        Raises:
+            Refusal: the model declined, or a content filter stopped it.
+            ChatError: no answer, one that was cut off, or none of the schema after a repair round.
+            EndpointError: the endpoint cannot be used at all.
+            CostLimitReached: the run may pay no more.
+            StorageError: kept answers cannot be read or written.
+        """
+        endpoint = self.model.endpoint
+        asked = [self.model.model, list(messages), asdict(sampling), schema]
+        where = [endpoint.base_url, endpoint.azure_api_version, endpoint.structured, endpoint.request]
+        key = content_id("answer", *asked, *where)
+        kept = await asyncio.to_thread(self.answers.find, key)
+        if kept is not None:
+            await self.account.pay(kept.cost)
+            return kept
+        answer = await self._ask(messages, sampling, schema)
+        if schema is not None and (fault := schema_fault(answer.text, schema)) is not None:
+            answer = await self._repaired(answer, fault, messages, sampling, schema)
+        await asyncio.to_thread(self.answers.keep, key, answer)
+        return answer
+
+    async def _repaired(
+        self,
+        first: Answer,
+        fault: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        schema: dict[str, Any],
+    ) -> Answer:
+        turns = [
+            *messages,
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": _REPAIR.format(fault=fault)},
+        ]
+        try:
+            second = await self._ask(turns, sampling, schema)
+        except ChatError as error:
+            error.usage += first.usage
+            raise
+        usage = first.usage + second.usage
+        if (fault_now := schema_fault(second.text, schema)) is not None:
+            raise ChatError(
+                f"the answer is not the JSON asked for, nor after a repair round: {fault_now}: "
+                f"{second.text[:200]!r}",
+                usage,
+            )
+        return Answer(second.text, second.finish_reason, usage.prompt, usage.completion, usage.cost)
+
+    async def _ask(
+        self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None
+    ) -> Answer:
+        self.account.check()
+        request: dict[str, Any] = {
+            "messages": list(messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": sampling.seed,
+        }
+        # Four bytes a token: an estimate for the budget, put right when the answer is there.
+        tokens = sum(len(m["content"].encode()) for m in messages) // 4 + sampling.max_tokens
+        grammar = schema is not None and self._grammar
+        if grammar:
+            request["response_format"] = _response_format(schema)  # type: ignore[arg-type]
+        try:
+            reply = await self.client.create(request, tokens)
+        except RequestError as error:
+            if grammar and self.model.endpoint.structured == "auto" and _about_format(error):
+                if self._grammar:
+                    logger.warning("the endpoint takes no JSON schema, its text is parsed: %s", error)
+                self._grammar = False
+                return await self._ask(messages, sampling, schema)
+            raise (Refusal if error.filtered else ChatError)(str(error)) from None
+        return await self._read(reply, sampling)
+
+    async def _read(self, reply: ChatCompletion, sampling: Sampling) -> Answer:
+        usage = self._usage(reply)
+        await self.account.pay(usage.cost)
+        choice = reply.choices[0]
+        message, reason = choice.message, choice.finish_reason or "unknown"
+        if getattr(message, "refusal", None):
+            raise Refusal(f"the model refused: {message.refusal}", usage)
+        if reason == "content_filter":
+            raise Refusal("a content filter stopped the answer", usage)
+        if reason == "length":
+            raise ChatError(f"the answer was cut at max_tokens {sampling.max_tokens}: raise it", usage)
+        if not message.content:
+            raise ChatError(f"the answer has no text (finish_reason {reason})", usage)
+        return Answer(message.content, reason, usage.prompt, usage.completion, usage.cost)
+
+    def _usage(self, reply: ChatCompletion) -> Usage:
+        if reply.usage is None:
+            return Usage()
+        endpoint = self.model.endpoint
+        prompt, completion = reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0
+        cost = (prompt * endpoint.prompt_price + completion * endpoint.completion_price) / 1e6
+        return Usage(prompt, completion, cost)
+
+
+def schema_fault(text: str, schema: dict[str, Any]) -> str | None:
+    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
+    try:
+        jsonschema.validate(json.loads(text, strict=False), _without_lengths(schema))
+    except jsonschema.ValidationError as error:
+        return f"{error.json_path}: {error.message[:200]}"
+    except (ValueError, RecursionError) as error:
+        return f"it does not parse ({error})"
+    return None
+
+
+def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
+    # OpenAI's strict mode refuses some of the keywords about lengths.
+    json_schema = {"name": "answer", "strict": True, "schema": _without_lengths(schema)}
+    return {"type": "json_schema", "json_schema": json_schema}
+
+
+def _without_lengths(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_lengths(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: _without_lengths(v) for k, v in schema.items() if k not in ("maxLength", "maxItems")}
+
+
+def _about_format(error: RequestError) -> bool:
+    text = str(error).lower()
+    return error.status in (400, 422) and any(
+        word in text for word in ("response_format", "json_schema", "structured", "guided")
+    )
+
+
+class EndpointActor:
+    """One replica of a text stage on an endpoint: it holds no model, only requests under way."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        where: str,
+        stage: Callable[[], ChatStage],
+        outcome: Outcome,
+        run: str,
+        max_cost: float | None,
+        spent: float,
+    ) -> None:
+        progress = outcome.progress
+
+        async def add(cost: float) -> float:
+            return await progress.spend.remote(cost)
+
+        client = EndpointClient(model.endpoint, model.model, where)
+        answers = Answers(model.endpoint.answers or f"{run}/answers", run)
+        chat = OpenAIChat(model, client, answers, Account(add, max_cost, spent))
+        self.run = ChatRunner(stage(), chat, outcome)
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        yield await self.run(batch)
+
+
+def endpoint_pool(
+    dataset: Any,
+    model: ChatModel,
+    *,
+    where: str,
+    stage: Callable[[], ChatStage],
+    outcome: Outcome,
+    batch_size: int,
+    run: str,
+    max_cost: float | None,
+    spent: float,
+    alone: bool = False,
+) -> Any:
+    """Run a text stage over a dataset on replicas that ask an endpoint.
+
+    Args:
+        where: the recipe's key of the endpoint, for messages.
+        run: URI of the run directory.
+        spent: what the run had paid before.
+    """
+    from ray.data import ActorPoolStrategy
+
+    pool = model.pool
+    # Batches enough to keep every slot of the endpoint taken, and one that waits.
+    batches = 1 if alone else -(-model.endpoint.concurrency // batch_size) + 1
+    return dataset.map_batches(
+        EndpointActor,
+        fn_constructor_kwargs={
+            "model": model,
+            "where": where,
+            "stage": stage,
+            "outcome": outcome,
+            "run": run,
+            "max_cost": max_cost,
+            "spent": spent,
+        },
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=pool.size[0], max_size=pool.size[1], max_tasks_in_flight_per_actor=batches
+        ),
+        max_concurrency=batches,
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+        accelerator_type=pool.accelerator_type,
+        resources=pool.resources or None,
+        **RESTARTS,
+    )
