@@ -363,7 +363,7 @@ def driver_memory(queries: int, block: int) -> dict[str, float]:
     """Run `queries` queries through stages that do nothing, and again when all is done."""
     sizes = [f"{key}.batch_size={block}" for key in ("sample.engine", "judge.engine", "render", "reward")]
     with tempfile.TemporaryDirectory() as folder, cluster():
-        pipeline._POOLS.update(dict.fromkeys(pipeline.STAGES, idle_pool))
+        pipeline.POOLS.update(dict.fromkeys(pipeline.STAGES, idle_pool))
         recipe, run = prepare(f"{folder}/run", queries, sizes)
         models = pipeline.Models("no model", "benchmark")
         result = {"before_mb": status("RssAnon")}

@@ -44,6 +44,7 @@ COMMANDS = {
     "doctor": ["recipe", "--help", "--out", "--set", "--json"],
     "tiny": ["DIR", "--help"],
     "curate": RECIPE,
+    "draft": [*RECIPE, "--retry-errors"],
     "sft": RECIPE,
     "generate": [*RECIPE, "--retry-errors"],
     "sample": [*RECIPE, "--retry-errors"],

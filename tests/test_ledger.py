@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vpo_ray.ledger import build_ledger, funnel, reason_of, reconcile
-from vpo_ray.recipe import Recipe, load, parse
+from vpo_ray.ledger import build_ledger, funnel, paid, reason_of, reconcile
+from vpo_ray.recipe import Draft, Recipe, load, parse
 from vpo_ray.records import failed
 from vpo_ray.storage import RunDir
 
@@ -84,6 +84,47 @@ def full_run(run: RunDir) -> None:
     pair = {"query": "q", "chosen": "x", "rejected": "y", "chosen_id": "1", "rejected_id": "2"}
     run.table("pairs").append([{**pair, "pair_id": "p", "query_id": "a", "kind": "video", "margin": 2.0}])
     run.table("pairs").append([{**pair, "pair_id": "q", "query_id": "b", "kind": "text"}])
+
+
+def used(stage: str, cost: float) -> dict[str, Any]:
+    return {"usage": {stage: {"prompt": 100, "completion": 10, "cost": cost}}}
+
+
+def test_what_endpoints_took_is_counted_for_failed_rows_too(run: RunDir, recipe: Recipe) -> None:
+    recipe = recipe.model_copy(update={"draft": Draft(examples="examples.jsonl")})
+    queries(run, "a", "b")
+    queries(run, "c", "d", "e", split="sft")
+    assert (paid(run), reconcile(build_ledger(run, recipe))[0]) == (
+        0.0,
+        "draft: 3 in, but 0 out + 0 dropped + 0 skipped + 0 errored: 3 not accounted for",
+    )
+    rows = [sampled(name, k) for name in "ab" for k in range(recipe.sample.k)]
+    write(run, "candidates", *rows)
+    done = [judged(row) | used("judge", 0.25) for row in rows[:-2]]
+    done.append(judged(rows[-2], "unsafe", refined_prompt="x", refined_fault="equal to the original"))
+    done.append(failed(rows[-1] | used("judge", 0.5), "judge", "Refusal: the model refused"))
+    write(run, "verdicts", *done)
+    trail = {"seed": 1, "seconds": {"draft": 2.0}}
+    run.table("drafts").append(
+        [
+            {**trail, **used("draft", 1.0), "draft_id": "1", "query_id": "c", "query": "c", "target": "x"},
+            {**trail, **used("draft", 1.0), "draft_id": "2", "query_id": "d", "query": "d",
+             "verdict": "unsafe", "fault": "refined prompt still unsafe"},
+            failed({**trail, "draft_id": "3", "query_id": "e", "query": "e"}, "draft", "Refusal: no"),
+        ]
+    )  # fmt: skip
+    stages = build_ledger(run, recipe)["stages"]
+    count = len(rows)
+    assert stages["judge"]["cost"] == 0.25 * (count - 2) + 0.5
+    assert stages["judge"]["tokens"] == {"prompt": 100 * (count - 1), "completion": 10 * (count - 1)}
+    assert stages["judge"]["refined_faults"] == {"equal to the original": 1}
+    assert stages["judge"]["errored"] == {"Refusal: the model refused": 1}
+    drafted = stages["draft"]
+    assert (drafted["in"], drafted["out"], drafted["cost"], drafted["seconds_per_row"]) == (3, 1, 2.0, 2.0)
+    assert drafted["dropped"] == {"refined prompt still unsafe": 1}
+    assert drafted["errored"] == {"Refusal: no": 1}
+    assert paid(run) == 2.0 + stages["judge"]["cost"]
+    assert not [p for p in reconcile({"stages": stages}) if p.startswith(("draft", "judge"))]
 
 
 def _render(row: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -
     folder = tmp_path / "faults"
     folder.mkdir()
     for name in STAGES:
-        monkeypatch.setitem(pipeline._POOLS, name, partial(small_pool, name, str(folder)))
+        monkeypatch.setitem(pipeline.POOLS, name, partial(small_pool, name, str(folder)))
     return folder
 
 
@@ -126,7 +126,7 @@ def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> 
     # A second run starts no pool: nothing is left to do.
     before = run.table("feedback").parts()
     for name in STAGES:
-        pipeline._POOLS.pop(name)
+        pipeline.POOLS.pop(name)
     assert sum(count["done"] for count in generate(recipe, run, MODELS).values()) == 0
     assert run.table("feedback").parts() == before
 
@@ -278,7 +278,7 @@ def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(tmp_path: P
 
     parts = run.table("feedback").parts()
     for name in STAGES:
-        pipeline._POOLS.pop(name)
+        pipeline.POOLS.pop(name)
     assert sum(count["done"] for count in generate(recipe, run, MODELS).values()) == 0
     assert run.table("feedback").parts() == parts
 

@@ -63,9 +63,9 @@ def test_a_round_starts_from_the_policy_of_the_round_before(
 ) -> None:
     recipe = recipe_of(tiny_sets, tmp_path, **{"dpo.reference": reference})
     first = open_run(recipe)
-    write_feedback(recipe, first, policy_id(recipe), "First:")
+    write_feedback(recipe, first, policy_id(recipe, first), "First:")
     make_pairs(recipe, first)
-    identity = dpo_id(recipe, first, Start("", policy_id(recipe)))
+    identity = dpo_id(recipe, first, Start("", policy_id(recipe, first)))
     second = RunDir(first.at("rounds/2"))
     write_feedback(recipe, second, identity, "Second:")
     for run in (first, second):  # else an engine would be started to serve it

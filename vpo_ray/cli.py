@@ -26,7 +26,8 @@ from vpo_ray.recipe import Recipe
 
 STAGE_COMMANDS = {
     "curate": "read raw queries into queries/",
-    "sft": "train the policy on sft.data into checkpoints/sft",
+    "draft": "SFT data for the sft split's queries into drafts/ and sft_data.parquet",
+    "sft": "train the policy on sft.data, or on the drafts, into checkpoints/sft",
     "generate": "sample, judge, render and score as one stream: queries/ to feedback/",
     "sample": "queries/ to candidates/ with the policy",
     "judge": "candidates/ to verdicts/ with the judge: critique, refine, judge again",
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("folder", metavar="DIR")
     for name, text in STAGE_COMMANDS.items():
         sub = with_recipe(name, text, _stage)
-        if name in ("generate", "sample", "judge", "render", "score"):
+        if name in ("draft", "generate", "sample", "judge", "render", "score"):
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
     videos_command.add(command("videos", videos_command.HELP, _stage))
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
@@ -210,6 +211,9 @@ def _stage(arguments: argparse.Namespace) -> int:
             loop.curate_queries(recipe, run)
         elif name == "pair":
             loop.make_pairs(recipe, run)
+        elif name == "draft":
+            loop.connect(arguments.verbose)
+            loop.draft_sft(recipe, run, arguments.retry_errors)
         elif name != "report":
             loop.connect(arguments.verbose)
             start = loop.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))

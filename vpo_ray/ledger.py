@@ -18,7 +18,7 @@ from vpo_ray.records import Row
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.storage import RunDir
 
-STAGES = ("curate", "sample", "judge", "render", "score", "pair", "sft", "dpo")
+STAGES = ("curate", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
 # The candidate stages in order, each with the table of the rows that left it. A streaming run may
 # keep only the last: a row there carries all that the stages before it did.
 CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
@@ -33,11 +33,13 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     """Count every stage of a run.
 
     Returns:
-        A JSON-able dict: `name`, `fingerprint`, and `stages` (for each of STAGES `in`, `out`, and
-        `dropped`, `skipped`, `errored` as counts by reason, `seconds` of work and
-        `seconds_per_row`, and what is particular to the stage).
+        A JSON-able dict: `name`, `fingerprint`, and `stages` (for each of STAGES, `draft` only where
+        the recipe has it: `in`, `out`, and `dropped`, `skipped`, `errored` as counts by reason,
+        `seconds` of work and `seconds_per_row`, and what is particular to the stage).
     """
     stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
+    if recipe.draft is not None:
+        stages["draft"] = _draft(run, stages["curate"]["splits"].get("sft", 0))
     entered = stages["curate"]["splits"].get("dpo", 0) * recipe.sample.k
     for stage in CANDIDATE_TABLES:
         stages[stage] = _candidates(run, stage, entered)
@@ -46,6 +48,16 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     stages["sft"] = _training(run, "sft", run.table("sft").count())
     stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
     return {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
+
+
+def paid(run: RunDir) -> float:
+    """What the run's rows cost at endpoints so far, in their prices' currency."""
+    judged = _rows(run, "judge", ["usage"])
+    total = _Usage()
+    for stage, rows in (("judge", judged), ("draft", run.table("drafts").rows(["usage"]))):
+        for row in rows:
+            total.add(row, stage)
+    return total.cost
 
 
 def reconcile(ledger: Ledger) -> list[str]:
@@ -135,7 +147,9 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
     seconds = 0.0
     skipped: Counter[str] = Counter()
     errored: Counter[str] = Counter()
-    for row in _rows(run, stage, [*facts.columns, "verdict", "skipped", "seconds", "error", "error_stage"]):
+    usage = _Usage()
+    more = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
+    for row in _rows(run, stage, [*facts.columns, *more]):
         failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
         misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
         if failed_at < position or ((misaligned or row["skipped"]) and stage == "score"):
@@ -143,6 +157,7 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
         spent = (row["seconds"] or {}).get(stage)
         if spent is not None:
             seconds, timed = seconds + spent, timed + 1
+        usage.add(row, stage)
         if failed_at == position:
             errored[reason_of(row["error"])] += 1
         elif misaligned and stage == "render":
@@ -159,7 +174,61 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
         errored=_by_reason(errored),
         seconds=round(seconds, 3) if timed else None,
         seconds_per_row=round(seconds / timed, 4) if timed else None,
+        **(usage.result() if stage == "judge" else {}),
         **facts.result(),
+    )
+
+
+@dataclass
+class _Usage:
+    """Tokens and cost of a stage's rows, those that failed included."""
+
+    prompt: int = 0
+    completion: int = 0
+    cost: float = 0.0
+
+    def add(self, row: Row, stage: str) -> None:
+        used = (row["usage"] or {}).get(stage) or {}
+        self.prompt += used.get("prompt") or 0
+        self.completion += used.get("completion") or 0
+        self.cost += used.get("cost") or 0.0
+
+    def result(self) -> dict[str, Any]:
+        tokens = {"prompt": self.prompt, "completion": self.completion}
+        return {"tokens": tokens, "cost": round(self.cost, 6)}
+
+
+def _draft(run: RunDir, entered: int) -> dict[str, Any]:
+    """Rows here are queries of the sft split; one whose draft has no target is dropped, and told why."""
+    out = timed = refined = 0
+    seconds, usage = 0.0, _Usage()
+    dropped: Counter[str] = Counter()
+    errored: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    columns = ["verdict", "refined_prompt", "target", "fault", "seconds", "usage", "error"]
+    for row in run.table("drafts").rows(columns):
+        usage.add(row, "draft")
+        spent = (row["seconds"] or {}).get("draft")
+        if spent is not None:
+            seconds, timed = seconds + spent, timed + 1
+        verdicts[row["verdict"] or "none"] += 1
+        refined += row["refined_prompt"] is not None
+        if row["error"] is not None:
+            errored[reason_of(row["error"])] += 1
+        elif row["target"] is None:
+            dropped[row["fault"] or "no target"] += 1
+        else:
+            out += 1
+    return _entry(
+        entered,
+        out,
+        dropped=_by_reason(dropped),
+        errored=_by_reason(errored),
+        seconds=round(seconds, 3) if timed else None,
+        seconds_per_row=round(seconds / timed, 4) if timed else None,
+        verdicts=_by_reason(verdicts),
+        refined=refined,
+        **usage.result(),
     )
 
 
@@ -178,20 +247,28 @@ class _Sampled:
 
 
 class _Judged:
-    columns = ("refined_prompt", "refined_verdict")
+    columns = ("refined_prompt", "refined_fault", "refined_verdict")
 
     def __init__(self) -> None:
         self.verdicts: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
         self.refined = self.refined_aligned = 0
 
     def add(self, row: Row) -> None:
         self.verdicts[row["verdict"] or "none"] += 1
         self.refined += row["refined_prompt"] is not None
+        if row["refined_fault"] is not None:
+            self.faults[row["refined_fault"]] += 1
         self.refined_aligned += row["refined_verdict"] == "aligned"
 
     def result(self) -> dict[str, Any]:
         verdicts = _by_reason(self.verdicts)
-        return {"verdicts": verdicts, "refined": self.refined, "refined_aligned": self.refined_aligned}
+        return {
+            "verdicts": verdicts,
+            "refined": self.refined,
+            "refined_aligned": self.refined_aligned,
+            "refined_faults": _by_reason(self.faults),
+        }
 
 
 class _Rendered:

@@ -1,4 +1,4 @@
-"""The loop as a recipe tells it: curate, SFT, generate feedback, pair, DPO, one served answer, report.
+"""The loop as a recipe tells it: curate, draft, SFT, generate feedback, pair, DPO, one served answer, report.
 
 `vpo run` calls `run_loop`; each phase is also a command. Every phase finds out from the run
 directory what is done, so running again goes on where the last run stopped, or does nothing.
@@ -7,7 +7,6 @@ directory what is done, so running again goes on where the last run stopped, or 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -20,15 +19,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
+from vpo_ray.ledger import build_ledger
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, differences, locate, parse
-from vpo_ray.records import Row, content_id, normalise, query_id
+from vpo_ray.records import Row, content_id
+from vpo_ray.sft_data import draft_rows, sft_rows, write_chat
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import InputError, curate, wants_workers
 from vpo_ray.stages.pair import pairs_of_query
@@ -173,34 +172,45 @@ def curate_queries(recipe: Recipe, run: RunDir) -> None:
     run.write_json("queries/curated.json", counts)
 
 
-def sft_rows(path: str) -> Iterator[Row]:
-    """SFT examples of a JSONL or Parquet file with `query` and `prompt`.
+def draft_sft(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[str, Any]:
+    """Write SFT data for the queries of the sft split into `drafts/`, and as chat-format Parquet.
 
     Raises:
-        InputError: no such file, another kind, or a row without both texts (named by its number).
+        LoopError: the recipe has no draft section, or no draft is fit to be learnt.
     """
-    try:
-        records: list[Any]
-        if path.endswith(".parquet"):
-            records = pq.read_table(path, columns=["query", "prompt"]).to_pylist()
-        else:
-            records = [
-                json.loads(line) for line in Path(path).read_text("utf-8").splitlines() if line.strip()
-            ]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"sft.data {path}: cannot read it as JSONL or Parquet with query and prompt: {error}"
-        ) from error
-    for number, record in enumerate(records, start=1):
-        query, prompt = (
-            record.get(name) if isinstance(record, dict) else None for name in ("query", "prompt")
+    from vpo_ray.pipeline import Models, generate
+
+    if recipe.draft is None:
+        raise LoopError("the recipe has no draft section")
+    counts = generate(recipe, run, Models("", ""), ("draft",), retry_errors)
+    if not write_chat(run):
+        entry = build_ledger(run, recipe)["stages"]["draft"]
+        reasons = {**entry["errored"], **entry["dropped"]}
+        listed = "\n  ".join(f"{n:6} {reason}" for reason, n in reasons.items())
+        raise LoopError(
+            "no draft is fit to be learnt:\n  "
+            + (listed or "no query is in the sft split: give queries.splits.sft a share")
         )
-        if not (isinstance(query, str) and isinstance(prompt, str) and query.strip() and prompt.strip()):
-            raise InputError(f"sft.data {path}: row {number} needs a text `query` and a text `prompt`")
-        yield {"query_id": query_id(query), "query": normalise(query), "prompt": normalise(prompt)}
+    return counts
 
 
-def policy_id(recipe: Recipe) -> str:
+def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
+    """What SFT learns: `sft.data` where the recipe names it, the run's drafts otherwise.
+
+    Raises:
+        LoopError: there are no drafts yet.
+    """
+    if recipe.sft is None:
+        return []
+    if recipe.sft.data is not None:
+        return list(sft_rows(recipe.sft.data))
+    rows = list(draft_rows(run))
+    if not rows:
+        raise LoopError(f"{run.uri}/drafts holds nothing to train on: run `vpo draft` first")
+    return rows
+
+
+def policy_id(recipe: Recipe, run: RunDir) -> str:
     """The identity of the policy that is sampled: model, task prompt, and how SFT makes it.
 
     It is a function of the recipe and its SFT data, not of the weights' bits, so that candidates
@@ -208,18 +218,19 @@ def policy_id(recipe: Recipe) -> str:
     """
     policy = recipe.policy
     parts: list[Any] = [policy.model, policy.revision, read_prompt(policy.task_prompt), recipe.seed]
-    if recipe.sft is not None and recipe.sft.data is not None:
-        parts += [recipe.fingerprint("sft"), [[r["query"], r["prompt"]] for r in sft_rows(recipe.sft.data)]]
+    if recipe.sft is not None:
+        rows = training_rows(recipe, run)
+        parts += [recipe.fingerprint("sft"), [[row["query"], row["prompt"]] for row in rows]]
     return content_id("policy", *parts, digits=16)
 
 
 def train_sft(recipe: Recipe, run: RunDir) -> str:
     """The folder of the policy to sample: trained by SFT, or the base model where there is none."""
-    if recipe.sft is None or recipe.sft.data is None:
+    if recipe.sft is None:
         return locate(recipe.policy.model)
     from vpo_ray.train import train
 
-    run.table("sft").replace(sft_rows(recipe.sft.data))
+    run.table("sft").replace(training_rows(recipe, run))
     return _train(
         train,
         recipe,
@@ -227,7 +238,7 @@ def train_sft(recipe: Recipe, run: RunDir) -> str:
         "sft",
         locate(recipe.policy.model),
         list(run.table("sft").rows()),
-        policy_id(recipe),
+        policy_id(recipe, run),
     )
 
 
@@ -236,7 +247,7 @@ def starting_policy(recipe: Recipe, run: RunDir, trained: bool = True) -> Start:
     the policy after SFT; `trained=False` is for stages that do not sample."""
     if run.exists(ROUND):
         return Start(**run.read_json(ROUND)["start"])
-    return Start(train_sft(recipe, run) if trained else recipe.policy.model, policy_id(recipe))
+    return Start(train_sft(recipe, run) if trained else recipe.policy.model, policy_id(recipe, run))
 
 
 def dpo_id(recipe: Recipe, run: RunDir, start: Start) -> str:
@@ -350,7 +361,11 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     began = time.monotonic()
     _say("curate", run)
     curate_queries(recipe, run)
-    if recipe.sft is not None and not run.exists(ROUND):
+    later_round = run.exists(ROUND)
+    if drafts_first(recipe) and not later_round:
+        _say("draft", run)
+        draft_sft(recipe, run, retry_errors)
+    if recipe.sft is not None and not later_round:
         _say("sft", run)
     start = starting_policy(recipe, run)
     _say("generate: sample, judge, render, score", run)
@@ -373,6 +388,11 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     write_report(recipe, run)
 
 
+def drafts_first(recipe: Recipe) -> bool:
+    """Whether the loop needs drafts: SFT without a file of its own, or a recipe that is for them."""
+    return recipe.draft is not None and (recipe.sft is None or recipe.sft.data is None)
+
+
 def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
     """`example.json`: a query, a candidate of the SFT policy, and what the trained policy serves."""
     from vpo_ray.serve import ask
@@ -391,7 +411,7 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
 
 def write_ledger(recipe: Recipe, run: RunDir, extra: dict[str, Any] | None = None) -> list[str]:
     """Write `ledger.json`; returns what does not add up (yet, where stages are still to run)."""
-    from vpo_ray.ledger import build_ledger, reconcile
+    from vpo_ray.ledger import reconcile
 
     ledger = build_ledger(run, recipe)
     if extra:

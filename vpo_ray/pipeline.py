@@ -1,8 +1,9 @@
-"""The streaming half of the loop: one Ray Data execution from sampling to scoring.
+"""The streaming part of the loop: a chain of stages as one Ray Data execution.
 
     queries ─► sample ─► judge ─► render ─► score ─► feedback
+    queries ─► draft ─► drafts
 
-All four pools work at the same time. Every stage stores its rows in its own table as they leave
+All pools work at the same time. Every stage stores its rows in its own table as they leave
 it; a row enters the stream behind the last table that has it, so a run that was killed, or whose
 stages were run one by one, goes on exactly where it stopped.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,44 +22,27 @@ import pyarrow.compute as pc
 import ray
 from ray.data import Dataset
 
-from vpo_ray import policy_prompt
+from vpo_ray.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
-from vpo_ray.pools import STOP, TASK_CPUS, Outcome, batch_pool, progress_handle, split_blocks
+from vpo_ray.ledger import paid
+from vpo_ray.pools import STOP, TASK_CPUS, Outcome, progress_handle, split_blocks
 from vpo_ray.progress import StatusTable
-from vpo_ray.recipe import Recipe, Reward, locate
-from vpo_ray.records import FEEDBACK, Row, failed, table
+from vpo_ray.recipe import Recipe
+from vpo_ray.records import Row, failed, table
 from vpo_ray.render_rounds import Rounds
-from vpo_ray.stages.judge import Judging
-from vpo_ray.stages.render import Renderer
-from vpo_ray.stages.sample import Sampler, candidates
-from vpo_ray.stages.score import Scorer
+from vpo_ray.stage_pools import POOLS, block_rows
 from vpo_ray.storage import RunDir, Table
 from vpo_ray.videos import VideoStore
 
+__all__ = ["STAGES", "GenerationError", "Models", "generate"]
+
 logger = logging.getLogger(__name__)
 
-# Stage -> the table that it writes; a stage reads the table before its own.
-STAGES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
-
-# Videos are made for the queries of the DPO split.
-GENERATED = pc.field("split") == "dpo"
+STAGES = GENERATION.stages
 
 
 class GenerationError(RuntimeError):
     """A run that was stopped; the message says why. What was made is kept."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """Where the models are found from every node, and who the policy is.
-
-    Args:
-        policy: folder or hub id of the policy that is sampled.
-        policy_id: its identity in candidate ids: a function of the recipe, not of weights' bits.
-    """
-
-    policy: str
-    policy_id: str
 
 
 def generate(
@@ -86,7 +69,7 @@ def generate(
         stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
     }
     for stage in stages:
-        run.table(STAGES[stage]).settle()
+        CHAIN_OF[stage].table(run, stage).settle()
     if recipe.render.strategy == "adaptive" and "render" in stages:
         # What is rendered depends on all texts of a query, and then on the scores of its videos.
         at = list(stages).index("render")
@@ -134,7 +117,7 @@ def _generate(
     else:
         _give_up(recipe, run, models, stages, enter)
     for stage in stages:
-        run.table(STAGES[stage]).compact()
+        CHAIN_OF[stage].table(run, stage).compact()
 
 
 def _stream(
@@ -147,7 +130,8 @@ def _stream(
     enter: np.ndarray | None,
 ) -> tuple[Dataset, Any] | None:
     """The dataset of all rows that some of `stages` still have to see, or None if there are none."""
-    progress = progress_handle(stages)
+    chain = CHAIN_OF[stages[0]]
+    progress = progress_handle(stages, paid(run))
     done = _later_keys(run, stages, retry_errors)
     again = _lost_videos(recipe, run) if retry_errors and "render" in stages else id_set()
     if enter is not None:
@@ -161,10 +145,12 @@ def _stream(
     flowing = 0
     for stage in stages:
         if stage == "render" and enter is not None:
-            source = _read(_table_before(run, stage), again, _rows_as_they_are, None, chosen=True)
+            source = _read(
+                chain.table_before(run, stage), chain, again, _rows_as_they_are, None, chosen=True
+            )
         else:
             source = _entering(recipe, run, models, stage, done[stage], retry_errors)
-        rows = 1 if alone else _block_rows(recipe, stage)
+        rows = 1 if alone else block_rows(recipe, stage)
         if stream is not None and rows != flowing:
             stream = split_blocks(stream, rows)
         if source is not None:
@@ -172,8 +158,8 @@ def _stream(
             stream = source if stream is None else stream.union(source)
         if stream is not None:
             flowing = rows
-            outcome = Outcome(stage, run.table(STAGES[stage]), progress, last=stage == stages[-1])
-            stream = _POOLS[stage](stream, recipe, run, models, outcome, rows, alone)
+            outcome = Outcome(stage, chain.table(run, stage), progress, last=stage == stages[-1])
+            stream = POOLS[stage](stream, recipe, run, models, outcome, rows, alone)
     return None if stream is None else (stream, progress)
 
 
@@ -182,9 +168,10 @@ def _later_keys(run: RunDir, stages: Sequence[str], retry_errors: bool) -> dict[
     where = pc.field("error").is_null() if retry_errors else None
     keys = id_set()
     later: dict[str, np.ndarray] = {}
-    for stage in reversed(list(STAGES)):
+    chain = CHAIN_OF[stages[0]]
+    for stage in reversed(list(chain.stages)):
         if stage in stages:
-            own = stored_ids(run.table(STAGES[stage]), where)
+            own = stored_ids(chain.table(run, stage), where)
             # Mostly nothing is new: what left a later stage has passed this one.
             keys = union(keys, own)
             later[stage] = keys
@@ -199,10 +186,10 @@ def _entering(
     # Looked up only where something is done: a first run starts at once.
     if len(done) and among(_wanted(recipe, run, models, stage, where), done).all():
         return None
-    if stage == "sample":
-        expand = partial(_expand, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
-        return _read(run.table("queries"), done, expand, GENERATED)
-    return _read(_table_before(run, stage), done, _rows_as_they_are, where)
+    chain = CHAIN_OF[stage]
+    if chain.enters(stage):
+        return _read(run.table("queries"), chain, done, chain.expand(recipe, models), chain.queries)
+    return _read(chain.table_before(run, stage), chain, done, _rows_as_they_are, where)
 
 
 def _lost_videos(recipe: Recipe, run: RunDir) -> np.ndarray:
@@ -220,22 +207,20 @@ def _lost_videos(recipe: Recipe, run: RunDir) -> np.ndarray:
     )
 
 
-def _table_before(run: RunDir, stage: str) -> Table:
-    names = list(STAGES)
-    return run.table(STAGES[names[names.index(stage) - 1]])
-
-
 def _wanted(recipe: Recipe, run: RunDir, models: Models, stage: str, where: Any = None) -> np.ndarray:
     """The ids of every row that `stage` has to see, finished or not."""
-    if stage != "sample":
-        return stored_ids(_table_before(run, stage), where)
-    queries = (batch.to_pylist() for batch in run.table("queries").batches(where=GENERATED))
-    rows = (_expand(batch, recipe.sample, models.policy_id, recipe.seed) for batch in queries)
-    return id_set(row["candidate_id"] for batch in rows for row in batch)
+    chain = CHAIN_OF[stage]
+    if not chain.enters(stage):
+        return stored_ids(chain.table_before(run, stage), where)
+    expand = chain.expand(recipe, models)
+    queries = (batch.to_pylist() for batch in run.table("queries").batches(where=chain.queries))
+    return id_set(row[chain.key] for batch in queries for row in expand(batch))
 
 
-def _read(source: Table, ids: np.ndarray, expand: Any, where: Any, chosen: bool = False) -> Dataset | None:
-    """A table's rows, expanded to FEEDBACK rows: those whose ids are `chosen`, or all but the ids."""
+def _read(
+    source: Table, chain: Chain, ids: np.ndarray, expand: Any, where: Any, chosen: bool = False
+) -> Dataset | None:
+    """A table's rows, expanded to the chain's: those whose ids are `chosen`, or all but the ids."""
     parts = source.parts()
     if not parts or (chosen and not len(ids)):
         return None
@@ -245,37 +230,27 @@ def _read(source: Table, ids: np.ndarray, expand: Any, where: Any, chosen: bool 
         [{"part": part} for part in parts], override_num_blocks=min(len(parts), 1000)
     )
     return dataset.map_batches(
-        partial(_read_parts, source=source, where=where, expand=expand, ids=reference, chosen=chosen),
+        partial(_read_parts, source=source, chain=chain, where=where, expand=expand, ids=reference, chosen=chosen),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
     )
 
 
-def _read_parts(batch: pa.Table, source: Table, where: Any, expand: Any, ids: Any, chosen: bool) -> Any:
+def _read_parts(
+    batch: pa.Table, source: Table, chain: Chain, where: Any, expand: Any, ids: Any, chosen: bool
+) -> Any:
     known = ray.get(ids)
     for part in batch["part"].to_pylist():
         for stored in source.batches(where=where, parts=[part]):
             rows = expand(stored.to_pylist())
-            found = among(np.array([row["candidate_id"] for row in rows], ID), known)
-            yield table([row for row, is_in in zip(rows, found, strict=True) if is_in == chosen], FEEDBACK)
-
-
-def _expand(queries: list[Row], settings: Any, policy: str, seed: int) -> list[Row]:
-    return [row for query in queries for row in candidates(query, settings, policy, seed)]
+            found = among(np.array([row[chain.key] for row in rows], ID), known)
+            mine = [row for row, is_in in zip(rows, found, strict=True) if is_in == chosen]
+            yield table(mine, chain.schema)
 
 
 def _rows_as_they_are(rows: list[Row]) -> list[Row]:
     return rows
-
-
-def _block_rows(recipe: Recipe, stage: str) -> int:
-    return {
-        "sample": recipe.sample.engine.batch_size,
-        "judge": recipe.judge.engine.batch_size,
-        "render": recipe.render.batch_size,
-        "score": recipe.reward.batch_size,
-    }[stage]
 
 
 def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
@@ -295,7 +270,7 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
             if finished >= limits.min_rows and errors > limits.max_error_share * finished:
                 reasons = batch["error"].drop_null().unique().to_pylist()[:3]
                 raise GenerationError(
-                    f"{errors} of {finished} candidates failed, over limits.max_error_share "
+                    f"{errors} of {finished} rows failed, over limits.max_error_share "
                     f"{limits.max_error_share}. The last reasons: {reasons}. "
                     "Fix the cause and run again with --retry-errors"
                 )
@@ -322,19 +297,10 @@ def _configure(dataset: Dataset) -> None:
     context.execution_no_progress_timeout_s = 24 * 3600
 
 
-def _before(recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator[Row]:
-    """Every row that `stage` has to see, finished or not."""
-    if stage != "sample":
-        yield from _table_before(run, stage).rows()
-        return
-    for query in run.table("queries").rows(where=GENERATED):
-        yield from candidates(query, recipe.sample, models.policy_id, recipe.seed)
-
-
 def _unfinished(
     recipe: Recipe, run: RunDir, models: Models, stages: Sequence[str], enter: np.ndarray | None
 ) -> int:
-    have = stored_ids(run.table(STAGES[stages[-1]]))
+    have = stored_ids(CHAIN_OF[stages[-1]].table(run, stages[-1]))
     if enter is None:
         wanted = _wanted(recipe, run, models, stages[0])
     else:
@@ -347,104 +313,14 @@ def _give_up(
 ) -> None:
     """Turn rows that no pass could finish into error rows of the stage that they died in."""
     reason = f"the process died under this row in each of {recipe.limits.tries} passes"
+    chain = CHAIN_OF[stages[0]]
     for position, stage in enumerate(stages):
-        tables = [run.table(STAGES[name]) for name in stages[position:]]
+        tables = [chain.table(run, name) for name in stages[position:]]
         have = set().union(*(target.keys() for target in tables))
-        rows: Iterable[Row] = _before(recipe, run, models, stage)
+        rows: Iterable[Row] = chain.rows_before(recipe, run, models, stage)
         if stage == "render" and enter is not None:
             taken = {candidate.decode() for candidate in enter.tolist()}
             rows = (row for row in rows if row["candidate_id"] in taken)
-        dead = [failed(row, stage, reason) for row in rows if row["candidate_id"] not in have]
+        dead = [failed(row, stage, reason) for row in rows if row[chain.key] not in have]
         for target in tables:
             target.append(dead)
-
-
-def _sample_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
-) -> Dataset:
-    policy, settings = recipe.policy, recipe.sample
-    task_prompt = policy_prompt.read_prompt(policy.task_prompt)
-    return _vllm_pool(
-        stream,
-        models.policy,
-        settings.engine,
-        settings.pool,
-        stage=partial(Sampler, settings),
-        tokenizer=partial(
-            policy_prompt.load_tokenizer,
-            models.policy,
-            task_prompt,
-            policy.revision,
-            policy.trust_remote_code,
-        ),
-        outcome=outcome,
-        batch_size=rows,
-        alone=alone,
-        revision=policy.revision,
-        trust_remote_code=policy.trust_remote_code,
-    )
-
-
-def _judge_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
-) -> Dataset:
-    settings = recipe.judge
-    model = locate(settings.model)
-    return _vllm_pool(
-        stream,
-        model,
-        settings.engine,
-        settings.pool,
-        stage=partial(Judging, settings),
-        tokenizer=partial(
-            policy_prompt.load_chat_tokenizer, model, settings.revision, settings.trust_remote_code
-        ),
-        outcome=outcome,
-        batch_size=rows,
-        alone=alone,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
-def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
-    # Imported where it is used: vLLM takes seconds, and the stages behind it do not need it.
-    from vpo_ray.engines.vllm_chat import vllm_pool
-
-    return vllm_pool(*args, **kwargs)
-
-
-def _render_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
-) -> Dataset:
-    lora = recipe.render.lora
-    settings = recipe.render.model_copy(
-        update={
-            "model": locate(recipe.render.model),
-            "lora": lora and lora.model_copy(update={"path": locate(lora.path)}),
-        }
-    )
-    stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed)
-    # While one video is encoded and stored, the next renders.
-    return batch_pool(
-        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone, calls=2
-    )
-
-
-def _score_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
-) -> Dataset:
-    settings = located_reward(recipe.reward)
-    more = {name: located_reward(reward) for name, reward in recipe.more_rewards.items()}
-    stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more)
-    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
-
-
-def located_reward(reward: Reward) -> Reward:
-    """The settings with paths that hold on every node that mounts them."""
-    files = {key: value and locate(value) for key, value in reward.checklist.files().items()}
-    checklist = reward.checklist.model_copy(update=files)
-    return reward.model_copy(update={"model": locate(reward.model), "checklist": checklist})
-
-
-_POOLS = {"sample": _sample_pool, "judge": _judge_pool, "render": _render_pool, "score": _score_pool}

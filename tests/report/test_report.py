@@ -58,6 +58,7 @@ def candidate(query: str, k: int, store: VideoStore, **more: Any) -> dict[str, A
         "prompt": f"Prompt {k} about {query}, filmed slowly.",
         "verdict": "aligned",
         "refined_prompt": None,
+        "refined_fault": None,
         "refined_verdict": None,
         "score": None,
         "error": None,

@@ -246,6 +246,7 @@ class EndpointActor:
         stage: Callable[[], ChatStage],
         outcome: Outcome,
         run: str,
+        answers: str,
         max_cost: float | None,
         spent: float,
     ) -> None:
@@ -255,8 +256,7 @@ class EndpointActor:
             return await progress.spend.remote(cost)
 
         client = EndpointClient(model.endpoint, model.model, where)
-        answers = Answers(model.endpoint.answers or f"{run}/answers", run)
-        chat = OpenAIChat(model, client, answers, Account(add, max_cost, spent))
+        chat = OpenAIChat(model, client, Answers(answers, run), Account(add, max_cost, spent))
         self.run = ChatRunner(stage(), chat, outcome)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -272,6 +272,7 @@ def endpoint_pool(
     outcome: Outcome,
     batch_size: int,
     run: str,
+    answers: str,
     max_cost: float | None,
     spent: float,
     alone: bool = False,
@@ -280,7 +281,8 @@ def endpoint_pool(
 
     Args:
         where: the recipe's key of the endpoint, for messages.
-        run: URI of the run directory.
+        run: URI of the run directory, which pays.
+        answers: URI of the folder of kept answers.
         spent: what the run had paid before.
     """
     from ray.data import ActorPoolStrategy
@@ -296,6 +298,7 @@ def endpoint_pool(
             "stage": stage,
             "outcome": outcome,
             "run": run,
+            "answers": answers,
             "max_cost": max_cost,
             "spent": spent,
         },

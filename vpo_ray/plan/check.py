@@ -11,7 +11,10 @@ from pathlib import Path
 
 from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import Checklist, Pair, Recipe
+from vpo_ray.recipe import ChatModel, Checklist, Draft, Pair, Recipe
+from vpo_ray.sft_data import sft_rows
+from vpo_ray.stages.curate import InputError
+from vpo_ray.stages.draft import EXAMPLES
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -47,7 +50,9 @@ def hub_ids(recipe: Recipe) -> list[str]:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
-    yield from _folder("judge.model", recipe.judge.model, "config.json", "*.safetensors")
+    yield from _chat_model("judge", recipe.judge)
+    if recipe.draft is not None and recipe.draft.llm is not None:
+        yield from _chat_model("draft.llm", recipe.draft.llm)
     yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
@@ -59,6 +64,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),
         ("judge.critique_prompt", (SLOT, "{prompt}"), recipe.judge.critique_prompt),
         ("judge.refine_prompt", (SLOT, "{prompt}", "{critique}"), recipe.judge.refine_prompt),
+        *([("draft.prompt", (SLOT, EXAMPLES), recipe.draft.prompt)] if recipe.draft is not None else []),
     ):
         try:
             text = read_prompt(name)
@@ -68,9 +74,30 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
     if recipe.sft is not None:
         yield from _file("sft.data", recipe.sft.data)
+    if recipe.draft is not None:
+        yield from _draft(recipe.draft)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
+
+
+def _chat_model(key: str, model: ChatModel) -> Iterator[str]:
+    if model.backend == "vllm":
+        yield from _folder(f"{key}.model", model.model, "config.json", "*.safetensors")
+
+
+def _draft(settings: Draft) -> Iterator[str]:
+    absent = list(_file("draft.examples", settings.examples))
+    yield from absent
+    if absent or "://" in settings.examples:
+        return
+    try:
+        count = sum(1 for _ in sft_rows(settings.examples, "draft.examples"))
+    except InputError as error:
+        yield str(error)
+        return
+    if count < settings.shots:
+        yield f"draft.shots {settings.shots}: {settings.examples} has {count} examples only"
 
 
 def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str]:

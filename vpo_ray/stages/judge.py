@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -138,11 +138,12 @@ class Judging:
         return (await chat.complete(messages, sampling, object_schema(properties))).text
 
 
-def fill(template: str, **values: str) -> str:
+def fill(template: str, blocks: Mapping[str, str] | None = None, /, **values: str) -> str:
     """Put values into `{name}` slots as JSON strings, in one pass, so that a value's own braces
     are never read as slots and nothing in it can end the string, open a tag or spell a control
-    token (all known ones begin with `<` or `[`, and an endpoint may take them from text)."""
-    encoded = {name: _quoted(value) for name, value in values.items()}
+    token (all known ones begin with `<` or `[`, and an endpoint may take them from text). Blocks
+    are texts that `fill` made: they go in as they are."""
+    encoded = {**(blocks or {}), **{name: _quoted(value) for name, value in values.items()}}
     slots = re.compile("|".join(re.escape(f"{{{name}}}") for name in encoded))
     return slots.sub(lambda match: encoded[match[0][1:-1]], template)
 

@@ -1,0 +1,190 @@
+"""Runs whose LLM is an endpoint: stopped, killed or refused, they go on and pay nothing twice."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from endpoint_server import EndpointServer, Reply, Request, completion, failure
+
+from vpo_ray import loop
+from vpo_ray.ledger import build_ledger, paid, reconcile
+from vpo_ray.pipeline import GenerationError, Models, generate
+from vpo_ray.recipe import Recipe, load
+from vpo_ray.records import query_id
+from vpo_ray.sft_data import CHAT_FILE, sft_rows
+from vpo_ray.storage import RunDir
+
+pytestmark = pytest.mark.ray
+
+MODELS = Models("nowhere", "test-policy")
+Serve = Callable[[Callable[[Request], Reply]], EndpointServer]
+# 1000 prompt tokens an answer, see endpoint_server.completion.
+PRICE, LIMIT = 1.0, 0.02
+
+
+def answer(request: Request) -> Reply:
+    """A judge and writer that finds fault with the first draft of every query about a dog."""
+    text = request["messages"][0]["content"]
+    query = json.loads(text.rsplit("<request>", 1)[1].split("</request>")[0])
+    if query.startswith("refuse"):
+        return completion(None, refusal="I would rather not")
+    if query.startswith("babble"):
+        return completion("Well, it depends.")
+    asks_verdict = "verdict" in json.dumps(request["response_format"])
+    if not asks_verdict:
+        return completion(
+            {"prompt": f"A quiet scene: {query}" + (", refined" if "<critique>" in text else "")}
+        )
+    fine = "dog" not in query or "refined" in text
+    verdict = "aligned" if fine else "imprecise"
+    return completion({"critique": "so", "missing": [], "added": [], "verdict": verdict})
+
+
+def recipe_for(folder: Path, server: EndpointServer, *more: str) -> Recipe:
+    endpoint = {
+        "base_url": server.url, "api_key_env": None, "retries": 0, "timeout_s": 20, "concurrency": 2,
+        "prompt_price": PRICE,
+    }  # fmt: skip
+    judge = {"model": "m", "backend": "openai", "endpoint": endpoint, "engine": {"batch_size": 4},
+             "pool": {"size": 1, "num_cpus": 0.1}}  # fmt: skip
+    sets = [f"out={folder / 'run'}", f"judge={json.dumps(judge)}", "draft={examples: vpo_ray/data/sft.jsonl}"]
+    return load("jobs/recipes/tiny.yaml", [*sets, "sft.data=null", *more])
+
+
+def run_of(recipe: Recipe, *queries: str) -> RunDir:
+    run = RunDir(recipe.out)
+    rows = [{"query_id": query_id(q), "query": q, "source": "t", "split": "sft"} for q in queries]
+    run.table("queries").append(rows)
+    return run
+
+
+def asked_twice(server: EndpointServer) -> list[str]:
+    counts = Counter(json.dumps(request, sort_keys=True) for request in server.requests)
+    return [request for request, count in counts.items() if count > 1]
+
+
+QUERIES = [f"cat {i}" for i in range(8)] + [f"dog {i}" for i in range(4)]
+
+
+def test_drafts_of_an_endpoint(tmp_path: Path, ray_cluster: None, serve_endpoint: Serve) -> None:
+    server = serve_endpoint(answer)
+    recipe = recipe_for(tmp_path, server)
+    run = run_of(recipe, *QUERIES, "refuse this", "babble on")
+    loop.draft_sft(recipe, run)
+    rows = {row["query"]: row for row in run.table("drafts").rows()}
+    assert len(rows) == 14
+    for query in QUERIES:
+        assert rows[query]["target"] == f"A quiet scene: {query}" + (", refined" if "dog" in query else "")
+        turns = 4 if "dog" in query else 2
+        assert rows[query]["usage"]["draft"] == {
+            "prompt": 1000 * turns,
+            "completion": 100 * turns,
+            "cost": pytest.approx(PRICE * turns / 1000),
+        }
+    assert "Refusal: the model refused: I would rather not" in rows["refuse this"]["error"]
+    assert "nor after a repair round" in rows["babble on"]["error"]
+    ledger = build_ledger(run, recipe)
+    assert reconcile(ledger) == []
+    assert ledger["stages"]["draft"]["out"] == 12
+    assert len(ledger["stages"]["draft"]["errored"]) == 2
+    assert ledger["stages"]["draft"]["cost"] == pytest.approx(PRICE * len(server.requests) / 1000)
+    assert len(list(sft_rows(str(tmp_path / "run" / CHAT_FILE)))) == 12
+
+    count = len(server.requests)
+    loop.draft_sft(recipe, run)
+    assert len(server.requests) == count, "a second run asks nothing"
+
+
+def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
+    tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
+) -> None:
+    server = serve_endpoint(answer)
+    limited = recipe_for(tmp_path, server, f"limits.max_cost={LIMIT}")
+    run = run_of(limited, *QUERIES)
+    with pytest.raises(GenerationError, match=r"max_cost 0.02 is reached.*(\n.*)*what was made is kept"):
+        loop.draft_sft(limited, run)
+    first = len(server.requests)
+    assert 20 <= first <= 20 + 2, "what was under way when the limit was reached goes beyond it"
+    assert all(row["error"] is None for row in run.table("drafts").rows()), "a limit is no row's error"
+    with pytest.raises(GenerationError, match="max_cost"):
+        loop.draft_sft(limited, run)
+    assert len(server.requests) <= first + 1
+    more = recipe_for(tmp_path, server, "limits.max_cost=1")
+    loop.draft_sft(more, run)
+    assert len(list(run.table("drafts").rows())) == 12
+    assert len(server.requests) == 8 * 2 + 4 * 4
+    assert asked_twice(server) == []
+    assert paid(run) == pytest.approx(PRICE * len(server.requests) / 1000)
+
+
+def test_a_wrong_key_is_one_message_and_no_row(
+    tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
+) -> None:
+    server = serve_endpoint(lambda _: failure(401, "Incorrect API key"))
+    recipe = recipe_for(tmp_path, server)
+    run = run_of(recipe, *QUERIES)
+    with pytest.raises(GenerationError, match=r"judge.endpoint refuses this: .*Incorrect API key"):
+        loop.draft_sft(recipe, run)
+    assert list(run.table("drafts").rows()) == []
+    absent = recipe_for(tmp_path, server, "judge.endpoint.api_key_env=NO_SUCH_KEY_HERE")
+    with pytest.raises(GenerationError, match="the variable NO_SUCH_KEY_HERE is not set here"):
+        loop.draft_sft(absent, run)
+
+
+def test_a_replica_that_is_killed_asks_only_what_was_under_way_again(
+    tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
+) -> None:
+    """Its answers are kept one by one, so that the batch under it is not paid again."""
+    gate = threading.Event()
+
+    def slow(request: Request) -> Reply:
+        if len(server.requests) > 12:
+            gate.wait(5)
+        return answer(request)
+
+    server = serve_endpoint(slow)
+    recipe = recipe_for(tmp_path, server)
+    run = run_of(recipe, *QUERIES)
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while len(server.requests) <= 12 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if "EndpointActor" in " ".join(process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+        gate.set()
+
+    killed: list[int] = []
+    killer = threading.Thread(target=kill)
+    killer.start()
+    loop.draft_sft(recipe, run)
+    killer.join()
+    assert len(killed) == 1
+    assert len(list(run.table("drafts").rows())) == 12
+    assert all(row["target"] for row in run.table("drafts").rows())
+    assert len(asked_twice(server)) <= 2, "two were under way"
+    assert len(server.requests) <= 8 * 2 + 4 * 4 + 2
+
+
+def test_replicas_share_the_budget_of_requests(
+    tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
+) -> None:
+    server = serve_endpoint(answer)
+    more = [
+        "judge.endpoint.requests_per_minute=300",
+        "judge.pool.size=2",
+        "judge.endpoint.answers=" + str(tmp_path),
+    ]
+    recipe = recipe_for(tmp_path, server, *more, "queries.splits={sft: 1}")
+    run = run_of(recipe, *QUERIES)
+    generate(recipe, run, MODELS, ("draft",))
+    times = sorted(server.times)
+    assert len(times) == 32
+    assert times[-1] - times[0] >= 31 * 0.2 * 0.98, "300 a minute for both together"

@@ -1,0 +1,172 @@
+"""The actor pool of each stage, as the recipe describes it: which engine, on how many replicas.
+
+`pipeline` connects these to a stream. Each is a function of the stream so far that adds one pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ray.data import Dataset
+
+from vpo_ray import policy_prompt
+from vpo_ray.chains import Models, draft_model
+from vpo_ray.ledger import paid
+from vpo_ray.pools import Outcome, batch_pool
+from vpo_ray.recipe import ChatModel, Recipe, Reward, locate
+from vpo_ray.sft_data import sft_rows
+from vpo_ray.stages.draft import Drafter
+from vpo_ray.stages.judge import Judging
+from vpo_ray.stages.render import Renderer
+from vpo_ray.stages.sample import Sampler
+from vpo_ray.stages.score import Scorer
+from vpo_ray.storage import RunDir
+
+
+def sample_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
+) -> Dataset:
+    policy, settings = recipe.policy, recipe.sample
+    task_prompt = policy_prompt.read_prompt(policy.task_prompt)
+    return _vllm_pool(
+        stream,
+        models.policy,
+        settings.engine,
+        settings.pool,
+        stage=partial(Sampler, settings),
+        tokenizer=partial(
+            policy_prompt.load_tokenizer,
+            models.policy,
+            task_prompt,
+            policy.revision,
+            policy.trust_remote_code,
+        ),
+        outcome=outcome,
+        batch_size=rows,
+        alone=alone,
+        revision=policy.revision,
+        trust_remote_code=policy.trust_remote_code,
+    )
+
+
+def judge_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
+) -> Dataset:
+    stage = partial(Judging, recipe.judge)
+    return _chat_pool(stream, "judge", recipe.judge, stage, recipe, run, outcome, rows, alone)
+
+
+def draft_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
+) -> Dataset:
+    settings = recipe.draft
+    assert settings is not None
+    where, llm = draft_model(recipe)
+    stage = partial(Drafter, settings, recipe.judge, list(sft_rows(settings.examples, "draft.examples")))
+    return _chat_pool(stream, where, llm, stage, recipe, run, outcome, rows, alone)
+
+
+def _chat_pool(
+    stream: Dataset,
+    where: str,
+    model: ChatModel,
+    stage: Callable[[], Any],
+    recipe: Recipe,
+    run: RunDir,
+    outcome: Outcome,
+    rows: int,
+    alone: bool,
+) -> Dataset:
+    """A text stage on the backend that the recipe names at `where`."""
+    if model.backend == "openai":
+        from vpo_ray.engines.openai_chat import endpoint_pool
+
+        return endpoint_pool(
+            stream,
+            model,
+            where=f"{where}.endpoint",
+            stage=stage,
+            outcome=outcome,
+            batch_size=rows,
+            run=run.uri,
+            answers=model.endpoint.answers or run.at("answers"),
+            max_cost=recipe.limits.max_cost,
+            spent=paid(run),
+            alone=alone,
+        )
+    name = locate(model.model)
+    return _vllm_pool(
+        stream,
+        name,
+        model.engine,
+        model.pool,
+        stage=stage,
+        tokenizer=partial(policy_prompt.load_chat_tokenizer, name, model.revision, model.trust_remote_code),
+        outcome=outcome,
+        batch_size=rows,
+        alone=alone,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
+    # Imported where it is used: vLLM takes seconds, and the stages behind it do not need it.
+    from vpo_ray.engines.vllm_chat import vllm_pool
+
+    return vllm_pool(*args, **kwargs)
+
+
+def render_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
+) -> Dataset:
+    lora = recipe.render.lora
+    settings = recipe.render.model_copy(
+        update={
+            "model": locate(recipe.render.model),
+            "lora": lora and lora.model_copy(update={"path": locate(lora.path)}),
+        }
+    )
+    stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed)
+    # While one video is encoded and stored, the next renders.
+    return batch_pool(
+        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone, calls=2
+    )
+
+
+def score_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
+) -> Dataset:
+    settings = located_reward(recipe.reward)
+    more = {name: located_reward(reward) for name, reward in recipe.more_rewards.items()}
+    stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more)
+    return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
+
+
+def located_reward(reward: Reward) -> Reward:
+    """The settings with paths that hold on every node that mounts them."""
+    files = {key: value and locate(value) for key, value in reward.checklist.files().items()}
+    checklist = reward.checklist.model_copy(update=files)
+    return reward.model_copy(update={"model": locate(reward.model), "checklist": checklist})
+
+
+POOLS = {
+    "draft": draft_pool,
+    "sample": sample_pool,
+    "judge": judge_pool,
+    "render": render_pool,
+    "score": score_pool,
+}
+
+
+def block_rows(recipe: Recipe, stage: str) -> int:
+    """Rows of a stage's blocks."""
+    return {
+        "draft": draft_model(recipe)[1].engine.batch_size,
+        "sample": recipe.sample.engine.batch_size,
+        "judge": recipe.judge.engine.batch_size,
+        "render": recipe.render.batch_size,
+        "score": recipe.reward.batch_size,
+    }[stage]

@@ -1,0 +1,115 @@
+"""Draft: SFT data. A strong LLM writes a prompt for every query of the sft split, shown examples.
+
+VPO 3.2: few-shot writing, critique, refinement of what is misaligned; and, beyond it, the refined
+prompt is judged again. A row carries the whole trail; `target` is what the policy is to learn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.recipe import Draft, Judge
+from vpo_ray.records import Row, content_id, seed_of
+from vpo_ray.stages.judge import (
+    Judgement,
+    Judging,
+    fill,
+    form_fault,
+    object_schema,
+    parse_prompt,
+    string_schema,
+)
+
+EXAMPLES = "{examples}"
+_EXAMPLE = "<request>{query}</request>\n<prompt>{prompt}</prompt>"
+
+
+def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
+    """The DRAFT row of one Query row, before anything is written.
+
+    Args:
+        key: what the drafts are made with (see `draft_key`).
+        seed: the recipe's seed.
+    """
+    identity = content_id("draft", query["query_id"], key, model, seed)
+    return {
+        "draft_id": identity,
+        "query_id": query["query_id"],
+        "query": query["query"],
+        "unsafe": query["unsafe"],
+        "seed": seed_of("draft", identity),
+        "model": model,
+    }
+
+
+def draft_key(settings: Draft, judge: Judge, examples: Sequence[Row]) -> str:
+    """The identity of how drafts are made: settings, wording and examples."""
+    prompts = [read_prompt(n) for n in (settings.prompt, judge.critique_prompt, judge.refine_prompt)]
+    asked = {"temperature", "max_tokens", "critique_max_chars", "prompt_max_chars", "word_limit"}
+    return content_id(
+        settings.model_dump(include={"shots", "temperature", "max_tokens"}),
+        judge.model_dump(include=asked),
+        prompts,
+        [[row["query"], row["prompt"]] for row in examples],
+        digits=16,
+    )
+
+
+class Drafter:
+    """Writes, checks and repairs one prompt; all on one engine.
+
+    Args:
+        judge: whose prompts and limits check the draft.
+        examples: rows with `query_id`, `query` and `prompt`.
+    """
+
+    name = "draft"
+
+    def __init__(self, settings: Draft, judge: Judge, examples: Sequence[Row]) -> None:
+        self.settings, self.examples = settings, examples
+        self.prompt = read_prompt(settings.prompt)
+        self.judging = Judging(judge)
+
+    def wants(self, row: Row) -> bool:
+        return row["prompt"] is None and row["error"] is None
+
+    async def __call__(self, row: Row, chat: Chat) -> Row:
+        limits = self.judging.settings
+        shown = self._shown(row)
+        block = "\n\n".join(fill(_EXAMPLE, query=e["query"], prompt=e["prompt"]) for e in shown)
+        text = fill(self.prompt, {"examples": block}, query=row["query"])
+        sampling = Sampling(
+            temperature=self.settings.temperature, max_tokens=self.settings.max_tokens, seed=row["seed"]
+        )
+        schema = object_schema({"prompt": string_schema(limits.prompt_max_chars)})
+        answer = await chat.complete([{"role": "user", "content": text}], sampling, schema)
+        prompt = parse_prompt(answer.text)
+        # What can be counted, the LLM is not asked about.
+        fault = form_fault(prompt, limits.word_limit)
+        known = Judgement("imprecise", f"The prompt has the wrong form: {fault}.") if fault else None
+        review = await self.judging.review(row["query"], prompt, row["draft_id"], chat, known)
+        row = {**row, "examples": [example["query_id"] for example in shown], "prompt": prompt, **review}
+        return {**row, **_outcome(row)}
+
+    def _shown(self, row: Row) -> list[Row]:
+        """Some examples, by the row's seed; never the answer to the query itself."""
+        chosen = random.Random(row["seed"]).sample(
+            self.examples, min(self.settings.shots + 1, len(self.examples))
+        )
+        return [example for example in chosen if example["query_id"] != row["query_id"]][
+            : self.settings.shots
+        ]
+
+
+def _outcome(row: Row) -> dict[str, Any]:
+    if row["verdict"] == "aligned":
+        return {"target": row["prompt"]}
+    if row.get("refined_verdict") == "aligned":
+        return {"target": row["refined_prompt"]}
+    if row.get("refined_fault") is not None:
+        return {"fault": f"refined prompt: {row['refined_fault']}"}
+    return {"fault": f"refined prompt still {row['refined_verdict']}"}
