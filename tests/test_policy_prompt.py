@@ -306,6 +306,7 @@ def test_prompt_files(tmp_path: Path) -> None:
         "policy": ("{query}",),
         "critique": ("{query}", "{prompt}"),
         "refine": ("{query}", "{prompt}", "{critique}"),
+        "draft": ("{query}", "{examples}"),
     }.items():
         text = read_prompt(f"builtin:{name}")
         assert [text.count(slot) for slot in slots] == [1] * len(slots)
@@ -315,7 +316,7 @@ def test_prompt_files(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="Built in are: critique, policy, refine"):
+    with pytest.raises(PromptError, match="Built in are: critique, draft, policy, refine"):
         read_prompt("builtin:polcy")
     with pytest.raises(PromptError, match=r"none\.txt"):
         read_prompt(str(tmp_path / "none.txt"))
