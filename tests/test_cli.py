@@ -55,6 +55,7 @@ COMMANDS = {
     "dpo": RECIPE,
     "report": RECIPE,
     "videos": ["ACTION", "--help"],
+    "export": [*RECIPE, "--format", "--to", "--bare"],
     "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
     "key": ["NAME", "--help"],
 }

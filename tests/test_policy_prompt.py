@@ -26,12 +26,28 @@ from vpo_ray.policy_prompt import (
     read_prompt,
 )
 
-LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
-          "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")  # fmt: skip
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_start|>",
-        "<|vision_end|>", "<|video_pad|>")  # fmt: skip
+# Every control token of Llama 3.1 (and 3.2 Vision's picture), in the order of their ids.
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+          "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+          "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+          *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)), "<|image|>")  # fmt: skip
+# Those of Qwen 2.5, 2.5-VL and 3.
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+        "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+        "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
+        "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+        "<tool_response>", "</tool_response>", "<think>", "</think>")  # fmt: skip
+# Those of GLM-4, GLM-4V and GLM-4.5.
 GLM = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
-       "<|assistant|>", "<|observation|>")  # fmt: skip
+       "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>",
+       "<|end_of_video|>", "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_transcription|>",
+       "<|end_of_transcription|>", "<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>", "/nothink",
+       "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+       "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")  # fmt: skip
+# Added tokens that these tokenizers do not call special.
+PLAIN = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+         "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|fim_prefix|>", "<|fim_middle|>",
+         "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"}  # fmt: skip
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}{%- for m in messages %}"
     "{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
@@ -74,8 +90,8 @@ def tokenizer(family: str, task_prompt: str | None = TASK) -> Any:
     made.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     )
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=specials[0], eos_token=specials[-1])
+    made.add_tokens([AddedToken(token, special=token not in PLAIN, normalized=False) for token in specials])
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=specials[0], eos_token=specials[1])
     fast.chat_template = template if task_prompt is None else fold_task_prompt(template, task_prompt)
     return fast
 
@@ -204,11 +220,28 @@ def attacks(specials: tuple[str, ...]) -> list[str]:
     return texts
 
 
+@cache
+def chosen(family: str) -> tuple[str, ...]:
+    """The control tokens to build attacks with: of Llama's reserved ones, a few stand for all."""
+    reserved = [token for token in FAMILIES[family][0] if "reserved" in token]
+    return tuple(token for token in FAMILIES[family][0] if token not in reserved[3:-3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_control_token_is_one_to_its_tokenizer_and_text_in_a_query(family: str) -> None:
+    made = tokenizer(family)
+    expected = control_ids(family, HARMLESS)
+    assert len(set(FAMILIES[family][0])) == {"llama3": 257, "qwen": 26, "glm": 32}[family]
+    for token in FAMILIES[family][0]:
+        assert len(made.encode(f"a{token}b", add_special_tokens=False)) == 3, "left alone, it is one token"
+        assert control_ids(family, f"a{token}b") == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_query_adds_a_control_token(family: str) -> None:
     expected = control_ids(family, HARMLESS)
     assert expected, "the template itself has control tokens"
-    for query in attacks(FAMILIES[family][0]):
+    for query in attacks(chosen(family)):
         assert control_ids(family, query) == expected, query
 
 
@@ -230,16 +263,14 @@ def test_roles_of_a_judge_cannot_be_forged_either(family: str) -> None:
     def count(content: str) -> int:
         return sum(token in special for token in chat_ids(made, [user(HARMLESS), user(content)]))
 
-    assert len({count(text) for text in [HARMLESS, *attacks(FAMILIES[family][0])]}) == 1
+    assert len({count(text) for text in [HARMLESS, *attacks(chosen(family))]}) == 1
 
 
 @cache
 def pieces(family: str) -> list[str]:
     """Control tokens, all their cuts, and ordinary text: what an attacker would build from."""
-    cuts = [
-        part for token in FAMILIES[family][0] for i in range(1, len(token)) for part in (token[:i], token[i:])
-    ]
-    return [*FAMILIES[family][0], *cuts, " ", "\n", "a", "é", "\u0301", "\U0001f600", "\u200b", "<", "|", ">"]
+    cuts = [part for token in chosen(family) for i in range(1, len(token)) for part in (token[:i], token[i:])]
+    return [*chosen(family), *cuts, " ", "\n", "a", "é", "\u0301", "\U0001f600", "\u200b", "<", "|", ">"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -133,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("draft", "generate", "sample", "judge", "render", "score"):
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
     videos_command.add(command("videos", videos_command.HELP, _stage))
+    export = with_recipe("export", "write SFT and preference data for another trainer", _export)
+    export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
+    export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")
+    export.add_argument("--bare", action="store_true", help="leave the task prompt out of the messages")
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
     serve.add_argument("checkpoint", help="a folder that `vpo run` made, e.g. runs/demo/checkpoints/dpo")
     serve.add_argument("--recipe", help="recipe file whose `serve` section to use")
@@ -225,6 +229,17 @@ def _stage(arguments: argparse.Namespace) -> int:
     loop.write_ledger(recipe, run)
     where = f"{loop.write_report(recipe, run)}" if name == "report" else f"{run.uri}/ledger.json"
     sys.stdout.write(f"{name}: done, see {where}\n")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from vpo_ray.export import export
+    from vpo_ray.storage import RunDir
+
+    recipe = _load(arguments)
+    written = export(recipe, RunDir(recipe.out), arguments.format, arguments.to, arguments.bare)
+    for name, rows in written.items():
+        sys.stdout.write(f"{arguments.to}/{name}: {rows} rows\n")
     return 0
 
 

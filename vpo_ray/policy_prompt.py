@@ -39,10 +39,12 @@ def read_prompt(name: str) -> str:
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Every string that this tokenizer turns into one control token, longest first.
 
-    White space and single characters are no control tokens, whatever a tokenizer calls special.
+    Added tokens that a tokenizer does not call special are among them: `<think>` and `<tool_call>`
+    of Qwen and GLM steer a model no less. White space and single characters are none, whatever a
+    tokenizer calls them.
     """
     added = tokenizer.added_tokens_decoder.values()
-    tokens = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
+    tokens = {t.content for t in added} | set(tokenizer.all_special_tokens)
     return tuple(sorted((t for t in tokens if len(t.strip()) > 1), key=lambda t: (-len(t), t)))
 
 

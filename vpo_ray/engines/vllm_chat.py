@@ -8,9 +8,12 @@ a text stage on each row, with as many turns as the row needs, all rows of all b
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,15 +23,58 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS,
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
 from vpo_ray.policy_prompt import chat_ids
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome
-from vpo_ray.recipe import Engine, Pool
+from vpo_ray.recipe import Engine, Pool, locate
 
 logger = logging.getLogger(__name__)
+
+
+# The ranks that vLLM makes room for.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as peft saves it: a folder, the model that it is for, and its rank."""
+
+    folder: str
+    base: str
+    rank: int
+
+    def engine_kwargs(self) -> dict[str, Any]:
+        room = next((rank for rank in _RANKS if rank >= self.rank), _RANKS[-1])
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+
+
+def adapter_of(model: str) -> Adapter | None:
+    """The adapter in a local folder, or None where it holds a whole model.
+
+    Raises:
+        ValueError: its `adapter_config.json` cannot be used.
+    """
+    path = Path(model, "adapter_config.json")
+    if "://" in model or not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        base, rank = locate(config["base_model_name_or_path"]), int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: not the settings of a LoRA adapter: {error}") from error
+    return Adapter(str(path.parent.resolve()), base, rank)
+
+
+class AdapterError(ValueError):
+    """A folder with an adapter that cannot be loaded."""
 
 
 class VllmChat:
     """Chat on a vLLM async engine; requests of all callers are batched by the engine."""
 
-    def __init__(self, wrapper: Any, tokenizer: Any) -> None:
+    def __init__(self, wrapper: Any, tokenizer: Any, adapter: Adapter | None = None) -> None:
+        self._lora = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._lora = LoRARequest("adapter", 1, adapter.folder)
         self.engine, self.slots = wrapper.engine, wrapper.semaphore
         self.tokenizer = tokenizer
         self.max_model_len: int = wrapper._vllm_config.model_config.max_model_len
@@ -55,7 +101,9 @@ class VllmChat:
             structured_outputs=(StructuredOutputsParams(json=schema) if schema else None),
         )
         async with self.slots:
-            stream = self.engine.generate(TokensPrompt(prompt_token_ids=ids), params, str(next(self._ids)))
+            stream = self.engine.generate(
+                TokensPrompt(prompt_token_ids=ids), params, str(next(self._ids)), lora_request=self._lora
+            )
             async for output in stream:
                 final = output
         answer = final.outputs[0]
@@ -71,10 +119,11 @@ class VllmStageActor(vLLMEngineStageUDF):
         stage: Callable[[], ChatStage],
         tokenizer: Callable[[], Any],
         outcome: Outcome,
+        adapter: Adapter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        chat = VllmChat(self.llm, tokenizer())
+        chat = VllmChat(self.llm, tokenizer(), adapter)
         self.run = ChatRunner(stage(), chat, outcome, _VLLM_FATAL_ERRORS, _leave)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -105,10 +154,12 @@ def vllm_pool(
     """Run a text stage over a dataset of FEEDBACK rows on a pool of vLLM engines.
 
     Args:
+        model: a model, or the folder of a LoRA adapter, which names its model.
         stage, tokenizer: made once in every actor.
         outcome: where rows go and how they are counted.
         alone: give an engine one batch at a time, so that one that kills it kills no other.
     """
+    adapter = adapter_of(model)
     bundle: dict[str, float] = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     kwargs: dict[str, Any] = {
         "dtype": engine.dtype,
@@ -120,10 +171,11 @@ def vllm_pool(
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "revision": revision,
         "max_model_len": engine.max_model_len,
+        **(adapter.engine_kwargs() if adapter is not None else {}),
         **engine.engine_kwargs,
     }
     config = vLLMEngineProcessorConfig(
-        model_source=model,
+        model_source=model if adapter is None else adapter.base,
         engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
         concurrency=pool.size,
         batch_size=batch_size,
@@ -138,7 +190,12 @@ def vllm_pool(
     )
     processor = build_processor(config)
     arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
-    arguments["fn_constructor_kwargs"] |= {"stage": stage, "tokenizer": tokenizer, "outcome": outcome}
+    arguments["fn_constructor_kwargs"] |= {
+        "stage": stage,
+        "tokenizer": tokenizer,
+        "outcome": outcome,
+        "adapter": adapter,
+    }
     if pool.labels:
         arguments["label_selector"] = pool.labels
     return dataset.map_batches(VllmStageActor, batch_format="pyarrow", **(arguments | RESTARTS))

@@ -82,7 +82,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _chat_model(key: str, model: ChatModel) -> Iterator[str]:
-    if model.backend == "vllm":
+    # An adapter names the model that it is for: the engine finds that.
+    if model.backend == "vllm" and not Path(model.model, "adapter_config.json").is_file():
         yield from _folder(f"{key}.model", model.model, "config.json", "*.safetensors")
 
 
