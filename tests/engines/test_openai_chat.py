@@ -104,7 +104,7 @@ def test_a_question_and_its_answer(serve_endpoint: Serve, make: Make) -> None:
 
 def test_the_recipe_may_change_a_request(serve_endpoint: Serve, make: Make) -> None:
     server = serve_endpoint(lambda _: completion("a cat"))
-    more = {"max_tokens": None, "max_completion_tokens": 99, "temperature": None, "extra_body": {"top_k": 4}}
+    more = {"max_tokens": None, "max_completion_tokens": 99, "temperature": None, "top_k": 4}
     ask(make(server, request=more))
     [request] = server.requests
     assert "max_tokens" not in request

@@ -10,7 +10,9 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jsonschema
@@ -87,7 +89,8 @@ class Answers:
 
     def keep(self, key: str, answer: Answer) -> None:
         """Raises StorageError when the folder cannot be written."""
-        self.folder.write_json(self._name(key), {"answer": asdict(answer), "run": self.run})
+        kept = {"answer": asdict(answer), "run": self.run}
+        self.folder.write(self._name(key), json.dumps(kept, ensure_ascii=False).encode())
 
     def _name(self, key: str) -> str:
         return f"{key[:2]}/{key}.json"
@@ -99,6 +102,8 @@ class OpenAIChat:
     def __init__(self, model: ChatModel, client: EndpointClient, answers: Answers, account: Account) -> None:
         self.model, self.client, self.answers, self.account = model, client, answers, account
         self._grammar = model.endpoint.structured != "text"
+        # As many files at once as requests: a slow disk or store then slows no request.
+        self._files = ThreadPoolExecutor(model.endpoint.concurrency, "answers")
 
     async def complete(
         self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None = None
@@ -116,14 +121,15 @@ class OpenAIChat:
         asked = [self.model.model, list(messages), asdict(sampling), schema]
         where = [endpoint.base_url, endpoint.azure_api_version, endpoint.structured, endpoint.request]
         key = content_id("answer", *asked, *where)
-        kept = await asyncio.to_thread(self.answers.find, key)
+        files = partial(asyncio.get_running_loop().run_in_executor, self._files)
+        kept = await files(self.answers.find, key)
         if kept is not None:
             await self.account.pay(kept.cost)
             return kept
         answer = await self._ask(messages, sampling, schema)
         if schema is not None and (fault := schema_fault(answer.text, schema)) is not None:
             answer = await self._repaired(answer, fault, messages, sampling, schema)
-        await asyncio.to_thread(self.answers.keep, key, answer)
+        await files(self.answers.keep, key, answer)
         return answer
 
     async def _repaired(
