@@ -318,5 +318,6 @@ def endpoint_pool(
         num_gpus=pool.num_gpus or None,
         accelerator_type=pool.accelerator_type,
         resources=pool.resources or None,
+        label_selector=pool.labels or None,
         **RESTARTS,
     )
