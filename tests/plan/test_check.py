@@ -104,3 +104,36 @@ def test_a_hub_id_that_may_be_a_wrong_path_is_told(
     assert render == "render.model: org/video is not a folder here; taken as a hub id"
     endpoint = recipe(tiny, reward__kind="openai", reward__model="org/judge")
     assert hub_ids(endpoint) == []
+
+
+def test_the_judge_may_be_at_an_endpoint_or_an_adapter(tiny: dict[str, Any], tmp_path: Path) -> None:
+    remote = recipe(tiny, judge__model="gpt-4o", judge__backend="openai")
+    check(remote)
+    assert hub_ids(recipe(tiny, judge__model="org/gpt", judge__backend="openai")) == []
+    (tmp_path / "adapter_config.json").write_text("{}")
+    check(recipe(tiny, judge__model=tmp_path))
+
+
+def test_what_drafts_need_is_checked(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2)
+    (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n')
+    (tmp_path / "draft.txt").write_text("{query}")
+    check(recipe(tiny, draft__examples=tmp_path / "two.jsonl", draft__shots=2))
+    assert problems(tiny, draft__examples=tmp_path / "two.jsonl") == [
+        f"draft.shots 3: {tmp_path}/two.jsonl has 2 examples only"
+    ]
+    [prompt, llm, examples] = sorted(
+        problems(
+            tiny,
+            draft__examples=tmp_path / "none.jsonl",
+            draft__prompt=tmp_path / "draft.txt",
+            draft__llm__model=tmp_path / "none",
+        ),
+        key=lambda line: line[6:],
+        reverse=True,
+    )
+    assert "needs the slot {examples} once" in prompt
+    assert llm.startswith("draft.llm.model: no such folder")
+    assert examples.startswith("draft.examples: no such file")
+    [line] = problems(tiny, draft__examples=tmp_path / "bad.jsonl")
+    assert "row 1 needs" in line

@@ -36,8 +36,8 @@ def check(recipe: Recipe) -> None:
 def hub_ids(recipe: Recipe) -> list[str]:
     """A line for each model that is looked up on the hub because there is no such folder here: a
     wrong path of two parts looks just like a hub id."""
-    named = {"policy.model": recipe.policy.model, "judge.model": recipe.judge.model}
-    named["render.model"] = recipe.render.model
+    named = {"policy.model": recipe.policy.model, "render.model": recipe.render.model}
+    named |= {f"{key}.model": llm.model for key, llm in _llms(recipe).items() if llm.backend == "vllm"}
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     named |= {f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind != "openai"}
     return [
@@ -50,9 +50,8 @@ def hub_ids(recipe: Recipe) -> list[str]:
 
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
-    yield from _chat_model("judge", recipe.judge)
-    if recipe.draft is not None and recipe.draft.llm is not None:
-        yield from _chat_model("draft.llm", recipe.draft.llm)
+    for key, llm in _llms(recipe).items():
+        yield from _chat_model(key, llm)
     yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
@@ -79,6 +78,12 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
+
+
+def _llms(recipe: Recipe) -> dict[str, ChatModel]:
+    """The LLMs beside the policy, by the recipe's key."""
+    own = recipe.draft.llm if recipe.draft is not None else None
+    return {"judge": recipe.judge, **({"draft.llm": own} if own is not None else {})}
 
 
 def _chat_model(key: str, model: ChatModel) -> Iterator[str]:

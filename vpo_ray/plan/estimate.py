@@ -130,9 +130,12 @@ def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | N
     aligned = past.share("aligned", "judge", "verdicts") if past else None
     videos = candidates if aligned is None else math.ceil(candidates * aligned)
     policy, judge = recipe.sample, recipe.judge
+    # Replicas that ask an endpoint hold no model.
+    at_endpoint = judge.backend == "openai"
+    judging = pool_replica(judge.pool) if at_endpoint else chat_replica(judge.pool, judge.engine)
     for name, rows, replica, pool in (
         ("sample", candidates, chat_replica(policy.pool, policy.engine), policy.pool),
-        ("judge", candidates, chat_replica(judge.pool, judge.engine), judge.pool),
+        ("judge", candidates, judging, judge.pool),
         ("render", videos, pool_replica(recipe.render.pool), recipe.render.pool),
         ("score", videos, pool_replica(recipe.reward.pool), recipe.reward.pool),
     ):
