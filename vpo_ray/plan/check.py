@@ -36,8 +36,9 @@ def check(recipe: Recipe) -> None:
 def hub_ids(recipe: Recipe) -> list[str]:
     """A line for each model that is looked up on the hub because there is no such folder here: a
     wrong path of two parts looks just like a hub id."""
-    named = {"policy.model": recipe.policy.model, "render.model": recipe.render.model}
+    named = {"policy.model": recipe.policy.model}
     named |= {f"{key}.model": llm.model for key, llm in _llms(recipe).items() if llm.backend == "vllm"}
+    named["render.model"] = recipe.render.model
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     named |= {f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind != "openai"}
     return [
