@@ -38,7 +38,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from vpo_ray import pipeline
+from vpo_ray import pipeline, stage_pools
 from vpo_ray.engines.chat import Answer, ChatStage, Message, Sampling
 from vpo_ray.pools import RESTARTS, Outcome, batch_pool
 from vpo_ray.recipe import Engine, Pool, Recipe, load
@@ -129,7 +129,7 @@ def sleeping_text_pool(
     scale: float,
     **_: Any,
 ) -> Dataset:
-    """In place of `pipeline._vllm_pool`: the same blocks, concurrency and tasks in flight."""
+    """In place of `stage_pools._vllm_pool`: the same blocks, concurrency and tasks in flight."""
     naps = Naps(folder, outcome.stage, scale)
     return stream.map_batches(
         SleepingTextActor,
@@ -221,9 +221,9 @@ def idle_pool(
 
 def put_to_sleep(folder: str, scale: float) -> None:
     """Replace what would need models; all else of the pipeline stays as it is."""
-    pipeline._vllm_pool = partial(sleeping_text_pool, folder=folder, scale=scale)
-    pipeline.Renderer = partial(SleepingRenderer, naps=Naps(folder, "render", scale))
-    pipeline.Scorer = partial(SleepingScorer, naps=Naps(folder, "score", scale))
+    stage_pools._vllm_pool = partial(sleeping_text_pool, folder=folder, scale=scale)
+    stage_pools.Renderer = partial(SleepingRenderer, naps=Naps(folder, "render", scale))
+    stage_pools.Scorer = partial(SleepingScorer, naps=Naps(folder, "score", scale))
 
 
 def prepare(folder: str, queries: int, overrides: Sequence[str] = ()) -> tuple[Recipe, RunDir]:
