@@ -40,7 +40,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from vpo_ray import pipeline, stage_pools
 from vpo_ray.engines.chat import Answer, ChatStage, Message, Sampling
-from vpo_ray.pools import RESTARTS, Outcome, batch_pool
+from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, batch_pool
 from vpo_ray.recipe import Engine, Pool, Recipe, load
 from vpo_ray.records import Row, query_id, share_of
 from vpo_ray.stages import render
@@ -92,7 +92,8 @@ class SleepingChat:
         asked = schema["properties"] if schema else {}
         if "verdict" in asked:
             verdict = "aligned" if share_of(sampling.seed, "verdict") < ALIGNED else "imprecise"
-            text = json.dumps({"critique": "It could say more.", "verdict": verdict})
+            found = {"critique": "It could say more.", "missing": [], "added": [], "verdict": verdict}
+            text = json.dumps(found)
         else:
             text = f"A long and careful caption, take {sampling.seed}."
             text = json.dumps({"prompt": text}) if asked else text
@@ -103,17 +104,10 @@ class SleepingTextActor:
     """What `VllmStageActor` does with rows, without an engine."""
 
     def __init__(self, stage: Callable[[], ChatStage], outcome: Outcome, naps: Naps, slots: int) -> None:
-        self.stage, self.outcome, self.chat = stage(), outcome, SleepingChat(naps, slots)
+        self.run = ChatRunner(stage(), SleepingChat(naps, slots), outcome)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        rows = batch.to_pylist()
-        done = await asyncio.gather(*(self._run(row) for row in rows if self.stage.wants(row)))
-        yield await asyncio.to_thread(self.outcome.publish, rows, done)
-
-    async def _run(self, row: Row) -> Row:
-        with self.outcome.timed(1) as seconds:
-            done = await self.stage(row, self.chat)
-        return self.outcome.charge(done, seconds[0])
+        yield await self.run(batch)
 
 
 def sleeping_text_pool(
