@@ -337,8 +337,8 @@ def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str], videos: Counter[s
     """Pairs by query. Queries are taken in 16 shares by id, so that only one share is in memory."""
     import pyarrow.compute as pc
 
-    columns = ["candidate_id", "query_id", "query", "k", "prompt", "verdict", "refined_prompt", "refined_fault",
-               "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error",
+    columns = ["candidate_id", "query_id", "query", "k", "prompt", "verdict", "refined_prompt",
+               "refined_fault", "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error",
                "error_stage"]  # fmt: skip
     for share in "0123456789abcdef":
         queries: dict[str, list[Row]] = {}

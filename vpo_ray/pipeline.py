@@ -145,9 +145,7 @@ def _stream(
     flowing = 0
     for stage in stages:
         if stage == "render" and enter is not None:
-            source = _read(
-                chain.table_before(run, stage), chain, again, _rows_as_they_are, None, chosen=True
-            )
+            source = _read(chain.table_before(run, stage), chain, again, _rows_as_they_are, None, chosen=True)
         else:
             source = _entering(recipe, run, models, stage, done[stage], retry_errors)
         rows = 1 if alone else block_rows(recipe, stage)
@@ -230,7 +228,9 @@ def _read(
         [{"part": part} for part in parts], override_num_blocks=min(len(parts), 1000)
     )
     return dataset.map_batches(
-        partial(_read_parts, source=source, chain=chain, where=where, expand=expand, ids=reference, chosen=chosen),
+        partial(
+            _read_parts, source=source, chain=chain, where=where, expand=expand, ids=reference, chosen=chosen
+        ),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
