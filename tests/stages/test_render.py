@@ -1,6 +1,7 @@
 """The render stage on the tiny CogVideoX pipeline: what is rendered, stored, reused and refused."""
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,6 +172,29 @@ def test_a_lost_device_ends_the_process(
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit):
         renderer([candidate("a cat")])
+
+
+def test_a_render_that_hangs_within_a_step_ends_its_process(settings: Render, tmp_path: Path) -> None:
+    # The step callback of the time limit is never reached; the pool takes the row to a new process.
+    code = f"""
+import time
+from vpo_ray.recipe import Render
+from vpo_ray.stages import render
+render.GRACE_S = 0.5
+settings = Render(**{settings.model_dump()})
+renderer = render.Renderer(settings, {str(tmp_path)!r}, 7)
+row = {{"query_id": "q", "prompt": "a cat", "verdict": "aligned"}}
+renderer([row])
+renderer._engine.pipeline.text_encoder.register_forward_pre_hook(lambda *_: time.sleep(60))
+renderer.settings = settings.model_copy(update={{"time_limit_s": 0.1}})
+print("hanging", flush=True)
+renderer([row | {{"prompt": "a dog"}}])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.stdout == "hanging\n", ran.stderr
+    assert ran.returncode == 1
+    assert "Timeout" in ran.stderr
+    assert "in render" in ran.stderr, "the place where it hangs is told"
 
 
 def test_a_model_that_is_not_there_is_refused_at_once(settings: Render, tmp_path: Path) -> None:
