@@ -1,5 +1,7 @@
 """The doctor names what is wrong with a node, and finds a good one good."""
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from vpo_ray import doctor
+from vpo_ray.cli import main
 from vpo_ray.recipe import load
 
 TINY = "jobs/recipes/tiny.yaml"
@@ -97,6 +100,37 @@ def test_a_recipe_asks_for_its_files_storage_and_keys(tmp_path: Path) -> None:
     assert "reward.checklist.file" not in ask.readable
     assert ask.writable == {"out": str(tmp_path)}
     assert ask.variables == ["MY_KEY"]
+
+
+@pytest.mark.ray
+def test_a_real_cluster(
+    ray_cluster: None,
+    tiny_models: Path,
+    tiny_sets: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["doctor", TINY, "--json", "--out", str(tmp_path / "run"), *tiny_sets]
+    status = main(arguments)
+    findings = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    machine = {"disk of /tmp", "object store"}  # what this machine is like is not ours to assert
+    assert {name for name, finding in findings.items() if not finding["ok"]} <= machine
+    assert {"answers", "versions", "clock", "room for pools", "room for dpo"} <= findings.keys()
+    assert "python 3.1" in findings["versions"]["found"]
+    assert status == (0 if all(finding["ok"] for finding in findings.values()) else 1)
+
+    bad = ["--set", "policy.model=/no/such/model", "--set", "render.pool.num_gpus=1"]
+    assert main([*arguments, *bad, "--set", "reward.kind=openai"]) == 1
+    problems = [f for f in json.loads(capsys.readouterr().out) if not f["ok"]]
+    told = {f["check"]: f["found"] for f in problems}
+    assert "no node has GPU" in told["room for pools"]
+    assert ("variable OPENAI_API_KEY" in told) == ("OPENAI_API_KEY" not in os.environ)
+    # A path that exists nowhere is read as a hub id at the driver; the node is asked for it all the same.
+    assert "No such file" in told["reads policy.model"]
+    table = main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "versions" in printed
+    assert table == (0 if "no problem found" in printed else 1)
 
 
 def test_help_needs_no_cluster() -> None:
