@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,14 @@ def _sound() -> bytes:
         container.mux(track.encode(samples))
         container.mux(track.encode(None))
     return stream.getvalue()
+
+
+def test_a_video_may_be_named(clip: Callable[..., bytes], tmp_path: Path) -> None:
+    path = tmp_path / "a clip.mp4"
+    path.write_bytes(clip(1, frames=17))
+    expected = read_frames(path.read_bytes(), CHAT)
+    assert (read_frames(str(path), CHAT) == expected).all()
+    assert (read_frames(f"file://{path}", CHAT) == expected).all()
+    for nowhere in (f"{tmp_path}/none.mp4", "nowhere://a/b.mp4"):
+        with pytest.raises(RewardError, match="cannot read the video"):
+            read_frames(nowhere, CHAT)

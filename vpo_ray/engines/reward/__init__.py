@@ -47,8 +47,9 @@ class Scored:
 class RewardModel(Protocol):
     """Scores videos for their users' queries."""
 
-    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
-        """One result for every video, in order; an exception for one that cannot be scored."""
+    def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
+        """One result for every video (its bytes or a URI), in order; an exception for one that cannot
+        be scored."""
         ...
 
 

@@ -58,7 +58,7 @@ class EndpointReward:
         self.pick = partial(frames.choose, strategy=settings.frame_strategy)
         self.prompt_tokens = self.completion_tokens = 0
 
-    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+    def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """Score videos for their queries; see `RewardModel.score`.
 
         Raises:
@@ -66,12 +66,12 @@ class EndpointReward:
         """
         return asyncio.run(self._score(videos, queries))
 
-    async def _score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+    async def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         async with self._client:
             pairs = zip(videos, queries, strict=True)
             return await asyncio.gather(*(self._video(*pair) for pair in pairs))
 
-    async def _video(self, video: bytes, query: str) -> Scored | Exception:
+    async def _video(self, video: bytes | str, query: str) -> Scored | Exception:
         try:
             images = [_image(frame) for frame in frames.read_frames(video, self.pick)]
             asked = [question.ask(query) for question in self.checklist.questions]

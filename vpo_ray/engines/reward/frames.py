@@ -1,4 +1,4 @@
-"""Video in: mp4 bytes to the frames that the reward model looks at, and their pixels.
+"""Video in: an mp4's bytes or address to the frames that the reward model looks at, and their pixels.
 
 Frame choice, resize and crop follow VisionReward's `inference-video.py` and CogVLM2-Video's
 processor exactly: the scores of a checkpoint mean something only for the input it was trained on.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import av
+import fsspec
 import numpy as np
 
 from vpo_ray.engines.reward import RewardError
@@ -45,16 +46,19 @@ def choose(timestamps: Sequence[float], fps: float, strategy: Strategy) -> list[
     return [int(np.abs(times - i / rate).argmin()) for i in range(count)]
 
 
-def read_frames(video: bytes, pick: Callable[[list[float], float], list[int]]) -> np.ndarray:
+def read_frames(video: bytes | str, pick: Callable[[list[float], float], list[int]]) -> np.ndarray:
     """Decode some frames of a video: uint8 RGB (T, H, W, 3).
 
     Args:
-        video: the bytes of an mp4 or another file that FFmpeg reads.
+        video: an mp4 or another file that FFmpeg reads: its bytes, its path, or a URI of any scheme
+            that fsspec opens.
         pick: the indices of the frames, in ascending order, from the timestamps and the frame rate.
 
     Raises:
         RewardError: no video, no frames, or a video that ends before its last chosen frame.
     """
+    if isinstance(video, str):
+        video = _fetch(video)
     try:
         with av.open(io.BytesIO(video)) as container:
             if not container.streams.video:
@@ -66,6 +70,14 @@ def read_frames(video: bytes, pick: Callable[[list[float], float], list[int]]) -
             return _decode(container, stream, chosen)
     except av.error.FFmpegError as error:
         raise RewardError(f"not a readable video ({len(video)} bytes): {error.strerror}") from error
+
+
+def _fetch(uri: str) -> bytes:
+    try:
+        with fsspec.open(uri, "rb") as stream:
+            return stream.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise RewardError(f"cannot read the video {uri}: {error}") from error
 
 
 def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[float], float]:

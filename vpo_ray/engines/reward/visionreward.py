@@ -68,7 +68,7 @@ class VisionReward:
             settings.rule,
         )
 
-    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+    def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """Score videos for their original queries; see `RewardModel.score`."""
         try:
             return self._score(videos, queries)
@@ -79,10 +79,12 @@ class VisionReward:
         torch.cuda.empty_cache()
         return [self.score([v], [q])[0] for v, q in zip(videos, queries, strict=True)]
 
-    def _score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+    def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         return [r if isinstance(r, RewardError) else self.read(r) for r in self.logits(videos, queries)]
 
-    def logits(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[torch.Tensor | RewardError]:
+    def logits(
+        self, videos: Sequence[bytes | str], queries: Sequence[str]
+    ) -> list[torch.Tensor | RewardError]:
         """For each video the logits (questions, vocabulary) where the answers are read, or why not."""
         results: dict[int, torch.Tensor | RewardError] = {}
         pixels: dict[int, torch.Tensor] = {}
