@@ -21,7 +21,9 @@ from vpo_ray.storage import RunDir
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("run", "curate", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo", "report")
+COMMANDS = (
+    "run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo", "report",
+)  # fmt: skip
 
 # What never travels with the working directory (patterns as in .gitignore).
 EXCLUDES = [".git", ".venv", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors", "*.mp4"]
