@@ -22,7 +22,8 @@ from vpo_ray.storage import RunDir
 logger = logging.getLogger(__name__)
 
 COMMANDS = (
-    "run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo", "report",
+    "run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo",
+    "report",
 )  # fmt: skip
 
 # What never travels with the working directory (patterns as in .gitignore).
