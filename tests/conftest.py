@@ -22,14 +22,8 @@ GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/serve", "tests/test_pipeline")
 
 
-# First, for xdist reads the groups in a hook of the same name.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), 99))
-    # Tests of one group run in one process. The endpoint's files share an engine.
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("serve" if file.startswith("tests/serve") else file))
 
 
 @pytest.fixture(autouse=True)
