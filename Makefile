@@ -22,7 +22,7 @@ types: $(READY)
 # Fast tests first, then those that run real engines, two files (or groups of them) at a time.
 unit: $(READY)
 	$(BIN)/pytest -m "not engine and not ray" -q -n 2
-	$(BIN)/pytest -m "engine or ray" -v --durations=25 -n 2 --dist loadfile --no-loadscope-reorder --no-loadscope-reorder
+	$(BIN)/pytest -m "engine or ray" -v --durations=25 -n 2 --dist loadfile --no-loadscope-reorder
 
 # Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it.
 $(READY): requirements/cpu.txt pyproject.toml
