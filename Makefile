@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit lock-cpu lock-gpu clean
+.PHONY: demo test lint types unit slow lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo tiny runs/tiny
@@ -19,10 +19,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Fast tests first, then those that run real engines, two files (or groups of them) at a time.
+# Fast tests first, two at a time, then those that run real engines.
 unit: $(READY)
-	$(BIN)/pytest -m "not engine and not ray" -q -n 2
-	$(BIN)/pytest -m "engine or ray" -v --durations=25 -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
+	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25
+
+# Kills, rounds, roll-outs and exports with real engines: 20 minutes more.
+slow: $(READY)
+	$(BIN)/pytest -m slow -v --durations=25
 
 # Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it.
 $(READY): requirements/cpu.txt pyproject.toml

@@ -51,6 +51,7 @@ def test_drafts_of_a_vllm_engine(
     assert ledger["stages"]["draft"]["tokens"]["prompt"] > 0
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_an_adapter(tmp_path: Path, tiny_models: Path, ray_cluster: None) -> None:
     """What vLLM samples with the adapter is what transformers and peft give."""
     import torch

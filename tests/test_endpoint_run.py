@@ -136,6 +136,7 @@ def test_a_wrong_key_is_one_message_and_no_row(
         loop.draft_sft(absent, run)
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_asks_only_what_was_under_way_again(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
 ) -> None:
@@ -173,6 +174,7 @@ def test_a_replica_that_is_killed_asks_only_what_was_under_way_again(
     assert len(server.requests) <= 8 * 2 + 4 * 4 + 2
 
 
+@pytest.mark.slow
 def test_replicas_share_the_budget_of_requests(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
 ) -> None:

@@ -20,7 +20,7 @@ SHARED = Path(__file__).parents[2] / "shared/data/vpo/sft_prompts.json"
 SHIPPED = Path(__file__).parents[1] / "vpo_ray/data/queries.jsonl"
 
 
-def picked(count: int = 64) -> list[str]:
+def picked(count: int = 40) -> list[str]:
     """Real queries by a fixed rule: the first few of each awkward kind, then evenly spaced ones."""
     if SHARED.exists():
         everything = json.loads(SHARED.read_text("utf-8"))
@@ -108,6 +108,7 @@ def test_videos_of_a_query_share_a_seed_and_lie_in_the_store(undisturbed: RunDir
     assert all(len(found) == 1 for found in seeds.values())
 
 
+@pytest.mark.slow
 def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
     tiny_sets: list[str], queries: Path, undisturbed: RunDir, tmp_path: Path
 ) -> None:

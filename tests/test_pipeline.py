@@ -301,6 +301,7 @@ def test_adaptive_rendering_goes_on_after_a_kill_and_a_full_disk(tmp_path: Path,
     assert outputs(run) == complete
 
 
+@pytest.mark.slow
 def test_adaptive_rendering_gives_up_and_retries_row_by_row(tmp_path: Path, faults: Path) -> None:
     (faults / "render-q0-0").write_text("black frames")
     (faults / "render-q2-1").write_text("kill")
@@ -318,6 +319,7 @@ def test_adaptive_rendering_gives_up_and_retries_row_by_row(tmp_path: Path, faul
     assert all(row["error"] is None for row in run.table("feedback").rows())
 
 
+@pytest.mark.slow
 def test_adaptive_rendering_stage_by_stage(tmp_path: Path, faults: Path) -> None:
     recipe, run = adaptive_run(tmp_path, faults, 4)
     generate(recipe, run, MODELS, ["sample", "judge"])

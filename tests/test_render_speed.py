@@ -10,7 +10,7 @@ import torch
 
 from vpo_ray.recipe import Render
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/render_speed.py"
 SMALL: dict[str, dict[str, Any]] = {

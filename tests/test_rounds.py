@@ -55,6 +55,7 @@ def write_feedback(recipe: Recipe, run: RunDir, identity: str, text: str) -> Non
     run.table("feedback").append(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.ray
 @pytest.mark.parametrize("reference", ["updated", "kept"])

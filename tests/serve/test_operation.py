@@ -84,14 +84,22 @@ def until(true: Any, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""  # it ended meanwhile
+
+
 def engine_pid() -> int:
     """vLLM's engine process of the newest replica."""
     processes = psutil.Process(os.getpid()).children(recursive=True)
-    found = [p for p in processes if "ServeReplica:vpo:PolicyServer" in " ".join(p.cmdline())]
+    found = [p for p in processes if "ServeReplica:vpo:PolicyServer" in _command(p)]
     children = max(found, key=lambda p: p.create_time()).children(recursive=True)
     return next(p.pid for p in children if "EngineCore" in " ".join(p.cmdline()))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
 def test_no_request_fails_while_a_checkpoint_is_rolled_out_and_the_engine_killed(

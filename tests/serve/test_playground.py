@@ -86,7 +86,8 @@ def test_a_query_is_typed_and_its_prompt_appears(brief: str, browser: Any, width
     assert "".join(marked).split() == prompt.split(), "what was added and kept is the prompt"
     assert "<script>" in "".join(page.locator("#diff del, #diff span").all_text_contents())
     page.locator("#others summary").click()
-    assert page.locator("#alternatives li").count() == 2
+    # Equal ones are told once.
+    assert page.locator("#alternatives li").count() in (1, 2)
     assert page.locator("#key").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert problems == []

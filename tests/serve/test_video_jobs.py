@@ -76,6 +76,7 @@ def finished(where: str, made: str, headers: dict[str, str]) -> dict[str, Any]:
         time.sleep(0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
 def test_a_query_becomes_a_video(

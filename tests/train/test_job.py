@@ -101,6 +101,7 @@ def test_a_second_run_trains_nothing(trained: tuple[Path, TrainResult], tiny_mod
     assert (folder / "policy" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     trained: tuple[Path, TrainResult], tiny_models: Path, tmp_path: Path
 ):
@@ -155,6 +156,7 @@ def test_a_loss_that_explodes_keeps_the_checkpoint_which_other_workers_refuse(
         run(tmp_path, tiny_models / "policy", alone, "sft", sft_rows(1))
 
 
+@pytest.mark.slow
 def test_early_stopping_exports_the_best_of_its_evaluations(
     ray_cluster: None, tiny_models: Path, tmp_path: Path
 ):
@@ -196,6 +198,7 @@ def test_early_stopping_exports_the_best_of_its_evaluations(
     assert total / count == pytest.approx(losses[top], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_preemption_notice_saves_a_checkpoint_and_training_goes_on(tiny_models: Path, tmp_path: Path):
     script = Path(__file__).with_name("preempted.py")
     done = subprocess.run(

@@ -16,7 +16,7 @@ from vpo_ray.recipe import TrainLora
 from vpo_ray.train.export import export
 from vpo_ray.train.zero import full_weights
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
