@@ -1,4 +1,4 @@
-"""The whole loop through Ray's job API, as a platform team submits it: SFT, feedback, DPO, an answer."""
+"""The whole loop through Ray's job API, as `vpo submit` submits it: SFT, feedback, DPO, an answer."""
 
 import os
 import secrets
@@ -31,7 +31,9 @@ def free_port() -> int:
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A head node of its own: ports, folder, processes, token. Yields the environment of its users."""
-    user = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Jobs are run by the `python` of the node, which here is the one of these tests.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    user = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     folder = tempfile.mkdtemp(prefix="j", dir="/tmp")
     dashboard = free_port()
     ray = Path(sys.executable).parent / "ray"
@@ -85,7 +87,6 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     animals = ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"]
     queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
     out = tmp_path / "run"
-    ray = Path(sys.executable).parent / "ray"
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
     entry += [*tiny_sets, "--set", f"queries.path={queries}", "--set", "queries.splits={dpo: 1}"]
     entry += ["--set", "sft.epochs=2"]
@@ -93,15 +94,29 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     work = tmp_path / "work"
     shutil.copytree(ROOT / "jobs", work / "jobs")
     shutil.copytree(ROOT / "vpo_ray/data", work / "vpo_ray/data")
-    submit = [ray, "job", "submit", "--working-dir", work, "--", *entry]
-    deadline = time.monotonic() + 240
-    while True:
-        done = subprocess.run(submit, capture_output=True, text=True, timeout=900, env=head)
-        # The API answers before the node's agent can take a job: a job that began is not tried again.
-        if done.returncode == 0 or out.exists() or time.monotonic() > deadline:
-            break
-        time.sleep(3)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    submit = [sys.executable, "-m", "vpo_ray.cli", "submit", str(work / "jobs/recipes/tiny.yaml")]
+    submit += ["--working-dir", str(work), "--follow", *entry[4:]]
+    with open(tmp_path / "job.log", "w+") as log:
+        deadline = time.monotonic() + 240
+        while True:
+            job = subprocess.Popen(submit, stdout=log, stderr=log, env=head)
+            try:
+                while not out.exists() and job.poll() is None:
+                    time.sleep(0.5)
+                if out.exists():
+                    # It runs: the same again is refused, and does not disturb it.
+                    again = subprocess.run(submit, capture_output=True, text=True, timeout=120, env=head)
+                status = job.wait(timeout=900)
+            finally:
+                job.kill()
+            # The API answers before the node's agent can take a job: a job that began is not tried again.
+            if status == 0 or out.exists() or time.monotonic() > deadline:
+                break
+            time.sleep(3)
+        log.seek(0)
+        assert status == 0, log.read()[-6000:]
+    assert again.returncode == 3, again.stderr
+    assert "this run is running as vpo-tiny-run-" in again.stderr
 
     run = RunDir(out)
     ledger = run.read_json("ledger.json")

@@ -4,6 +4,7 @@ Everything runs as a user runs it, `vpo run` in a process of its own with its ow
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -114,8 +115,9 @@ def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
 ) -> None:
     run = RunDir(tmp_path / "killed")
     start = command(tiny_sets, queries, tmp_path / "killed")
-    # Once between the first candidates and their verdicts, once in the middle of the videos.
-    for table, parts in (("candidates", 2), ("feedback", 3)):
+    # Once terminated between the first candidates and their verdicts, as a scheduler stops a job, and
+    # once killed in the middle of the videos.
+    for table, parts, number in (("candidates", 2, signal.SIGTERM), ("feedback", 3, signal.SIGKILL)):
         with open(tmp_path / f"{table}.log", "wb") as log:
             driver = subprocess.Popen(start, stdout=log, stderr=log)
         try:
@@ -123,9 +125,14 @@ def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
             while len(run.table(table).parts()) < parts and driver.poll() is None:
                 assert time.monotonic() < deadline, f"no {table} in time"
                 time.sleep(0.2)
+            driver.send_signal(number)
+            status = driver.wait(timeout=60)
         finally:
             driver.kill()
             driver.wait(timeout=30)
+        if number == signal.SIGTERM:
+            assert status == 143, (tmp_path / f"{table}.log").read_text()[-4000:]
+            assert run.read_json("ledger.json")["stages"]["sample"]["out"] > 0
     done = subprocess.run(start, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert made(run) == made(undisturbed)

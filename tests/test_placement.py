@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -133,3 +134,44 @@ def test_a_lost_node_ends_the_work_and_one_that_comes_back_does_not(monkeypatch:
             threading.Event().wait(30)
     assert time.monotonic() - began < 10
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.ray
+def test_a_run_that_no_node_can_take_fails_in_seconds(
+    ray_cluster: None, tiny_models: Path, tmp_path: Path
+) -> None:
+    from vpo_ray.pipeline import Models, generate
+    from vpo_ray.records import query_id
+    from vpo_ray.stages.sample import candidates
+    from vpo_ray.storage import RunDir
+    from vpo_ray.train import train
+
+    sets = [f"out={tmp_path / 'run'}", "limits.placement_timeout_s=1"]
+    recipe = load(TINY, [*sets, "render.pool.resources.quantum_disk=1"])
+    run = RunDir(recipe.out)
+    query = {"query_id": query_id("a cat"), "query": "a cat", "source": "t", "split": "dpo", "unsafe": False}
+    run.table("queries").append([query])
+    run.table("verdicts").append([next(iter(candidates(query, recipe.sample, "p", recipe.seed)))])
+    began = time.monotonic()
+    with pytest.raises(
+        PlacementError, match=r"render\.pool.*quantum_disk 1.*no node has quantum_disk"
+    ) as error:
+        generate(recipe, run, Models("nowhere", "p"), stages=("render",))
+    assert "1 x (CPU 4)" in str(error.value)
+    assert time.monotonic() - began < 30
+
+    dpo = load(TINY, [*sets, "dpo.workers=9"]).dpo
+    rows = [{"pair_id": "1", "query_id": "1", "query": "a cat", "chosen": "a good cat", "rejected": "a dog"}]
+    with pytest.raises(PlacementError, match=r"dpo\.workers 4\.5: together 4\.5 CPU, and the cluster has 4"):
+        train(
+            "dpo",
+            dpo,
+            model=str(tiny_models / "policy"),
+            rows=rows,
+            task_prompt="Write: {query}",
+            out=str(tmp_path / "policy"),
+            run_uri=str(tmp_path / "run"),
+            seed=0,
+            fingerprint="f",
+            placement_timeout_s=0.5,
+        )

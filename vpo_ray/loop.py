@@ -291,6 +291,7 @@ def _train(
         trust_remote_code=recipe.policy.trust_remote_code,
         reference=reference,
         run_name=recipe.name,
+        placement_timeout_s=recipe.limits.placement_timeout_s,
     )
     return folder
 

@@ -25,6 +25,7 @@ from ray.data import Dataset
 from vpo_ray.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
 from vpo_ray.ledger import paid
+from vpo_ray.placement import pool_shapes, require, watched
 from vpo_ray.pools import STOP, TASK_CPUS, Outcome, progress_handle, split_blocks
 from vpo_ray.progress import StatusTable
 from vpo_ray.recipe import Recipe
@@ -61,6 +62,7 @@ def generate(
         Counts by stage of what this call did, and the seconds that its replicas took to warm up.
 
     Raises:
+        PlacementError: no node can take a replica of a pool.
         GenerationError: too large a share of rows failed, a model cannot be used, or a table or the
             video store cannot be written.
         StorageError: a table cannot be merged into fewer parts.
@@ -104,7 +106,10 @@ def _generate(
         if stream is None:
             break
         dataset, progress = stream
-        _drain(dataset, progress, recipe)
+        shapes, patience = pool_shapes(recipe, stages), recipe.limits.placement_timeout_s
+        require(shapes, patience)
+        with watched(shapes, patience):
+            _drain(dataset, progress, recipe)
         for stage, counts in ray.get(progress.snapshot.remote()).items():
             for name in total[stage]:
                 total[stage][name] = round(total[stage][name] + counts[name], 1)

@@ -75,7 +75,8 @@ def pool_shapes(recipe: Recipe, stages: Sequence[str]) -> list[Shape]:
         "render": ("render.pool", recipe.render.pool, None),
         "score": ("reward.pool", recipe.reward.pool, None),
     }
-    return [_pool_shape(*pools[stage]) for stage in stages]
+    # Drafting's stages are not looked at yet.
+    return [_pool_shape(*pools[stage]) for stage in stages if stage in pools]
 
 
 def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:

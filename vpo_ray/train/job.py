@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vpo_ray.placement import require, watched, worker_shapes
 from vpo_ray.policy_prompt import load_tokenizer
-from vpo_ray.recipe import Train, computed
+from vpo_ray.recipe import Limits, Train, computed
 from vpo_ray.records import PAIR, SFT, Row, content_id
 from vpo_ray.storage import Folder, Table, join
 from vpo_ray.train.evaluate import split
@@ -51,6 +52,7 @@ def train(
     trust_remote_code: bool = False,
     reference: str | None = None,
     run_name: str = "vpo_ray",
+    placement_timeout_s: float = Limits().placement_timeout_s,
 ) -> TrainResult:
     """Train the policy on the running Ray cluster and leave a Hugging Face folder at `out`.
 
@@ -71,6 +73,7 @@ def train(
         run_name: what trackers call the run, together with the phase.
 
     Raises:
+        PlacementError: the cluster has no room for the workers.
         TrainError: no usable row, a conflict with the deepspeed section, a tracker that is not
             installed, a model that cannot be trained, a loss that is not finite.
         PromptError: the tokenizer has no chat template.
@@ -118,6 +121,7 @@ def train(
     }
     _fit(
         job_id,
+        placement_timeout_s,
         phase=phase,
         settings=settings,
         model=model,
@@ -143,7 +147,7 @@ def train(
     return result
 
 
-def _fit(job_id: str, **parts: object) -> None:
+def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -174,8 +178,11 @@ def _fit(job_id: str, **parts: object) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    shapes = worker_shapes(job.phase, settings)
+    require(shapes, placement_timeout_s)
     try:
-        result = trainer.fit()
+        with watched(shapes, placement_timeout_s):
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise TrainError(f"{job.phase} failed {settings.max_failures + 1} times: {error}") from error
     if result.return_value and "stopped" in result.return_value:
