@@ -15,7 +15,7 @@ import pytest
 
 from vpo_ray.storage import RunDir
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SHARED = Path(__file__).parents[2] / "shared/data/vpo/sft_prompts.json"
 SHIPPED = Path(__file__).parents[1] / "vpo_ray/data/queries.jsonl"
@@ -109,7 +109,6 @@ def test_videos_of_a_query_share_a_seed_and_lie_in_the_store(undisturbed: RunDir
     assert all(len(found) == 1 for found in seeds.values())
 
 
-@pytest.mark.slow
 def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
     tiny_sets: list[str], queries: Path, undisturbed: RunDir, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> 
     assert run.table("feedback").parts() == before
 
 
+@pytest.mark.slow
 def test_stage_by_stage_gives_what_one_stream_gives(tmp_path: Path, faults: Path) -> None:
     whole = recipe_for(tmp_path / "a")
     generate(whole, run_of(whole), MODELS)
@@ -283,6 +284,7 @@ def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(tmp_path: P
     assert run.table("feedback").parts() == parts
 
 
+@pytest.mark.slow
 def test_adaptive_rendering_goes_on_after_a_kill_and_a_full_disk(tmp_path: Path, faults: Path) -> None:
     recipe, run = adaptive_run(tmp_path / "whole", faults, 6)
     generate(recipe, run, MODELS)

@@ -139,6 +139,7 @@ def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     assert not list((tmp_path / "checkpoints").glob("dpo-*"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_keeps_the_checkpoint_which_other_workers_refuse(
     ray_cluster: None, tiny_models: Path, tmp_path: Path
 ):
