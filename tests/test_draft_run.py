@@ -24,6 +24,7 @@ def run_of(folder: Path, split: str, *queries: str) -> RunDir:
     return run
 
 
+@pytest.mark.slow
 def test_drafts_of_a_vllm_engine(
     tmp_path: Path, tiny_models: Path, tiny_sets: list[str], ray_cluster: None
 ) -> None:

@@ -103,6 +103,7 @@ def test_every_zero_stage_and_dtype_takes_the_same_steps(
             assert actual[name] == pytest.approx(expected[name], rel=rel, abs=rel / 10), (step, name)
 
 
+@pytest.mark.slow
 def test_an_optimizer_offloaded_to_the_cpu_takes_the_same_steps(make_worker: Any, monkeypatch: Any):
     monkeypatch.setenv("LOCAL_RANK", "0")
     plain = make_worker("dpo", pairs(4), settings(global_batch=2, epochs=2))
