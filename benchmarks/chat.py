@@ -16,6 +16,8 @@ import tempfile
 import time
 from typing import Any
 
+from ray._private.async_compat import get_new_event_loop
+
 from vpo_ray.engines.chat import Sampling
 from vpo_ray.engines.endpoint import EndpointClient
 from vpo_ray.engines.openai_chat import Account, Answers, OpenAIChat
@@ -54,7 +56,9 @@ def main() -> None:
     server = multiprocessing.Process(target=_serve, args=(theirs, options.latency), daemon=True)
     server.start()
     try:
-        found = asyncio.run(_measure(ours.recv(), options))
+        # The event loop that Ray gives its actors.
+        with asyncio.Runner(loop_factory=get_new_event_loop) as runner:
+            found = runner.run(_measure(ours.recv(), options))
     finally:
         server.terminate()
         server.join()
@@ -87,7 +91,14 @@ async def _measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
             # Connections and imports first.
             await asyncio.gather(*(ask(-1 - number) for number in range(options.in_flight)))
             began, processor = time.perf_counter(), time.process_time()
-            await asyncio.gather(*(ask(number) for number in range(options.requests)))
+            numbers = iter(range(options.requests))
+
+            async def work() -> None:
+                for number in numbers:
+                    await ask(number)
+
+            # As in the pool: rows for every slot of the endpoint, and as many that wait for one.
+            await asyncio.gather(*(work() for _ in range(2 * options.in_flight)))
             seconds, processor = time.perf_counter() - began, time.process_time() - processor
     ideal = options.in_flight / options.latency
     rate = options.requests / seconds

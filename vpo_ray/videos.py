@@ -37,6 +37,7 @@ OPERATIONAL = frozenset(
         "lora",
         "strategy",
         "batch_size",
+        "context_parallel",
         "long_prompts",
         "vae_slicing",
         "offload",

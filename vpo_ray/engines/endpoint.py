@@ -12,12 +12,14 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from email.utils import parsedate_to_datetime
+from itertools import count
 from typing import Any
 
+import aiohttp
+import msgspec
 import openai
-from openai.types.chat import ChatCompletion
 
 from vpo_ray.recipe import Endpoint
 from vpo_ray.records import content_id
@@ -49,6 +51,55 @@ class RequestError(RuntimeError):
     def __init__(self, message: str, status: int | None = None, filtered: bool = False) -> None:
         super().__init__(message)
         self.status, self.filtered = status, filtered
+
+
+class TopLogprob(msgspec.Struct):
+    """A token that the model could have said."""
+
+    token: str
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    """A token that the model said."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class Logprobs(msgspec.Struct):
+    content: list[TokenLogprob] | None = None
+
+
+class Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class Choice(msgspec.Struct):
+    message: Message
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+
+
+class Tokens(msgspec.Struct):
+    """What a completion read and wrote."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+
+
+class Completion(msgspec.Struct):
+    """What we read of a chat completion, with at least one choice.
+
+    The client's own type is built field by field, which takes as long as sending the request.
+    """
+
+    choices: list[Choice]
+    usage: Tokens | None = None
+
+
+_DECODER = msgspec.json.Decoder(Completion)
 
 
 class Pace:
@@ -138,6 +189,7 @@ class EndpointClient:
         self._limits = (endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._pace = self._make_pace()
         self._client: openai.AsyncOpenAI | None = None
+        self._numbers: Iterator[int] = count()
 
     def read_key(self) -> str:
         """The key. Raises EndpointError where its variable is not set."""
@@ -164,6 +216,8 @@ class EndpointClient:
             "api_key": self._key,
             "timeout": self.endpoint.timeout_s,
             "max_retries": 0,
+            # aiohttp sends a request for half of the CPU time of the client's own transport.
+            "http_client": openai.DefaultAioHttpClient(timeout=self.endpoint.timeout_s),
         }
         url, azure = self.endpoint.base_url, self.endpoint.azure_api_version
         try:
@@ -174,6 +228,7 @@ class EndpointClient:
         except (openai.OpenAIError, ValueError) as error:
             raise EndpointError(f"{self.where}: {self._told(error)}") from None
         self._slots = asyncio.Semaphore(self.endpoint.concurrency)
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> EndpointClient:
         self.open()
@@ -184,12 +239,20 @@ class EndpointClient:
             await self._client.close()
             self._client = None
 
-    async def create(self, request: dict[str, Any], tokens: int = 0) -> ChatCompletion:
+    async def create(
+        self,
+        request: dict[str, Any],
+        tokens: int = 0,
+        before: Callable[[], None] | None = None,
+        after: Callable[[Completion], Awaitable[None]] | None = None,
+    ) -> Completion:
         """One chat completion with at least one choice.
 
         Args:
             request: the body but the model; the recipe's `request` goes on top.
             tokens: an estimate of what it reads and writes, for the budget.
+            before: called just before the request is sent; what it raises keeps it from being sent.
+            after: awaited with the answer before another request may take its place.
 
         Raises:
             EndpointError: the key is refused, the model is not known, or there is no such server.
@@ -201,7 +264,7 @@ class EndpointClient:
         known = {name: value for name, value in merged.items() if value is not None}
         for tries in range(self.endpoint.retries + 1):
             try:
-                return await self._once(known, tokens)
+                return await self._once(known, tokens, before, after)
             except _Again as again:
                 if tries == self.endpoint.retries:
                     raise again.failure from None
@@ -211,41 +274,67 @@ class EndpointClient:
                 await asyncio.sleep(delay)
         raise AssertionError("the loop returns or raises")
 
-    async def _once(self, request: dict[str, Any], tokens: int) -> ChatCompletion:
+    async def _once(
+        self,
+        request: dict[str, Any],
+        tokens: int,
+        before: Callable[[], None] | None,
+        after: Callable[[Completion], Awaitable[None]] | None,
+    ) -> Completion:
         async with self._slots:
+            if before is not None:
+                before()  # not only after the wait: it may be a long one for nothing
             if wait := await self._pace.call("reserve", tokens, self._limits):
                 await asyncio.sleep(wait)
+                if before is not None:
+                    before()
             try:
                 # The client's own limit is on every read: a server that sends a byte now and then
                 # would hold this slot for ever.
                 async with asyncio.timeout(self.endpoint.timeout_s):
+                    # Answers that come together are worked on together, and the first next request
+                    # leaves when the last is built. One at a time, each leaves when it is built.
+                    async with self._turn:
+                        await asyncio.sleep(0)
                     reply = await self._post(request)
             except openai.APIStatusError as error:
                 self._reached = True
                 raise await self._status_failure(error) from None
-            except (openai.APITimeoutError, TimeoutError):
-                raise _Again(
-                    RequestError(f"{self.where}: no answer in {self.endpoint.timeout_s:g} s")
-                ) from None
+            except (openai.APITimeoutError, TimeoutError) as error:
+                # The client takes every failure to connect for a timeout.
+                if lost := _lost_connection(error):
+                    raise _Again(self._unreachable(lost)) from None
+                message = f"{self.where}: no answer in {self.endpoint.timeout_s:g} s"
+                raise _Again(RequestError(message)) from None
             except openai.APIConnectionError as error:
-                raise _Again(self._unreachable(error)) from None
+                raise _Again(self._unreachable(error.__cause__ or error)) from None
             except (openai.OpenAIError, ValueError) as error:
                 self._reached = True
-                raise _Again(
-                    RequestError(f"{self.where}: the answer is not readable: {self._told(error)}")
-                ) from None
-        self._reached = True
-        if not getattr(reply, "choices", None):
-            raise _Again(RequestError(f"{self.where}: the answer is no chat completion: {str(reply)[:200]}"))
+                message = f"{self.where}: the answer is not readable: {self._told(error)}"
+                raise _Again(RequestError(message)) from None
+            self._reached = True
+            if not reply.choices:
+                raise _Again(RequestError(f"{self.where}: the answer has no choices"))
+            if after is not None:
+                await after(reply)
         if self._limits[1] and reply.usage is not None:
-            await self._pace.call("settle", tokens - reply.usage.total_tokens, self._limits[1])
+            unused = tokens - (reply.usage.total_tokens or 0)
+            await self._pace.call("settle", unused, self._limits[1])
         return reply
 
-    async def _post(self, request: dict[str, Any]) -> ChatCompletion:
-        # `chat.completions.create` walks through the whole request to transform it, a fifth of all
-        # that the client does; a plain dict needs none of that.
+    async def _post(self, request: dict[str, Any]) -> Completion:
+        # `chat.completions.create` walks through the whole request to transform it, and makes a
+        # random key for each: a third of all that the client does. A plain dict needs none of that.
         assert self._client is not None
-        return await self._client.post("/chat/completions", body=dict(request), cast_to=ChatCompletion)
+        number = f"{id(self)}-{next(self._numbers)}"
+        return _DECODER.decode(
+            await self._client.post(
+                "/chat/completions",
+                body=dict(request),
+                cast_to=bytes,
+                options={"idempotency_key": number},
+            )
+        )
 
     async def _status_failure(self, error: openai.APIStatusError) -> Exception:
         status, text = error.status_code, self._told(error)
@@ -264,10 +353,9 @@ class EndpointClient:
             await self._pace.call("pause", after)
         return _Again(failure, after)
 
-    def _unreachable(self, error: openai.APIConnectionError) -> Exception:
-        text = f"{error} ({self._told(error.__cause__ or error)})"
+    def _unreachable(self, error: BaseException) -> Exception:
         address = self.endpoint.base_url or "the client's default address"
-        message = f"{self.where}: cannot reach {address}: {text}"
+        message = f"{self.where}: cannot reach {address}: {self._told(error)}"
         # A server that never answered is most likely not there; one that did may be restarting.
         return RequestError(message) if self._reached else EndpointError(message)
 
@@ -282,6 +370,16 @@ class _Again(Exception):
     def __init__(self, failure: Exception, after: float | None = None) -> None:
         super().__init__(str(failure))
         self.failure, self.after = failure, after
+
+
+def _lost_connection(error: BaseException) -> BaseException | None:
+    """The connection's failure that an error comes from, if it is one and no timeout."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, aiohttp.ClientConnectionError) and not isinstance(cause, TimeoutError):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def retry_after(headers: Any) -> float | None:

@@ -17,10 +17,9 @@ from typing import Any
 
 import jsonschema
 import pyarrow as pa
-from openai.types.chat import ChatCompletion
 
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling, Usage
-from vpo_ray.engines.endpoint import EndpointClient, RequestError
+from vpo_ray.engines.endpoint import Completion, EndpointClient, RequestError
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id
@@ -162,7 +161,6 @@ class OpenAIChat:
     async def _ask(
         self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None
     ) -> Answer:
-        self.account.check()
         request: dict[str, Any] = {
             "messages": list(messages),
             "temperature": sampling.temperature,
@@ -176,7 +174,7 @@ class OpenAIChat:
         if grammar:
             request["response_format"] = _response_format(schema)  # type: ignore[arg-type]
         try:
-            reply = await self.client.create(request, tokens)
+            reply = await self.client.create(request, tokens, self.account.check, self._pay)
         except RequestError as error:
             if grammar and self.model.endpoint.structured == "auto" and _about_format(error):
                 if self._grammar:
@@ -184,14 +182,16 @@ class OpenAIChat:
                 self._grammar = False
                 return await self._ask(messages, sampling, schema)
             raise (Refusal if error.filtered else ChatError)(str(error)) from None
-        return await self._read(reply, sampling)
+        return self._read(reply, sampling)
 
-    async def _read(self, reply: ChatCompletion, sampling: Sampling) -> Answer:
+    async def _pay(self, reply: Completion) -> None:
+        await self.account.pay(self._usage(reply).cost)
+
+    def _read(self, reply: Completion, sampling: Sampling) -> Answer:
         usage = self._usage(reply)
-        await self.account.pay(usage.cost)
         choice = reply.choices[0]
         message, reason = choice.message, choice.finish_reason or "unknown"
-        if getattr(message, "refusal", None):
+        if message.refusal:
             raise Refusal(f"the model refused: {message.refusal}", usage)
         if reason == "content_filter":
             raise Refusal("a content filter stopped the answer", usage)
@@ -201,7 +201,7 @@ class OpenAIChat:
             raise ChatError(f"the answer has no text (finish_reason {reason})", usage)
         return Answer(message.content, reason, usage.prompt, usage.completion, usage.cost)
 
-    def _usage(self, reply: ChatCompletion) -> Usage:
+    def _usage(self, reply: Completion) -> Usage:
         if reply.usage is None:
             return Usage()
         endpoint = self.model.endpoint

@@ -15,12 +15,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from vpo_ray.engines.video_model import call_arguments, load, text_tokens
+from vpo_ray.engines.video_ranks import Denoise, Order, RankLostError, Ranks, decided, reason
 from vpo_ray.recipe import Render
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,10 @@ class VideoInfo(NamedTuple):
 class VideoEngine:
     """A loaded pipeline with the settings of one recipe.
 
+    Args:
+        settings: the recipe's render section. With `context_parallel` above 1 the engine starts the
+            other ranks, and is their rank 0.
+
     Raises:
         VideoModelError: the model is no text-to-video pipeline, lacks a component or cannot be
             loaded, or does not have (or cannot take) a setting; the message names it.
@@ -62,9 +68,22 @@ class VideoEngine:
         self.batch_size = settings.batch_size  # shrinks when memory runs out
         self.truncated = 0  # prompts cut to the text encoder's length so far
         self._warming = False
-        self.pipeline = load(settings)
-        self._call = call_arguments(type(self.pipeline), settings)
-        self._text_tokens = text_tokens(self.pipeline, settings)
+        self._ranks = Ranks(settings, _follower) if settings.context_parallel > 1 else None
+        try:
+            self.pipeline = load(settings)
+            self._call = call_arguments(type(self.pipeline), settings)
+            self._text_tokens = text_tokens(self.pipeline, settings)
+            if self._ranks is not None:
+                self._ranks.wait_loaded()
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; the engine renders nothing afterwards."""
+        if self._ranks is not None:
+            self._ranks.stop()
+            self._ranks = None
 
     def warm_up(self) -> None:
         """Render a batch of two steps and drop it: what is compiled, allocated and chosen once is then
@@ -114,7 +133,9 @@ class VideoEngine:
         try:
             return self._render_batch(prompts, seeds)
         except torch.AcceleratorError as error:
-            raise DeviceLostError(f"{type(error).__name__}: {error}") from error
+            raise DeviceLostError(reason(error)) from error
+        except RankLostError as error:
+            raise DeviceLostError(str(error)) from error
         except RenderTimeout as error:
             return [error] * len(prompts)
         except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is these rows' failure
@@ -150,20 +171,13 @@ class VideoEngine:
         return [batch[i : i + size] for i in range(0, len(batch), size)]
 
     def _render_batch(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray | Exception]:
-        import torch
-
-        arguments = dict(self._call)
+        arguments, limit = dict(self._call), self.settings.time_limit_s * len(prompts)
         if self._warming:
             arguments["num_inference_steps"] = min(2, self.settings.steps)
-        elif "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
-            arguments["callback_on_step_end"] = _deadline(self.settings.time_limit_s * len(prompts))
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        try:
-            output = self.pipeline(prompt=prompts, generator=generators, output_type="pt", **arguments)
-        except Exception:
-            self.pipeline.maybe_free_model_hooks()  # caches and offloading start afresh
-            raise
-        return [self._frames(video) for video in output.frames]
+        order = Order(prompts, seeds, arguments, None if self._warming else limit)
+        with self._ranks.following(order) if self._ranks is not None else nullcontext():
+            videos = denoise(self.pipeline, order, "pt")
+        return [self._frames(video) for video in videos]
 
     def _frames(self, video: Any) -> np.ndarray | Exception:
         """(T, 3, H, W) floats in [0, 1] on any device to (T, H, W, 3) uint8, or what is wrong."""
@@ -181,13 +195,38 @@ class VideoEngine:
         return pixels
 
 
+def denoise(pipeline: Any, order: Order, output: Literal["pt", "latent"]) -> Any:
+    """One call of the pipeline: a video per prompt, or its latents."""
+    import torch
+
+    arguments = dict(order.arguments)
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if order.limit_s is not None and "callback_on_step_end" in parameters:
+        arguments["callback_on_step_end"] = _deadline(order.limit_s)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in order.seeds]
+    try:
+        return pipeline(prompt=order.prompts, generator=generators, output_type=output, **arguments).frames
+    except Exception:
+        pipeline.maybe_free_model_hooks()  # caches and offloading start afresh
+        raise
+
+
+def _follower(settings: Render) -> Denoise:
+    """What another rank does with orders; only rank 0 decodes."""
+    pipeline = load(settings)
+    return lambda order: denoise(pipeline, order, "latent")
+
+
 def _deadline(seconds: float) -> Callable[..., dict[str, Any]]:
-    """A step callback that ends the pipeline call once the time is over."""
+    """A step callback that ends the pipeline call once the time is over, on all ranks at one step."""
+    import torch.distributed as dist
+
     start = time.monotonic()
+    shared = dist.is_available() and dist.is_initialized()
 
     def check(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        spent = time.monotonic() - start
-        if spent > seconds:
+        over = time.monotonic() - start > seconds
+        if decided(over) if shared else over:
             raise RenderTimeout(f"over the limit of {seconds:g} s at step {step + 1} (render.time_limit_s)")
         return tensors
 
@@ -210,7 +249,7 @@ def _free_memory() -> None:
 
 def _reason(error: Exception) -> RenderError:
     advice = "out of memory for one video, try render.vae_tiling: " if _out_of_memory(error) else ""
-    return RenderError(f"{advice}{type(error).__name__}: {error}")
+    return RenderError(advice + reason(error))
 
 
 def encode(frames: np.ndarray, fps: float, crf: int) -> bytes:

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.engines.video_ranks import rank_device, split_sequence
 from vpo_ray.engines.video_weights import VideoModelError, add_lora, quantise
 from vpo_ray.recipe import Render
 
@@ -78,6 +79,8 @@ def load(settings: Render) -> Any:
     if settings.lora is not None:
         add_lora(pipeline, settings.lora)
     device = _device(settings)
+    if settings.context_parallel > 1:
+        device = rank_device(device)
     if settings.quantize is not None:
         for model in _denoisers(pipeline):
             quantise(model, settings.quantize, device)
@@ -223,6 +226,8 @@ def _set_speed(pipeline: Any, settings: Render) -> None:
                 raise VideoModelError(f"render.attention={settings.attention}: {name}: {error}") from error
         if settings.cache is not None:
             _enable_cache(model, pipeline, settings)
+        if settings.context_parallel > 1:
+            split_sequence(model, settings.context_parallel, _tokens(pipeline, model, settings))
         if settings.compile:
             _compile(model)
 
@@ -275,6 +280,17 @@ def _device(settings: Render) -> str:
     if settings.device != "auto":
         return settings.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _tokens(pipeline: Any, model: Any, settings: Render) -> list[int]:
+    """Lengths of the sequences of video and text that the network sees."""
+    patch = model.config.patch_size
+    frames, height, width = patch if isinstance(patch, list | tuple) else (1, patch, patch)
+    temporal, spatial = _first(pipeline, _TEMPORAL) or 1, _first(pipeline, _SPATIAL) or 1
+    latents = (settings.frames - 1) // temporal + 1
+    rows, columns = settings.height // spatial // height, settings.width // spatial // width
+    text = text_tokens(pipeline, settings)
+    return [latents // frames * rows * columns, *([] if text is None else [text])]
 
 
 def _place(pipeline: Any, settings: Render, device: str) -> Any:

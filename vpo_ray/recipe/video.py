@@ -69,6 +69,9 @@ class Render(Section):
     cache: Literal["first_block", "faster", "pyramid", "taylorseer"] | None = None
     cache_options: dict[str, Any] = {}
     offload: Literal["none", "model", "sequential"] = "none"
+    context_parallel: Positive = Field(
+        1, description="GPUs of one replica that compute each video together (pool.num_gpus says as many)"
+    )
     strategy: Literal["all", "adaptive"] = Field(
         "all", description="adaptive: no more videos of a query than its pair takes, in rounds"
     )
@@ -88,6 +91,21 @@ class Render(Section):
         if given["preset"] not in presets:
             raise ValueError(f"preset {given['preset']!r} is not known; there are {', '.join(presets)}")
         return {**presets[given["preset"]]["settings"], **given}
+
+    @model_validator(mode="after")
+    def _one_gpu_a_rank(self) -> Render:
+        if self.context_parallel == 1:
+            return self
+        if self.device != "cpu" and self.pool.num_gpus != self.context_parallel:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} takes as many GPUs a replica: set pool.num_gpus"
+                f"={self.context_parallel} (it is {self.pool.num_gpus:g})"
+            )
+        for option in ("cache", "offload"):
+            # A cache may decide otherwise on each rank, and offloading leaves a GPU of the rank idle.
+            if getattr(self, option) not in (None, "none"):
+                raise ValueError(f"context_parallel does not go together with {option}")
+        return self
 
 
 class Checklist(Section):

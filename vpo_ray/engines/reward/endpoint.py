@@ -99,8 +99,8 @@ class EndpointReward:
         except RequestError as error:
             raise RewardError(f"question {number}: the endpoint failed: {error}") from error
         if reply.usage is not None:
-            self.prompt_tokens += reply.usage.prompt_tokens
-            self.completion_tokens += reply.usage.completion_tokens
+            self.prompt_tokens += reply.usage.prompt_tokens or 0
+            self.completion_tokens += reply.usage.completion_tokens or 0
         choice = reply.choices[0]
         yes = _parse(choice.message.content, number)
         probability = _probability(choice.logprobs.content or []) if choice.logprobs is not None else None
