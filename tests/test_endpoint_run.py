@@ -17,6 +17,7 @@ from vpo_ray.pipeline import GenerationError, Models, generate
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.sft_data import CHAT_FILE, sft_rows
+from vpo_ray.stages.curate import InputError
 from vpo_ray.storage import RunDir
 
 pytestmark = pytest.mark.ray
@@ -120,6 +121,38 @@ def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
     assert len(server.requests) == 8 * 2 + 4 * 4
     assert asked_twice(server) == []
     assert paid(run) == pytest.approx(PRICE * len(server.requests) / 1000)
+
+
+def test_the_judge_labels_the_unsafe_share(tmp_path: Path, ray_cluster: None, serve_endpoint: Serve) -> None:
+    def label(request: Request) -> Reply:
+        text = request["messages"][0]["content"]
+        query = json.loads(text.rsplit("<text>", 1)[1].split("</text>")[0])
+        if query.startswith("babble"):
+            return completion("Well, it depends.")
+        return completion({"reason": "it barks", "unsafe": "dog" in query})
+
+    server = serve_endpoint(label)
+    (tmp_path / "queries.txt").write_text("\n".join([*QUERIES, QUERIES[0], "babble on"]))
+    queries = f"queries={{path: {tmp_path / 'queries.txt'}, size: 6, unsafe_share: 0.5, unsafe_judge: true}}"
+    recipe = recipe_for(tmp_path, server, queries)
+    run = RunDir(recipe.out)
+    loop.curate_queries(recipe, run)
+    chosen = list(run.table("queries").rows())
+    assert [len(chosen), sum(row["unsafe"] is True for row in chosen)] == [6, 3]
+    assert all("dog" in row["query"] for row in chosen if row["unsafe"])
+    assert len(server.requests) == 12 + 2, "each query once, and a repair round for the one that babbles"
+    ledger = build_ledger(run, recipe)
+    assert reconcile(ledger) == []
+    labelled = ledger["stages"]["label"]
+    assert labelled["verdicts"] == {"safe": 8, "unsafe": 4}
+    assert sum(labelled["errored"].values()) == 1
+    assert paid(run) == pytest.approx(PRICE * len(server.requests) / 1000)
+    loop.curate_queries(recipe, run)
+    assert len(server.requests) == 14
+
+    few = recipe_for(tmp_path, server, queries.replace("0.5", "0.9"), f"out={tmp_path / 'few'}")
+    with pytest.raises(InputError, match="5 that are labelled unsafe, but only 4"):
+        loop.curate_queries(few, RunDir(few.out))
 
 
 def test_a_wrong_key_is_one_message_and_no_row(

@@ -1,7 +1,8 @@
 """Chains of stages: which queries enter, the row that the first stage gets for them, which tables.
 
-There are two: drafting (SFT data for the queries of the sft split), and generation (candidates,
-verdicts, videos and scores for those of the dpo split). `pipeline` runs either as one stream.
+There are three: labelling (which raw queries are unsafe, for curation), drafting (SFT data for the
+queries of the sft split), and generation (candidates, verdicts, videos and scores for those of the
+dpo split). `pipeline` runs any of them as one stream.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vpo_ray.recipe import ChatModel, Recipe, Sample
-from vpo_ray.records import DRAFT, FEEDBACK, Row
+from vpo_ray.records import DRAFT, FEEDBACK, LABEL, Row
 from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.draft import draft_key, draft_row
+from vpo_ray.stages.label import label_row
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage import RunDir, Table
 
@@ -41,24 +43,25 @@ class Chain:
     """Stages in a row, one table each.
 
     Args:
-        stages: name and table; a stage reads the table before its own, the first one `queries`.
-        split: of the queries that enter.
+        stages: name and table; a stage reads the table before its own, the first one `source`.
+        split: of the queries that enter, None for all.
         expand: makes the function from Query rows to the rows of the first stage.
         schema, key: of all its tables.
     """
 
     stages: Mapping[str, str]
-    split: str
+    split: str | None
     expand: Callable[[Recipe, Models], Expand]
     schema: pa.Schema
     key: str
+    source: str = "queries"
 
     def enters(self, stage: str) -> bool:
         return stage == next(iter(self.stages))
 
     @property
-    def queries(self) -> pc.Expression:
-        return pc.field("split") == self.split
+    def queries(self) -> pc.Expression | None:
+        return None if self.split is None else pc.field("split") == self.split
 
     def table(self, run: RunDir, stage: str) -> Table:
         return run.table(self.stages[stage])
@@ -74,7 +77,7 @@ class Chain:
             yield from self.table_before(run, stage).rows()
             return
         expand = self.expand(recipe, models)
-        for query in run.table("queries").rows(where=self.queries):
+        for query in run.table(self.source).rows(where=self.queries):
             yield from expand([query])
 
 
@@ -104,6 +107,14 @@ def _drafts(queries: list[Row], key: str, model: str, seed: int) -> list[Row]:
     return [draft_row(query, key, model, seed) for query in queries]
 
 
+def _to_labels(recipe: Recipe, models: Models) -> Expand:
+    return _labels
+
+
+def _labels(queries: list[Row]) -> list[Row]:
+    return [label_row(query) for query in queries]
+
+
 GENERATION = Chain(
     {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"},
     "dpo",
@@ -112,4 +123,5 @@ GENERATION = Chain(
     "candidate_id",
 )
 DRAFTING = Chain({"draft": "drafts"}, "sft", _to_drafts, DRAFT, "draft_id")
-CHAIN_OF = {stage: chain for chain in (GENERATION, DRAFTING) for stage in chain.stages}
+LABELLING = Chain({"label": "labels"}, None, _to_labels, LABEL, "query_id", source="unlabelled")
+CHAIN_OF = {stage: chain for chain in (GENERATION, DRAFTING, LABELLING) for stage in chain.stages}

@@ -18,7 +18,7 @@ from vpo_ray.records import Row
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.storage import RunDir
 
-STAGES = ("curate", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
+STAGES = ("curate", "label", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
 # The candidate stages in order, each with the table of the rows that left it. A streaming run may
 # keep only the last: a row there carries all that the stages before it did.
 CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
@@ -33,11 +33,13 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     """Count every stage of a run.
 
     Returns:
-        A JSON-able dict: `name`, `fingerprint`, and `stages` (for each of STAGES, `draft` only where
-        the recipe has it: `in`, `out`, and `dropped`, `skipped`, `errored` as counts by reason,
+        A JSON-able dict: `name`, `fingerprint`, and `stages` (for each of STAGES, `label` and `draft`
+        only where the recipe has them: `in`, `out`, and `dropped`, `skipped`, `errored` as counts by reason,
         `seconds` of work and `seconds_per_row`, and what is particular to the stage).
     """
     stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
+    if recipe.queries.unsafe_judge:
+        stages["label"] = _label(run)
     if recipe.draft is not None:
         stages["draft"] = _draft(run, stages["curate"]["splits"].get("sft", 0))
     entered = stages["curate"]["splits"].get("dpo", 0) * recipe.sample.k
@@ -54,7 +56,10 @@ def paid(run: RunDir) -> float:
     """What the run's rows cost at endpoints so far, in their prices' currency."""
     judged = _rows(run, "judge", ["usage"])
     total = _Usage()
-    for stage, rows in (("judge", judged), ("draft", run.table("drafts").rows(["usage"]))):
+    others = (
+        (stage, run.table(name).rows(["usage"])) for stage, name in (("label", "labels"), ("draft", "drafts"))
+    )
+    for stage, rows in (("judge", judged), *others):
         for row in rows:
             total.add(row, stage)
     return total.cost
@@ -196,6 +201,31 @@ class _Usage:
     def result(self) -> dict[str, Any]:
         tokens = {"prompt": self.prompt, "completion": self.completion}
         return {"tokens": tokens, "cost": round(self.cost, 6)}
+
+
+def _label(run: RunDir) -> dict[str, Any]:
+    """Rows here are queries before the subset is chosen; `verdicts` counts what is unsafe and safe."""
+    timed, seconds, usage = 0, 0.0, _Usage()
+    errored: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    for row in run.table("labels").rows(["unsafe", "seconds", "usage", "error"]):
+        usage.add(row, "label")
+        spent = (row["seconds"] or {}).get("label")
+        if spent is not None:
+            seconds, timed = seconds + spent, timed + 1
+        if row["error"] is not None:
+            errored[reason_of(row["error"])] += 1
+        else:
+            verdicts["unsafe" if row["unsafe"] else "safe"] += 1
+    return _entry(
+        run.table("unlabelled").count(),
+        sum(verdicts.values()),
+        errored=_by_reason(errored),
+        seconds=round(seconds, 3) if timed else None,
+        seconds_per_row=round(seconds / timed, 4) if timed else None,
+        verdicts=_by_reason(verdicts),
+        **usage.result(),
+    )
 
 
 def _draft(run: RunDir, entered: int) -> dict[str, Any]:

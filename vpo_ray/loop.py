@@ -23,19 +23,19 @@ from typing import Any
 
 import yaml
 
+from vpo_ray.curation import CURATED, curate_run
 from vpo_ray.ledger import build_ledger
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id
 from vpo_ray.sft_data import draft_rows, sft_rows, write_chat
 from vpo_ray.stages.adaptive import videos_by_strategy
-from vpo_ray.stages.curate import InputError, curate, wants_workers
+from vpo_ray.stages.curate import wants_workers
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.storage import RunDir, StorageError
 
 logger = logging.getLogger(__name__)
 
-QUERIES_PER_PART = 10_000
 ROUND = "round.json"
 
 _CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
@@ -146,30 +146,13 @@ def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
         raise
 
 
-def curate_queries(recipe: Recipe, run: RunDir) -> None:
-    """Fill `queries/` and `dropped/`. Finished once, it is kept: input that changes later asks for
-    a new run directory."""
-    if run.exists("queries/curated.json"):
+def curate_queries(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
+    """Fill `queries/` and `dropped/`; see `curation.curate_run`."""
+    if run.exists(CURATED):
         return
-    if wants_workers(recipe.queries):
+    if wants_workers(recipe.queries) or recipe.queries.unsafe_judge:
         connect()
-    curated = curate(recipe.queries)
-    counts = {"queries": 0, "dropped": 0}
-    for name, parts in (
-        ("queries", curated.queries(QUERIES_PER_PART)),
-        ("dropped", curated.dropped(QUERIES_PER_PART)),
-    ):
-        for part in parts:
-            run.table(name).append(part)
-            counts[name] += len(part)
-    for what, number in curated.counts().most_common():
-        logger.info("curate: %8d %s", number, what)
-    if not counts["queries"]:
-        raise InputError(
-            f"queries.path {recipe.queries.path}: all {counts['dropped']} rows were dropped, "
-            f"see the reasons in {run.uri}/dropped"
-        )
-    run.write_json("queries/curated.json", counts)
+    curate_run(recipe, run, retry_errors)
 
 
 def draft_sft(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[str, Any]:
@@ -361,7 +344,7 @@ def run_loop(recipe: Recipe, retry_errors: bool = False, example: bool = True) -
 def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> None:
     began = time.monotonic()
     _say("curate", run)
-    curate_queries(recipe, run)
+    curate_queries(recipe, run, retry_errors)
     later_round = run.exists(ROUND)
     if drafts_first(recipe) and not later_round:
         _say("draft", run)

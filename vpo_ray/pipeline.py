@@ -2,6 +2,7 @@
 
     queries ─► sample ─► judge ─► render ─► score ─► feedback
     queries ─► draft ─► drafts
+    unlabelled ─► label ─► labels
 
 All pools work at the same time. Every stage stores its rows in its own table as they leave
 it; a row enters the stream behind the last table that has it, so a run that was killed, or whose
@@ -191,7 +192,7 @@ def _entering(
         return None
     chain = CHAIN_OF[stage]
     if chain.enters(stage):
-        return _read(run.table("queries"), chain, done, chain.expand(recipe, models), chain.queries)
+        return _read(run.table(chain.source), chain, done, chain.expand(recipe, models), chain.queries)
     return _read(chain.table_before(run, stage), chain, done, _rows_as_they_are, where)
 
 
@@ -216,7 +217,7 @@ def _wanted(recipe: Recipe, run: RunDir, models: Models, stage: str, where: Any 
     if not chain.enters(stage):
         return stored_ids(chain.table_before(run, stage), where)
     expand = chain.expand(recipe, models)
-    queries = (batch.to_pylist() for batch in run.table("queries").batches(where=chain.queries))
+    queries = (batch.to_pylist() for batch in run.table(chain.source).batches(where=chain.queries))
     return id_set(row[chain.key] for batch in queries for row in expand(batch))
 
 

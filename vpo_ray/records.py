@@ -129,6 +129,20 @@ DRAFT = pa.schema(
     ]
 )
 
+# A query that the judge labels as unsafe or not; without a label, `error` says why.
+LABEL = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("unsafe", pa.bool_()),
+        pa.field("reason", pa.string()),
+        pa.field("seconds", pa.struct([("label", pa.float64())])),
+        pa.field("usage", pa.struct([("label", _TOKENS)])),
+        pa.field("error", pa.string()),
+        pa.field("error_stage", pa.string()),
+    ]
+)
+
 PAIR = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -19,6 +19,7 @@ from vpo_ray.recipe import ChatModel, Recipe, Reward, locate
 from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.judge import Judging
+from vpo_ray.stages.label import Labeller
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.sample import Sampler
 from vpo_ray.stages.score import Scorer
@@ -55,6 +56,13 @@ def judge_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
     stage = partial(Judging, recipe.judge)
+    return _chat_pool(stream, "judge", recipe.judge, stage, recipe, run, outcome, rows, alone)
+
+
+def label_pool(
+    stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
+) -> Dataset:
+    stage = partial(Labeller, recipe.judge, recipe.queries.unsafe_prompt)
     return _chat_pool(stream, "judge", recipe.judge, stage, recipe, run, outcome, rows, alone)
 
 
@@ -153,6 +161,7 @@ def located_reward(reward: Reward) -> Reward:
 
 
 POOLS = {
+    "label": label_pool,
     "draft": draft_pool,
     "sample": sample_pool,
     "judge": judge_pool,
@@ -164,6 +173,7 @@ POOLS = {
 def block_rows(recipe: Recipe, stage: str) -> int:
     """Rows of a stage's blocks."""
     return {
+        "label": recipe.judge.engine.batch_size,
         "draft": draft_model(recipe)[1].engine.batch_size,
         "sample": recipe.sample.engine.batch_size,
         "judge": recipe.judge.engine.batch_size,

@@ -26,13 +26,15 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, PAIR, QUERY, SFT, Row, content_id, table
+from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row, content_id, table
 
 # Tables of a run directory: schema and key. The four stage tables share one schema; a candidate's
 # row moves from `candidates` to `feedback` and gains columns on the way.
 TABLES: dict[str, tuple[pa.Schema, str]] = {
     "queries": (QUERY, "query_id"),
     "dropped": (DROPPED, "row_id"),
+    "unlabelled": (QUERY, "query_id"),
+    "labels": (LABEL, "query_id"),
     "drafts": (DRAFT, "draft_id"),
     "sft": (SFT, "query_id"),
     "candidates": (FEEDBACK, "candidate_id"),

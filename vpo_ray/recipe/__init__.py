@@ -38,7 +38,7 @@ __all__ = [
 OPERATIONAL = frozenset({
     "out", "pool", "limits", "serve", "env", "device", "engine_kwargs", "workers", "use_gpu",
     "resources_per_worker", "labels", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
-    "tensor_parallel_size", "vae_slicing", "offload", "time_limit_s", "store",
+    "tensor_parallel_size", "vae_slicing", "offload", "context_parallel", "time_limit_s", "store",
     "track", "guard", "keep_checkpoints", "license",
     "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute", "prompt_price",
     "completion_price", "api_key_env", "answers",

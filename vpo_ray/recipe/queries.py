@@ -72,7 +72,8 @@ class Queries(Section):
 
     `limit` takes the first queries, `size` a diverse subset of exactly so many, a share of them
     unsafe where `unsafe_share` says so: then `unsafe_columns` of the input label them, by true or
-    false or by a classifier's probability, which must reach `unsafe_threshold` in any of them.
+    false or by a classifier's probability, which must reach `unsafe_threshold` in any of them. With
+    `unsafe_judge` the recipe's judge labels what they do not, once duplicates are out.
     `unescape_html` turns `&quot;` of a scraped list into what it stands for; `flags` takes generator
     flags out of the text into a column of their own. `workers` says how many Ray Data tasks curate
     at once: 0 for this process alone, by default that for small input and the cluster for more.
@@ -93,6 +94,8 @@ class Queries(Section):
     unsafe_columns: list[str] = []
     unsafe_threshold: Fraction = 0.5
     unsafe_share: Fraction | None = None
+    unsafe_judge: bool = False
+    unsafe_prompt: str = Field("builtin:safety", description="what the judge is asked, with a slot {text}")
     splits: Splits = Splits()
     workers: Annotated[int, Field(ge=0)] | None = None
 
@@ -100,9 +103,11 @@ class Queries(Section):
     def _consistent(self) -> Queries:
         if self.size is not None and self.limit is not None:
             raise ValueError("limit takes the first queries and size a diverse subset: give one of them")
-        if self.unsafe_share is not None and (self.size is None or not self.unsafe_columns):
+        labelled = self.unsafe_columns or self.unsafe_judge
+        if self.unsafe_share is not None and (self.size is None or not labelled):
             raise ValueError(
-                "unsafe_share needs size and unsafe_columns: a share of how many, labelled where"
+                "unsafe_share needs size, and unsafe_columns or unsafe_judge: a share of how many, labelled "
+                "by what"
             )
         if self.min_chars > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is over max_chars {self.max_chars}")

@@ -155,7 +155,7 @@ def _quoted(value: str) -> str:
 def parse_judgement(text: str) -> Judgement:
     """Raises JudgeError for anything but an object with a known verdict, a critique and the lists
     of missing and added details."""
-    value = _object(text)
+    value = parse_object(text)
     critique, missing, added = (value.get(name) for name in ("critique", "missing", "added"))
     for verdict in VERDICTS:
         if value.get("verdict") == verdict and isinstance(critique, str):
@@ -169,7 +169,7 @@ def parse_judgement(text: str) -> Judgement:
 
 def parse_prompt(text: str) -> str:
     """The text `prompt` of an answer. Raises JudgeError where there is none."""
-    value = _object(text).get("prompt")
+    value = parse_object(text).get("prompt")
     if not isinstance(value, str):
         raise JudgeError(f"the answer has no text `prompt`: {text[:200]!r}")
     return value.strip()
@@ -213,7 +213,8 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _object(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> dict[str, Any]:
+    """An answer that is a JSON object. Raises JudgeError for any other."""
     try:
         # Grammars let raw control characters into strings; they do no harm to a verdict.
         value = json.loads(text, strict=False)

@@ -10,7 +10,7 @@ never on how many workers there were.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,8 +97,11 @@ def wants_workers(settings: Queries) -> bool:
     return sum(file.size() for file in find_files(settings)) >= _LARGE
 
 
-def curate(settings: Queries) -> Curated:
+def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curated:
     """Read, clean, de-duplicate, choose and split the queries. Ray must run if `wants_workers`.
+
+    Args:
+        labels: whether a query is unsafe, by query id; they count where the input has no label.
 
     Raises:
         InputError: input that cannot be read, that holds no rows, or that cannot give `size` queries or
@@ -122,6 +125,8 @@ def curate(settings: Queries) -> Curated:
     groups = _drop_near_duplicates(rows, reasons, settings)
     if settings.limit is not None:
         reasons[np.flatnonzero(reasons == KEPT)[settings.limit :]] = code("over the limit")
+    if labels is not None:
+        rows = _labelled(rows, labels)
     if settings.size is not None:
         _choose(rows, reasons, settings)
     splits = np.full(len(reasons), None, object)
@@ -148,6 +153,9 @@ def preview(settings: Queries) -> tuple[Counter[str], bool]:
     Of large input it is not: near duplicates, languages and the choice of a subset take too long for
     a plan; what they would drop counts as kept, up to `size`.
     """
+    if settings.unsafe_judge:
+        # Which of them are unsafe is not known yet; how many are chosen is.
+        settings = settings.model_copy(update={"unsafe_share": None})
     if sum(file.size() for file in find_files(settings)) < _LARGE:
         return curate(settings.model_copy(update={"workers": 0})).counts(), True
     slow = {"near_duplicates": None, "size": None, "unsafe_share": None, "workers": 0}
@@ -198,6 +206,15 @@ def _drop_near_duplicates(rows: pa.Table, reasons: np.ndarray, settings: Queries
     return keys
 
 
+def _labelled(rows: pa.Table, labels: Mapping[str, bool]) -> pa.Table:
+    ids = pa.array([bytes.fromhex(query) for query in labels], rows["key"].type)
+    positions = pc.index_in(rows["key"], value_set=ids)
+    given = pa.array(list(labels.values()), pa.bool_()).take(positions.combine_chunks())
+    return rows.set_column(
+        rows.column_names.index("unsafe"), "unsafe", pc.coalesce(rows["unsafe"].combine_chunks(), given)
+    )
+
+
 def _choose(rows: pa.Table, reasons: np.ndarray, settings: Queries) -> None:
     """Keep a diverse subset of `size`, of which `unsafe_share` is unsafe where that is given."""
     assert settings.size is not None
@@ -216,7 +233,7 @@ def _choose(rows: pa.Table, reasons: np.ndarray, settings: Queries) -> None:
             if len(found) < wanted:
                 raise InputError(
                     f"queries.unsafe_share: {settings.unsafe_share:g} of {settings.size:,} queries takes "
-                    f"{wanted:,} that are {kind}labelled unsafe (queries.unsafe_columns), but only "
+                    f"{wanted:,} that are {kind}labelled unsafe, but only "
                     f"{len(found):,} of the {len(kept):,} kept ones are; change the share, or lower size"
                 )
     for found, wanted in groups:
