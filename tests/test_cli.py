@@ -53,10 +53,13 @@ COMMANDS = {
     "score": [*RECIPE, "--retry-errors"],
     "pair": RECIPE,
     "dpo": RECIPE,
+    "train": RECIPE,
+    "evaluate": [*RECIPE, "--retry-errors"],
     "report": RECIPE,
     "videos": ["ACTION", "--help"],
     "export": [*RECIPE, "--format", "--to", "--bare"],
     "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
+    "deploy": [*RECIPE, "--checkpoint", "--timeout"],
     "key": ["NAME", "--help"],
 }
 

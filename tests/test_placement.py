@@ -65,6 +65,18 @@ def test_pieces_of_one_engine_may_lie_on_several_nodes() -> None:
     assert "together 2 GPU" in problems(shapes, View([GPU_NODE]))[0]
 
 
+def test_drafting_is_looked_at_and_an_endpoint_is_one_piece() -> None:
+    drafts = "draft={examples: vpo_ray/data/sft.jsonl, llm: {model: m, pool: {num_gpus: 2}}}"
+    [line] = problems(pool_shapes(load(PRESET, [drafts]), ("draft",)), View([GPU_NODE]))
+    assert line.startswith("draft.llm.pool: a replica needs CPU 1, GPU 2")
+    by_judge = pool_shapes(load(PRESET, ["draft={examples: vpo_ray/data/sft.jsonl}"]), ("draft",))
+    assert by_judge[0].where == "judge.pool"
+    remote = ["judge.backend=openai", "judge.engine.tensor_parallel_size=4", "judge.pool={num_cpus: 0.5}"]
+    [shape] = pool_shapes(load(PRESET, remote), ("judge",))
+    assert (shape.resources, shape.count) == ({"CPU": 0.5}, 1)
+    assert problems([shape], View([Node({"CPU": 1})])) == []
+
+
 def test_no_node_with_everything_at_once() -> None:
     shape = Shape("x", {"GPU": 1, "disk": 1})
     assert "all of these at once" in problems([shape], View([Node({"GPU": 1}), Node({"disk": 1})]))[0]

@@ -163,4 +163,10 @@ def test_what_cannot_be_submitted_is_told(work: Path, capsys: pytest.CaptureFixt
 def test_only_commands_that_exist_can_be_submitted() -> None:
     from vpo_ray.cli import STAGE_COMMANDS
 
-    assert set(submit.COMMANDS) == {"run", *STAGE_COMMANDS}
+    assert set(submit.COMMANDS) == {"run", "deploy", *STAGE_COMMANDS}
+
+
+def test_an_option_that_the_command_does_not_take(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["submit", str(work / "recipe.yaml"), "--working-dir", str(work), "--retry-errors"]
+    assert main([*arguments, "--command", "train"]) == 2
+    assert "--retry-errors: train has no rows" in capsys.readouterr().err

@@ -7,6 +7,7 @@ vpo doctor recipe.yaml              check every node of the cluster
 vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
+vpo deploy recipe.yaml              the same on a cluster, where it stays
 vpo key NAME                        a key for a caller of that endpoint
 """
 
@@ -28,13 +29,15 @@ STAGE_COMMANDS = {
     "curate": "read raw queries into queries/",
     "draft": "SFT data for the sft split's queries into drafts/ and sft_data.parquet",
     "sft": "train the policy on sft.data, or on the drafts, into checkpoints/sft",
-    "generate": "sample, judge, render and score as one stream: queries/ to feedback/",
+    "generate": "curate what is not yet, then sample, judge, render and score as one stream: to feedback/",
     "sample": "queries/ to candidates/ with the policy",
     "judge": "candidates/ to verdicts/ with the judge: critique, refine, judge again",
     "render": "verdicts/ to renders/ with the video model",
     "score": "renders/ to feedback/ with the reward model",
     "pair": "feedback/ to pairs/",
     "dpo": "train the policy on pairs/ into checkpoints/dpo",
+    "train": "SFT, and once generation is done pairs and DPO",
+    "evaluate": "the policies before and after DPO on the eval split, into evaluation.json",
     "report": "write ledger.json and report/index.html",
 }
 
@@ -57,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger(__name__).exception("unexpected failure")
         status = getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1)
         return _fail(str(error) or type(error).__name__, status)
+
+
+def job(command: str) -> int:
+    """`main` for the entry points in jobs/: there the recipe is given as `--recipe`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    given, rest = parser.parse_known_args()
+    return main([command, *filter(None, [given.recipe]), *rest])
 
 
 def _log_to_stderr(verbose: bool) -> None:
@@ -130,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("folder", metavar="DIR")
     for name, text in STAGE_COMMANDS.items():
         sub = with_recipe(name, text, _stage)
-        if name in ("draft", "generate", "sample", "judge", "render", "score"):
+        if name in submit_command.RETRYING:
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
     videos_command.add(command("videos", videos_command.HELP, _stage))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
@@ -145,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--config", action="store_true", help="print a Serve config file for `serve deploy` or a RayService"
+    )
+    deploy = with_recipe("deploy", "deploy the trained policy on a cluster's Ray Serve, and return", _deploy)
+    deploy.add_argument("--checkpoint", help="another folder than the run's last trained policy")
+    deploy.add_argument(
+        "--timeout", type=float, default=1800, metavar="S", help="for the replicas to load (%(default)g s)"
     )
     key = command("key", "make an API key: it is printed once, and the line for the file of keys", _key)
     key.add_argument("name", metavar="NAME", help="who will use it, as metrics and logs name the caller")
@@ -205,7 +221,7 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from vpo_ray import loop
+    from vpo_ray import evaluation, loop
 
     recipe = _load(arguments)
     run = loop.open_run(recipe)
@@ -218,8 +234,16 @@ def _stage(arguments: argparse.Namespace) -> int:
         elif name == "draft":
             loop.connect(arguments.verbose)
             loop.draft_sft(recipe, run, arguments.retry_errors)
+        elif name == "train":
+            loop.connect(arguments.verbose)
+            loop.train_what_is_due(recipe, run)
+        elif name == "evaluate":
+            loop.connect(arguments.verbose)
+            sys.stdout.write(evaluation.told(evaluation.evaluate(recipe, run, arguments.retry_errors)))
         elif name != "report":
             loop.connect(arguments.verbose)
+            if name == "generate":
+                loop.curate_queries(recipe, run)
             start = loop.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))
             if name == "dpo":
                 loop.train_dpo(recipe, run, start)
@@ -255,6 +279,20 @@ def _serve(arguments: argparse.Namespace) -> int:
         return 0
     loop.connect(arguments.verbose)
     serve_forever(recipes.locate(arguments.checkpoint), settings)
+    return 0
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    from vpo_ray import loop
+    from vpo_ray.serve.deploy import roll_out
+    from vpo_ray.storage import RunDir
+
+    recipe = _load(arguments)
+    phase = "sft" if recipe.dpo is None else "dpo"
+    checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
+    loop.connect(arguments.verbose)
+    roll_out(recipes.locate(checkpoint), recipes.serve_of(recipe), arguments.timeout)
+    sys.stdout.write(f"deployed {checkpoint} as {recipe.serve.model_name!r}\n")
     return 0
 
 

@@ -279,6 +279,32 @@ def _train(
     return folder
 
 
+def train_what_is_due(recipe: Recipe, run: RunDir) -> None:
+    """SFT where the recipe has it; then, once every candidate has its feedback, pairs and DPO.
+
+    Raises:
+        LoopError: there is nothing to train, generation is half done, or no pair was found.
+    """
+    from vpo_ray.ledger import reconcile
+
+    if recipe.sft is None and recipe.dpo is None:
+        raise LoopError("the recipe has neither an sft nor a dpo section: there is nothing to train")
+    start = starting_policy(recipe, run)
+    if recipe.dpo is None:
+        return
+    if not run.table("feedback").parts():
+        if recipe.sft is None:
+            raise LoopError(f"{run.uri}/feedback holds nothing to train on: run `vpo generate` first")
+        logger.info("SFT is done; DPO waits for `vpo generate`")
+        return
+    streamed = ("sample", "judge", "render", "score")
+    missing = [line for line in reconcile(build_ledger(run, recipe)) if line.split(":")[0] in streamed]
+    if missing:
+        raise LoopError("generation is not done, run `vpo generate` again:\n  " + "\n  ".join(missing))
+    make_pairs(recipe, run)
+    train_dpo(recipe, run, start)
+
+
 def generate_feedback(
     recipe: Recipe,
     run: RunDir,

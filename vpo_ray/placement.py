@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from vpo_ray.recipe import Engine, Pool, Recipe, Train
+from vpo_ray.chains import draft_model
+from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Train
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +70,20 @@ class View:
 
 def pool_shapes(recipe: Recipe, stages: Sequence[str]) -> list[Shape]:
     """The replicas of these stages; the stream moves once there is one of each."""
+    drafter, llm = draft_model(recipe)
     pools: dict[str, tuple[str, Pool, Engine | None]] = {
+        "draft": (f"{drafter}.pool", llm.pool, engine_of(llm)),
         "sample": ("sample.pool", recipe.sample.pool, recipe.sample.engine),
-        "judge": ("judge.pool", recipe.judge.pool, recipe.judge.engine),
+        "judge": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),
         "render": ("render.pool", recipe.render.pool, None),
         "score": ("reward.pool", recipe.reward.pool, None),
     }
-    # Drafting's stages are not looked at yet.
-    return [_pool_shape(*pools[stage]) for stage in stages if stage in pools]
+    return [_pool_shape(*pools[stage]) for stage in stages]
+
+
+def engine_of(model: ChatModel) -> Engine | None:
+    """The engine of a replica's own. One that asks an endpoint has none, and is one piece."""
+    return model.engine if model.backend == "vllm" else None
 
 
 def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:
@@ -120,18 +127,14 @@ def problems(shapes: Sequence[Shape], view: View) -> list[str]:
 
 
 def _homeless(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
-    labelled = [node for node in nodes if _labelled(shape, node)]
-    if any(_fits(shape.resources, node.resources) for node in labelled):
+    right = [node for node in nodes if labelled(shape.labels, node.labels)]
+    if any(_fits(shape.resources, node.resources) for node in right):
         return
     line = f"{shape.where}: a replica needs {shape}, and "
-    if not labelled:
-        names = {
-            f"{name}={node.labels[name]}" for node in nodes for name in shape.labels.keys() & node.labels
-        }
-        there = ", ".join(sorted(names)) or "none of these names"
-        yield line + f"no node has these labels (there are {there})"
+    if not right:
+        yield line + no_such_labels(shape.labels, [node.labels for node in nodes])
         return
-    most = {name: max(node.resources.get(name, 0) for node in labelled) for name in shape.resources}
+    most = {name: max(node.resources.get(name, 0) for node in right) for name in shape.resources}
     lacking = [name for name, amount in shape.resources.items() if most[name] < amount]
     if lacking:
         yield line + "; ".join(
@@ -167,12 +170,15 @@ def _same(a: Amounts, b: Amounts) -> bool:
     return {k: round(v, 4) for k, v in a.items()} == {k: round(v, 4) for k, v in b.items()}
 
 
-def _labelled(shape: Shape, node: Node) -> bool:
-    """Whether the node has the labels; operators (`!a`, `in(a,b)`) are left to Ray."""
-    return all(
-        node.labels.get(name) == value or value.startswith(("!", "in("))
-        for name, value in shape.labels.items()
-    )
+def labelled(wanted: Mapping[str, str], has: Mapping[str, str]) -> bool:
+    """Whether a node has the labels; operators (`!a`, `in(a,b)`) are left to Ray."""
+    return all(has.get(name) == value or value.startswith(("!", "in(")) for name, value in wanted.items())
+
+
+def no_such_labels(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, str]]) -> str:
+    """What is told where no node has the labels."""
+    names = {f"{name}={labels[name]}" for labels in nodes for name in wanted.keys() & labels.keys()}
+    return f"no node has these labels (there are {', '.join(sorted(names)) or 'none of these names'})"
 
 
 def look() -> View:

@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 COMMANDS = (
     "run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo",
-    "report",
+    "train", "evaluate", "report", "deploy",
 )  # fmt: skip
+
+# Those whose rows can fail, and be taken again.
+RETRYING = frozenset({"run", "draft", "generate", "sample", "judge", "render", "score", "evaluate"})
 
 # What never travels with the working directory (patterns as in .gitignore).
 EXCLUDES = [".git", ".venv", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors", "*.mp4"]
@@ -35,6 +38,10 @@ _ATTEMPT = re.compile(r"-(\d+)$")
 
 class SubmitError(RuntimeError):
     """The job cannot be handed over; the message says why."""
+
+
+class OptionError(ValueError):
+    """Options that do not go together."""
 
 
 class AlreadySubmittedError(SubmitError):
@@ -73,6 +80,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         0 when submitted, or with `--follow` the exit status of the job's command.
 
     Raises:
+        OptionError: the command does not take an option that was given.
         AlreadySubmittedError: an attempt at this run is not over.
         SubmitError: the recipe is outside the working directory, or the cluster does not answer.
     """
@@ -81,6 +89,8 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         return 0
     from ray.job_submission import JobSubmissionClient
 
+    if arguments.retry_errors and arguments.task not in RETRYING:
+        raise OptionError(f"--retry-errors: {arguments.task} has no rows that failed to take again")
     entrypoint = _entrypoint(arguments)
     try:
         client = JobSubmissionClient(arguments.address)

@@ -137,3 +137,35 @@ def test_what_drafts_need_is_checked(tiny: dict[str, Any], tmp_path: Path) -> No
     assert examples.startswith("draft.examples: no such file")
     [line] = problems(tiny, draft__examples=tmp_path / "bad.jsonl")
     assert "row 1 needs" in line
+
+
+@pytest.mark.parametrize(
+    ("lora", "says"),
+    [
+        ("{path: FOLDER/none.safetensors}", "render.lora.path: no such file or folder"),
+        ("{path: FOLDER/weights.bin}", "is no *.safetensors file"),
+        ("{path: FOLDER}", "has a.safetensors, b.safetensors; name one"),
+        ("{path: FOLDER/empty}", "has none; name one"),
+        (
+            "{path: FOLDER, weight_name: c.safetensors}",
+            "weight_name: FOLDER has no c.safetensors",
+        ),
+        ("{path: FOLDER, weight_name: a.safetensors}", None),
+        ("{path: FOLDER/a.safetensors}", None),
+        ("{path: org/lora}", None),
+    ],
+)
+def test_the_video_models_lora_is_looked_for(
+    tiny: dict[str, Any], tmp_path: Path, lora: str, says: str | None
+) -> None:
+    for name in ("a.safetensors", "b.safetensors", "weights.bin", "empty/readme"):
+        (tmp_path / "lora" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lora" / name).write_bytes(b"")
+    asked = lora.replace("FOLDER", str(tmp_path / "lora"))
+    if says is None:
+        check(recipe(tiny, render__lora=asked))
+        on_hub = [line for line in hub_ids(recipe(tiny, render__lora=asked)) if "lora" in line]
+        assert bool(on_hub) == ("org/lora" in lora)
+        return
+    [line] = problems(tiny, render__lora=asked)
+    assert says.replace("FOLDER", str(tmp_path / "lora")) in line

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,7 @@ def test_a_cluster_that_cannot_be(wrong: dict[str, int]) -> None:
 def test_a_running_cluster(ray_cluster: None) -> None:
     found = live("auto")
     assert (found.cpus, found.gpus, found.gpu_type) == (4, 0, None)
+    assert [node.labels for node in found.nodes] == [()], "Ray's own labels are no one's group"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:99999"])
@@ -91,3 +93,29 @@ def test_room_is_found_where_there_is_any(
     room = any(all(holds(w, n, k) for n in range(len(nodes)) for k in (0, 1)) for w in places)
     cluster = Cluster(tuple(Node(cpus, gpus, None) for cpus, gpus in nodes))
     assert place(cluster, [Replica(cpus, gpus) for cpus, gpus in pieces]) is room
+
+
+_A, _B = (("group", "a"),), (("group", "b"),)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "labels", "room"),
+    [
+        ([_A, _B], [_A, _B], True),
+        ([_A, _B], [_A, _A], False),
+        ([_A, _B], [_A, ()], True),
+        ([_A, ()], [_B], False),
+        ([None, None], [_A, _B], True),
+        ([_A], [(("group", "in(a,c)"),)], True),
+        ([_A], [(("group", "!b"),)], True),
+    ],
+)
+def test_labels_keep_replicas_apart(nodes: list[Any], labels: list[Any], room: bool) -> None:
+    """One replica fits on each node. Labels of a described cluster are not known, and may be there."""
+    cluster = Cluster(tuple(Node(1, 1, None, given) for given in nodes))
+    assert place(cluster, [Replica(1, 1, labels=asked) for asked in labels]) is room
+
+
+def test_a_label_goes_before_who_has_a_choice() -> None:
+    nodes = Cluster((Node(1, 0, None, _A), Node(1, 0, None, ())))
+    assert place(nodes, [Replica(cpus=1), Replica(cpus=1, labels=_A)]) is True

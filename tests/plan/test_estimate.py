@@ -9,7 +9,7 @@ from plan_recipes import ROOT, recipe
 
 from vpo_ray import cli
 from vpo_ray.plan import PlanError, plan, show
-from vpo_ray.plan.cluster import described
+from vpo_ray.plan.cluster import Cluster, Node, described
 from vpo_ray.recipe import video_presets
 from vpo_ray.storage import RunDir
 from vpo_ray.videos import VideoStore
@@ -40,7 +40,7 @@ def ledger(folder: Path, **seconds: float | None) -> Path:
 
 
 def stage(made: Any, name: str) -> Any:
-    return next(s for s in (*made.stages, *made.training) if s.name == name)
+    return next(s for s in made.phases if s.name == name)
 
 
 def test_what_is_not_known_is_said_to_be(tiny: dict[str, Any]) -> None:
@@ -183,6 +183,88 @@ def test_a_cluster_that_cannot_run_it(
 def test_a_pool_that_cannot_grow_to_its_largest_size_is_noted(tiny: dict[str, Any]) -> None:
     made = plan(real(tiny, render__pool__size="[1, 40]"), described(8, "H100"))
     assert any("render: the cluster has no room for its largest size, 40" in note for note in made.notes)
+
+
+DRAFTS = {"draft__examples": ROOT / "vpo_ray/data/sft.jsonl", "sft__data": "null"}
+
+
+def test_drafting_is_planned_with_the_llm_that_drafts(tiny: dict[str, Any], tmp_path: Path) -> None:
+    splits = {"queries__splits": "{sft: 0.5, dpo: 0.5}"}
+    past = ledger(tmp_path / "past", draft=2.0)
+    stages = RunDir(past).read_json("ledger.json")["stages"]
+    stages["draft"] |= {"in": 10, "out": 8}
+    RunDir(past).write_json("ledger.json", {"stages": stages})
+    llm = {"draft__llm__model": tiny["judge.model"], "draft__llm__pool": "{size: 2, num_gpus: 2}"}
+    made = plan(real(tiny, **splits, **DRAFTS, **llm), described(8, "H100"), str(past))
+    drafts = stage(made, "draft")
+    queries = made.queries["sft"]
+    assert (drafts.rows, drafts.size, drafts.replica.gpus) == (queries, (2, 2), 2)
+    assert drafts.gpu_hours == pytest.approx(queries * 2.0 * 2 / 3600)
+    assert made.hours == pytest.approx(made.stream_hours + queries * 2.0 / 2 / 3600)
+    sft = stage(made, "sft")
+    assert (sft.rows, sft.expected) == (-(-queries * 8 // 10), True)
+    assert f"{'draft':<8} {queries:>17,}" in show.text(made)
+    assert show.as_json(made)["stages"]["draft"]["rows"] == queries
+    # It works before the stream, so it takes nothing of the room that the stream's pools have.
+    assert {s.name for s in made.stages if s.balanced} == {"sample", "judge", "render", "score"}
+    with pytest.raises(PlanError, match=r"draft\.llm\.pool: a replica asks 9 GPUs"):
+        plan(real(tiny, **splits, **DRAFTS, **llm, draft__llm__pool__num_gpus=9), described(8))
+    with pytest.raises(PlanError, match=r"draft\.llm\.pool: 2 x 5 GPUs have no room"):
+        plan(real(tiny, **splits, **DRAFTS, **llm, draft__llm__pool__num_gpus=5), described(8))
+    data = {"draft__examples": DRAFTS["draft__examples"]}
+    assert "draft" not in {s.name for s in plan(recipe(tiny, **data)).phases}, "sft.data is there"
+    own = plan(real(tiny, **splits, **DRAFTS, judge__engine__tensor_parallel_size=4), described(8))
+    assert stage(own, "draft").replica.gpus == 4, "the judge drafts where draft.llm is unset"
+
+
+def test_an_llm_at_an_endpoint_takes_no_gpu(tiny: dict[str, Any]) -> None:
+    remote = {"judge__backend": "openai", "judge__model": "gpt", "judge__engine__tensor_parallel_size": 4}
+    pool = {"judge__pool": "{num_cpus: 0.5}", "sft__workers": 3, "dpo__workers": 3}
+    made = plan(real(tiny, **remote, **DRAFTS, **pool), described(3))
+    for name in ("judge", "draft"):
+        replica = stage(made, name).replica
+        assert (replica.cpus, replica.gpus, replica.pieces) == (0.5, 0, 1)
+    assert not any("endpoint" in note for note in made.notes)
+    wasted = plan(real(tiny, **remote), described(4))
+    assert "judge.pool.num_gpus 1: its replicas only ask an endpoint, set it 0" in wasted.notes
+
+
+def test_adaptive_rendering_is_at_most_all_of_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    adaptive = {"render__strategy": "adaptive", "sample__k": 4}
+    made = plan(recipe(tiny, **adaptive))
+    assert (stage(made, "render").rows, stage(made, "render").expected) == (400, False)
+    assert "at most 400" in show.text(made)
+    assert any("adaptive: at most this many videos" in note for note in made.notes)
+    past = ledger(tmp_path / "past", render=90.0)
+    made = plan(recipe(tiny, **adaptive), ledger=str(past))
+    assert (stage(made, "render").rows, stage(made, "render").expected) == (200, False), "aligned, at most"
+    stages = RunDir(past).read_json("ledger.json")["stages"]
+    stages["pair"] |= {"videos": {"all": {"videos": 80}, "adaptive": {"videos": 50}}}
+    RunDir(past).write_json("ledger.json", {"stages": stages})
+    made = plan(recipe(tiny, **adaptive), ledger=str(past))
+    for name in ("render", "score"):
+        # 40 queries then took 50 videos, and there are 100 now.
+        assert (stage(made, name).rows, stage(made, name).expected) == (125, True)
+    assert any("125 videos by what that run's pairs took" in note for note in made.notes)
+    assert stage(plan(recipe(tiny, sample__k=4), ledger=str(past)), "render").rows == 200
+
+
+def test_labels_of_a_live_cluster(tiny: dict[str, Any]) -> None:
+    labels = {f"{name}__pool__labels": "{vpo-group: generate}" for name in ("sample", "render", "reward")}
+    labels |= {"dpo__labels": "{vpo-group: train}", "judge__pool__num_gpus": 0, "sft__workers": 2}
+    generate, train = (("vpo-group", "generate"),), (("vpo-group", "train"),)
+    nodes = [Node(8, 1, "H100", generate)] * 3 + [Node(8, 4, "H100", train)]
+    made = plan(real(tiny, **labels), Cluster(tuple(nodes)))
+    assert stage(made, "render").balanced == 1
+    assert show.as_json(made)["cluster"][0]["labels"] == {"vpo-group": "generate"}
+    with pytest.raises(PlanError, match=r"no room at their smallest .*a node labelled vpo-group=generate"):
+        plan(real(tiny, **labels), Cluster(tuple(nodes[1:])))
+    with pytest.raises(PlanError, match=r"dpo\.workers: 4 workers ask .*labelled vpo-group=train"):
+        plan(real(tiny, **labels), Cluster(tuple(nodes[:3] * 2)))
+    other = {**labels, "render__pool__labels": "{vpo-group: fast}"}
+    with pytest.raises(PlanError, match=r"render\.pool: .*\(there are vpo-group=generate, vpo-group=train\)"):
+        plan(real(tiny, **other), Cluster(tuple(nodes)))
+    plan(real(tiny, **other), described(8, cpus=64))
 
 
 def vpo(tiny: dict[str, Any], *arguments: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import ChatModel, Checklist, Draft, Pair, Recipe
+from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe
 from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.curate import InputError
 from vpo_ray.stages.draft import EXAMPLES
@@ -39,13 +39,15 @@ def hub_ids(recipe: Recipe) -> list[str]:
     named = {"policy.model": recipe.policy.model}
     named |= {f"{key}.model": llm.model for key, llm in _llms(recipe).items() if llm.backend == "vllm"}
     named["render.model"] = recipe.render.model
+    if recipe.render.lora is not None:
+        named["render.lora.path"] = recipe.render.lora.path
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     named |= {f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind != "openai"}
     return [
         f"{key}: {name} is not a folder here; taken as a hub id"
         + (f" (there is a folder {name.split('/')[0]}, without it)" if Path(name).parent.is_dir() else "")
         for key, name in named.items()
-        if "://" not in name and not Path(name).is_dir() and _HUB_ID.fullmatch(name)
+        if "://" not in name and not Path(name).exists() and _HUB_ID.fullmatch(name)
     ]
 
 
@@ -54,6 +56,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for key, llm in _llms(recipe).items():
         yield from _chat_model(key, llm)
     yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
+    if recipe.render.lora is not None:
+        yield from _lora(recipe.render.lora)
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
         if reward.kind != "openai":
@@ -91,6 +95,24 @@ def _chat_model(key: str, model: ChatModel) -> Iterator[str]:
     # An adapter names the model that it is for: the engine finds that.
     if model.backend == "vllm" and not Path(model.model, "adapter_config.json").is_file():
         yield from _folder(f"{key}.model", model.model, "config.json", "*.safetensors")
+
+
+def _lora(settings: Lora) -> Iterator[str]:
+    """As the video engine reads it: a safetensors file, or a folder with one that has to be named where
+    there are several."""
+    path = Path(settings.path)
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if settings.weight_name is not None and not (path / settings.weight_name).is_file():
+            yield f"render.lora.weight_name: {settings.path} has no {settings.weight_name}"
+        elif settings.weight_name is None and len(names) != 1:
+            told = f"has {', '.join(names) or 'none'}"
+            yield f"render.lora.path: {settings.path} {told}; name one of *.safetensors with weight_name"
+    elif path.is_file():
+        if path.suffix != ".safetensors":
+            yield f"render.lora.path: {settings.path} is no *.safetensors file"
+    elif "://" not in settings.path and not _HUB_ID.fullmatch(settings.path):
+        yield f"render.lora.path: no such file or folder: {settings.path}"
 
 
 def _draft(settings: Draft) -> Iterator[str]:

@@ -11,7 +11,10 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
+
+from vpo_ray.placement import labelled
 
 # Placing replicas is a packing problem; after so many tries it is given up.
 TRIES = 20_000
@@ -19,7 +22,9 @@ DEEPEST = 200  # pieces, of which each is a call deep
 # Nodes of this many GPUs are what clouds and vendors sell most; `--gpus-per-node` says otherwise.
 GPUS_PER_NODE = 8
 _TYPE = "accelerator_type:"
-_Amounts = tuple[float, float, str | None]  # CPUs and GPUs in ten-thousandths, type of GPU
+Labels = tuple[tuple[str, str], ...]
+# CPUs and GPUs in ten-thousandths, type of GPU, labels
+_Amounts = tuple[float, float, str | None, Labels | None]
 
 
 class ClusterError(ValueError):
@@ -30,24 +35,26 @@ class Node(NamedTuple):
     cpus: float  # infinite where nobody said
     gpus: float
     gpu_type: str | None
+    labels: Labels | None = None  # None where nobody said: any may be there
 
 
 @dataclass(frozen=True)
 class Replica:
     """What one replica reserves: `pieces` (pipeline parallel stages) that may lie on several nodes,
-    each with this many CPUs and GPUs on one node."""
+    each with this many CPUs and GPUs on one node that has the labels."""
 
     cpus: float = 0
     gpus: float = 0
     gpu_type: str | None = None
     pieces: int = 1
+    labels: Labels = ()
 
     @property
     def all_gpus(self) -> float:
         return self.gpus * self.pieces
 
     def fits(self, node: Node) -> bool:
-        right = self.gpu_type in (None, node.gpu_type)
+        right = self.gpu_type in (None, node.gpu_type) and _has(node.labels, self.labels)
         return right and self.cpus <= node.cpus and self.gpus <= node.gpus
 
 
@@ -108,11 +115,11 @@ def live(address: str | None) -> Cluster:
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise ClusterError(f"no Ray cluster at {address}: {error}") from error
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
     finally:
         if not joined:
             ray.shutdown()
-    return Cluster(tuple(_node(resources) for resources in nodes))
+    return Cluster(tuple(_node(*node) for node in nodes))
 
 
 def _knock(address: str | None) -> None:
@@ -126,10 +133,12 @@ def _knock(address: str | None) -> None:
         raise ClusterError(f"no Ray cluster at {address}: {error}") from error
 
 
-def _node(resources: dict[str, float]) -> Node:
+def _node(resources: dict[str, float], labels: dict[str, str]) -> Node:
     kind = next((name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)), None)
     gpus = resources.get("GPU", 0.0)
-    return Node(resources.get("CPU", 0.0), gpus, kind if gpus else None)
+    # Every node has some of its own (its id among them), which would make each look another than the next.
+    own = tuple(sorted((k, v) for k, v in labels.items() if not k.startswith("ray.io/")))
+    return Node(resources.get("CPU", 0.0), gpus, kind if gpus else None, own)
 
 
 def place(cluster: Cluster, replicas: Sequence[Replica]) -> bool | None:
@@ -139,12 +148,12 @@ def place(cluster: Cluster, replicas: Sequence[Replica]) -> bool | None:
         True or False, or None where no placement was found and not all were tried.
     """
     pieces = [replica for replica in replicas for _ in range(replica.pieces)]
-    # What needs most goes first; a typed one before others, which have more choice.
-    pieces.sort(key=lambda r: (r.gpus, r.cpus, r.gpu_type is not None), reverse=True)
+    # What needs most goes first; a typed or labelled one before others, which have more choice.
+    pieces.sort(key=lambda r: (r.gpus, r.cpus, r.gpu_type is not None, len(r.labels)), reverse=True)
     if not all(any(piece.fits(node) for node in cluster.nodes) for piece in pieces):
         return False
     free = [_counted(node) for node in cluster.nodes]
-    wanted = [_counted(Node(p.cpus, p.gpus, p.gpu_type)) for p in pieces]
+    wanted = [_counted(Node(p.cpus, p.gpus, p.gpu_type, p.labels)) for p in pieces]
     if _total(wanted)[0] > _total(free)[0] or _total(wanted)[1] > _total(free)[1]:
         return False
     if _first_fit(list(free), wanted):
@@ -156,19 +165,25 @@ def place(cluster: Cluster, replicas: Sequence[Replica]) -> bool | None:
 def _counted(node: Node) -> _Amounts:
     """Amounts in ten-thousandths, in which Ray counts: sums of them are exact."""
     cpus = node.cpus if math.isinf(node.cpus) else round(node.cpus * 10_000)
-    return cpus, round(node.gpus * 10_000), node.gpu_type
+    return cpus, round(node.gpus * 10_000), node.gpu_type, node.labels
+
+
+@cache
+def _has(node: Labels | None, wanted: Labels | None) -> bool:
+    return not wanted or node is None or labelled(dict(wanted), dict(node))
 
 
 def _total(amounts: Sequence[_Amounts]) -> tuple[float, float]:
-    return sum(cpus for cpus, _, _ in amounts), sum(gpus for _, gpus, _ in amounts)
+    return sum(amount[0] for amount in amounts), sum(amount[1] for amount in amounts)
 
 
 def _room(node: _Amounts, piece: _Amounts) -> bool:
-    return piece[0] <= node[0] and piece[1] <= node[1] and piece[2] in (None, node[2])
+    fits = piece[0] <= node[0] and piece[1] <= node[1] and piece[2] in (None, node[2])
+    return fits and _has(node[3], piece[3])
 
 
 def _less(node: _Amounts, piece: _Amounts) -> _Amounts:
-    return node[0] - piece[0], node[1] - piece[1], node[2]
+    return node[0] - piece[0], node[1] - piece[1], *node[2:]
 
 
 def _first_fit(free: list[_Amounts], wanted: Sequence[_Amounts]) -> bool:

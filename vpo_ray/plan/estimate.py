@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from vpo_ray.chains import draft_model
+from vpo_ray.loop import drafts_first
+from vpo_ray.placement import engine_of, no_such_labels
 from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, check, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
@@ -27,7 +30,7 @@ MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), th
 
 @dataclass
 class StagePlan:
-    """One stage of the stream, or one training phase.
+    """One stage of the stream, drafting before it, or one training phase.
 
     rows: at most, unless `expected`; None where not known. seconds: replica-seconds a row. size:
     replicas, smallest and largest. balanced: replicas on the cluster that was given.
@@ -62,6 +65,7 @@ class Plan:
 
     recipe: Recipe
     queries: Counter[str]  # rows read, by split or dropped
+    drafting: list[StagePlan]  # one or none
     stages: list[StagePlan]
     training: list[StagePlan]
     video_bytes: Figure
@@ -70,9 +74,13 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def phases(self) -> list[StagePlan]:
+        return [*self.drafting, *self.stages, *self.training]
+
+    @property
     def unknown(self) -> list[str]:
         """Stages whose time is not known."""
-        return [stage.name for stage in (*self.stages, *self.training) if stage.work is None]
+        return [stage.name for stage in self.phases if stage.work is None]
 
     @property
     def stream_hours(self) -> float:
@@ -83,12 +91,13 @@ class Plan:
     @property
     def hours(self) -> float:
         """Of the whole run, at least: phases whose time is not known are not in it."""
-        return self.stream_hours + sum(s.hours(s.size[0]) or 0.0 for s in self.training)
+        alone = [(s, s.size[1]) for s in self.drafting] + [(s, s.size[0]) for s in self.training]
+        return self.stream_hours + sum(stage.hours(replicas) or 0.0 for stage, replicas in alone)
 
     @property
     def gpu_hours(self) -> float:
         """Of the stages that are known."""
-        return sum(stage.gpu_hours or 0.0 for stage in (*self.stages, *self.training))
+        return sum(stage.gpu_hours or 0.0 for stage in self.phases)
 
 
 def plan(
@@ -113,12 +122,15 @@ def plan(
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
     stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
     training = list(_training(recipe, queries, past))
-    made = Plan(recipe, queries, stages, training, bytes_per_video(recipe), cluster, price)
+    drafting = list(_drafting(recipe, queries["sft"], past))
+    made = Plan(recipe, queries, drafting, stages, training, bytes_per_video(recipe), cluster, price)
     if not exact:
         made.notes.append(
             "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
         )
-    made.notes += hub_ids(recipe)
+    made.notes += [*hub_ids(recipe), *_endpoint_notes(recipe)]
+    if recipe.render.strategy == "adaptive":
+        made.notes.append(_adaptive_note(stages))
     if cluster is not None:
         refuse(made, cluster)
         _balance(made, cluster)
@@ -127,15 +139,11 @@ def plan(
 
 def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | None) -> Iterator[StagePlan]:
     candidates = queries * recipe.sample.k
-    aligned = past.share("aligned", "judge", "verdicts") if past else None
-    videos = candidates if aligned is None else math.ceil(candidates * aligned)
+    videos, known = _videos(recipe, queries, past)
     policy, judge = recipe.sample, recipe.judge
-    # Replicas that ask an endpoint hold no model.
-    at_endpoint = judge.backend == "openai"
-    judging = pool_replica(judge.pool) if at_endpoint else chat_replica(judge.pool, judge.engine)
     for name, rows, replica, pool in (
         ("sample", candidates, chat_replica(policy.pool, policy.engine), policy.pool),
-        ("judge", candidates, judging, judge.pool),
+        ("judge", candidates, chat_replica(judge.pool, engine_of(judge)), judge.pool),
         ("render", videos, pool_replica(recipe.render.pool), recipe.render.pool),
         ("score", videos, pool_replica(recipe.reward.pool), recipe.reward.pool),
     ):
@@ -144,8 +152,45 @@ def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | N
             seconds = published_seconds(recipe.render, gpu_type)
             if seconds.value is None:
                 seconds = Figure(None, f"{MEASURE}; {seconds.source}")
-        expected = aligned is not None or name in ("sample", "judge")
+        expected = known or name in ("sample", "judge")
         yield StagePlan(name, rows, expected, seconds or Figure(None, MEASURE), replica, pool.size)
+
+
+def _videos(recipe: Recipe, queries: int, past: Ledger | None) -> tuple[int, bool]:
+    """Videos to render, and whether that is more than an upper bound."""
+    candidates = queries * recipe.sample.k
+    if past and recipe.render.strategy == "adaptive":
+        each = past.videos_a_query("adaptive")
+        if each is not None:
+            return min(candidates, math.ceil(queries * each)), True
+    aligned = past.share("aligned", "judge", "verdicts") if past else None
+    bound = candidates if aligned is None else math.ceil(candidates * aligned)
+    return bound, aligned is not None and recipe.render.strategy == "all"
+
+
+def _adaptive_note(stages: list[StagePlan]) -> str:
+    render = next(stage for stage in stages if stage.name == "render")
+    if render.expected:
+        return f"render.strategy adaptive: {render.rows:,} videos by what that run's pairs took"
+    return (
+        "render.strategy adaptive: at most this many videos, as a query is rendered no further than its pair "
+        "takes; a past run's --ledger says how many to expect"
+    )
+
+
+def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
+    drafter, llm = draft_model(recipe)
+    for key, model in {"judge": recipe.judge, drafter: llm}.items():
+        if model.backend == "openai" and model.pool.num_gpus:
+            yield f"{key}.pool.num_gpus {model.pool.num_gpus:g}: its replicas only ask an endpoint, set it 0"
+
+
+def _drafting(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
+    if not drafts_first(recipe):
+        return
+    _, llm = draft_model(recipe)
+    seconds = (past.seconds("draft") if past else None) or Figure(None, MEASURE)
+    yield StagePlan("draft", queries, True, seconds, chat_replica(llm.pool, engine_of(llm)), llm.pool.size)
 
 
 def _training(recipe: Recipe, queries: Counter[str], past: Ledger | None) -> Iterator[StagePlan]:
@@ -164,7 +209,12 @@ def _examples(
     """Rows that a phase trains on, where known, and whether that is more than an upper bound."""
     if phase == "sft":
         data = recipe.sft.data if recipe.sft is not None else None
-        return (queries["sft"], False) if data is None else (count_rows(data), True)
+        if data is not None:
+            return count_rows(data), True
+        drafts = past.stages.get("draft", {}) if past else {}
+        if drafts.get("in") and drafts.get("out"):
+            return math.ceil(queries["sft"] * drafts["out"] / drafts["in"]), True
+        return queries["sft"], False
     pairs = past.stages.get("pair", {}) if past else {}
     if pairs.get("in") and pairs.get("pairs"):
         return math.ceil(queries["dpo"] * pairs["pairs"] / pairs["in"]), True
@@ -178,19 +228,26 @@ def _pairs_per_query(recipe: Recipe) -> int:
 
 
 def pool_replica(pool: Pool) -> Replica:
-    return Replica(pool.num_cpus, pool.num_gpus, pool.accelerator_type)
+    return Replica(pool.num_cpus, pool.num_gpus, pool.accelerator_type, labels=_sorted(pool.labels))
 
 
-def chat_replica(pool: Pool, engine: Engine) -> Replica:
+def chat_replica(pool: Pool, engine: Engine | None) -> Replica:
     """A vLLM engine: `tensor_parallel_size` times what the pool says on one node, and that for each
-    pipeline parallel stage."""
+    pipeline parallel stage. Without an engine of its own a replica is what its pool says."""
+    if engine is None:
+        return pool_replica(pool)
     width, pieces = engine.tensor_parallel_size, engine.engine_kwargs.get("pipeline_parallel_size", 1)
-    return Replica(pool.num_cpus * width, pool.num_gpus * width, pool.accelerator_type, pieces)
+    amounts = pool.num_cpus * width, pool.num_gpus * width
+    return Replica(*amounts, pool.accelerator_type, pieces, _sorted(pool.labels))
+
+
+def _sorted(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
 
 
 def train_replica(settings: Train) -> Replica:
     resources = {"CPU": 1.0, "GPU": float(settings.use_gpu), **settings.resources_per_worker}
-    return Replica(resources["CPU"], resources["GPU"])
+    return Replica(resources["CPU"], resources["GPU"], labels=_sorted(settings.labels))
 
 
 def refuse(made: Plan, cluster: Cluster) -> None:
@@ -205,7 +262,8 @@ def refuse(made: Plan, cluster: Cluster) -> None:
 def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
     serve = made.recipe.serve
     keys = {"sample": "sample.pool", "judge": "judge.pool", "render": "render.pool", "score": "reward.pool"}
-    replicas = {keys[stage.name]: stage.replica for stage in made.stages}
+    keys["draft"] = f"{draft_model(made.recipe)[0]}.pool"
+    replicas = {keys[stage.name]: stage.replica for stage in (*made.drafting, *made.stages)}
     replicas["serve.pool"] = chat_replica(serve.pool, serve.engine)
     alone = [line for key, replica in replicas.items() for line in _too_large(key, replica, cluster)]
     yield from alone
@@ -227,6 +285,9 @@ def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
                 f"{phase.name}.workers: {workers} workers ask {workers} x {_amount(replica)}, "
                 f"the cluster has {cluster}"
             )
+    for stage in made.drafting:
+        if not alone and place(cluster, [stage.replica] * stage.size[0]) is False:
+            yield f"{keys['draft']}: {stage.size[0]} x {_amount(stage.replica)} have no room on {cluster}"
 
 
 def _too_large(key: str, replica: Replica, cluster: Cluster) -> Iterator[str]:
@@ -236,6 +297,10 @@ def _too_large(key: str, replica: Replica, cluster: Cluster) -> Iterator[str]:
     if replica.gpu_type is not None and replica.gpu_type not in types:
         have = ", ".join(sorted(str(name or "GPUs of no type") for name in types)) or "no GPU"
         yield f"{key}: a replica asks a {replica.gpu_type} (accelerator_type), the cluster has {have}"
+        return
+    given = [dict(node.labels or ()) for node in cluster.nodes]
+    if not any(Replica(labels=replica.labels).fits(node) for node in cluster.nodes):
+        yield f"{key}: a replica asks {_amount(replica)}, and {no_such_labels(dict(replica.labels), given)}"
         return
     largest = max(cluster.nodes, key=lambda node: (node.gpus, node.cpus))
     pieces = f" {replica.pieces} times" if replica.pieces > 1 else ""
@@ -248,7 +313,9 @@ def _too_large(key: str, replica: Replica, cluster: Cluster) -> Iterator[str]:
 def _amount(replica: Replica) -> str:
     amounts = ((replica.gpus, "GPU"), (replica.cpus, "CPU"))
     given = [(n, name) for n, name in amounts if n and not math.isinf(n)]
-    return " and ".join(f"{n:g} {name}{'s'[: n > 1]}" for n, name in given) or "nothing"
+    labels = ", ".join(f"{name}={value}" for name, value in replica.labels)
+    told = " and ".join(f"{n:g} {name}{'s'[: n > 1]}" for n, name in given) or "nothing"
+    return told + (f" on a node labelled {labels}" if labels else "")
 
 
 def _balance(made: Plan, cluster: Cluster) -> None:

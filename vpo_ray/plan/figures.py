@@ -22,6 +22,7 @@ from vpo_ray.videos import VideoStore
 
 # Recipe sections whose settings decide how long a row of the stage takes.
 SECTIONS = {
+    "draft": ("draft", "judge"),
     "sample": ("policy", "sample"),
     "judge": ("judge",),
     "render": ("render",),
@@ -69,6 +70,12 @@ class Ledger:
         """Which share of the rows that left a stage counts as `part`, e.g. verdicts: aligned."""
         entry = self.stages.get(stage, {})
         return entry[kind].get(part, 0) / entry["out"] if entry.get("out") and kind in entry else None
+
+    def videos_a_query(self, strategy: str) -> float | None:
+        """What `render.strategy` renders (or would have rendered) of a query, on average."""
+        pair = self.stages.get("pair", {})
+        found = pair.get("videos", {}).get(strategy)
+        return found["videos"] / pair["in"] if found and pair.get("in") else None
 
 
 def read_ledger(recipe: Recipe, given: str | None) -> Ledger | None:

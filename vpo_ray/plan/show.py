@@ -26,7 +26,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     more = f" {'balanced':>9} {'hours':>8}" if plan.cluster else ""
     yield f"{'stage':<8} {'rows':>17} {'s a row':>10} {'GPU-hours':>10} {'pool':>7} {'hours':>8}{more}"
-    yield from (_row(stage, plan) for stage in plan.stages)
+    yield from (_row(stage, plan) for stage in (*plan.drafting, *plan.stages))
     for phase in plan.training:
         settings = getattr(recipe, phase.name)
         how = f"ZeRO-{settings.zero_stage}, global batch {settings.global_batch}, lr {settings.lr:g}"
@@ -73,7 +73,7 @@ def _videos(plan: Plan) -> str:
 def _sources(plan: Plan) -> Iterator[str]:
     """Where the seconds are from, stages of the same source on one line."""
     stages: dict[str, list[str]] = {}
-    for stage in (*plan.stages, *plan.training):
+    for stage in plan.phases:
         stages.setdefault(stage.seconds.source, []).append(stage.name)
     yield from (f"{', '.join(names)}: {source}" for source, names in stages.items())
 
@@ -82,7 +82,7 @@ def _wall(plan: Plan) -> str:
     if not plan.hours:
         return "not known"
     sizes = "balanced pools" if any(s.balanced for s in plan.stages) else "the recipe's largest pools"
-    bounded = [s.name for s in (*plan.stages, *plan.training) if s.work and not s.expected]
+    bounded = [s.name for s in plan.phases if s.work and not s.expected]
     most = f" ({' and '.join(bounded)} at most)" if bounded else ""
     more = f"; {', '.join(plan.unknown)} not known" if plan.unknown else "; loading of models is not in it"
     return f"{plan.hours:,.1f} hours with {sizes}{most}{more}"
@@ -109,7 +109,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "run": plan.recipe.out,
         "queries": {"read": plan.queries.total(), **plan.queries},
         "cluster": [_finite(node._asdict()) for node in plan.cluster.nodes] if plan.cluster else None,
-        "stages": {stage.name: _stage(stage) for stage in (*plan.stages, *plan.training)},
+        "stages": {stage.name: _stage(stage) for stage in plan.phases},
         "video_bytes": {"value": plan.video_bytes.value, "source": plan.video_bytes.source},
         "not_known": plan.unknown,
         "hours_of_known": plan.hours,
@@ -135,4 +135,7 @@ def _stage(stage: StagePlan) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in values.items()}
+    known = {k: v for k, v in values.items() if k != "labels" or v is not None}
+    if "labels" in known:
+        known["labels"] = dict(known["labels"])
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in known.items()}

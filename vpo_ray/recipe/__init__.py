@@ -30,7 +30,8 @@ __all__ = [
     "ChatModel", "Checklist", "Diversity", "Draft", "Endpoint", "Engine", "Evaluate", "Guard", "Judge",
     "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries", "Recipe",
     "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track", "Train",
-    "TrainLora", "computed", "differences", "load", "load_serve", "locate", "parse", "video_presets",
+    "TrainLora", "computed", "differences", "load", "load_serve", "locate", "parse", "serve_of",
+    "video_presets",
 ]  # fmt: skip
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
@@ -166,12 +167,7 @@ def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
     filled in from the recipe.
     """
     if path is not None:
-        recipe = load(path, overrides)
-        videos = recipe.serve.videos
-        if videos is None:
-            return recipe.serve
-        filled = {"render": videos.render or recipe.render, "reward": videos.reward or recipe.reward}
-        return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
+        return serve_of(load(path, overrides))
     tree: dict[str, Any] = {"serve": {}}
     for item in overrides:
         set_key(tree, item)
@@ -179,6 +175,15 @@ def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
         return Serve.model_validate(tree["serve"])
     except ValidationError as error:
         raise RecipeError("\n".join(f"serve.{_explain(e)}" for e in error.errors())) from None
+
+
+def serve_of(recipe: Recipe) -> Serve:
+    """The recipe's `serve` section, with the models of `/v1/videos` filled in; see `load_serve`."""
+    videos = recipe.serve.videos
+    if videos is None:
+        return recipe.serve
+    filled = {"render": videos.render or recipe.render, "reward": videos.reward or recipe.reward}
+    return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -27,9 +27,11 @@ INGRESS_REQUESTS = 4096
 
 
 class Arguments(Section):
-    """What `serve run` and the `args` of a Serve config file give."""
+    """What `serve run` and the `args` of a Serve config file give. `files` names the checkpoint's files
+    where they may change in place: Serve then sees another version."""
 
     checkpoint: str
+    files: str | None = None
     serve: Serve = Serve()
 
 

@@ -1,0 +1,12 @@
+"""What `ray job submit` takes: the trained policy against the one before it, on the eval split.
+
+    ray job submit --working-dir . -- python jobs/evaluate.py --recipe jobs/recipes/tiny.yaml
+
+Submitted again after a failure, it goes on where it stopped.
+Its options and exit status are those of `vpo evaluate`.
+"""
+
+from vpo_ray.cli import job
+
+if __name__ == "__main__":
+    raise SystemExit(job("evaluate"))
