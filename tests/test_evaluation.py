@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from vpo_ray import cli, evaluation
+from vpo_ray import cli
 from vpo_ray.evaluation import compare, evaluate, told
-from vpo_ray.loop import LoopError, Start, curate_queries, open_run
+from vpo_ray.ledger import reconcile
+from vpo_ray.loop import LoopError, Start, curate_queries, dpo_id, open_run, starting_policy
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage import RunDir
@@ -45,54 +47,54 @@ def test_nothing_is_evaluated_before_there_is_a_trained_policy(tmp_path: Path) -
         evaluate(recipe, run)
 
 
-def test_only_the_eval_split_is_asked_and_each_policy_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The stream is replaced by rows as it would leave them; a real one is in tests/nodes."""
+def write_feedback(recipe: Recipe, run: RunDir, start: Start, score: float) -> RunDir:
+    """What a finished evaluation of a policy leaves: then no engine has to be started."""
+    folder = RunDir(run.at(f"evaluation/{start.identity}"))
+    once = recipe.sample.model_copy(update={"k": 1})
+    queries = sorted(
+        (row for row in run.table("queries").rows() if row["split"] == "eval"),
+        key=lambda row: row["query_id"],
+    )
+    rows = []
+    for n, query in enumerate(queries):
+        for row in candidates(query, once, start.identity, recipe.seed):
+            made: dict[str, Any] = {"verdict": "aligned", "score": score if n else 1.0}
+            rows.append({**row, "prompt": "x", **(made if n != 1 else {"verdict": "unsafe"})})
+    folder.table("feedback").append(rows)
+    return folder
+
+
+@pytest.mark.ray
+def test_only_the_eval_split_is_asked_and_each_policy_once(ray_cluster: None, tmp_path: Path) -> None:
+    """Real streams that find everything done; one that has all to do is in test_node_kinds.py."""
     recipe = recipe_of(tmp_path, "render.strategy=adaptive")
     run = open_run(recipe)
     curate_queries(recipe, run)
     run.write_json("checkpoints/dpo/vpo.json", {})
-    asked: list[tuple[Recipe, str]] = []
-
-    def generate(own: Recipe, folder: RunDir, start: Start, retry_errors: bool) -> dict[str, Any]:
-        asked.append((own, start.policy))
-        trained = start.policy.endswith("checkpoints/dpo")
-        rows = []
-        for n, query in enumerate(folder.table("queries").rows()):
-            for row in candidates(query, own.sample, start.identity, own.seed):
-                made: dict[str, Any] = {
-                    "prompt": "x",
-                    "verdict": "aligned",
-                    "score": 1.0 + trained * (n != 0),
-                }
-                if n == 1:
-                    made = {"verdict": "unsafe"}
-                rows.append({**row, **made})
-        folder.table("feedback").append(rows)
-        return {}
-
-    monkeypatch.setattr(evaluation, "generate_feedback", generate)
-    result = evaluate(recipe, run)
+    before = starting_policy(recipe, run)
+    after = Start(run.at("checkpoints/dpo"), dpo_id(recipe, run, before))
+    folders = [write_feedback(recipe, run, start, score) for start, score in ((before, 1.0), (after, 2.0))]
     held_out = {row["query_id"] for row in run.table("queries").rows() if row["split"] == "eval"}
     n = len(held_out)
     assert 10 < n < 30
+
+    result = evaluate(recipe, run)
     assert result["queries"] == n
-    assert (result["compared"], result["better"], result["equal"]) == (n - 1, n - 2, 1)
+    assert (result["compared"], result["better"], result["equal"], result["worse"]) == (n - 1, n - 2, 1, 0)
     assert result["before"]["verdicts"] == {"aligned": n - 1, "unsafe": 1}
+    assert (result["before"]["policy"], result["after"]["policy"]) == (before.policy, after.policy)
     assert run.read_json("evaluation.json") == result
     assert f"after DPO {n - 2} of {n - 1} videos score better" in told(result)
-    assert [policy for _, policy in asked] == [recipe.policy.model, run.at("checkpoints/dpo")]
-    for own, _ in asked:
-        folder = RunDir(own.out)
+    for folder in folders:
         assert {row["query_id"] for row in folder.table("queries").rows()} == held_out
-        assert (own.sample.k, own.render.strategy, own.render.store) == (1, "all", run.at("videos"))
-        assert own.seed == recipe.seed, "both policies' videos of a query share their seed"
-        assert folder.exists("ledger.json")
+        own = yaml.safe_load(folder.read("recipe.yaml"))
+        assert (own["sample"]["k"], own["render"]["strategy"]) == (1, "all")
+        assert own["render"]["store"] == run.at("videos"), "a video of the run is not rendered twice"
+        assert own["seed"] == recipe.seed, "both policies' videos of a query share their seed"
+        assert reconcile(folder.read_json("ledger.json")) == []
 
-    # The same again: each policy's own directory is found, and no row is added.
-    counts = [RunDir(own.out).table("feedback").count() for own, _ in asked]
-    assert counts == [n, n]
+    assert evaluate(recipe, run) == result
+    assert [folder.table("feedback").count() for folder in folders] == [n, n]
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
