@@ -11,7 +11,10 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,20 @@ class VllmStageActor(vLLMEngineStageUDF):
         yield await self.run(batch)
 
 
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """`build_processor` calls `ray.init` once more, which takes SIGTERM and the log level of Ray for
+    itself: a job that is stopped would end without its ledger."""
+    handler, ray_logger = signal.getsignal(signal.SIGTERM), logging.getLogger("ray")
+    level = ray_logger.level
+    try:
+        yield
+    finally:
+        ray_logger.setLevel(level)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
 def _leave() -> None:
     """The engine's process is gone: leave, so that Ray restarts this actor with a fresh one and
     takes the batch again. A raised error would come back to this same actor."""
@@ -188,7 +205,8 @@ def vllm_pool(
         tokenize_stage=False,
         detokenize_stage=False,
     )
-    processor = build_processor(config)
+    with _as_before():
+        processor = build_processor(config)
     arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
     arguments["fn_constructor_kwargs"] |= {
         "stage": stage,
