@@ -99,7 +99,19 @@ def test_a_recipe_asks_for_its_files_storage_and_keys(tmp_path: Path) -> None:
     assert "reward.model" not in ask.readable
     assert "reward.checklist.file" not in ask.readable
     assert ask.writable == {"out": str(tmp_path)}
-    assert ask.variables == ["MY_KEY"]
+    assert ask.variables == ("MY_KEY",)
+
+
+def test_every_llm_is_asked_for_where_it_is(tmp_path: Path) -> None:
+    llm = f"llm: {{model: {tmp_path}}}"
+    drafts = f"draft={{examples: e.jsonl, {llm}}}"
+    remote = ["judge.backend=openai", f"judge.model={tmp_path}", "judge.endpoint.api_key_env=JUDGE_KEY"]
+    ask = doctor.asked(load(TINY, [f"out={tmp_path}", drafts, *remote]))
+    assert ask.readable["draft.llm.model"] == str(tmp_path)
+    assert "judge.model" not in ask.readable, "a model of the endpoint's is no folder"
+    assert ask.variables == ("JUDGE_KEY",)
+    by_judge = doctor.asked(load(TINY, [f"out={tmp_path}", "draft={examples: e.jsonl}", *remote]))
+    assert by_judge.variables == ("JUDGE_KEY",), "named once, though it judges and drafts"
 
 
 @pytest.mark.ray

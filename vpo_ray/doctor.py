@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.chains import draft_model
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.storage import Folder
 
@@ -100,14 +101,15 @@ def asked(recipe: Recipe | None) -> Ask:
     """What the recipe asks of every node. Hub ids and URIs of models are looked up where they load."""
     if recipe is None:
         return Ask({}, {}, ())
-    models = {
-        "policy.model": recipe.policy.model,
-        "judge.model": recipe.judge.model,
-        "render.model": recipe.render.model,
-    }
+    models = {"policy.model": recipe.policy.model, "render.model": recipe.render.model}
     if recipe.render.lora is not None:
         models["render.lora.path"] = recipe.render.lora.path
     variables = []
+    for key, llm in {"judge": recipe.judge, draft_model(recipe)[0]: draft_model(recipe)[1]}.items():
+        if llm.backend == "vllm":
+            models[f"{key}.model"] = llm.model
+        else:
+            variables += [llm.endpoint.api_key_env] if llm.endpoint.api_key_env else []
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
         models |= {f"{key}.checklist.{n}": path for n, path in reward.checklist.files().items() if path}
@@ -120,7 +122,7 @@ def asked(recipe: Recipe | None) -> Ask:
     return Ask(
         {key: name for key, name in local.items() if name.startswith("/")},
         {key: locate(name) if "://" in name else str(Path(name).resolve()) for key, name in storage.items()},
-        variables,
+        tuple(dict.fromkeys(variables)),
     )
 
 
@@ -233,10 +235,12 @@ def _recipe_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def _placement(recipe: Recipe) -> Iterator[Finding]:
+    from vpo_ray.loop import drafts_first
     from vpo_ray.placement import look, pool_shapes, problems, worker_shapes
 
     view = look()
-    shapes = {"pools": pool_shapes(recipe, ("sample", "judge", "render", "score"))}
+    shapes = {"drafting": pool_shapes(recipe, ("draft",))} if drafts_first(recipe) else {}
+    shapes |= {"pools": pool_shapes(recipe, ("sample", "judge", "render", "score"))}
     for phase in ("sft", "dpo"):
         if (settings := getattr(recipe, phase)) is not None:
             shapes[phase] = worker_shapes(phase, settings)
