@@ -8,6 +8,7 @@ run goes on behind its last finished batch.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,11 @@ RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
 # `error_stage` of rows whose stage cannot work at all (`stops_run` of the exception): a full disk or
 # a model that does not load is no property of a row.
 STOP = "stop"
+
+
+def _stopped(row: Row, reason: str) -> Row:
+    """The model, disk or variable that is missing may be so on one node only: which, is told."""
+    return failed(row, STOP, f"{reason} (on node {socket.gethostname()})")
 
 
 def result_schema(table: Table) -> pa.Schema:
@@ -153,7 +159,7 @@ class Outcome:
         try:
             self.table.append([row for row in out if row["error_stage"] != STOP])
         except StorageError as error:
-            out = [failed(row, STOP, str(error)) for row in out]
+            out = [_stopped(row, str(error)) for row in out]
         errors = sum(row["error"] is not None for row in done)
         self._metrics().count(done)
         self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
@@ -210,7 +216,7 @@ class ChatRunner:
             raise
         except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
             if getattr(error, "stops_run", False):
-                return failed(row, STOP, str(error))
+                return _stopped(row, str(error))
             return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
 
 
@@ -232,8 +238,12 @@ class StageActor:
                 try:
                     done = self.stage(wanted)
                 except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
-                    where = STOP if getattr(error, "stops_run", False) else self.stage.name
-                    done = [failed(row, where, f"{type(error).__name__}: {error}") for row in wanted]
+                    reason = f"{type(error).__name__}: {error}"
+                    stops = getattr(error, "stops_run", False)
+                    done = [
+                        _stopped(row, reason) if stops else failed(row, self.stage.name, reason)
+                        for row in wanted
+                    ]
             done = [self.outcome.charge(row, seconds[0]) for row in done]
         return self.outcome.publish(rows, done)
 
