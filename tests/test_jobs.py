@@ -66,11 +66,9 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.5)
         yield {**user, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        try:
-            node.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
+        # What the jobs wrote is checked; nothing of this node is worth a graceful end of 30 s.
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait(timeout=30)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -84,7 +82,7 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     head: dict[str, str], tiny_sets: list[str], tmp_path: Path
 ) -> None:
     queries = tmp_path / "queries.txt"
-    animals = ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"]
+    animals = ["cat", "dog", "owl", "fox", "hen", "eel"]
     queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
     out = tmp_path / "run"
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
@@ -121,7 +119,7 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     run = RunDir(out)
     ledger = run.read_json("ledger.json")
     assert reconcile(ledger) == []
-    assert run.table("feedback").count() == 40
+    assert run.table("feedback").count() == 24
     assert run.table("pairs").count() > 0
     for phase in ("sft", "dpo"):
         assert run.exists(f"checkpoints/{phase}/vpo.json")

@@ -1,6 +1,7 @@
 """A roll-out and a killed replica under load, metrics, the config file: what an operator relies on."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from tiny_endpoint import SETTINGS, TINY
 
 from vpo_ray.cli import main
 from vpo_ray.recipe import load_serve
+from vpo_ray.recipe.serve import Canary
 from vpo_ray.serve.policy import takes_canary
 
 
@@ -102,17 +104,14 @@ def engine_pid() -> int:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
-def test_no_request_fails_while_a_checkpoint_is_rolled_out_and_the_engine_killed(
+def test_no_request_fails_while_a_checkpoint_is_rolled_out_killed_and_rolled_back(
     brief: str, checkpoint: str, tmp_path: Path
 ) -> None:
     from ray import serve
 
     from vpo_ray.serve import deploy
 
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in Path(checkpoint).iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = shutil.copytree(checkpoint, tmp_path / "other")
     with load(brief) as seen:
         until(lambda: sum(seen.values()) > 5)
         (old,) = seen
@@ -123,9 +122,34 @@ def test_no_request_fails_while_a_checkpoint_is_rolled_out_and_the_engine_killed
         # The only replica loses its engine and leaves. What it had is answered by the next one.
         os.kill(engine_pid(), signal.SIGKILL)
         until(lambda: seen[new] > before + 3)
+        back = seen[old]
+        deploy(checkpoint, SETTINGS)
+        until(lambda: seen[old] > back + 3)
     assert set(seen) == {old, new}, "every request was answered by the one or the other"
     assert old.startswith("vpo-")
     assert serve.status().applications["vpo"].status == "RUNNING"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_canary_answers_its_share_of_the_queries(url: str, checkpoint: str, tmp_path: Path) -> None:
+    from vpo_ray.serve import deploy
+
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    canary = Canary(checkpoint=str(other), share=0.5)
+    deploy(checkpoint, SETTINGS.model_copy(update={"canary": canary, "max_tokens": 12}))
+    try:
+        answered: dict[str, set[str]] = {}
+        for query in [f"a cat, number {number}" for number in range(12)] * 2:
+            reply = httpx.post(f"{url}/optimize", json={"query": query}, timeout=120).json()
+            answered.setdefault(query, set()).add(reply["system_fingerprint"])
+    finally:
+        deploy(checkpoint, SETTINGS)
+    assert all(len(found) == 1 for found in answered.values()), "a query stays with its checkpoint"
+    assert len(set.union(*answered.values())) == 2
+    by_canary = [query for query in answered if takes_canary(query, 0.5)]
+    assert len(set.union(*(answered[query] for query in by_canary))) == 1
 
 
 @pytest.mark.ray
