@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 BATCH, WARM_UP = 4, 2
+# Of everything, reference and setting up included; and of training steps alone, the first ones left out.
+SPEEDS = ("pairs_per_second", "pairs_per_cpu_second", "steps_pairs_per_second", "steps_pairs_per_cpu_second")
 VARIANTS = ("packed", "unshared", "trl_best", "trl", "zero1", "zero2", "checkpoints")
 
 
@@ -63,14 +65,13 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for variant, runs in results.items():
         out[variant] = {k: v for k, v in runs[-1].items() if k not in ("losses", "weights")}
         if "pairs_per_second" in runs[0]:
-            for speed in ("pairs_per_second", "pairs_per_cpu_second"):
+            for speed in SPEEDS:
                 out[variant][speed] = statistics.median(r[speed] for r in runs)
     for theirs in ("trl", "trl_best"):
         if "packed" in results and theirs in results:
             a, b = results["packed"][-1], results[theirs][-1]
             out[f"packed_vs_{theirs}"] = {
-                "speed": out["packed"]["pairs_per_second"] / out[theirs]["pairs_per_second"],
-                "cpu_speed": out["packed"]["pairs_per_cpu_second"] / out[theirs]["pairs_per_cpu_second"],
+                **{speed: out["packed"][speed] / out[theirs][speed] for speed in SPEEDS},
                 "memory": a["gib"] / b["gib"],
                 "loss_difference": max(abs(x - y) / y for x, y in zip(a["losses"], b["losses"], strict=True)),
                 "weight_difference": max(abs(x - y) for x, y in zip(a["weights"], b["weights"], strict=True)),
@@ -165,14 +166,23 @@ def run_ours(variant: str, folder: Path, steps: int) -> dict[str, Any]:
     # The reference is computed once for all epochs; here one epoch pays for it in full.
     started, cpu = time.perf_counter(), time.process_time()
     worker.compute_reference(variant)
-    lines = [worker.step(step) for step in range(steps)]
+    lines, clocks = [], [(time.perf_counter(), time.process_time())]
+    for step in range(steps):
+        lines.append(worker.step(step))
+        clocks.append((time.perf_counter(), time.process_time()))
     return {
         "pairs_per_second": BATCH * steps / (time.perf_counter() - started),
         "pairs_per_cpu_second": BATCH * steps / (time.process_time() - cpu),
-        "pairs_per_second_of_steps": BATCH / statistics.median(line["seconds"] for line in lines[WARM_UP:]),
+        **steps_speed([(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(clocks)]),
         "losses": [line["loss"] for line in lines],
         "weights": sample_weights(worker.engine.module.model),
     }
+
+
+def steps_speed(times: list[tuple[float, float]]) -> dict[str, float]:
+    """From the seconds and CPU seconds of each step."""
+    wall, cpu = (statistics.median(part[WARM_UP:]) for part in zip(*times, strict=True))
+    return {"steps_pairs_per_second": BATCH / wall, "steps_pairs_per_cpu_second": BATCH / cpu}
 
 
 def sample_weights(model: Any) -> list[float]:
@@ -198,14 +208,14 @@ def run_trl(variant: str, folder: Path, steps: int) -> dict[str, Any]:
         def _get_train_sampler(self, *args: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter())
+            self.began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times[-1] = time.perf_counter() - times[-1]
+            times.append((time.perf_counter() - self.began[0], time.process_time() - self.began[1]))
 
     os.environ.pop("LOCAL_RANK")
     examples = make_examples(BATCH * steps)
@@ -248,7 +258,7 @@ def run_trl(variant: str, folder: Path, steps: int) -> dict[str, Any]:
     return {
         "pairs_per_second": BATCH * steps / (time.perf_counter() - started),
         "pairs_per_cpu_second": BATCH * steps / (time.process_time() - cpu),
-        "pairs_per_second_of_steps": BATCH / statistics.median(times[WARM_UP:]),
+        **steps_speed(times),
         "losses": [line["loss"] for line in trainer.state.log_history if "grad_norm" in line],
         "weights": sample_weights(trainer.model),
     }
