@@ -142,7 +142,7 @@ def test_the_judge_labels_the_unsafe_share(tmp_path: Path, ray_cluster: None, se
     assert all("dog" in row["query"] for row in chosen if row["unsafe"])
     assert len(server.requests) == 12 + 2, "each query once, and a repair round for the one that babbles"
     ledger = build_ledger(run, recipe)
-    assert reconcile(ledger) == []
+    assert not [line for line in reconcile(ledger) if line.startswith("label")]
     labelled = ledger["stages"]["label"]
     assert labelled["verdicts"] == {"safe": 8, "unsafe": 4}
     assert sum(labelled["errored"].values()) == 1

@@ -72,6 +72,7 @@ def pool_shapes(recipe: Recipe, stages: Sequence[str]) -> list[Shape]:
     """The replicas of these stages; the stream moves once there is one of each."""
     drafter, llm = draft_model(recipe)
     pools: dict[str, tuple[str, Pool, Engine | None]] = {
+        "label": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),
         "draft": (f"{drafter}.pool", llm.pool, engine_of(llm)),
         "sample": ("sample.pool", recipe.sample.pool, recipe.sample.engine),
         "judge": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),

@@ -217,6 +217,16 @@ def test_drafting_is_planned_with_the_llm_that_drafts(tiny: dict[str, Any], tmp_
     assert stage(own, "draft").replica.gpus == 4, "the judge drafts where draft.llm is unset"
 
 
+def test_labelling_takes_every_query_that_the_rules_keep(tiny: dict[str, Any], tmp_path: Path) -> None:
+    queries = [f"a cat, number {number}" for number in range(12)]
+    (tmp_path / "queries.txt").write_text("\n".join([*queries, "", queries[1]]))
+    tiny["queries"] = {
+        "path": str(tmp_path / "queries.txt"), "size": 6, "unsafe_share": 0.5, "unsafe_judge": True
+    }  # fmt: skip
+    (label,) = plan(recipe(tiny)).before
+    assert (label.name, label.rows, label.expected) == ("label", 12, True)
+
+
 def test_an_llm_at_an_endpoint_takes_no_gpu(tiny: dict[str, Any]) -> None:
     remote = {"judge__backend": "openai", "judge__model": "gpt", "judge__engine__tensor_parallel_size": 4}
     pool = {"judge__pool": "{num_cpus: 0.5}", "sft__workers": 3, "dpo__workers": 3}

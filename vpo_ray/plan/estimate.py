@@ -30,7 +30,7 @@ MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), th
 
 @dataclass
 class StagePlan:
-    """One stage of the stream, drafting before it, or one training phase.
+    """One stage of the stream, labelling or drafting before it, or one training phase.
 
     rows: at most, unless `expected`; None where not known. seconds: replica-seconds a row. size:
     replicas, smallest and largest. balanced: replicas on the cluster that was given.
@@ -65,7 +65,7 @@ class Plan:
 
     recipe: Recipe
     queries: Counter[str]  # rows read, by split or dropped
-    drafting: list[StagePlan]  # one or none
+    before: list[StagePlan]  # labelling and drafting, where the recipe has them
     stages: list[StagePlan]
     training: list[StagePlan]
     video_bytes: Figure
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def phases(self) -> list[StagePlan]:
-        return [*self.drafting, *self.stages, *self.training]
+        return [*self.before, *self.stages, *self.training]
 
     @property
     def unknown(self) -> list[str]:
@@ -91,7 +91,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """Of the whole run, at least: phases whose time is not known are not in it."""
-        alone = [(s, s.size[1]) for s in self.drafting] + [(s, s.size[0]) for s in self.training]
+        alone = [(s, s.size[1]) for s in self.before] + [(s, s.size[0]) for s in self.training]
         return self.stream_hours + sum(stage.hours(replicas) or 0.0 for stage, replicas in alone)
 
     @property
@@ -122,8 +122,9 @@ def plan(
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
     stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
     training = list(_training(recipe, queries, past))
-    drafting = list(_drafting(recipe, queries["sft"], past))
-    made = Plan(recipe, queries, drafting, stages, training, bytes_per_video(recipe), cluster, price)
+    labelled = sum(counts[name] for name in (*SPLITS, "not in the subset", "over the limit"))
+    before = [*_labelling(recipe, labelled, past), *_drafting(recipe, queries["sft"], past)]
+    made = Plan(recipe, queries, before, stages, training, bytes_per_video(recipe), cluster, price)
     if not exact:
         made.notes.append(
             "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
@@ -183,6 +184,16 @@ def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
     for key, model in {"judge": recipe.judge, drafter: llm}.items():
         if model.backend == "openai" and model.pool.num_gpus:
             yield f"{key}.pool.num_gpus {model.pool.num_gpus:g}: its replicas only ask an endpoint, set it 0"
+
+
+def _labelling(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
+    if not recipe.queries.unsafe_judge:
+        return
+    judge = recipe.judge
+    seconds = (past.seconds("label") if past else None) or Figure(None, MEASURE)
+    expected = not recipe.queries.unsafe_columns  # those label some of them
+    replica = chat_replica(judge.pool, engine_of(judge))
+    yield StagePlan("label", queries, expected, seconds, replica, judge.pool.size)
 
 
 def _drafting(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
@@ -262,8 +273,8 @@ def refuse(made: Plan, cluster: Cluster) -> None:
 def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
     serve = made.recipe.serve
     keys = {"sample": "sample.pool", "judge": "judge.pool", "render": "render.pool", "score": "reward.pool"}
-    keys["draft"] = f"{draft_model(made.recipe)[0]}.pool"
-    replicas = {keys[stage.name]: stage.replica for stage in (*made.drafting, *made.stages)}
+    keys |= {"label": "judge.pool", "draft": f"{draft_model(made.recipe)[0]}.pool"}
+    replicas = {keys[stage.name]: stage.replica for stage in (*made.before, *made.stages)}
     replicas["serve.pool"] = chat_replica(serve.pool, serve.engine)
     alone = [line for key, replica in replicas.items() for line in _too_large(key, replica, cluster)]
     yield from alone
@@ -285,9 +296,9 @@ def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
                 f"{phase.name}.workers: {workers} workers ask {workers} x {_amount(replica)}, "
                 f"the cluster has {cluster}"
             )
-    for stage in made.drafting:
+    for stage in made.before:
         if not alone and place(cluster, [stage.replica] * stage.size[0]) is False:
-            yield f"{keys['draft']}: {stage.size[0]} x {_amount(stage.replica)} have no room on {cluster}"
+            yield f"{keys[stage.name]}: {stage.size[0]} x {_amount(stage.replica)} have no room on {cluster}"
 
 
 def _too_large(key: str, replica: Replica, cluster: Cluster) -> Iterator[str]:

@@ -22,6 +22,7 @@ from vpo_ray.videos import VideoStore
 
 # Recipe sections whose settings decide how long a row of the stage takes.
 SECTIONS = {
+    "label": ("judge",),
     "draft": ("draft", "judge"),
     "sample": ("policy", "sample"),
     "judge": ("judge",),

@@ -26,7 +26,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     more = f" {'balanced':>9} {'hours':>8}" if plan.cluster else ""
     yield f"{'stage':<8} {'rows':>17} {'s a row':>10} {'GPU-hours':>10} {'pool':>7} {'hours':>8}{more}"
-    yield from (_row(stage, plan) for stage in (*plan.drafting, *plan.stages))
+    yield from (_row(stage, plan) for stage in (*plan.before, *plan.stages))
     for phase in plan.training:
         settings = getattr(recipe, phase.name)
         how = f"ZeRO-{settings.zero_stage}, global batch {settings.global_batch}, lr {settings.lr:g}"
