@@ -248,6 +248,11 @@ class StageActor:
         return self.outcome.publish(rows, done)
 
 
+def of_stage(actor: type, stage: str) -> type:
+    """An actor's class under its stage's name, as `ps`, `ray list actors` and dashboards show it."""
+    return type(stage, (actor,), {})
+
+
 def batch_pool(
     dataset: Dataset,
     pool: Pool,
@@ -266,7 +271,7 @@ def batch_pool(
     """
     calls = 1 if alone else calls
     return dataset.map_batches(
-        StageActor,
+        of_stage(StageActor, outcome.stage),
         fn_constructor_kwargs={"stage": stage, "outcome": outcome},
         batch_size=batch_size,
         batch_format="pyarrow",
@@ -301,7 +306,11 @@ def split_blocks(dataset: Dataset, rows: int) -> Dataset:
 
 
 def progress_handle(stages: Sequence[str], spent: float = 0.0) -> Any:
-    """Start the actor that counts rows and money; it lives as long as the handle."""
+    """Start the actor that counts rows and money; it lives as long as the handle, beside the driver:
+    anywhere else it could go with a spot node, and the run with it."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from vpo_ray.progress import Progress
 
-    return ray.remote(num_cpus=0)(Progress).remote(list(stages), spent)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote(list(stages), spent)

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling, Usage
 from vpo_ray.engines.endpoint import Completion, EndpointClient, RequestError
-from vpo_ray.pools import RESTARTS, ChatRunner, Outcome
+from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id
 from vpo_ray.storage import Folder
@@ -297,7 +297,7 @@ def endpoint_pool(
     # Batches enough to keep every slot of the endpoint taken, and one that waits.
     batches = 1 if alone else -(-model.endpoint.concurrency // batch_size) + 1
     return dataset.map_batches(
-        EndpointActor,
+        of_stage(EndpointActor, outcome.stage),
         fn_constructor_kwargs={
             "model": model,
             "where": where,

@@ -25,7 +25,7 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS,
 
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
 from vpo_ray.policy_prompt import chat_ids
-from vpo_ray.pools import RESTARTS, ChatRunner, Outcome
+from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import Engine, Pool, locate
 
 logger = logging.getLogger(__name__)
@@ -216,4 +216,5 @@ def vllm_pool(
     }
     if pool.labels:
         arguments["label_selector"] = pool.labels
-    return dataset.map_batches(VllmStageActor, batch_format="pyarrow", **(arguments | RESTARTS))
+    actor = of_stage(VllmStageActor, outcome.stage)
+    return dataset.map_batches(actor, batch_format="pyarrow", **(arguments | RESTARTS))
