@@ -35,6 +35,10 @@ class Small:
 
     def __init__(self, name: str, faults: str) -> None:
         self.name, self.faults = name, Path(faults)
+        loads = self.faults / f"load-{name}"
+        if loads.exists() and (left := int(loads.read_text())):
+            loads.write_text(str(left - 1))
+            raise RuntimeError("the engine died while it loaded")
 
     def wants(self, row):
         if row["error"] is not None:
@@ -72,8 +76,8 @@ def small_pool(name, faults, stream, recipe, run, models, outcome, rows, alone):
 
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> Path:
-    """A folder of faults: a file `STAGE-QUERY-K` makes that row fail with its text, or kill, and
-    `flat-QUERY` gives all its videos one score."""
+    """A folder of faults: a file `STAGE-QUERY-K` makes that row fail with its text, or kill,
+    `flat-QUERY` gives all its videos one score, and `load-STAGE` says how often loading fails."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -217,6 +221,42 @@ def test_a_row_that_kills_its_process_is_given_up_alone(tmp_path: Path, faults: 
     assert errors[("q5 of many", 2)]["error_stage"] == "judge"
     assert "died under this row" in errors[("q5 of many", 2)]["error"]
     assert len(outputs(run)) == 24
+
+
+def test_a_pass_in_which_a_node_was_lost_gives_up_no_row(
+    tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = faults / "sample-q5-2"
+    fault.write_text("kill")
+    up = [{"head", "spot"}, {"head"}]
+
+    def nodes() -> set[str]:
+        if len(up) == 1:  # the end of the first pass
+            fault.unlink(missing_ok=True)
+        return up.pop(0) if up else {"head"}
+
+    monkeypatch.setattr(pipeline, "_nodes", nodes)
+    recipe = recipe_for(tmp_path, tries=1)
+    run = run_of(recipe, 6)
+    generate(recipe, run, MODELS, ["sample"])
+    rows = list(run.table("candidates").rows())
+    assert len(rows) == 24
+    assert all(row["error"] is None for row in rows)
+
+
+def test_a_replica_that_is_lost_while_it_loads_is_started_again(tmp_path: Path, faults: Path) -> None:
+    loads = faults / "load-sample"
+    loads.write_text("2")
+    recipe = recipe_for(tmp_path)
+    run = run_of(recipe, 4)
+    generate(recipe, run, MODELS, ["sample"])
+    assert run.table("candidates").count() == 16
+
+    loads.write_text("100")
+    recipe = recipe_for(tmp_path / "broken")
+    with pytest.raises(GenerationError, match=r"a replica failed to start.*the engine died while it loaded"):
+        generate(recipe, run_of(recipe, 4), MODELS, ["sample"])
+    assert int(loads.read_text()) == 97
 
 
 def test_a_run_that_mostly_fails_is_stopped(tmp_path: Path, faults: Path) -> None:

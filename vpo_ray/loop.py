@@ -38,6 +38,14 @@ logger = logging.getLogger(__name__)
 
 ROUND = "round.json"
 
+# A batch whose node is lost is sent again, once. Ray would do so in a tenth of a second, to the same
+# dead address; in this time it has learnt of the loss, and sends the batch to the replica's next place.
+NODE_DEATH_MS = "20000"
+_RETRY_DELAYS = (
+    "RAY_task_actor_unavailable_retry_delay_base_ms",
+    "RAY_task_actor_unavailable_retry_max_delay_ms",
+)
+
 _CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
 
 
@@ -113,6 +121,7 @@ def connect(verbose: bool = False) -> None:
     """Join the cluster of this job or of RAY_ADDRESS, or start one on this machine."""
     # vLLM warns at import of what a driver without a GPU cannot do; its actors have their own level.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.update({name: NODE_DEATH_MS for name in _RETRY_DELAYS if name not in os.environ})
     import ray
 
     if not verbose:

@@ -12,6 +12,7 @@ stages were run one by one, goes on exactly where it stopped.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 STAGES = GENERATION.stages
 
+# Replicas of a stage that may die in a row while they load, before the run gives up.
+INIT_DEATHS = 2
+
 
 class GenerationError(RuntimeError):
     """A run that was stopped; the message says why. What was made is kept."""
@@ -57,7 +61,8 @@ def generate(
     """Run consecutive stages as one stream until every row has passed the last of them.
 
     Rows that are missing afterwards, because a process died under them, are taken again in blocks
-    of one; after `limits.tries` passes they become error rows.
+    of one; after `limits.tries` passes they become error rows. A pass in which a node was lost says
+    nothing of its rows and is not counted.
 
     Returns:
         Counts by stage of what this call did, and the seconds that its replicas took to warm up.
@@ -101,11 +106,14 @@ def _generate(
     Args:
         enter: the ids that the render stage takes, and no others of those that wait for it.
     """
-    for attempt in range(1, recipe.limits.tries + 1):
-        first = attempt == 1
-        stream = _stream(recipe, run, models, stages, retry_errors and first, not first, enter)
+    tries, first, missing = 0, True, sys.maxsize
+    while tries < recipe.limits.tries:
+        # Only a row that is alone in its process can be told to have killed it.
+        alone = tries > 0
+        stream = _stream(recipe, run, models, stages, retry_errors and first, first, alone, enter)
         if stream is None:
             break
+        nodes, before, first = _nodes(), missing, False
         dataset, progress = stream
         shapes, patience = pool_shapes(recipe, stages), recipe.limits.placement_timeout_s
         require(shapes, patience)
@@ -119,7 +127,12 @@ def _generate(
         missing = _unfinished(recipe, run, models, stages, enter)
         if not missing:
             break
-        logger.warning("%d rows were lost with a process that died (pass %d)", missing, attempt)
+        gone = len(nodes - _nodes())
+        if gone and missing < before:
+            logger.warning("%d rows were lost with %d nodes, and are taken again", missing, gone)
+        else:
+            tries += 1
+            logger.warning("%d rows were lost with a process that died (pass %d)", missing, tries)
     else:
         _give_up(recipe, run, models, stages, enter)
     for stage in stages:
@@ -132,6 +145,7 @@ def _stream(
     models: Models,
     stages: Sequence[str],
     retry_errors: bool,
+    first: bool,
     alone: bool,
     enter: np.ndarray | None,
 ) -> tuple[Dataset, Any] | None:
@@ -142,7 +156,7 @@ def _stream(
     again = _lost_videos(recipe, run) if retry_errors and "render" in stages else id_set()
     if enter is not None:
         # In a second pass, those that were lost; what an earlier call left behind them is in both.
-        again = enter[~among(enter, done["render"])] if alone else enter
+        again = enter if first else enter[~among(enter, done["render"])]
     elif len(again):
         done["render"] = done["render"][~among(done["render"], again)]
     if "score" in stages:
@@ -299,8 +313,15 @@ def _configure(dataset: Dataset) -> None:
     context = dataset.context
     # A block that is lost with its process is taken again in the next pass, alone.
     context.max_errored_blocks = -1
+    # A replica that is lost while it loads is started again; one that cannot load fails each time.
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
     # One block may hold a render of half an hour; `render.time_limit_s` ends a hung one.
     context.execution_no_progress_timeout_s = 24 * 3600
+
+
+def _nodes() -> set[str]:
+    """The ids of the nodes that are up."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _unfinished(
