@@ -20,7 +20,6 @@ ATTENTION = "vpo_packed"
 # Float32 elements of a chunk of logits, and of the probabilities kept for the backward pass; past
 # the second number they are computed again instead. 256 MiB each.
 CHUNK = KEEP = 2**26
-CPU_CHUNK = 2**22  # a CPU gains nothing from larger ones, and needs the room of one more to sum it up
 
 
 def register_attention() -> None:
@@ -86,8 +85,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        chunk = min(CHUNK, CPU_CHUNK) if weight.device.type == "cpu" else CHUNK
-        rows = max(1, chunk // weight.shape[0])
+        rows = max(1, CHUNK // weight.shape[0])
         keep = any(ctx.needs_input_grad) and hidden.shape[0] * weight.shape[0] <= KEEP
         out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         kept, norms = [], []
