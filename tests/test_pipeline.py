@@ -28,6 +28,7 @@ pytestmark = pytest.mark.ray
 
 MODELS = Models("nowhere", "test-policy")
 POOL = Pool(size=1, num_cpus=0.1)
+COUNT = 6  # queries of a run, four candidates each
 
 
 class Small:
@@ -94,7 +95,7 @@ def recipe_for(tmp_path: Path, more: Sequence[str] = (), **limits) -> Recipe:
     return load("jobs/recipes/tiny.yaml", overrides)
 
 
-def run_of(recipe: Recipe, count: int = 12) -> RunDir:
+def run_of(recipe: Recipe, count: int = COUNT) -> RunDir:
     run = RunDir(recipe.out)
     queries = [f"q{i} of many" for i in range(count)] + ["held out"]
     rows = [
@@ -118,12 +119,12 @@ def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> 
     counts = generate(recipe, run, MODELS)
     rows = [row for batch in run.table("feedback").batches() for row in batch.to_pylist()]
     assert Counter((r["query"], r["k"]) for r in rows) == Counter(
-        {(f"q{i} of many", k): 1 for i in range(12) for k in range(4)}
+        {(f"q{i} of many", k): 1 for i in range(COUNT) for k in range(4)}
     )
     assert {r["score"] for r in rows if r["k"] < 3} == {0.0, 1.0, 2.0}
     assert all(r["score"] is None and r["verdict"] == "imprecise" for r in rows if r["k"] == 3)
     assert all(r["seconds"]["render"] is not None for r in rows if r["k"] < 3)
-    assert counts["render"] == {"done": 36, "errors": 0, "passed": 12, "warm_up_s": 0}
+    assert counts["render"] == {"done": 3 * COUNT, "errors": 0, "passed": COUNT, "warm_up_s": 0}
     assert [len(run.table(name).parts()) for name in ("renders", "feedback")] == [1, 1], "parts are merged"
     assert [p for p in reconcile(build_ledger(run, recipe)) if not p.startswith("pair")] == []
 
@@ -158,8 +159,8 @@ def test_a_run_goes_on_behind_the_last_table_that_has_a_row(tmp_path: Path, faul
     counts = generate(recipe, run, MODELS)
     assert outputs(run) == complete
     assert counts["sample"]["done"] == 0, "no candidate is sampled twice"
-    assert counts["judge"]["done"] <= 48 - judged, "none is judged twice"
-    assert counts["score"]["done"] + counts["score"]["passed"] == 48
+    assert counts["judge"]["done"] <= 4 * COUNT - judged, "none is judged twice"
+    assert counts["score"]["done"] + counts["score"]["passed"] == 4 * COUNT
 
 
 def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults
     assert errors[("q4 of many", 0)] == ("render", "ValueError: black frames")
     # The judge's batch fails as one here; real stages catch their rows' errors one by one.
     assert errors[("q3 of many", 1)][0] == "judge"
-    assert len(outputs(run)) == 48
+    assert len(outputs(run)) == 4 * COUNT
     problems = reconcile(build_ledger(run, recipe))
     assert [p for p in problems if not p.startswith("pair")] == []
 
@@ -260,7 +261,7 @@ def test_a_replica_that_is_lost_while_it_loads_is_started_again(tmp_path: Path, 
 
 
 def test_a_run_that_mostly_fails_is_stopped(tmp_path: Path, faults: Path) -> None:
-    for i in range(12):
+    for i in range(COUNT):
         for k in range(4):
             (faults / f"sample-q{i}-{k}").write_text("the model is upside down")
     recipe = recipe_for(tmp_path, min_rows=8)
@@ -277,7 +278,7 @@ def test_storage_that_fails_stops_the_run_and_makes_no_error_rows(tmp_path: Path
     assert all(row["error"] is None for row in run.table("feedback").rows())
     (faults / "render-q2-1").unlink()
     generate(recipe, run, MODELS)
-    assert len(outputs(run)) == 48
+    assert len(outputs(run)) == 4 * COUNT
 
 
 ADAPTIVE = ["render.strategy=adaptive"]
@@ -291,6 +292,7 @@ def adaptive_run(tmp_path: Path, faults: Path, count: int = 8) -> tuple[Recipe, 
     return recipe, run_of(recipe, count)
 
 
+@pytest.mark.slow
 def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(tmp_path: Path, faults: Path) -> None:
     recipe, run = adaptive_run(tmp_path, faults)
     counts = generate(recipe, run, MODELS)
