@@ -66,7 +66,7 @@ def write_feedback(recipe: Recipe, run: RunDir, start: Start, score: float) -> R
 
 @pytest.mark.ray
 def test_only_the_eval_split_is_asked_and_each_policy_once(ray_cluster: None, tmp_path: Path) -> None:
-    """Real streams that find everything done; one that has all to do is in test_node_kinds.py."""
+    """Real streams that find everything done."""
     recipe = recipe_of(tmp_path, "render.strategy=adaptive")
     run = open_run(recipe)
     curate_queries(recipe, run)

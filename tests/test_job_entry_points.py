@@ -87,7 +87,7 @@ def test_training_waits_for_what_it_needs(tmp_path: Path) -> None:
         train_what_is_due(recipe, run)
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.engine
 def test_a_job_that_is_terminated_leaves_its_ledger(tiny_sets: list[str], tmp_path: Path) -> None:
     """SIGTERM while it samples, as `ray job stop` and a spot node's end send it: status 143."""

@@ -40,6 +40,13 @@ def test_what_a_video_pair_takes_is_told_for_both_strategies(run: RunDir) -> Non
     assert told in summary(run).splitlines()
 
 
+def test_what_was_spilled_is_told(run: RunDir) -> None:
+    assert "object store" not in summary(run)
+    ledger = run.read_json("ledger.json")
+    run.write_json("ledger.json", ledger | {"last_run": {"spilled_bytes": 1_230_000_000}})
+    assert "the object store spilled 1.23 GB to disk: see docs/operations.md" in summary(run).splitlines()
+
+
 @pytest.mark.parametrize(("made", "shown"), [(["sft"], "sft"), (["sft", "dpo"], "dpo"), (["dpo"], "dpo")])
 def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str], shown: str) -> None:
     for phase in made:

@@ -26,6 +26,7 @@ import yaml
 from vpo_ray.curation import CURATED, curate_run
 from vpo_ray.ledger import build_ledger
 from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.progress import spilled_bytes
 from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id
 from vpo_ray.sft_data import draft_rows, sft_rows, write_chat
@@ -388,7 +389,9 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
         _say("sft", run)
     start = starting_policy(recipe, run)
     _say("generate: sample, judge, render, score", run)
+    spilled = spilled_bytes()
     did: dict[str, Any] = {"generated": generate_feedback(recipe, run, start, retry_errors=retry_errors)}
+    did["spilled_bytes"] = spilled_bytes() - spilled
     write_ledger(recipe, run)
     _say("pair", run)
     did["pairs"] = make_pairs(recipe, run)

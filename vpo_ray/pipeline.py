@@ -29,7 +29,7 @@ from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
 from vpo_ray.ledger import paid
 from vpo_ray.placement import pool_shapes, require, watched
 from vpo_ray.pools import STOP, TASK_CPUS, Outcome, progress_handle, split_blocks
-from vpo_ray.progress import StatusTable
+from vpo_ray.progress import StatusTable, spilled_bytes
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row, failed, table
 from vpo_ray.render_rounds import Rounds
@@ -78,6 +78,7 @@ def generate(
     }
     for stage in stages:
         CHAIN_OF[stage].table(run, stage).settle()
+    spilled = spilled_bytes()
     if recipe.render.strategy == "adaptive" and "render" in stages:
         # What is rendered depends on all texts of a query, and then on the scores of its videos.
         at = list(stages).index("render")
@@ -89,6 +90,8 @@ def generate(
             _generate(recipe, run, models, videos, False, total, enter)
     else:
         _generate(recipe, run, models, stages, retry_errors, total)
+    if spilled := spilled_bytes() - spilled:
+        logger.warning("the object store spilled %.2f GB to disk: see docs/operations.md", spilled / 1e9)
     return total
 
 

@@ -38,6 +38,20 @@ class Progress:
         return self._counts
 
 
+def spilled_bytes() -> int:
+    """What the object stores of all nodes have written to disk since the cluster started, for want of
+    memory. 0 where nobody answers: a figure that cannot be had stops no run."""
+    from ray._private.internal_api import get_memory_info_reply
+    from ray._private.state import state
+
+    try:
+        reply = get_memory_info_reply(state, timeout_seconds=10)
+    except Exception:
+        logger.debug("the object stores could not be asked", exc_info=True)
+        return 0
+    return int(reply.store_stats.spilled_bytes_total)
+
+
 class StageMetrics:
     """A stage's Prometheus metrics, exported by Ray on every node."""
 

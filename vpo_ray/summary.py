@@ -19,6 +19,8 @@ def summary(run: RunDir) -> str:
     if "videos" in pair and pair["kinds"].get("video"):
         told = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())
         lines.append(f"videos for a video pair, by render.strategy: {told}")
+    if spilled := ledger.get("last_run", {}).get("spilled_bytes"):
+        lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
     if run.exists("example.json"):
         example = run.read_json("example.json")
         lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]
