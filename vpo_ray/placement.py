@@ -253,7 +253,8 @@ def watched(shapes: Sequence[Shape], timeout_s: float) -> Iterator[None]:
 
     def interrupt(*_: Any) -> None:
         if not over.is_set():
-            raise PlacementError(reason[0])
+            # Of all exceptions, a wait inside `ray.get` lets only this one through.
+            raise KeyboardInterrupt
 
     def watch() -> None:
         since: float | None = None
@@ -276,6 +277,10 @@ def watched(shapes: Sequence[Shape], timeout_s: float) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if reason:
+            raise PlacementError(reason[0]) from None
+        raise
     finally:
         over.set()
         thread.join(timeout=15)
