@@ -156,7 +156,9 @@ def test_a_run_goes_on_behind_the_last_table_that_has_a_row(tmp_path: Path, faul
         rows = list(run.table(name).rows())
         run.table(name).replace(rows[len(rows) // share :], rows_per_part=4)
     judged = run.table("verdicts").count()
-    counts = generate(recipe, run, MODELS)
+    # Sampling has no row left, so that nobody asks where its replicas would go.
+    without = recipe_for(tmp_path, ["sample.pool.resources={nowhere: 1}"])
+    counts = generate(without, run, MODELS)
     assert outputs(run) == complete
     assert counts["sample"]["done"] == 0, "no candidate is sampled twice"
     assert counts["judge"]["done"] <= 4 * COUNT - judged, "none is judged twice"

@@ -117,8 +117,8 @@ def _generate(
         if stream is None:
             break
         nodes, before, first = _nodes(), missing, False
-        dataset, progress = stream
-        shapes, patience = pool_shapes(recipe, stages), recipe.limits.placement_timeout_s
+        dataset, progress, busy = stream
+        shapes, patience = pool_shapes(recipe, busy), recipe.limits.placement_timeout_s
         require(shapes, patience)
         with watched(shapes, patience):
             _drain(dataset, progress, recipe)
@@ -132,7 +132,7 @@ def _generate(
             break
         gone = len(nodes - _nodes())
         if gone and missing < before:
-            logger.warning("%d rows were lost with %d nodes, and are taken again", missing, gone)
+            logger.warning("%d rows were lost as %d node(s) went, and are taken again", missing, gone)
         else:
             tries += 1
             logger.warning("%d rows were lost with a process that died (pass %d)", missing, tries)
@@ -151,8 +151,9 @@ def _stream(
     first: bool,
     alone: bool,
     enter: np.ndarray | None,
-) -> tuple[Dataset, Any] | None:
-    """The dataset of all rows that some of `stages` still have to see, or None if there are none."""
+) -> tuple[Dataset, Any, list[str]] | None:
+    """The dataset of all rows that some of `stages` still have to see, its progress and the stages that
+    have a pool in it, or None if there are no such rows."""
     chain = CHAIN_OF[stages[0]]
     progress = progress_handle(stages, paid(run))
     done = _later_keys(run, stages, retry_errors)
@@ -165,6 +166,7 @@ def _stream(
     if "score" in stages:
         done["score"] = union(done["score"], again)
     stream: Dataset | None = None
+    busy: list[str] = []
     flowing = 0
     for stage in stages:
         if stage == "render" and enter is not None:
@@ -181,7 +183,8 @@ def _stream(
             flowing = rows
             outcome = Outcome(stage, chain.table(run, stage), progress, last=stage == stages[-1])
             stream = POOLS[stage](stream, recipe, run, models, outcome, rows, alone)
-    return None if stream is None else (stream, progress)
+            busy.append(stage)
+    return None if stream is None else (stream, progress, busy)
 
 
 def _later_keys(run: RunDir, stages: Sequence[str], retry_errors: bool) -> dict[str, np.ndarray]:
