@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit slow lock-cpu lock-gpu clean
+.PHONY: demo test lint types unit slow chaos lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo tiny runs/tiny
@@ -27,6 +27,10 @@ unit: $(READY)
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 25 minutes more.
 slow: $(READY)
 	$(BIN)/pytest -m slow -v --durations=25
+
+# Every kind of process of real runs is killed, 64 times in all: an hour. CHAOS="--help" tells its options.
+chaos: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
 # Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it.
 $(READY): requirements/cpu.txt pyproject.toml

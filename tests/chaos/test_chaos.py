@@ -1,0 +1,147 @@
+"""The suite itself, and its short form: a renderer, a scorer and the node of both killed in one run."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from chaos.disturb import Hit
+from chaos.faults import KINDS, NAMES, Fault, draw, share_out
+from chaos.generation import Generation
+from chaos.nodes import Nodes
+from chaos.outcome import Difference, Made, difference, stored_twice
+from chaos.scene import RECIPE, Disturbed
+from chaos.table import records_of, table
+from vpo_ray.chains import GENERATION
+from vpo_ray.loop import curate_queries, make_pairs, policy_id
+from vpo_ray.pipeline import Models
+from vpo_ray.recipe import load
+from vpo_ray.stage_pools import located_reward
+from vpo_ray.stages.render import Renderer
+from vpo_ray.stages.score import Scorer
+from vpo_ray.storage import RunDir
+
+KILLED = ("renderer", "scorer", "raylet, rendering")
+# Half of it loads a model, the other half makes twelve videos.
+LIFE_S = 18.0
+
+
+def test_a_seed_draws_the_same_faults_of_every_kind() -> None:
+    faults = draw(7, 64)
+    assert faults == draw(7, 64) != draw(8, 64)
+    counts = Counter(fault.kind.name for fault in faults)
+    assert counts.keys() == set(NAMES)
+    assert all(abs(counts[kind.name] - kind.share) <= 1 for kind in KINDS)
+    assert {fault.kind.name for fault in draw(7, len(NAMES))} == set(NAMES)
+    assert all(0 <= fault.after < 1 for fault in faults)
+    only = draw(1, 5, ["judge", "scorer"])
+    assert len(only) == 5
+    assert {fault.kind.name for fault in only} == {"judge", "scorer"}
+
+
+def test_a_run_has_faults_of_one_scene() -> None:
+    faults = draw(3, 64)
+    runs = share_out(faults, 5)
+    assert sorted(map(repr, faults)) == sorted(repr(fault) for _, part in runs for fault in part)
+    for scene, part in runs:
+        assert {fault.kind.scene for fault in part} == {scene}
+        assert len(part) <= 5
+
+
+def test_what_is_absent_other_or_twice_is_found() -> None:
+    reference: Made = {"sample": {"a": "1", "b": "2"}, "pair": {"p": "3"}}
+    assert difference(reference, {"sample": {"a": "1", "b": "2"}, "pair": {"p": "3"}}) == Difference((), ())
+    worse: Made = {"sample": {"a": "1", "b": "9", "c": "4"}, "pair": {}}
+    assert difference(reference, worse, ["feedback a"]) == Difference(
+        ("sample b", "pair p"), ("sample c", "feedback a")
+    )
+
+
+def test_a_row_that_is_stored_in_two_parts_is_told(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    rows = [{"candidate_id": c, "query_id": "q", "query": "q", "k": 0, "seed": 1} for c in "ab"]
+    run.table("feedback").append(rows)
+    assert stored_twice(run) == []
+    run.table("feedback").append(rows[:1])
+    assert stored_twice(run) == ["feedback a"]
+
+
+def test_the_table_counts_a_runs_losses_once() -> None:
+    runs = [("one", ["judge", "judge", "scorer"], ("x",)), ("two", ["scorer"], ())]
+    records = []
+    for name, kinds, lost in runs:
+        faults = [next(kind for kind in KINDS if kind.name == kind_name) for kind_name in kinds]
+        hits = [Hit(Fault(kind, 0.5, 0), 1.0, frozenset(), lost_s=4.0) for kind in faults]
+        done = Disturbed(hits, [], Difference(lost, ()), 0, [], [], 9.0)
+        records += records_of(done, name, seed=7)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(records).splitlines()]
+    assert rows[2:] == [
+        ["judge", "2", "0", "1", "0", "4, at most 4"],
+        ["scorer", "2", "1", "1", "0", "4, at most 4"],
+        ["all", "4", "1", "1", "0", "4, at most 4"],
+    ]
+    assert json.loads(json.dumps(records)) == records
+
+
+class Videos(Generation):
+    """The stages of videos over verdicts that nobody had to wait for. The undisturbed outcome is what
+    the stages themselves make of them here, in one process and without Ray."""
+
+    name = "videos"
+    nodes = {"video": {"video": 2}}  # noqa: RUF012
+    # A batch whose node is lost is sent again before Ray knows, and so is left to the next pass.
+    environment = {  # noqa: RUF012
+        f"RAY_task_actor_unavailable_retry_delay_{name}_ms": "1000" for name in ("base", "max")
+    }
+
+    def sets(self) -> dict[str, object]:
+        return {**super().sets(), "queries.path": self.folder / "few.json", "render.steps": 2}
+
+    def prepare(self) -> None:
+        queries = ["a cat", "the ocean at night", "two dogs", "a red kite", "rain on a window", "an owl"]
+        (self.folder / "few.json").write_text(json.dumps(queries))
+        given = self.command(self.reference)
+        recipe = load(RECIPE, [given[i + 1] for i, part in enumerate(given) if part == "--set"])
+        run = RunDir(self.reference)
+        curate_queries(recipe, run)
+        rows = GENERATION.expand(recipe, Models("", policy_id(recipe, run)))(
+            list(run.table("queries").rows())
+        )
+        judged = [{**row, "prompt": f"{row['query']}, take {row['k']}", "verdict": "aligned"} for row in rows]
+        run.table("verdicts").append(judged)
+        with one_thread():
+            rendered = Renderer(recipe.render, run.at("videos"), recipe.seed)(judged)
+            run.table("feedback").append(Scorer(located_reward(recipe.reward), run.at("videos"))(rendered))
+        make_pairs(recipe, run)
+        self.lives = dict.fromkeys(("renderer", "scorer"), LIFE_S)
+
+    def begin(self, folder: Path) -> None:
+        for name in ("queries", "verdicts"):
+            shutil.copytree(self.reference / name, folder / name)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a replica that has less than one CPU: sums are taken in the same order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_killed_replicas_and_a_lost_node_change_nothing(tiny_models: Path, tmp_path: Path) -> None:
+    with Nodes(Videos.nodes) as cluster:
+        scene = Videos(tmp_path, tiny_models, cluster)
+        scene.prepare()
+        done = scene.disturb(draw(3, len(KILLED), KILLED), "disturbed")
+    assert len(done.hits) >= 2, done.left
+    assert (done.difference, done.wrong) == (Difference((), ()), [])
+    assert (done.failures, done.left_behind) == (0, [])
