@@ -62,10 +62,15 @@ def key(settings: dict[str, Any], prompt: str = "a cat", seed: int = 1, model: s
     return video_key(Render(**settings), prompt, seed, model)
 
 
-@pytest.mark.parametrize("name", sorted(Render.model_fields.keys() - {"preset"}))
+# Of those that are tried one by one; context_parallel asks for GPUs in the pool as well.
+@pytest.mark.parametrize("name", sorted(Render.model_fields.keys() - {"preset", "context_parallel"}))
 def test_the_key_changes_with_every_setting_that_changes_pixels(name: str) -> None:
     changed = key(BASE | {name: OTHER[name]})
     assert (changed == key(BASE)) == (name in OPERATIONAL)
+
+
+def test_the_key_does_not_change_with_the_gpus_of_a_replica() -> None:
+    assert key(BASE | {"context_parallel": 2, "pool": {"num_gpus": 2}}) == key(BASE)
 
 
 def test_a_preset_is_the_settings_in_it() -> None:
