@@ -193,7 +193,7 @@ def test_what_the_data_cannot_give(tmp_path: Path, options: dict[str, Any], says
     ("options", "says"),
     [
         ({"size": 5, "limit": 5}, "give one of them"),
-        ({"unsafe_share": 0.1, "size": 5}, "unsafe_share needs size and unsafe_columns or unsafe_judge"),
+        ({"unsafe_share": 0.1, "size": 5}, "unsafe_share needs size, and unsafe_columns"),
         (
             {"unsafe_share": 0.1, "unsafe_columns": ["p"]},
             "unsafe_share needs size and unsafe_columns or unsafe_judge",

@@ -106,7 +106,8 @@ class Queries(Section):
         labelled = self.unsafe_columns or self.unsafe_judge
         if self.unsafe_share is not None and (self.size is None or not labelled):
             raise ValueError(
-                "unsafe_share needs size and unsafe_columns or unsafe_judge: a share of how many, labelled by what"
+                "unsafe_share needs size, and unsafe_columns or unsafe_judge: a share of how many, by whose "
+                "labels"
             )
         if self.min_chars > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is over max_chars {self.max_chars}")

@@ -233,8 +233,8 @@ def _choose(rows: pa.Table, reasons: np.ndarray, settings: Queries) -> None:
             if len(found) < wanted:
                 raise InputError(
                     f"queries.unsafe_share: {settings.unsafe_share:g} of {settings.size:,} queries takes "
-                    f"{wanted:,} that are {kind}labelled unsafe (queries.unsafe_columns, unsafe_judge), but only "
-                    f"{len(found):,} of the {len(kept):,} kept ones are; change the share, or lower size"
+                    f"{wanted:,} that are {kind}labelled unsafe (queries.unsafe_columns, unsafe_judge), but "
+                    f"only {len(found):,} of the {len(kept):,} kept ones are; change the share, or lower size"
                 )
     for found, wanted in groups:
         outside = np.ones(len(found), bool)
