@@ -196,7 +196,7 @@ def test_what_the_data_cannot_give(tmp_path: Path, options: dict[str, Any], says
         ({"unsafe_share": 0.1, "size": 5}, "unsafe_share needs size, and unsafe_columns"),
         (
             {"unsafe_share": 0.1, "unsafe_columns": ["p"]},
-            "unsafe_share needs size and unsafe_columns or unsafe_judge",
+            "unsafe_share needs size, and unsafe_columns",
         ),
         ({"min_chars": 9, "max_chars": 8}, "min_chars 9 is over max_chars 8"),
     ],
