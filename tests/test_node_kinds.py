@@ -15,7 +15,7 @@ from vpo_ray.records import Row, query_id
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage import RunDir
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TINY = "jobs/recipes/tiny.yaml"
 KINDS = {
