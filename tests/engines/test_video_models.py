@@ -97,6 +97,8 @@ def test_caches_change_little_and_start_afresh(
 def test_attention_backend_is_applied(settings: dict[str, Any]) -> None:
     engine = VideoEngine(Render(**settings, attention="_native_math"))
     assert isinstance(engine.render(["a cat"], [1])[0], np.ndarray)
+    # diffusers keeps the last one that was set for every model of the process.
+    engine.pipeline.transformer.set_attention_backend("native")
 
 
 def test_every_repeated_block_is_compiled(settings: dict[str, Any], folders: dict[str, Path]) -> None:
