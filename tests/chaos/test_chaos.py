@@ -135,6 +135,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
 def test_killed_replicas_and_a_lost_node_change_nothing(tiny_models: Path, tmp_path: Path) -> None:

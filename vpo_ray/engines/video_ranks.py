@@ -120,9 +120,10 @@ class Ranks:
         """End the other ranks."""
         import torch.distributed as dist
 
+        # First, while the others are there: gloo is not at its best when both sides leave at once.
+        dist.destroy_process_group()
         for pipe in self._pipes:
             pipe.close()
-        dist.destroy_process_group()
 
     def _watch(self, ended: threading.Event, reports: dict[int, str | None]) -> None:
         """Collect what the ranks say of an order. When one fails and rank 0 waits for it for ever,
