@@ -114,7 +114,8 @@ def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
     assert all(row["error"] is None for row in run.table("drafts").rows()), "a limit is no row's error"
     with pytest.raises(GenerationError, match="max_cost"):
         loop.draft_sft(limited, run)
-    assert len(server.requests) <= first + 1
+    # What rows that had not ended paid for is known once they have found it again.
+    assert len(server.requests) <= first + 2, "each request at once may go beyond the limit"
     more = recipe_for(tmp_path, server, "limits.max_cost=1")
     loop.draft_sft(more, run)
     assert len(list(run.table("drafts").rows())) == 12

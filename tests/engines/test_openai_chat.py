@@ -429,13 +429,11 @@ def test_the_limit_of_cost_stops_before_the_next_question(serve_endpoint: Serve,
     chat = make(server, limit=0.005, prompt_price=1, concurrency=1)
 
     async def one_after_the_other() -> list[Any]:
-        found = []
+        found: list[Any] = []
         async with chat.client:
             for i in range(8):
-                try:
-                    found.append(await chat.complete([{"role": "user", "content": str(i)}], SAMPLING))
-                except CostLimitReached as error:
-                    found.append(error)
+                asked = chat.complete([{"role": "user", "content": str(i)}], SAMPLING)
+                found += await asyncio.gather(asked, return_exceptions=True)
         return found
 
     found = asyncio.run(one_after_the_other())
@@ -445,6 +443,34 @@ def test_the_limit_of_cost_stops_before_the_next_question(serve_endpoint: Serve,
     # What is kept is free to read.
     again = make(server, limit=0.0001, prompt_price=1)
     assert ask(again, "0")[0].text == "a cat"
+
+
+def test_what_is_under_way_at_the_limit_is_kept(serve_endpoint: Serve, make: Make) -> None:
+    late = threading.Event()
+
+    def reply(request: Request) -> Reply:
+        if request["messages"][0]["content"] == "slow":
+            late.wait(20)
+        return completion("a cat")
+
+    server = serve_endpoint(reply)
+    chat = make(server, limit=0.001, prompt_price=1, concurrency=2)
+
+    async def both() -> bool:
+        async with chat.client:
+            slow = asyncio.create_task(chat.complete([{"role": "user", "content": "slow"}], SAMPLING))
+            await asyncio.sleep(0.2)
+            await chat.complete([{"role": "user", "content": "fast"}], SAMPLING)
+            refused = asyncio.create_task(chat.complete([{"role": "user", "content": "more"}], SAMPLING))
+            assert not (await asyncio.wait([refused], timeout=0.3))[0], "it waits for the slow one"
+            late.set()
+            with pytest.raises(CostLimitReached):
+                await refused
+            return slow.done()
+
+    assert asyncio.run(both())
+    assert ask(make(server), "slow")[0].text == "a cat"
+    assert len(server.requests) == 2
 
 
 def test_a_row_s_turns_add_up_failed_ones_too(serve_endpoint: Serve, make: Make) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -101,6 +102,7 @@ class OpenAIChat:
     def __init__(self, model: ChatModel, client: EndpointClient, answers: Answers, account: Account) -> None:
         self.model, self.client, self.answers, self.account = model, client, answers, account
         self._grammar = model.endpoint.structured != "text"
+        self._under_way, self._settled = 0, asyncio.Event()
         # As many files at once as requests: a slow disk or store then slows no request.
         self._files = ThreadPoolExecutor(model.endpoint.concurrency, "answers")
 
@@ -113,7 +115,7 @@ class OpenAIChat:
             Refusal: the model declined, or a content filter stopped it.
             ChatError: no answer, one that was cut off, or none of the schema after a repair round.
             EndpointError: the endpoint cannot be used at all.
-            CostLimitReached: the run may pay no more.
+            CostLimitReached: the run may pay no more. What this client has under way is kept by then.
             StorageError: kept answers cannot be read or written.
         """
         endpoint = self.model.endpoint
@@ -125,11 +127,29 @@ class OpenAIChat:
         if kept is not None:
             await self.account.pay(kept.cost)
             return kept
-        answer = await self._ask(messages, sampling, schema)
-        if schema is not None and (fault := schema_fault(answer.text, schema)) is not None:
-            answer = await self._repaired(answer, fault, messages, sampling, schema)
-        await files(self.answers.keep, key, answer)
+        try:
+            with self._asking():
+                answer = await self._ask(messages, sampling, schema)
+                if schema is not None and (fault := schema_fault(answer.text, schema)) is not None:
+                    answer = await self._repaired(answer, fault, messages, sampling, schema)
+                await files(self.answers.keep, key, answer)
+        except CostLimitReached:
+            # The run stops, and this process with it: what is paid for is kept first.
+            while self._under_way:
+                self._settled.clear()
+                await self._settled.wait()
+            raise
         return answer
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._settled.set()
 
     async def _repaired(
         self,
