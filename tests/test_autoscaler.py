@@ -140,3 +140,15 @@ def test_what_no_node_type_has_is_told_within_a_minute(
     # The driver's own imports and its farewell are in it.
     assert took < 60
     assert run.table("renders").count() == 0
+
+
+def test_training_workers_that_no_node_type_takes_are_told_too(
+    address: str, tiny_sets: list[str], tmp_path: Path
+) -> None:
+    recipe, sets = recipe_of(tiny_sets, tmp_path, "dpo.resources_per_worker.quantum_disk=1")
+    RunDir(recipe.out).table("pairs").append(pairs(8))
+    told = vpo(address, "dpo", TINY, *sets, timeout=120)
+    assert told.returncode == 1, told.stderr[-6000:]
+    assert "dpo.workers: a replica needs" in told.stderr
+    assert "quantum_disk 1" in told.stderr
+    assert "no node type of the autoscaler has that" in told.stderr

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from clusters import simulated, vpo
+from clusters import Simulated, python, simulated, vpo
 
+from vpo_ray.ledger import reconcile
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import Row, query_id
 from vpo_ray.stages.sample import candidates
@@ -21,12 +22,14 @@ TINY = "jobs/recipes/tiny.yaml"
 KINDS = {
     "samplers": {"num_cpus": 2, "resources": {"sampler": 1}},
     "renderers": {"num_cpus": 2, "resources": {"renderer": 1}},
+    "trainers": {"num_cpus": 2, "resources": {"trainer": 2}},
 }
 POOLS = [
     "sample.pool.resources.sampler=0.5",
     "judge.pool.resources.sampler=0.5",
     "render.pool.resources.renderer=0.5",
     "reward.pool.resources.renderer=0.5",
+    "dpo.resources_per_worker.trainer=1",
 ]
 
 
@@ -60,9 +63,10 @@ def done(told: subprocess.CompletedProcess[str]) -> None:
 def test_sampling_and_rendering_run_on_their_own_kinds(
     tiny_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    nodes = {name: KINDS[name] for name in ("samplers", "renderers")}
     recipe, sets = recipe_of(tiny_sets, tmp_path, "queries.splits={dpo: 1}", "queries.limit=2", "sample.k=2")
     run = RunDir(recipe.out)
-    with simulated(monkeypatch, **KINDS) as cluster:
+    with simulated(monkeypatch, **nodes) as cluster:
         done(vpo(cluster.address, "curate", TINY, *sets))
         done(vpo(cluster.address, "sample", TINY, *sets))
         assert cluster.ran_on("VllmStageActor") == {"samplers"}
@@ -73,3 +77,47 @@ def test_sampling_and_rendering_run_on_their_own_kinds(
         assert cluster.ran_on("VllmStageActor") == {"samplers"}
     assert run.table("candidates").count() == 4
     assert all(row["video_key"] for row in run.table("renders").rows())
+
+
+@pytest.mark.slow
+def test_the_loop_runs_on_three_kinds_of_nodes(
+    tiny_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job hands on to the next: generation, training, evaluation on queries that neither saw."""
+    recipe, sets = recipe_of(tiny_sets, tmp_path, "queries.splits={dpo: 0.7, eval: 0.3}")
+    run = RunDir(recipe.out)
+    with simulated(monkeypatch, **KINDS) as cluster:
+        job(cluster, "generate", sets)
+        assert cluster.ran_on("VllmStageActor") == {"samplers"}, "sampling and judging"
+        assert cluster.ran_on("(StageActor)") == {"renderers"}, "rendering and scoring"
+        assert cluster.ran_on("RayTrainWorker") == set()
+        feedback = snapshot(run, "feedback")
+        job(cluster, "train", sets)
+        assert cluster.ran_on("RayTrainWorker") == {"trainers"}
+        assert run.exists("checkpoints/dpo/vpo.json")
+        job(cluster, "evaluate", sets)
+        assert cluster.ran_on("VllmStageActor") == {"samplers"}
+        assert cluster.ran_on("(StageActor)") == {"renderers"}
+        # Done: the same jobs again change nothing, and say so with status 0.
+        trained = (Path(run.path) / "checkpoints/dpo/vpo.json").stat().st_mtime_ns
+        result = run.read_json("evaluation.json")
+        for name in ("generate", "train", "evaluate"):
+            job(cluster, name, sets)
+    assert snapshot(run, "feedback") == feedback
+    assert (Path(run.path) / "checkpoints/dpo/vpo.json").stat().st_mtime_ns == trained
+    assert run.read_json("evaluation.json") == result
+    held_out = {row["query_id"] for row in run.table("queries").rows() if row["split"] == "eval"}
+    assert result["queries"] == len(held_out) > 0
+    assert not held_out & {row["query_id"] for row in run.table("feedback").rows()}
+    for name in ("before", "after"):
+        found = result[name]
+        assert sum(found["verdicts"].values()) + found["errors"] == len(held_out)
+    assert reconcile(run.read_json("ledger.json")) == []
+
+
+def job(cluster: Simulated, name: str, sets: list[str]) -> None:
+    done(python(cluster.address, f"jobs/{name}.py", "--recipe", TINY, *sets))
+
+
+def snapshot(run: RunDir, table: str) -> list[str]:
+    return sorted(run.table(table).parts())

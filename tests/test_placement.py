@@ -42,6 +42,9 @@ def test_the_tiny_recipe_fits_a_laptop_and_the_presets_need_gpus() -> None:
         ("render.pool.resources={fast_disk: 1}", "no node has fast_disk"),
         ("render.pool.labels={vpo-group: train}", "there are vpo-group=generate"),
         ("render.pool.labels={zone: a}", "there are none of these names"),
+        ('render.pool.labels={vpo-group: "!generate"}', "there are vpo-group=generate"),
+        ('render.pool.labels={vpo-group: "!in(serve, generate)"}', "there are vpo-group=generate"),
+        ('render.pool.labels={vpo-group: "in(serve, train)"}', "there are vpo-group=generate"),
         ("render.pool.num_cpus=9", "no node has more CPU than 8"),
     ],
 )
@@ -50,6 +53,14 @@ def test_the_missing_resource_is_named(override: str, told: str) -> None:
     [line] = problems(shapes, View([GPU_NODE] * 4))
     assert line.startswith("render.pool: ")
     assert told in line
+
+
+@pytest.mark.parametrize(
+    "label", ["generate", "!train", "in(train, generate)", "!in(train,serve)", "!in()"], ids=str
+)
+def test_labels_are_read_as_ray_reads_them(label: str) -> None:
+    shapes = pool_shapes(load(PRESET, [f'render.pool.labels={{vpo-group: "{label}"}}']), STAGES)
+    assert problems(shapes, View([GPU_NODE] * 4)) == []
 
 
 def test_replicas_that_fit_one_by_one_must_fit_together() -> None:

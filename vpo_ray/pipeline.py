@@ -27,8 +27,8 @@ from ray.data import Dataset
 from vpo_ray.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
 from vpo_ray.ledger import paid
-from vpo_ray.placement import pool_shapes, require, watched
-from vpo_ray.pools import STOP, TASK_CPUS, Outcome, progress_handle, split_blocks
+from vpo_ray.placement import look, pool_shapes, problems, require, watched
+from vpo_ray.pools import FULL, STOP, TASK_CPUS, Outcome, progress_handle, split_blocks, stops
 from vpo_ray.progress import StatusTable, spilled_bytes
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row, failed, table
@@ -46,9 +46,20 @@ STAGES = GENERATION.stages
 # Replicas of a stage that may die in a row while they load, before the run gives up.
 INIT_DEATHS = 2
 
+# Ray's own label of each node.
+NODE_LABEL = "ray.io/node-id"
+
 
 class GenerationError(RuntimeError):
     """A run that was stopped; the message says why. What was made is kept."""
+
+
+class NodeFullError(GenerationError):
+    """A node has no room left on a disk. `node` is its id."""
+
+    def __init__(self, message: str, node: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 def generate(
@@ -62,7 +73,8 @@ def generate(
 
     Rows that are missing afterwards, because a process died under them, are taken again in blocks
     of one; after `limits.tries` passes they become error rows. A pass in which a node was lost says
-    nothing of its rows and is not counted.
+    nothing of its rows and is not counted; nor is one that met a full disk on a node, whose rows go to
+    the other nodes.
 
     Returns:
         Counts by stage of what this call did, and the seconds that its replicas took to warm up.
@@ -110,18 +122,23 @@ def _generate(
         enter: the ids that the render stage takes, and no others of those that wait for it.
     """
     tries, first, missing = 0, True, sys.maxsize
+    full: NodeFullError | None = None
     while tries < recipe.limits.tries:
         # Only a row that is alone in its process can be told to have killed it.
         alone = tries > 0
-        stream = _stream(recipe, run, models, stages, retry_errors and first, first, alone, enter)
+        retry = retry_errors and (first or full is not None)
+        stream = _stream(recipe, run, models, stages, retry, first, alone, enter)
         if stream is None:
             break
-        nodes, before, first = _nodes(), missing, False
+        nodes, before, first, full = _nodes(), missing, False, None
         dataset, progress, busy = stream
         shapes, patience = pool_shapes(recipe, busy), recipe.limits.placement_timeout_s
         require(shapes, patience)
-        with watched(shapes, patience):
-            _drain(dataset, progress, recipe)
+        try:
+            with watched(shapes, patience):
+                _drain(dataset, progress, recipe)
+        except NodeFullError as error:
+            full = error
         for stage, counts in ray.get(progress.snapshot.remote()).items():
             for name in total[stage]:
                 total[stage][name] = round(total[stage][name] + counts[name], 1)
@@ -131,7 +148,12 @@ def _generate(
         if not missing:
             break
         gone = len(nodes - _nodes())
-        if gone and missing < before:
+        if full is not None:
+            if missing >= before:
+                raise full  # nothing was done without the node before: what is full is no node's own
+            recipe = _elsewhere(recipe, busy, full)
+            logger.warning("%s\n%d rows are taken on the other nodes", full, missing)
+        elif gone and missing < before:
             logger.warning("%d rows were lost as %d node(s) went, and are taken again", missing, gone)
         else:
             tries += 1
@@ -140,6 +162,29 @@ def _generate(
         _give_up(recipe, run, models, stages, enter)
     for stage in stages:
         CHAIN_OF[stage].table(run, stage).compact()
+
+
+def _elsewhere(recipe: Recipe, stages: Sequence[str], full: NodeFullError) -> Recipe:
+    """The recipe with the pools of these stages kept off one more node. Raises what it is given where no
+    other node could take them."""
+    for shape in pool_shapes(recipe, stages):
+        before = shape.labels.get(NODE_LABEL, "!in()")
+        if shape.count > 1 or not before.startswith("!in("):
+            continue  # Ray places the pieces of one engine without labels
+        ids = [*filter(None, before[4:-1].split(",")), full.node]
+        labels = {**shape.labels, NODE_LABEL: f"!in({','.join(ids)})"}
+        recipe = _labelled(recipe, shape.where.split("."), labels)
+    if problems(pool_shapes(recipe, stages), look()):
+        raise full
+    return recipe
+
+
+def _labelled(section: Any, path: Sequence[str], labels: dict[str, str]) -> Any:
+    """A section with the labels at the end of a path of keys."""
+    name, *rest = path
+    inner = getattr(section, name)
+    inner = _labelled(inner, rest, labels) if rest else inner.model_copy(update={"labels": labels})
+    return section.model_copy(update={name: inner})
 
 
 def _stream(
@@ -288,11 +333,10 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count
-            if STOP in (stages := batch["error_stage"].to_pylist()):
-                reason = batch["error"][stages.index(STOP)].as_py()
-                raise GenerationError(
-                    f"{reason}\nFix this and run the same command again: what was made is kept"
-                )
+            for stage, error in zip(batch["error_stage"].to_pylist(), batch["error"], strict=True):
+                if stops(stage):
+                    told = f"{error}\nFix this and run the same command again: what was made is kept"
+                    raise GenerationError(told) if stage == STOP else NodeFullError(told, stage[len(FULL) :])
             if finished >= limits.min_rows and errors > limits.max_error_share * finished:
                 reasons = batch["error"].drop_null().unique().to_pylist()[:3]
                 raise GenerationError(

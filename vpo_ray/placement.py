@@ -172,8 +172,16 @@ def _same(a: Amounts, b: Amounts) -> bool:
 
 
 def labelled(wanted: Mapping[str, str], has: Mapping[str, str]) -> bool:
-    """Whether a node has the labels; operators (`!a`, `in(a,b)`) are left to Ray."""
-    return all(has.get(name) == value or value.startswith(("!", "in(")) for name, value in wanted.items())
+    """Whether a node has the labels, as Ray reads them: `a`, `!a`, `in(a,b)`, `!in(a,b)`."""
+    return all(_is_label(has.get(name), value) for name, value in wanted.items())
+
+
+def _is_label(has: str | None, wanted: str) -> bool:
+    if wanted.startswith("!"):
+        return not _is_label(has, wanted[1:])
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        return has in [value.strip() for value in wanted[3:-1].split(",")]
+    return has == wanted
 
 
 def no_such_labels(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, str]]) -> str:

@@ -8,6 +8,7 @@ run goes on behind its last finished batch.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 import time
@@ -38,11 +39,33 @@ RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
 # `error_stage` of rows whose stage cannot work at all (`stops_run` of the exception): a full disk or
 # a model that does not load is no property of a row.
 STOP = "stop"
+# The same where a node has no room left on a disk, with the node's id behind it: another node may have.
+FULL = "full:"
 
 
-def _stopped(row: Row, reason: str) -> Row:
+def _stopped(row: Row, reason: str, error: BaseException) -> Row:
     """The model, disk or variable that is missing may be so on one node only: which, is told."""
-    return failed(row, STOP, f"{reason} (on node {socket.gethostname()})")
+    stage = f"{FULL}{ray.get_runtime_context().get_node_id()}" if no_room(error) else STOP
+    return failed(row, stage, f"{reason} (on node {socket.gethostname()})")
+
+
+def stops(row_stage: str | None) -> bool:
+    """Whether an `error_stage` ends the run, or the use of a node: no table has such rows."""
+    return row_stage is not None and (row_stage == STOP or row_stage.startswith(FULL))
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether a full disk or a used up quota is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_of_run(error: BaseException) -> bool:
+    """Whether an error says nothing of the rows that it met."""
+    return getattr(error, "stops_run", False) or no_room(error)
 
 
 def result_schema(table: Table) -> pa.Schema:
@@ -157,9 +180,9 @@ class Outcome:
         made = {row[key]: row for row in done}
         out = [made.get(row[key], row) for row in rows]
         try:
-            self.table.append([row for row in out if row["error_stage"] != STOP])
+            self.table.append([row for row in out if not stops(row["error_stage"])])
         except StorageError as error:
-            out = [_stopped(row, str(error)) for row in out]
+            out = [_stopped(row, str(error), error) for row in out]
         errors = sum(row["error"] is not None for row in done)
         self._metrics().count(done)
         self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
@@ -215,8 +238,8 @@ class ChatRunner:
             self.leave()
             raise
         except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
-            if getattr(error, "stops_run", False):
-                return _stopped(row, str(error))
+            if _is_of_run(error):
+                return _stopped(row, str(error), error)
             return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
 
 
@@ -239,9 +262,9 @@ class StageActor:
                     done = self.stage(wanted)
                 except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
                     reason = f"{type(error).__name__}: {error}"
-                    stops = getattr(error, "stops_run", False)
+                    stopped = _is_of_run(error)
                     done = [
-                        _stopped(row, reason) if stops else failed(row, self.stage.name, reason)
+                        _stopped(row, reason, error) if stopped else failed(row, self.stage.name, reason)
                         for row in wanted
                     ]
             done = [self.outcome.charge(row, seconds[0]) for row in done]
