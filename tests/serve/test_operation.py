@@ -19,15 +19,17 @@ import yaml
 from tiny_endpoint import SETTINGS, TINY
 
 from vpo_ray.cli import main
+from vpo_ray.policy_prompt import PromptError
 from vpo_ray.recipe import load_serve
 from vpo_ray.recipe.serve import Canary
 from vpo_ray.serve.policy import takes_canary
 
 
 def test_the_config_file_is_one_that_serve_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
 
-    from vpo_ray.serve.app import Arguments
+    from vpo_ray.serve.app import Arguments, app
 
     capsys.readouterr()  # what those imports print
     options = ["--recipe", str(TINY), "--set", "serve.host=0.0.0.0", "--set", "serve.keys=/etc/vpo/keys"]
@@ -38,6 +40,8 @@ def test_the_config_file_is_one_that_serve_takes(capsys: pytest.CaptureFixture[s
     settings = Arguments.model_validate(application.args).serve
     assert settings == load_serve(str(TINY), ["serve.host=0.0.0.0", "serve.keys=/etc/vpo/keys"])
     assert tree["http_options"]["host"] == "0.0.0.0"
+    with pytest.raises(PromptError, match="checkpoints/dpo does not exist"):
+        build(app, application.args)
 
 
 def test_a_canary_takes_its_share_and_keeps_its_queries() -> None:

@@ -6,8 +6,6 @@ changing its `base_url`. Ray's own tools take it as `vpo_ray.serve.app:app`:
     serve run vpo_ray.serve.app:app checkpoint=runs/demo/checkpoints/dpo
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ class Arguments(Section):
     serve: Serve = Serve()
 
 
+# Ray reads the annotation itself to know what to make of the arguments, so that it may not be postponed.
 def app(arguments: Arguments) -> Application:
     """The application for Ray's own tools; see `build_app`."""
     return build_app(arguments.checkpoint, arguments.serve)
