@@ -19,10 +19,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Fast tests first, then those that run real engines; two at a time.
+# Fast tests first, two at a time, then those that run real engines.
 unit: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
-	$(BIN)/pytest -m "(engine or ray) and not slow" -v -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
+	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25
 
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 25 minutes more.
 slow: $(READY)

@@ -18,17 +18,12 @@ settings.load_profile("shared")
 
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 
-# What takes minutes starts first, so that none of it runs alone at the end.
-LONG = ("tests/test_jobs", "tests/serve", "tests/test_pipeline", "tests/train/test_job", "tests/test_loop")
+# Files that take minutes. They start first, so that none runs alone at the end.
+LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/serve", "tests/test_pipeline")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, a file's tests stay together; those of the endpoint share one engine."""
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), 99))
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("serve" if file.startswith("tests/serve/") else file))
 
 
 @pytest.fixture(autouse=True)
