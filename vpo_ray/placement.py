@@ -92,9 +92,7 @@ def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:
     if pool.accelerator_type:
         amounts[f"accelerator_type:{pool.accelerator_type}"] = 0.001
     # The pieces of a tensor-parallel engine may lie on several nodes.
-    pieces = 1
-    if engine is not None:
-        pieces = engine.tensor_parallel_size * engine.engine_kwargs.get("pipeline_parallel_size", 1)
+    pieces = 1 if engine is None else engine.pieces
     return Shape(where, {k: v for k, v in amounts.items() if v}, pool.labels, pieces)
 
 

@@ -188,6 +188,7 @@ def vllm_pool(
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "revision": revision,
         "max_model_len": engine.max_model_len,
+        **engine.executor(),
         **(adapter.engine_kwargs() if adapter is not None else {}),
         **engine.engine_kwargs,
     }

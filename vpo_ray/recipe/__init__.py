@@ -98,8 +98,7 @@ class Recipe(Section):
     def _labels_where_ray_takes_them(self) -> Recipe:
         for name, section in (("sample", self.sample), ("judge", self.judge)):
             given = section.engine.engine_kwargs
-            pieces = section.engine.tensor_parallel_size * given.get("pipeline_parallel_size", 1)
-            if section.pool.labels and (pieces > 1 or "tensor_parallel_size" in given):
+            if section.pool.labels and (section.engine.pieces > 1 or "tensor_parallel_size" in given):
                 raise ValueError(
                     f"{name}.pool.labels: an engine on several GPUs cannot be placed by labels; give the "
                     "nodes a custom resource and use pool.resources"

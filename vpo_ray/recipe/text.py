@@ -35,6 +35,19 @@ class Engine(Section):
     engine_kwargs: dict[str, Any] = {}
     env: dict[str, str] = {}
 
+    @property
+    def pieces(self) -> int:
+        """Workers of one engine, each of which has what the pool reserves."""
+        return int(self.tensor_parallel_size * self.engine_kwargs.get("pipeline_parallel_size", 1))
+
+    def executor(self) -> dict[str, str]:
+        """The engine argument that leaves a lone worker on a CPU in the engine's own process, where
+        its threads are not to be bound to cores. Binding is what vLLM starts a second process for,
+        and the two wait for each other by spinning."""
+        if self.pieces > 1 or self.env.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+            return {}
+        return {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+
 
 class Sample(Section):
     """K candidate prompts per query from the policy."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
 from vpo_ray.recipe import Serve
@@ -28,8 +29,20 @@ FRESH_S = 10
 Refusal = dict[str, Any]
 
 
+class Engine(VLLMEngine):
+    """vLLM with the executor that is asked for: on a CPU, Ray puts another in its place."""
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, group: Any) -> Any:
+        asked = self.llm_config.engine_kwargs.get("distributed_executor_backend")
+        if asked is not None:
+            vllm_engine_config.parallel_config.distributed_executor_backend = asked
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, group)
+
+
 class PolicyServer(LLMServer):
     """One replica; see the module."""
+
+    _default_engine_cls = Engine
 
     async def start(self) -> None:
         # The checkpoint is a folder that every node sees. Ray would start a task on each node to
@@ -105,6 +118,7 @@ def llm_config(folder: Path, settings: Serve) -> LLMConfig:
         "generation_config": "vllm",
         # The folded template joins the query to the task prompt as a string, not as a list of parts.
         "chat_template_content_format": "string",
+        **({} if pool.num_gpus else engine.executor()),
         **engine.engine_kwargs,
     }
     bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
