@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vpo_ray.recipe import (
     OPERATIONAL,
+    Engine,
     Recipe,
     RecipeError,
     Section,
@@ -294,6 +295,26 @@ def test_one_that_cannot_be(override: str, says: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load(TINY, [override])
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "apart"),
+    [
+        ({"env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}, False),
+        ({"env": {"VLLM_CPU_OMP_THREADS_BIND": "0-7"}}, True),
+        ({"env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, "tensor_parallel_size": 2}, True),
+        (
+            {
+                "env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+                "engine_kwargs": {"pipeline_parallel_size": 2},
+            },
+            True,
+        ),
+        ({}, True),
+    ],
+)
+def test_a_process_is_saved_only_where_no_thread_is_bound(engine: dict[str, Any], apart: bool) -> None:
+    assert (Engine.model_validate(engine).executor() == {}) == apart
 
 
 def test_serve_alone() -> None:

@@ -21,7 +21,7 @@ from tiny_endpoint import SETTINGS, TINY
 from vpo_ray.cli import main
 from vpo_ray.policy_prompt import PromptError
 from vpo_ray.recipe import load_serve
-from vpo_ray.recipe.serve import Canary
+from vpo_ray.recipe.serve import Autoscaling, Canary
 from vpo_ray.serve.policy import takes_canary
 
 
@@ -154,6 +154,30 @@ def test_a_canary_answers_its_share_of_the_queries(url: str, checkpoint: str, tm
     assert len(set.union(*answered.values())) == 2
     by_canary = [query for query in answered if takes_canary(query, 0.5)]
     assert len(set.union(*(answered[query] for query in by_canary))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.engine
+def test_replicas_follow_the_load(brief: str, checkpoint: str) -> None:
+    from ray import serve
+
+    from vpo_ray.serve import deploy
+
+    def running() -> int:
+        return serve.status().applications["vpo"].deployments["PolicyServer:vpo"].replica_states["RUNNING"]
+
+    pool = SETTINGS.pool.model_copy(update={"size": (1, 2)})
+    scaling = Autoscaling(target_ongoing_requests=1, upscale_delay_s=1, downscale_delay_s=2)
+    deploy(checkpoint, SETTINGS.model_copy(update={"pool": pool, "autoscaling": scaling}))
+    try:
+        assert running() == 1
+        with load(brief) as seen:
+            until(lambda: running() == 2)
+        until(lambda: running() == 1)
+    finally:
+        deploy(checkpoint, SETTINGS)
+    assert [name for name in seen if not name.startswith("vpo-")] == [], "every request was answered"
 
 
 @pytest.mark.ray
