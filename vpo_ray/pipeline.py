@@ -54,12 +54,12 @@ class GenerationError(RuntimeError):
     """A run that was stopped; the message says why. What was made is kept."""
 
 
-class NodeFullError(GenerationError):
-    """A node has no room left on a disk. `node` is its id."""
+class StoppedError(GenerationError):
+    """A row of STOP came out. `node`: the id of a node whose disk is full, where that is why."""
 
-    def __init__(self, message: str, node: str) -> None:
-        super().__init__(message)
-        self.node = node
+    def __init__(self, reason: str, node: str | None) -> None:
+        super().__init__(f"{reason}\nFix this and run the same command again: what was made is kept")
+        self.reason, self.node = reason, node
 
 
 def generate(
@@ -122,7 +122,7 @@ def _generate(
         enter: the ids that the render stage takes, and no others of those that wait for it.
     """
     tries, first, missing = 0, True, sys.maxsize
-    full: NodeFullError | None = None
+    full: StoppedError | None = None
     while tries < recipe.limits.tries:
         # Only a row that is alone in its process can be told to have killed it.
         alone = tries > 0
@@ -137,7 +137,9 @@ def _generate(
         try:
             with watched(shapes, patience):
                 _drain(dataset, progress, recipe)
-        except NodeFullError as error:
+        except StoppedError as error:
+            if error.node is None:
+                raise
             full = error
         for stage, counts in ray.get(progress.snapshot.remote()).items():
             for name in total[stage]:
@@ -152,7 +154,7 @@ def _generate(
             if missing >= before:
                 raise full  # nothing was done without the node before: what is full is no node's own
             recipe = _elsewhere(recipe, busy, full)
-            logger.warning("%s\n%d rows are taken on the other nodes", full, missing)
+            logger.warning("%s: %d rows are taken on the other nodes", full.reason, missing)
         elif gone and missing < before:
             logger.warning("%d rows were lost as %d node(s) went, and are taken again", missing, gone)
         else:
@@ -164,14 +166,14 @@ def _generate(
         CHAIN_OF[stage].table(run, stage).compact()
 
 
-def _elsewhere(recipe: Recipe, stages: Sequence[str], full: NodeFullError) -> Recipe:
+def _elsewhere(recipe: Recipe, stages: Sequence[str], full: StoppedError) -> Recipe:
     """The recipe with the pools of these stages kept off one more node. Raises what it is given where no
     other node could take them."""
     for shape in pool_shapes(recipe, stages):
         before = shape.labels.get(NODE_LABEL, "!in()")
         if shape.count > 1 or not before.startswith("!in("):
             continue  # Ray places the pieces of one engine without labels
-        ids = [*filter(None, before[4:-1].split(",")), full.node]
+        ids = [*filter(None, before[4:-1].split(",")), str(full.node)]
         labels = {**shape.labels, NODE_LABEL: f"!in({','.join(ids)})"}
         recipe = _labelled(recipe, shape.where.split("."), labels)
     if problems(pool_shapes(recipe, stages), look()):
@@ -333,10 +335,11 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count
-            for stage, error in zip(batch["error_stage"].to_pylist(), batch["error"], strict=True):
+            for at, stage in enumerate(batch["error_stage"].to_pylist()):
                 if stops(stage):
-                    told = f"{error}\nFix this and run the same command again: what was made is kept"
-                    raise GenerationError(told) if stage == STOP else NodeFullError(told, stage[len(FULL) :])
+                    raise StoppedError(
+                        batch["error"][at].as_py(), None if stage == STOP else stage.removeprefix(FULL)
+                    )
             if finished >= limits.min_rows and errors > limits.max_error_share * finished:
                 reasons = batch["error"].drop_null().unique().to_pylist()[:3]
                 raise GenerationError(
