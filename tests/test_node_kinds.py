@@ -24,6 +24,7 @@ KINDS = {
     "renderers": {"num_cpus": 2, "resources": {"renderer": 1}},
     "trainers": {"num_cpus": 2, "resources": {"trainer": 2}},
 }
+WHERE = {"sample": "samplers", "judge": "samplers", "render": "renderers", "score": "renderers"}
 POOLS = [
     "sample.pool.resources.sampler=0.5",
     "judge.pool.resources.sampler=0.5",
@@ -69,12 +70,12 @@ def test_sampling_and_rendering_run_on_their_own_kinds(
     with simulated(monkeypatch, **nodes) as cluster:
         done(vpo(cluster.address, "curate", TINY, *sets))
         done(vpo(cluster.address, "sample", TINY, *sets))
-        assert cluster.ran_on("VllmStageActor") == {"samplers"}
-        assert cluster.ran_on("StageActor") == {"samplers"}, "nothing rendered yet"
+        assert cluster.ran_on("(sample)") == {"samplers"}
+        assert cluster.ran_on("(render)") == set(), "nothing rendered yet"
         run.table("verdicts").append(verdicts(recipe, 2))
         done(vpo(cluster.address, "render", TINY, *sets))
-        assert cluster.ran_on("(StageActor)") == {"renderers"}
-        assert cluster.ran_on("VllmStageActor") == {"samplers"}
+        assert cluster.ran_on("(render)") == {"renderers"}
+        assert cluster.ran_on("(sample)") == {"samplers"}
     assert run.table("candidates").count() == 4
     assert all(row["video_key"] for row in run.table("renders").rows())
 
@@ -88,16 +89,16 @@ def test_the_loop_runs_on_three_kinds_of_nodes(
     run = RunDir(recipe.out)
     with simulated(monkeypatch, **KINDS) as cluster:
         job(cluster, "generate", sets)
-        assert cluster.ran_on("VllmStageActor") == {"samplers"}, "sampling and judging"
-        assert cluster.ran_on("(StageActor)") == {"renderers"}, "rendering and scoring"
+        for stage, kind in WHERE.items():
+            assert cluster.ran_on(f"({stage})") == {kind}
         assert cluster.ran_on("RayTrainWorker") == set()
         feedback = snapshot(run, "feedback")
         job(cluster, "train", sets)
         assert cluster.ran_on("RayTrainWorker") == {"trainers"}
         assert run.exists("checkpoints/dpo/vpo.json")
         job(cluster, "evaluate", sets)
-        assert cluster.ran_on("VllmStageActor") == {"samplers"}
-        assert cluster.ran_on("(StageActor)") == {"renderers"}
+        for stage, kind in WHERE.items():
+            assert cluster.ran_on(f"({stage})") == {kind}
         # Done: the same jobs again change nothing, and say so with status 0.
         trained = (Path(run.path) / "checkpoints/dpo/vpo.json").stat().st_mtime_ns
         result = run.read_json("evaluation.json")
