@@ -32,12 +32,14 @@ slow: $(READY)
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
-# Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it.
+# Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it. Compiled
+# on all cores, where pip takes one; templates among the packages' files are no Python, and may fail.
 $(READY): requirements/cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; give another: make PYTHON=python3"; exit 1; }
 	@echo "making $(VENV) (a few minutes, about 4 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/cpu.txt
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
