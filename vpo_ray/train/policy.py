@@ -21,6 +21,9 @@ ATTENTION = "vpo_packed"
 # the second number they are computed again instead. 256 MiB each.
 CHUNK = KEEP = 2**26
 
+# Elements at a time of a sum of exponentials, which torch computes from a copy: 16 MiB.
+SLICE = 2**22
+
 
 def register_attention() -> None:
     """Make `attn_implementation="vpo_packed"` known to transformers."""
@@ -91,7 +94,8 @@ class _LogProbs(torch.autograd.Function):
         kept, norms = [], []
         for h, t, o in zip(hidden.split(rows), targets.split(rows), out.split(rows), strict=True):
             logits = nn.functional.linear(h, weight, bias).float()
-            norm = logits.logsumexp(dim=-1, keepdim=True)
+            slices = logits.split(max(1, SLICE // weight.shape[0]))
+            norm = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in slices])
             torch.sub(logits.gather(1, t[:, None]), norm, out=o[:, None])
             norms.append(norm)
             if keep:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def start_engine(policy: Any, settings: Train, config: dict[str, Any]) -> Any:
     optimizer = None
     if "optimizer" not in config:
         # Offloaded state is stepped on the CPU, for which DeepSpeed compiles an optimizer of its own.
-        adam = torch.optim.AdamW if settings.offload.optimizer == "none" else _cpu_adam()
+        offloaded = settings.offload.optimizer != "none"
+        adam = _cpu_adam() if offloaded else partial(torch.optim.AdamW, fused=True)
         optimizer = adam(parameters, lr=settings.lr, betas=settings.adam_betas, eps=1e-8)
     engine, *_ = deepspeed.initialize(
         model=policy,
