@@ -87,7 +87,8 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     out = tmp_path / "run"
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
     entry += [*tiny_sets, "--set", f"queries.path={queries}", "--set", "queries.splits={dpo: 1}"]
-    entry += ["--set", "sft.epochs=2"]
+    # Two workers are tested where training is; here each would import everything once more.
+    entry += ["--set", "sft.epochs=2", "--set", "sft.workers=1", "--set", "dpo.workers=1"]
     # Only what the job needs travels; the package is installed where the nodes run.
     work = tmp_path / "work"
     shutil.copytree(ROOT / "jobs", work / "jobs")
