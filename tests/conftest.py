@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,24 @@ def tiny_sets(tiny_models: Path) -> list[str]:
         "reward.checklist.file": tiny_models / "reward/checklist.yaml",
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session")
+def adapted(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A LoRA adapter on the tiny policy, with random weights: its folder, and the model for peft."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from vpo_ray.policy_prompt import load_tokenizer, read_prompt
+
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(tiny_models / "policy")
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, folder = get_peft_model(base, config), tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny_models / "policy"), read_prompt("builtin:policy")).save_pretrained(folder)
+    return folder, model
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,16 @@
 """Drafts and candidates by real vLLM engines on tiny weights, whole and with a LoRA adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vpo_ray import loop
 from vpo_ray.chains import Models
-from vpo_ray.engines.vllm_chat import AdapterError, adapter_of
+from vpo_ray.engines.adapter import AdapterError, adapter_of
 from vpo_ray.ledger import build_ledger, reconcile
 from vpo_ray.pipeline import generate
-from vpo_ray.policy_prompt import load_tokenizer, prompt_ids, read_prompt
+from vpo_ray.policy_prompt import load_tokenizer, prompt_ids
 from vpo_ray.recipe import load
 from vpo_ray.records import VERDICTS, query_id
 from vpo_ray.storage import RunDir
@@ -53,27 +54,19 @@ def test_drafts_of_a_vllm_engine(
 
 
 @pytest.mark.slow
-def test_a_policy_that_is_an_adapter(tmp_path: Path, tiny_models: Path, ray_cluster: None) -> None:
+def test_a_policy_that_is_an_adapter(tmp_path: Path, adapted: tuple[Path, Any], ray_cluster: None) -> None:
     """What vLLM samples with the adapter is what transformers and peft give."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(3)
-    base = AutoModelForCausalLM.from_pretrained(tiny_models / "policy")
-    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(base, config)
-    model.save_pretrained(tmp_path / "adapter")
-    task = read_prompt("builtin:policy")
-    tokenizer = load_tokenizer(str(tiny_models / "policy"), task)
-    tokenizer.save_pretrained(tmp_path / "adapter")
+    folder, model = adapted
+    tokenizer = load_tokenizer(str(folder))
     recipe = load(
         "jobs/recipes/tiny.yaml",
         [f"out={tmp_path / 'run'}", "sft=null", "sample.k=1", "sample.temperature=0", "sample.max_tokens=12"],
     )
     queries = ["a cat", "the sea at night"]
     run = run_of(tmp_path, "dpo", *queries)
-    generate(recipe, run, Models(str(tmp_path / "adapter"), "adapted"), ("sample",))
+    generate(recipe, run, Models(str(folder), "adapted"), ("sample",))
     sampled = {row["query"]: row["prompt"] for row in run.table("candidates").rows()}
 
     def greedy(query: str) -> str:

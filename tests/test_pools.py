@@ -1,13 +1,18 @@
 """The arithmetic of busy time and of the status table; pools themselves are tested with Ray."""
 
 import random
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.pools import SharedClock
+from vpo_ray.pools import Outcome, SharedClock, StageActor, stops
 from vpo_ray.progress import status_lines
+from vpo_ray.records import Row, table
+from vpo_ray.storage import RunDir
 
 
 class Time:
@@ -117,3 +122,26 @@ def test_the_status_before_the_first_second() -> None:
     counts = {"render": {"started": 0, "done": 1, "errors": 0, "passed": 0}}
     assert "render" in status_lines(counts, 0.0)
     assert status_lines({}, 0.0).count("\n") == 0
+
+
+def test_a_replica_with_another_code_makes_nothing(tmp_path: Path) -> None:
+    class Pass:
+        name, warming = "render", nullcontext
+
+        def wants(self, row: Row) -> bool:
+            return True
+
+        def __call__(self, rows: list[Row]) -> list[Row]:
+            return rows
+
+    stored = RunDir(tmp_path).table("renders")
+    ids = {"candidate_id": "c", "query_id": "q", "query": "a cat", "k": 0, "seed": 0}
+    row = dict.fromkeys(stored.schema.names) | ids
+    outcome = Outcome("render", stored, Mock())
+    assert len(StageActor(Pass, outcome)(table([row], stored.schema))) == 1
+    assert stored.count() == 1
+    outcome.code = "another"
+    stopped = StageActor(Pass, outcome)(table([row | {"candidate_id": "d"}], stored.schema)).to_pylist()
+    assert stops(stopped[0]["error_stage"])
+    assert "the driver has another: give every node the same image" in stopped[0]["error"]
+    assert stored.count() == 1, "the next run takes the row again"

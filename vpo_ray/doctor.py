@@ -7,7 +7,6 @@ and the storage of a recipe can be used from there.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 from vpo_ray.chains import draft_model
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.storage import Folder
+from vpo_ray.versions import code, versions
 
 # A node that has not answered after this many seconds cannot start a worker.
 ANSWER_S = 60
@@ -128,13 +128,11 @@ def asked(recipe: Recipe | None) -> Ask:
 
 def probe(ask: Ask) -> dict[str, Any]:
     """What this process sees of its node."""
-    from vpo_ray.loop import versions
-
     disk = shutil.disk_usage("/tmp")
     return {
         "host": socket.gethostname(),
         "time": time.time(),
-        "versions": {**versions(), "vpo-ray code": _code()},
+        "versions": {**versions(), "vpo-ray code": code()},
         "gpus": _gpus(),
         "disk_used": 1 - disk.free / disk.total,
         "disk_free": disk.free,
@@ -285,14 +283,6 @@ def _answers(
             yield calls[call], answer, max(0.0, asked_at - at, at - answered_at)
     for call in waiting:
         yield calls[call], f"no answer within {ANSWER_S} s", 0.0
-
-
-def _code() -> str:
-    """Eight digits over the package's source: an image with the same version may hold another."""
-    package, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def _gpus() -> list[str]:

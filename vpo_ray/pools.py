@@ -28,6 +28,7 @@ from vpo_ray.progress import StageMetrics
 from vpo_ray.recipe import Pool
 from vpo_ray.records import Row, failed, table
 from vpo_ray.storage import StorageError, Table
+from vpo_ray.versions import check_code, code
 
 # What small tasks (reading, splitting) reserve: with whole CPUs, a dozen operators of one stream
 # would starve each other and the pools on a small node.
@@ -148,6 +149,11 @@ class Outcome:
         self.stage, self.table, self.progress, self.last = stage, table, progress, last
         self.metrics: StageMetrics | None = None
         self.clock: SharedClock | None = None
+        self.code = code()
+
+    def check_code(self) -> None:
+        """Raises CodeError in a replica whose node has another code than the driver."""
+        check_code(self.code)
 
     @contextmanager
     def warming(self) -> Iterator[None]:
@@ -233,6 +239,7 @@ class ChatRunner:
 
     async def _answer(self, row: Row, chat: Chat) -> Row:
         try:
+            self.outcome.check_code()
             return await self.stage(row, chat)
         except self.fatal:
             self.leave()
@@ -259,6 +266,7 @@ class StageActor:
         if wanted:
             with self.outcome.timed(len(wanted)) as seconds:
                 try:
+                    self.outcome.check_code()
                     done = self.stage(wanted)
                 except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
                     reason = f"{type(error).__name__}: {error}"

@@ -159,6 +159,36 @@ def test_a_canary_answers_its_share_of_the_queries(url: str, checkpoint: str, tm
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
+def test_an_adapter_is_served_on_its_base_model(url: str, adapted: tuple[Path, Any], checkpoint: str) -> None:
+    """What the endpoint answers is what transformers and peft give, and not what the base model gives."""
+    import torch
+
+    from vpo_ray.policy_prompt import load_tokenizer, prompt_ids
+    from vpo_ray.serve import deploy
+
+    folder, model = adapted
+    tokenizer, query = load_tokenizer(str(folder)), "the sea at night"
+    ids = torch.tensor([prompt_ids(tokenizer, query)])
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=12, do_sample=False, temperature=None, top_p=None)
+    body = {"model": "vpo", "messages": [{"role": "user", "content": query}]}
+    ask = {**body, "temperature": 0, "max_tokens": 12}
+    before = httpx.post(f"{url}/chat/completions", json=ask, timeout=120).json()
+    deploy(str(folder), SETTINGS)
+    try:
+        answer = httpx.post(f"{url}/chat/completions", json=ask, timeout=120).json()
+    finally:
+        deploy(checkpoint, SETTINGS)
+    text = answer["choices"][0]["message"]["content"]
+    assert text.strip() == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert text != before["choices"][0]["message"]["content"], "the adapter changes the text"
+    assert answer["model"] == "vpo"
+    assert answer["system_fingerprint"] != before["system_fingerprint"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.engine
 def test_replicas_follow_the_load(brief: str, checkpoint: str) -> None:
     from ray import serve
 

@@ -8,65 +8,25 @@ a text stage on each row, with as many turns as the row needs, all rows of all b
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS, vLLMEngineStageUDF
 
+from vpo_ray.engines.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
 from vpo_ray.policy_prompt import chat_ids
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
-from vpo_ray.recipe import Engine, Pool, locate
+from vpo_ray.recipe import Engine, Pool
 
 logger = logging.getLogger(__name__)
-
-
-# The ranks that vLLM makes room for.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter as peft saves it: a folder, the model that it is for, and its rank."""
-
-    folder: str
-    base: str
-    rank: int
-
-    def engine_kwargs(self) -> dict[str, Any]:
-        room = next((rank for rank in _RANKS if rank >= self.rank), _RANKS[-1])
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
-
-
-def adapter_of(model: str) -> Adapter | None:
-    """The adapter in a local folder, or None where it holds a whole model.
-
-    Raises:
-        ValueError: its `adapter_config.json` cannot be used.
-    """
-    path = Path(model, "adapter_config.json")
-    if "://" in model or not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        base, rank = locate(config["base_model_name_or_path"]), int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: not the settings of a LoRA adapter: {error}") from error
-    return Adapter(str(path.parent.resolve()), base, rank)
-
-
-class AdapterError(ValueError):
-    """A folder with an adapter that cannot be loaded."""
 
 
 class VllmChat:

@@ -43,11 +43,12 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
     """The application of one checkpoint, and of a canary beside it where the settings name one.
 
     Args:
-        checkpoint: a folder as training leaves it: weights, and a tokenizer whose chat template
-            holds the task prompt.
+        checkpoint: a folder as training leaves it: weights, or an adapter that names its base model, and
+            a tokenizer whose chat template holds the task prompt.
 
     Raises:
         PromptError: no such folder, no checkpoint in it, or no task prompt in its chat template.
+        AdapterError: an adapter's settings cannot be used.
     """
     folder, control = _checked(checkpoint)
     main = build_llm_deployment(llm_config(folder, settings), deployment_cls=PolicyServer)
@@ -113,8 +114,10 @@ def _pool(pool: Pool) -> dict[str, Any]:
 def _checked(checkpoint: str) -> tuple[Path, tuple[str, ...]]:
     """A checkpoint's folder and its control tokens."""
     folder = Path(checkpoint).resolve()
-    if not (folder / "config.json").is_file():
-        what = "is no checkpoint: it has no config.json" if folder.is_dir() else "does not exist"
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        what = "does not exist"
+        if folder.is_dir():
+            what = "is no checkpoint: it has no config.json or adapter_config.json"
         raise PromptError(f"{checkpoint} {what}; give the folder that training wrote")
     if not any(folder.glob("*.safetensors")):
         raise PromptError(

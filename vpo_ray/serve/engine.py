@@ -17,6 +17,7 @@ from typing import Any
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
+from vpo_ray.engines.adapter import Adapter, adapter_of
 from vpo_ray.recipe import Serve
 
 logger = logging.getLogger("ray.serve")
@@ -51,7 +52,7 @@ class PolicyServer(LLMServer):
         await super().start()
         self.answered = time.monotonic()
         # OpenAI's field for which model answered: a client can tell one checkpoint from the next.
-        folder = Path(self._llm_config.model_loading_config.model_source)
+        folder = Path(self._llm_config.engine_kwargs["tokenizer"])
         self.engine._oai_serving_chat.system_fingerprint = fingerprint(folder)
 
     async def answer(self, body: dict[str, Any]) -> str | Refusal:
@@ -107,7 +108,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def llm_config(folder: Path, settings: Serve) -> LLMConfig:
-    """What `ray.serve.llm` needs to know of a checkpoint and the recipe's settings."""
+    """What `ray.serve.llm` needs to know of a checkpoint, which may be an adapter, and the recipe's
+    settings.
+
+    Raises:
+        AdapterError: the adapter's settings cannot be used.
+    """
+    adapter = adapter_of(str(folder))
     engine, pool, scaling = settings.engine, settings.pool, settings.autoscaling
     kwargs: dict[str, Any] = {
         "dtype": engine.dtype,
@@ -118,9 +125,13 @@ def llm_config(folder: Path, settings: Serve) -> LLMConfig:
         "generation_config": "vllm",
         # The folded template joins the query to the task prompt as a string, not as a list of parts.
         "chat_template_content_format": "string",
+        # An adapter comes with the tokenizer whose template has the task prompt; its base has another.
+        "tokenizer": str(folder),
+        **(_adapted(adapter, settings.model_name) if adapter is not None else {}),
         **({} if pool.num_gpus else engine.executor()),
         **engine.engine_kwargs,
     }
+    source = str(folder) if adapter is None else adapter.base
     bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     replicas: dict[str, Any] = {"num_replicas": pool.size[0]}
     if pool.size[0] != pool.size[1]:
@@ -135,7 +146,7 @@ def llm_config(folder: Path, settings: Serve) -> LLMConfig:
             }
         }
     return LLMConfig(
-        model_loading_config=ModelLoadingConfig(model_id=settings.model_name, model_source=str(folder)),
+        model_loading_config=ModelLoadingConfig(model_id=settings.model_name, model_source=source),
         engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
         accelerator_type=pool.accelerator_type,
         accelerator_config=None if pool.num_gpus else {"kind": "cpu"},
@@ -151,6 +162,14 @@ def llm_config(folder: Path, settings: Serve) -> LLMConfig:
         },
         runtime_env={"env_vars": engine.env} if engine.env else None,
     )
+
+
+def _adapted(adapter: Adapter, name: str) -> dict[str, Any]:
+    """Engine options with which every request for `name` is for the adapter: vLLM looks among adapters
+    first, and nobody is to reach the base model alone."""
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    return {**adapter.engine_kwargs(), "lora_modules": [LoRAModulePath(name, adapter.folder)]}
 
 
 def operation(settings: Serve) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vpo_ray.train.evaluate import split
 from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, tokenise
 from vpo_ray.train.model_files import fetch, identity, marker, refuse_adapter
 from vpo_ray.train.track import check_trackers
+from vpo_ray.versions import code
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     checkpoints.refuse_other_workers(kept, settings.workers)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": ray.put(job)},
+        train_loop_config={"job": ray.put(job), "code": code()},
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.workers,

@@ -32,6 +32,7 @@ from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
 from vpo_ray.train.model_files import digest, fetch
 from vpo_ray.train.policy import PackedPolicy, check_packing
 from vpo_ray.train.track import Trackers
+from vpo_ray.versions import check_code
 
 log = logging.getLogger(__name__)
 
@@ -300,6 +301,7 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 def train_worker(config: dict[str, Any]) -> Row:
     """What Ray Train runs on each worker; on a problem that no retry mends, returns its message."""
+    check_code(config["code"])
     job: Job = ray.get(config["job"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
