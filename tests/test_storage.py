@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.records import FEEDBACK, Row
-from vpo_ray.storage import TABLES, Folder, RunDir, StorageError, Table, chunks
+from vpo_ray.storage import PARTS_AT_ONCE, TABLES, Folder, RunDir, StorageError, Table, chunks
 
 ODD_NAMES = ["plain", "with space", "a#b%20c?d", "ünï-中", "[x]{y}"]
 
@@ -321,3 +322,22 @@ def test_chunks_keep_every_row_in_order(count: int, size: int) -> None:
     assert [row for part in parts for row in part] == rows
     assert all(len(part) == size for part in parts[:-1])
     assert all(parts)
+
+
+def test_memory_does_not_grow_with_the_number_of_parts(run: RunDir) -> None:
+    """A stream leaves a part for each render: a hundred thousand are read before they are merged."""
+
+    def resident() -> int:
+        """MB of this process."""
+        return psutil.Process().memory_info().rss >> 20
+
+    table = run.table("feedback")
+    part = Path(table.path, table.append([candidate("a")]))
+    for number in range(2000):
+        os.link(part, part.with_name(f"{number}.parquet"))
+    assert (
+        sum(batch.num_rows for batch in table.batches(parts=table.parts()[:PARTS_AT_ONCE])) == PARTS_AT_ONCE
+    )
+    before = resident()
+    assert sum(batch.num_rows for batch in table.batches()) == 2001
+    assert resident() - before < 100

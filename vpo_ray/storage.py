@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 # In a table's folder, while parts are merged: a list of the parts that do not count.
 _COMPACTING = "compacting.json"
 _MERGED = re.compile(r"[0-9a-f]+-([0-9]+)\.parquet")  # a merged part has its number of rows in its name
+# Parts that are read at once, with threads: the footer of each stays in memory meanwhile, 200 kB.
+PARTS_AT_ONCE = 256
 
 T = TypeVar("T")
 
@@ -292,10 +294,10 @@ class Table(Folder):
         """The rows of parts, about `rows_per_part` together, each key once, with the parts they are of."""
         group: list[str] = []
         held: list[pa.RecordBatch] = []
-        # So many files are read at once, with threads.
-        for some in chunks(parts, 256):
+        for some in chunks(parts, PARTS_AT_ONCE):
             group += some
-            held += self.batches(parts=some)
+            # A batch of one row takes as much memory as one of a hundred.
+            held += pa.Table.from_batches(self.batches(parts=some), self.schema).combine_chunks().to_batches()
             if sum(batch.num_rows for batch in held) >= rows_per_part:
                 yield group, self._each_key_once(held)
                 group, held = [], []
@@ -337,21 +339,21 @@ class Table(Folder):
         Raises:
             StorageError: a part is damaged or has another schema.
         """
-        paths = [f"{self.path}/{part}" for part in (self.parts() if parts is None else parts)]
-        if not paths:
-            return
         required = {field.name for field in self.schema if not field.nullable}
-        try:
-            dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
-            for batch in dataset.to_batches(columns=list(columns) if columns else None, filter=where):
-                batch.validate(full=True)
-                # A column that a part lacks comes as nulls.
-                absent = [n for n in batch.schema.names if n in required and batch[n].null_count]
-                if absent:
-                    raise StorageError(f"{self.uri} holds a part of another table: no {', '.join(absent)}")
-                yield batch
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
-            raise StorageError(f"{self.uri} holds a part that cannot be read: {error}") from error
+        for some in chunks(self.parts() if parts is None else parts, PARTS_AT_ONCE):
+            paths = [f"{self.path}/{part}" for part in some]
+            try:
+                dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
+                for batch in dataset.to_batches(columns=list(columns) if columns else None, filter=where):
+                    batch.validate(full=True)
+                    # A column that a part lacks comes as nulls.
+                    absent = [n for n in batch.schema.names if n in required and batch[n].null_count]
+                    if absent:
+                        lacks = f"no {', '.join(absent)}"
+                        raise StorageError(f"{self.uri} holds a part of another table: {lacks}")
+                    yield batch
+            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+                raise StorageError(f"{self.uri} holds a part that cannot be read: {error}") from error
 
     def rows(
         self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
