@@ -1,7 +1,7 @@
 """How a stream scales with nodes, and when its driver becomes the limit.
 
     python benchmarks/scale.py
-    python benchmarks/scale.py --nodes 1 2 4 --rows 1000 10000 --seconds 20
+    python benchmarks/scale.py --nodes 1 2 4 --rows 1000 10000 --alone --seconds 20
 
 Two measurements, both with the pipeline's own code (see stream.py, whose sleeping stages these are):
 
@@ -11,10 +11,10 @@ which the render replicas of all nodes work, from the first row's start to the l
 is the share of this machine's CPU time that was used meanwhile: where it is near 1, it was measured, and
 not the stream. `fill_s` and `tail_s` are the fixed costs at both ends, which a longer run spreads.
 
-Driver. Stages that do nothing, blocks as the recipes have them (one row a render), in a fresh process
-for each number of rows: CPU seconds of the driver's process for each row, and its memory. From CPU
+Driver. Stages that do nothing, in a fresh process for each number of rows: CPU seconds of the driver's
+process for each row, and its memory. `alone` has blocks of one row, as renders have them: from CPU
 seconds a row follows how many rows a second one driver can feed, and so how many GPUs of a given time
-a render. `--block` measures with other blocks for render and score.
+a render. `blocks` has blocks of a hundred rows, so that 100,000 fit into an hour.
 
 The last line is one JSON object.
 """
@@ -42,6 +42,8 @@ from vpo_ray import pipeline
 
 NODES = (1, 2, 4, 8, 16)
 ROWS = (1_000, 10_000, 100_000)
+ROWS_ALONE = (500, 2_000)
+BLOCK = 100
 K = 4
 # Render replicas of a node.
 RENDERERS = 2
@@ -212,9 +214,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Efficiency on 1 to 16 nodes; cost of the driver by rows.")
     parser.add_argument("--nodes", type=int, nargs="*", default=NODES, help="default: 1 2 4 8 16")
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="default: 1000 10000 100000")
+    parser.add_argument(
+        "--alone", type=int, nargs="*", default=ROWS_ALONE, help="rows in blocks of one (500 2000)"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds a render (%(default)s)")
     parser.add_argument("--renders", type=int, default=15, help="renders of each replica (%(default)s)")
-    parser.add_argument("--block", type=int, default=1, help="rows of a block of render and score")
+    parser.add_argument("--block", type=int, default=BLOCK, help=argparse.SUPPRESS)
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
@@ -228,8 +233,9 @@ def main() -> None:
     for nodes in args.nodes:
         result["nodes"][str(nodes)] = on_nodes(nodes, args.seconds, args.renders)
         log.info("%d nodes: %s", nodes, result["nodes"][str(nodes)])
-    if args.rows:
-        result["driver"] = drivers(sorted(args.rows), args.block)
+    for name, rows, block in (("alone", args.alone, 1), ("blocks", args.rows, BLOCK)):
+        if rows:
+            result[f"driver_{name}"] = drivers(sorted(rows), block)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
