@@ -125,11 +125,11 @@ def llm_config(folder: Path, settings: Serve) -> LLMConfig:
         "generation_config": "vllm",
         # The folded template joins the query to the task prompt as a string, not as a list of parts.
         "chat_template_content_format": "string",
-        # An adapter comes with the tokenizer whose template has the task prompt; its base has another.
-        "tokenizer": str(folder),
         **(_adapted(adapter, settings.model_name) if adapter is not None else {}),
         **({} if pool.num_gpus else engine.executor()),
         **engine.engine_kwargs,
+        # An adapter comes with the tokenizer whose template has the task prompt; its base has another.
+        "tokenizer": str(folder),
     }
     source = str(folder) if adapter is None else adapter.base
     bundle = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
