@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from vpo_ray.placement import require, watched, worker_shapes
 from vpo_ray.policy_prompt import load_tokenizer
@@ -150,7 +152,7 @@ def train(
 
 def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from vpo_ray.train import checkpoints
@@ -161,7 +163,8 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     name = f"{job.phase}-{job_id[:16]}"
     kept = Folder(join(job.run_uri, f"checkpoints/{name}"))
     checkpoints.refuse_other_workers(kept, settings.workers)
-    trainer = TorchTrainer(
+    trainer = partial(
+        TorchTrainer,
         train_worker,
         train_loop_config={"job": ray.put(job), "code": code()},
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
@@ -181,14 +184,34 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     )
     shapes = worker_shapes(job.phase, settings)
     require(shapes, placement_timeout_s)
-    try:
-        with watched(shapes, placement_timeout_s):
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        raise TrainError(f"{job.phase} failed {settings.max_failures + 1} times: {error}") from error
+    with watched(shapes, placement_timeout_s):
+        result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
     kept.fs.delete_dir(kept.path)
+
+
+def retried(fit: Callable[[], Any], phase: str, retries: int) -> Any:
+    """The result of `fit`. A worker that is lost is Ray Train's to replace; for a node that goes while
+    workers start, its controller gives up, and the next `fit` goes on from the checkpoints.
+
+    Raises:
+        TrainError: more failures than `retries`, or one that says nothing of a node.
+    """
+    from ray.exceptions import NodeDiedError, RayActorError
+    from ray.train import ControllerError, TrainingFailedError
+
+    left = retries
+    while True:
+        try:
+            return fit()
+        except ControllerError as error:
+            if left == 0 or not isinstance(error.controller_failure, RayActorError | NodeDiedError):
+                raise TrainError(f"{phase} failed: {error}") from error
+            left -= 1
+            log.warning("%s: workers could not start, trying again: %s", phase, error.controller_failure)
+        except TrainingFailedError as error:
+            raise TrainError(f"{phase} failed {retries + 1} times: {error}") from error
 
 
 def _result(out: str, facts: Row, trained: bool) -> TrainResult:
