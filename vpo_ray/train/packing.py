@@ -20,24 +20,19 @@ from vpo_ray.train.examples import Example
 
 
 @dataclass(frozen=True)
-class Block:
-    """Tokens `start:end` of a pack that see its prefix and, by `mask`, each other.
-
-    mask: bool, [end - start, prefix + end - start], True where a token (row) sees a key (column).
-    """
-
-    start: int
-    end: int
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Pack:
     """One sequence of examples. T tokens, of which N are learnt, in S responses.
 
+    Attention reads it as runs of tokens: the common start, then for each example the rest of its
+    prompt with its first response, and each further response. A token of a run sees the K[run]
+    tokens given for it, save those of the run that come after: the causal mask of queries that are
+    the last of their keys.
+
     ids, positions: int64 [1, T].
-    prefix: tokens at the start that every example shares.
-    blocks: one per example, in order; prefix and blocks cover the pack.
+    runs: tokens of each run, in order; their sum is T.
+    seen: K[run] token numbers for each run, in order of position, those of the run itself last;
+        int64 [sum of K].
+    ends: where runs and their seen tokens start and end; int32 [2, runs + 1].
     predict: int64 [N], the token whose hidden state predicts a learnt token.
     targets: int64 [N], the learnt tokens.
     lengths: learnt tokens of each of the S responses, in order.
@@ -45,17 +40,16 @@ class Pack:
 
     ids: torch.Tensor
     positions: torch.Tensor
-    prefix: int
-    blocks: tuple[Block, ...]
+    runs: tuple[int, ...]
+    sees: tuple[int, ...]
+    seen: torch.Tensor
+    ends: torch.Tensor
     predict: torch.Tensor
     targets: torch.Tensor
     lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> Pack:
-        blocks = tuple(Block(b.start, b.end, b.mask.to(device)) for b in self.blocks)
-        moved = (t.to(device) for t in (self.ids, self.positions, self.predict, self.targets))
-        ids, positions, predict, targets = moved
-        return Pack(ids, positions, self.prefix, blocks, predict, targets, self.lengths)
+        return Pack(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in vars(self).values()))
 
 
 def pack(examples: Sequence[Example], share: bool = True) -> Pack:
@@ -64,29 +58,38 @@ def pack(examples: Sequence[Example], share: bool = True) -> Pack:
     if not share:
         examples = [Example(e.id, e.prompt, (r,)) for e in examples for r in e.responses]
     prefix = _common_prefix([e.prompt for e in examples]) if share else 0
-    ids, positions = [examples[0].prompt[:prefix]], [np.arange(prefix)]
-    predict, targets, lengths, blocks = [], [], [], []
-    start = prefix
+    shared = np.arange(prefix)
+    ids, positions = [examples[0].prompt[:prefix]], [shared]
+    predict, targets, lengths = [], [], []
+    runs, seen = ([prefix], [shared]) if prefix else ([], [])
+    end = prefix
     for example in examples:
-        query, at = example.prompt[prefix:], len(example.prompt)
-        parts = [query, *example.responses]
-        ids += parts
-        positions += [np.arange(prefix, at), *(np.arange(at, at + len(r)) for r in example.responses)]
+        at = len(example.prompt)
+        query = np.arange(end, end + at - prefix)
+        ids.append(example.prompt[prefix:])
+        positions.append(np.arange(prefix, at))
+        end += len(query)
         # The prompt's last token predicts the first token of every response.
-        last = start + len(query) - 1 if len(query) else prefix - 1
-        first = start + len(query)
-        for response in example.responses:
-            predict.append(np.concatenate([[last], np.arange(first, first + len(response) - 1)]))
+        last = end - 1 if len(query) else prefix - 1
+        for n, response in enumerate(example.responses):
+            own = np.arange(end, end + len(response))
+            ids.append(response)
+            positions.append(np.arange(at, at + len(own)))
+            runs.append(len(own) if n else len(query) + len(own))
+            seen.append(np.concatenate([shared, query, own]))
+            predict.append(np.concatenate([[last], own[:-1]]))
             targets.append(response)
-            lengths.append(len(response))
-            first += len(response)
-        blocks.append(Block(start, first, _mask(prefix, [len(p) for p in parts])))
-        start = first
+            lengths.append(len(own))
+            end += len(own)
+    sees = [len(s) for s in seen]
+    ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in (runs, sees)]
     return Pack(
         _row(ids)[None],
         _row(positions)[None],
-        prefix,
-        tuple(blocks),
+        tuple(runs),
+        tuple(sees),
+        _row(seen),
+        torch.from_numpy(np.stack(ends).astype(np.int32)),
         _row(predict),
         _row(targets),
         tuple(lengths),
@@ -102,14 +105,6 @@ def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
 
 def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _mask(prefix: int, parts: Sequence[int]) -> torch.Tensor:
-    """Part 0 is the rest of the prompt; the others are responses, that do not see each other."""
-    part = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
-    seen = (part[None] == 0) | (part[None] == part[:, None])
-    causal = torch.ones(len(part), len(part), dtype=torch.bool).tril()
-    return torch.cat([torch.ones(len(part), prefix, dtype=torch.bool), seen & causal], dim=1)
 
 
 def total_steps(rows: int, global_batch: int, epochs: float) -> int:

@@ -15,52 +15,12 @@ from torch import Tensor, nn
 from vpo_ray.train.examples import Example, TrainError
 from vpo_ray.train.packing import Pack, pack
 
-ATTENTION = "vpo_packed"
-
 # Float32 elements of a chunk of logits, and of the probabilities kept for the backward pass; past
 # the second number they are computed again instead. 256 MiB each.
 CHUNK = KEEP = 2**26
 
 # Elements at a time of a sum of exponentials, which torch computes from a copy: 16 MiB.
 SLICE = 2**22
-
-
-def register_attention() -> None:
-    """Make `attn_implementation="vpo_packed"` known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention of [1, heads, T, size] tensors by the layout of a pack; plain causal without one."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    layout: Pack | None = options.pop("layout", None)
-    if layout is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-    shared = slice(0, layout.prefix)
-    parts = []
-    if layout.prefix:
-        parts.append(
-            _attend(module, query[:, :, shared], key[:, :, shared], value[:, :, shared], None, options)
-        )
-    for block in layout.blocks:
-        own = slice(block.start, block.end)
-        seen = [torch.cat([t[:, :, shared], t[:, :, own]], dim=2) for t in (key, value)]
-        parts.append(_attend(module, query[:, :, own], seen[0], seen[1], block.mask[None, None], options))
-    return torch.cat(parts, dim=1), None
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
-) -> Tensor:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
 
 class ResponseHead(nn.Linear):

@@ -127,9 +127,9 @@ def load_model(model: str, settings: Train, config: dict[str, Any], revision: st
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    from vpo_ray.train.policy import ATTENTION, register_attention
+    from vpo_ray.train import attention
 
-    register_attention()
+    attention.register()
     keep = HfDeepSpeedConfig(config) if settings.zero_stage == 3 else None
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -137,7 +137,7 @@ def load_model(model: str, settings: Train, config: dict[str, Any], revision: st
             revision=revision,
             trust_remote_code=trust,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=ATTENTION,
+            attn_implementation=attention.NAME,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them below
         )
