@@ -2,6 +2,9 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vpo_ray.train.examples import Example
 from vpo_ray.train.packing import batch, pack, spread, total_steps
@@ -19,7 +22,6 @@ def test_a_pack_holds_shared_prompts_once_and_restarts_positions():
     packed = pack([PAIR, OTHER])
     assert packed.ids[0].tolist() == [1, 2, 3, 4, 10, 11, 12, 20, 21, 5, 30, 40, 41]
     assert packed.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 2, 3, 3, 4]
-    assert packed.prefix == 2
     assert packed.lengths == (3, 2, 1, 2)
 
 
@@ -30,21 +32,54 @@ def test_exactly_the_response_tokens_are_learnt_each_from_the_token_before_it():
     assert predicting == [4, 10, 11, 4, 20, 5, 5, 40]
 
 
-def test_a_token_sees_its_own_example_and_never_the_other_response():
+def test_the_runs_are_the_common_start_and_each_response_with_the_prompt_before_the_first():
     packed = pack([PAIR, OTHER])
-    first = packed.blocks[0]
-    seen = [[int(first.mask[row, column]) for column in range(9)] for row in range(7)]
-    # columns: shared 1 2 | own 3 4 | chosen 10 11 12 | rejected 20 21
-    assert seen[4 + 1] == [1, 1, 1, 1, 0, 0, 0, 1, 0]
-    assert seen[4] == [1, 1, 1, 1, 1, 1, 1, 0, 0]
-    assert seen[0] == [1, 1, 1, 0, 0, 0, 0, 0, 0]
-    assert [(b.start, b.end) for b in packed.blocks] == [(2, 9), (9, 13)]
+    assert packed.runs == (2, 5, 2, 2, 2)
+    assert packed.sees == (2, 7, 6, 4, 5)
+    assert [[packed.ids[0, n] for n in seen] for seen in packed.seen.split(packed.sees)] == [
+        [1, 2],
+        [1, 2, 3, 4, 10, 11, 12],
+        [1, 2, 3, 4, 20, 21],
+        [1, 2, 5, 30],
+        [1, 2, 5, 40, 41],
+    ]
+    assert packed.ends.tolist() == [[0, 2, 7, 9, 11, 13], [0, 2, 9, 15, 19, 24]]
+    assert packed.ends.dtype == torch.int32
 
 
 def test_one_example_alone_shares_its_whole_prompt_between_its_responses():
     packed = pack([PAIR])
-    assert packed.prefix == 4
+    assert packed.runs == (4, 3, 2)
     assert packed.ids[0][packed.predict].tolist() == [4, 10, 11, 4, 20]
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+
+
+@given(
+    st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=1, max_size=3)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_every_token_reads_exactly_what_stands_before_it_in_its_own_example(
+    texts: list[tuple[list[int], list[list[int]]]], share: bool
+):
+    """Also with prompts that are alike, or the start of another."""
+    packed = pack([example(str(n), prompt, *responses) for n, (prompt, responses) in enumerate(texts)], share)
+    ids, positions = packed.ids[0], packed.positions[0]
+    reads: dict[int, list[int]] = {}
+    starts, seen = packed.ends[0].tolist(), packed.seen.split(packed.sees)
+    for run, start in enumerate(starts[:-1]):
+        for n in range(packed.runs[run]):
+            reads[start + n] = seen[run][: packed.sees[run] - packed.runs[run] + n + 1].tolist()
+    assert list(reads) == list(range(len(ids)))
+    for token, read in reads.items():
+        assert read[-1] == token
+        assert positions[read].tolist() == list(range(len(read)))
+    responses = [(prompt, response) for prompt, several in texts for response in several]
+    learnt = torch.split(packed.predict, packed.lengths)
+    for (prompt, response), predict in zip(responses, learnt, strict=True):
+        for n, token in enumerate(predict.tolist()):
+            assert ids[reads[token]].tolist() == prompt + response[:n]
 
 
 def test_an_epoch_takes_every_row_once_and_ends_with_a_smaller_batch():
