@@ -48,6 +48,8 @@ def _attention(
         q, k, v = (t.transpose(0, 1)[None] for t in part)
         own, before = len(part[0]), len(part[1]) - len(part[0])
         seen = mask[:, :, :own, most - before : most + own] if before else None
+        if seen is not None and seen.is_cuda:
+            seen = seen.contiguous()  # its kernels want rows that are aligned
         out.append(sdpa_attention_forward(module, q, k, v, seen, **options)[0])
     return torch.cat(out, dim=1), None
 
