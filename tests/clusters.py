@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -235,11 +234,6 @@ def vpo(address: str, *words: str, timeout: float = 600) -> subprocess.Completed
 
 def alive(address: str) -> list[dict[str, Any]]:
     """The nodes that are up in the cluster, as `ray.nodes()` gives them, without joining it."""
-    return [node for node in _state(address).node_table() if node["Alive"]]
-
-
-@cache
-def _state(address: str) -> Any:
     from ray._private.state import GlobalState
     from ray._raylet import GcsClientOptions
 
@@ -247,7 +241,11 @@ def _state(address: str) -> Any:
     state._initialize_global_state(
         GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
     )
-    return state
+    try:
+        return [node for node in state.node_table() if node["Alive"]]
+    finally:
+        # A client whose cluster has gone ends this process a minute later.
+        state.disconnect()
 
 
 def kinds(nodes: Sequence[Mapping[str, Any]]) -> list[str]:

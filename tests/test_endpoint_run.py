@@ -191,7 +191,7 @@ def test_a_replica_that_is_killed_asks_only_what_was_under_way_again(
         while len(server.requests) <= 12 and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
-            if "EndpointActor" in " ".join(process.cmdline()):
+            if "MapBatches(draft)" in " ".join(process.cmdline()):
                 killed.append(process.pid)
                 process.kill()
         gate.set()
