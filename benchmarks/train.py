@@ -6,9 +6,9 @@
 
 Variants, each in its own process (fp32, 2 threads, batches of 4 pairs, about 31M parameters with a
 vocabulary of 32k, prompts of 200 tokens of which 150 are the task instruction, responses of 90 to
-160): `packed` is what `vpo_ray.train` does; `sdpa` is the same without FlashAttention, which differs on
-a GPU; `unshared` packs without sharing prompts; `trl` is TRL's DPOTrainer as it comes; `trl_best` has
-the reference precomputed and gradient checkpointing off; `zero1` and `zero2` are ZeRO-3 on 1 and 2
+160): `packed` is what `vpo_ray.train` does; `sdpa` is the same through torch's SDPA, run by run;
+`unshared` packs without sharing prompts; `trl` is TRL's DPOTrainer as it comes; `trl_best` has the
+reference precomputed and gradient checkpointing off; `zero1` and `zero2` are ZeRO-3 on 1 and 2
 workers; `checkpoints` trains through Ray with a checkpoint every 20 steps.
 
 Another `--shape` has random weights of that size. Where there is a GPU it is used, in bf16; memory is
@@ -258,7 +258,7 @@ def run_ours(chosen: Chosen) -> dict[str, Any]:
     if chosen.variant == "unshared":
         packing.pack = partial(packing.pack, share=False)
     if chosen.variant == "sdpa":
-        attention.has_flash = lambda query: False
+        attention.kernel_for = lambda query, dropout: attention.sdpa
     worker = make_worker(chosen, chosen.batch * chosen.steps)
     # The reference is computed once for all epochs; here one epoch pays for it in full.
     started, cpu = time.perf_counter(), time.process_time()

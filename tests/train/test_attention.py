@@ -45,7 +45,7 @@ def attend_backward(
 
 
 @pytest.fixture
-def flash_on_cpu(monkeypatch: Any) -> list[int]:
+def flash_calls() -> list[int]:
     """The operators under torch's varlen_attn, which have kernels for GPUs only, with kernels for the
     CPU that follow their definition. Gives the number of sequences of each call."""
     calls: list[int] = []
@@ -95,7 +95,6 @@ def flash_on_cpu(monkeypatch: Any) -> list[int]:
     importlib.import_module("torch.nn.attention.varlen")  # registers the operators
     torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
     torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
-    monkeypatch.setattr(attention, "has_flash", lambda query: True)
     return calls
 
 
@@ -108,16 +107,25 @@ def results(worker: Any, packed: Pack) -> tuple[Tensor, list[Tensor]]:
     return out.detach(), [p.grad.clone() for p in policy.parameters()]
 
 
-def test_one_call_for_sequences_of_varying_length_equals_a_call_for_each(make_worker: Any, request: Any):
+def test_every_kernel_gives_the_same(make_worker: Any, flash_calls: list[int], monkeypatch: Any):
     worker = make_worker("dpo", pairs(5), settings())
     config = worker.engine.module.model.config
-    packed = pack(worker.job.examples)
-    expected = results(worker, packed)
-    calls = request.getfixturevalue("flash_on_cpu")
-    actual = results(worker, packed)
-    assert calls == [len(packed.runs)] * config.num_hidden_layers
     assert config.num_key_value_heads < config.num_attention_heads  # grouped queries too
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    packed = pack(worker.job.examples)
+    found = {}
+    for kernel in (attention.sdpa, attention.on_cpu, attention.flash):
+        monkeypatch.setattr(attention, "kernel_for", lambda *args, kernel=kernel: kernel)
+        found[kernel] = results(worker, packed)
+    assert flash_calls == [len(packed.runs)] * config.num_hidden_layers
+    for kernel in (attention.on_cpu, attention.flash):
+        torch.testing.assert_close(found[kernel], found[attention.sdpa], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_needs_sdpa_and_a_cpu_has_a_kernel_of_its_own():
+    query = torch.zeros(3, 2, 8)
+    assert attention.kernel_for(query, 0.0) is attention.on_cpu
+    assert attention.kernel_for(query, 0.1) is attention.sdpa
+    assert attention.kernel_for(query.to("meta"), 0.0) is attention.sdpa
 
 
 def test_gradients_of_a_token_that_many_see_add_up_without_rounding():
@@ -139,10 +147,10 @@ def test_flash_attention_on_a_gpu_equals_sdpa(monkeypatch: Any, kv_heads: int):
         torch.randn(1, heads, layout.ids.shape[1], 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
         for heads in (4, kv_heads, kv_heads)
     ]
-    assert attention.has_flash(inputs[0][0].transpose(0, 1))
+    assert attention.kernel_for(inputs[0][0].transpose(0, 1), 0.0) is attention.flash
     found = []
-    for flash in (True, False):
-        monkeypatch.setattr(attention, "has_flash", lambda query, flash=flash: flash)
+    for kernel in (attention.flash, attention.sdpa):
+        monkeypatch.setattr(attention, "kernel_for", lambda *args, kernel=kernel: kernel)
         out, _ = attention._attention(module, *inputs, None, layout=layout, scaling=0.1)
         found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)

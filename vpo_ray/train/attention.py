@@ -2,11 +2,12 @@
 
 Every run of a pack (see packing.Pack) reads the tokens given for it and no others, so that examples
 neither see nor pay for each other. On a GPU all runs are one call of FlashAttention for sequences of
-varying length (arXiv 2307.08691), which torch carries itself; elsewhere each run is one call of SDPA.
+varying length (arXiv 2307.08691), which torch carries itself; elsewhere each run is a call of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from vpo_ray.train.packing import Pack
 
 NAME = "vpo_packed"
+
+# (module, query [T, heads, size], key and value [T, key heads, size], layout, options) to [T, heads, size].
+Kernel = Callable[[nn.Module, Tensor, Tensor, Tensor, Pack, dict[str, Any]], Tensor]
 
 
 def register() -> None:
@@ -37,35 +41,17 @@ def _attention(
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-    key, value = (_Gather.apply(t, layout.seen) for t in (key, value))
-    if has_flash(query) and not options.get("dropout"):
-        return _flash(query, key, value, layout, options.get("scaling"))[None], None
-    parts = zip(query.split(layout.runs), key.split(layout.sees), value.split(layout.sees), strict=True)
-    longest, most = max(layout.runs), max(layout.sees)
-    mask = _causal(longest, most, query.dtype, query.device)
-    out = []
-    for part in parts:
-        q, k, v = (t.transpose(0, 1)[None] for t in part)
-        own, before = len(part[0]), len(part[1]) - len(part[0])
-        seen = mask[:, :, :own, most - before : most + own] if before else None
-        if seen is not None and seen.is_cuda:
-            seen = seen.contiguous()  # its kernels want rows that are aligned
-        out.append(sdpa_attention_forward(module, q, k, v, seen, **options)[0])
-    return torch.cat(out, dim=1), None
+    kernel = kernel_for(query, options.get("dropout") or 0.0)
+    return kernel(module, query, key, value, layout, options)[None], None
 
 
-@lru_cache(maxsize=1)
-def _causal(rows: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to scores: nothing where token n of `rows` sees column up to before + n, or -inf.
-    Kept from layer to layer, and by the backward pass, once for all runs of a pack."""
-    unseen = torch.ones(rows, before + rows, dtype=torch.bool, device=device).triu(before + 1)
-    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, float("-inf"))[None, None]
-
-
-def has_flash(query: Tensor) -> bool:
-    """Whether torch's FlashAttention takes queries [T, heads, size] like these where they are: half
-    precision on Ampere or later."""
-    return (
+def kernel_for(query: Tensor, dropout: float) -> Kernel:
+    """What computes attention of queries [T, heads, size] like these where they are."""
+    if dropout:
+        return sdpa
+    if query.device.type == "cpu":
+        return on_cpu
+    takes_it = (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= 256
@@ -73,11 +59,16 @@ def has_flash(query: Tensor) -> bool:
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+    return flash if takes_it else sdpa
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Pack, scale: float | None) -> Tensor:
+def flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Pack, options: dict[str, Any]
+) -> Tensor:
+    """All runs at once by FlashAttention: half precision on an NVIDIA Ampere or later."""
     from torch.nn.attention.varlen import varlen_attn
 
+    key, value = (_Gather.apply(t, layout.seen) for t in (key, value))
     return varlen_attn(
         query,
         key,
@@ -85,10 +76,50 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Pack, scale: float
         *layout.ends,
         max(layout.runs),
         max(layout.sees),
-        scale=scale,
+        scale=options.get("scaling"),
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def on_cpu(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Pack, options: dict[str, Any]
+) -> Tensor:
+    """Run by run with the kernel that SDPA has for a CPU, with less kept for the backward pass."""
+    return _OnCpu.apply(query, key, value, layout, options.get("scaling"))
+
+
+def sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Pack, options: dict[str, Any]
+) -> Tensor:
+    """Run by run with whatever SDPA chooses: any device, and dropout."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    key, value = (_Gather.apply(t, layout.seen) for t in (key, value))
+    parts = zip(query.split(layout.runs), key.split(layout.sees), value.split(layout.sees), strict=True)
+    out = []
+    for part in parts:
+        mask = _mask(layout, len(part[0]), len(part[1]), query)
+        if mask is not None:
+            mask = mask.contiguous()  # kernels of GPUs want rows that are aligned
+        q, k, v = (t.transpose(0, 1)[None] for t in part)
+        out.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0][0])
+    return torch.cat(out)
+
+
+def _mask(layout: Pack, own: int, sees: int, query: Tensor) -> Tensor | None:
+    """What is added to the scores of a run, [1, 1, own, sees]; None where plain causal is the same."""
+    before, most = sees - own, max(layout.sees)
+    causal = _causal(max(layout.runs), most, query.dtype, query.device)
+    return causal[:, :, :own, most - before : most + own] if before else None
+
+
+@lru_cache(maxsize=1)
+def _causal(rows: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Nothing where token n of `rows` sees column up to before + n, else -inf. Every mask of a pack is a
+    part of this one, which all layers and the backward pass keep once."""
+    unseen = torch.ones(rows, before + rows, dtype=torch.bool, device=device).triu(before + 1)
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, float("-inf"))[None, None]
 
 
 class _Gather(torch.autograd.Function):
@@ -103,5 +134,57 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.new_zeros(ctx.tokens, *grad.shape[1:], dtype=torch.float32)
-        return total.index_add_(0, ctx.saved_tensors[0], grad.float()).to(grad.dtype), None
+        return _scatter(grad, ctx.saved_tensors[0], ctx.tokens), None
+
+
+def _scatter(grad: Tensor, index: Tensor, tokens: int) -> Tensor:
+    """Gradients of `tokens` that were taken by `index`."""
+    total = grad.new_zeros(tokens, *grad.shape[1:], dtype=torch.float32)
+    return total.index_add_(0, index, grad.float()).to(grad.dtype)
+
+
+class _OnCpu(torch.autograd.Function):
+    """Keys and values are gathered again in the backward pass: kept are the three inputs and the output,
+    each once. Through SDPA itself every run would keep its own keys and values, and its part of the
+    output beside the whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Pack, scale: float | None
+    ) -> Tensor:
+        out, sums = torch.empty_like(query), []
+        for o, (q, k, v, mask) in zip(out.split(layout.runs), _runs(query, key, value, layout), strict=True):
+            part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            o.copy_(part[0].transpose(0, 1))
+            sums.append(total)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *sums = ctx.saved_tensors
+        layout: Pack = ctx.layout
+        d_query, found = torch.empty_like(query), []
+        parts = (grad.split(layout.runs), out.split(layout.runs), d_query.split(layout.runs), sums)
+        runs = _runs(query, key, value, layout)
+        for g, o, d, total, (q, k, v, mask) in zip(*parts, runs, strict=True):
+            g, o = (t.transpose(0, 1)[None] for t in (g, o))
+            d_q, *d_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, q, k, v, o, total, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
+            )
+            d.copy_(d_q[0].transpose(0, 1))
+            found.append([t[0].transpose(0, 1).unflatten(1, (key.shape[1], -1)).sum(2) for t in d_kv])
+        d_key, d_value = (_scatter(torch.cat(ds), layout.seen, len(key)) for ds in zip(*found, strict=True))
+        return d_query, d_key, d_value, None, None
+
+
+def _runs(query: Tensor, key: Tensor, value: Tensor, layout: Pack) -> Iterator[tuple[Tensor | None, ...]]:
+    """Query, keys and values of each run as [1, heads, tokens, size], and its mask."""
+    group = query.shape[1] // key.shape[1]
+    for q, numbers in zip(query.split(layout.runs), layout.seen.split(layout.sees), strict=True):
+        k, v = (t.index_select(0, numbers).repeat_interleave(group, dim=1) for t in (key, value))
+        yield *(t.transpose(0, 1)[None] for t in (q, k, v)), _mask(layout, len(q), len(k), query)

@@ -6,8 +6,6 @@ is refused by name, so that two places never disagree in silence.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import subprocess
 import sys
@@ -20,9 +18,6 @@ from typing import Any
 from vpo_ray.recipe import Train
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.lora import attach
-
-# glibc's name (malloc.h) for the size from which it maps memory of its own for an allocation.
-_M_MMAP_THRESHOLD = -3
 
 # Keys of the configuration that follow from recipe keys.
 _DECIDED = {
@@ -107,7 +102,6 @@ def prepare_process(use_gpu: bool) -> None:
     the process group that Ray Train has set up."""
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        _return_freed_memory()
     # torch tells every rank, several times, that functions DeepSpeed calls have new names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
@@ -120,13 +114,6 @@ def prepare_process(use_gpu: bool) -> None:
     # every machine; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
-
-
-def _return_freed_memory() -> None:
-    """Have glibc give tensors of 2 MiB or more back to the system as they are freed. It would raise
-    that size by itself to 32 MiB, and holes between activations then keep a tenth of the peak."""
-    with contextlib.suppress(AttributeError):  # another libc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**21)
 
 
 def load_model(model: str, settings: Train, config: dict[str, Any], revision: str | None, trust: bool) -> Any:
