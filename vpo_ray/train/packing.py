@@ -24,15 +24,16 @@ class Pack:
     """One sequence of examples. T tokens, of which N are learnt, in S responses.
 
     Attention reads it as runs of tokens: the common start, then for each example the rest of its
-    prompt with its first response, and each further response. A token of a run sees the K[run]
-    tokens given for it, save those of the run that come after: the causal mask of queries that are
+    prompt with its first response, and each further response. A token of a run sees the tokens that
+    are given for the run, save those of the run that come after: the causal mask of queries that are
     the last of their keys.
 
     ids, positions: int64 [1, T].
     runs: tokens of each run, in order; their sum is T.
-    seen: K[run] token numbers for each run, in order of position, those of the run itself last;
-        int64 [sum of K].
-    ends: where runs and their seen tokens start and end; int32 [2, runs + 1].
+    sees: tokens that each run sees, its own included.
+    seen: their numbers, run by run, in order of position, those of the run itself last; int64 [sum of
+        sees].
+    ends: where runs, and what they see, start and end; int32 [2, runs + 1].
     predict: int64 [N], the token whose hidden state predicts a learnt token.
     targets: int64 [N], the learnt tokens.
     lengths: learnt tokens of each of the S responses, in order.
