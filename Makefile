@@ -24,7 +24,7 @@ unit: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
 	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25
 
-# Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 25 minutes more.
+# Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.
 slow: $(READY)
 	$(BIN)/pytest -m slow -v --durations=25
 
