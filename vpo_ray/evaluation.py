@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from vpo_ray.curation import CURATED
 from vpo_ray.loop import (
     ROUND,
     LoopError,
@@ -118,13 +119,13 @@ def _answers(recipe: Recipe, run: RunDir, queries: list[Row], start: Start, retr
         }
     )
     folder = open_run(own)
-    folder.write_json(ROUND, {"evaluates": run.uri, "start": asdict(start)})
-    if not folder.exists("queries/curated.json"):
-        for part in chunks(({**row, "split": "dpo"} for row in queries), _QUERIES_PER_PART):
-            folder.table("queries").append(part)
-        folder.write_json("queries/curated.json", {"queries": len(queries), "dropped": 0})
     logger.info("evaluate: %s", start.policy)
     with accounted(own, folder):
+        folder.write_json(ROUND, {"evaluates": run.uri, "start": asdict(start)})
+        if not folder.exists(CURATED):
+            for part in chunks(({**row, "split": "dpo"} for row in queries), _QUERIES_PER_PART):
+                folder.table("queries").append(part)
+            folder.write_json(CURATED, {"queries": len(queries), "dropped": 0})
         generate_feedback(own, folder, start, retry_errors=retry_errors)
     write_ledger(own, folder)
     return list(folder.table("feedback").rows(["query_id", "verdict", "score", "error"]))

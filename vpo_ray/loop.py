@@ -125,12 +125,17 @@ def _terminate(*_: object) -> None:
 
 @contextmanager
 def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
-    """Write the ledger of what was made when the work within is interrupted."""
+    """Write the ledger of what was made when the work within does not come to its end, whatever the
+    reason. What ended it is what goes on: a ledger that cannot be written is a line in the log."""
     try:
         yield
-    except KeyboardInterrupt:
-        logger.warning("stopping: what was made is kept, and %s/ledger.json counts it", run.uri)
-        write_ledger(recipe, run)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            logger.warning("stopping: what was made is kept, and %s/ledger.json counts it", run.uri)
+        try:
+            write_ledger(recipe, run)
+        except Exception as failure:
+            logger.warning("%s/ledger.json could not be written: %s", run.uri, failure, exc_info=failure)
         raise
 
 
