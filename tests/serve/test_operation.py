@@ -25,13 +25,16 @@ from vpo_ray.recipe.serve import Autoscaling, Canary
 from vpo_ray.serve.policy import takes_canary
 
 
-def test_the_config_file_is_one_that_serve_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_file_is_one_that_serve_takes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
 
     from vpo_ray.serve.app import Arguments, app
 
     capsys.readouterr()  # what those imports print
+    monkeypatch.chdir(tmp_path)  # whatever was trained before, no policy is here
     options = ["--recipe", str(TINY), "--set", "serve.host=0.0.0.0", "--set", "serve.keys=/etc/vpo/keys"]
     assert main(["serve", "runs/demo/checkpoints/dpo", *options, "--config"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)

@@ -30,6 +30,14 @@ def response_sums(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.stack([part.sum() for part in token_logps.split(list(lengths))])
 
 
+def rounding(logps: Tensor, count: Tensor, dtype: str) -> Tensor:
+    """By how many nats [S] the sums `logps` [S] of `count` [S] log-probabilities may differ between two
+    passes of the same model in `dtype` that pack other rows together: some units in the last place of
+    the sum, which is float32, and the model's own rounding, which is independent in each token."""
+    sums = 4 * torch.finfo(torch.float32).eps * logps.abs()
+    return sums + torch.finfo(getattr(torch, dtype)).eps * count.sqrt()
+
+
 def dpo_loss(
     token_logps: Tensor, reference: Tensor, lengths: Sequence[int], settings: Train
 ) -> tuple[Tensor, Tensor]:
@@ -45,14 +53,16 @@ def dpo_loss(
             2404.19733), `length_normalise` (rewards per token, arXiv 2405.14734).
 
     Returns:
-        The sum of the pairs' losses, and the sums of DPO_METRICS (without gradient); `end_logp` is of
-        the end-of-turn tokens of chosen responses.
+        The sum of the pairs' losses, and the sums of DPO_METRICS (without gradient). `accuracy` counts
+        the pairs whose chosen reward is above the rejected one by more than `rounding`: a tie is no
+        win, so it is 0 where policy and reference are equal. `end_logp` is of the end-of-turn tokens of
+        chosen responses.
     """
     logps = response_sums(token_logps, lengths)
     count = torch.tensor(lengths, dtype=logps.dtype, device=logps.device)
-    ratio = logps - reference
+    ratio, noise = logps - reference, rounding(logps.detach(), count, settings.dtype)
     if settings.length_normalise or settings.loss == "ipo":
-        ratio = ratio / count
+        ratio, noise = ratio / count, noise / count
     delta = ratio[0::2] - ratio[1::2]
     if settings.loss == "ipo":
         losses = (delta - 1 / (2 * settings.beta)) ** 2
@@ -65,7 +75,7 @@ def dpo_loss(
         losses = losses - settings.rpo_alpha * logps[0::2] / count[0::2]
     with torch.no_grad():
         chosen, rejected = settings.beta * ratio[0::2], settings.beta * ratio[1::2]
-        won = (chosen > rejected).to(logps.dtype)
+        won = (delta > noise[0::2] + noise[1::2]).to(logps.dtype)
         ends = token_logps[count.long().cumsum(0) - 1][0::2]
         metrics = (won, chosen - rejected, chosen, rejected, logps[0::2], logps[1::2], ends)
         sums = torch.stack([metric.sum() for metric in metrics]).double()
