@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -160,3 +161,19 @@ def words(text: str) -> Counter[str]:
     found = re.findall(r"[^\W\d]+|\d+", text.lower())
     # A bare move is told as a camera's; a known name may be written in either spelling.
     return Counter(name for name in (names.get(word, word) for word in found) if name != "camera")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "Message: x " * 20_000,
+        "Message: a (Font: " * 10_000,
+        "-gs " * 20_000 + "-ar 1:1" + " 5" * 20_000,
+        "-neg a" * 30_000,
+        "-camera zoom" + " " * 200_000,
+    ],
+)
+def test_huge_queries_are_split_in_time_that_grows_with_them(query: str) -> None:
+    began = time.process_time()
+    split(query)
+    assert time.process_time() - began < 10  # about one second; with their square, minutes

@@ -4,6 +4,7 @@ The tokenizers are real byte-level BPE tokenizers with the control tokens and ch
 model families that users bring.
 """
 
+import time
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -327,6 +328,39 @@ def test_white_space_that_is_a_special_token_is_left_alone() -> None:
     tokens = control_tokens(PreTrainedTokenizerFast(tokenizer_object=plain))
     assert tokens == ("<s>",)
     assert neutralise("a    b<s>", tokens) == "a    b< s>"
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.text("<s> |ab\u2581\n", max_size=5), max_size=6),
+    st.text("<s> |ab\u2581\n_-", max_size=40),
+)
+@example([" <s>"], "a <s> b")
+@example([" "], "a  b")
+@example(["<s>", "< s>", "<  s>"], "<s><s>< s>")
+@example(["ab|", "b|c", "a"], "ab|c")
+@example(["", "s", "<s>"], "<ss>")
+@example([" _<", "_<", "<"], " _<")
+def test_any_list_of_tokens_is_broken_up_for_good(tokens: list[str], text: str) -> None:
+    found = neutralise(text, tuple(tokens))
+    held = [token for token in tokens if token and token in text]
+    assert not any(token and token in found for token in tokens)
+    assert neutralise(found, tuple(tokens)) == found
+    assert held or found == text
+
+
+@pytest.mark.parametrize("token", [" <s>", "<s>", "aa", "\u2581\u2581", "<|eot_id|>", " " * 3 + "<x>"])
+def test_huge_queries_are_neutralised_in_time_that_grows_with_them(token: str) -> None:
+    middle = len(token) // 2
+    for text in (
+        token * 50_000,
+        token[:-1] * 50_000 + token,
+        token[:middle] * 50_000 + token[middle:] * 50_000,
+        " " * 200_000,
+    ):
+        began = time.process_time()
+        assert token not in neutralise(text, (token, *QWEN))
+        assert time.process_time() - began < 5  # far less than one second; a square would be hours
 
 
 # Files and checkpoints

@@ -20,6 +20,8 @@ class Flag(NamedTuple):
     value: str
 
 
+ROUNDS = 16
+
 # Short and mistyped names, by what they stand for.
 _ALIASES = {
     "m": "motion", "cam": "camera", "camer": "camera", "as": "ar", "aspect": "ar", "negative": "neg",
@@ -46,7 +48,7 @@ _HEAD = re.compile(
     | (?P<bare>hide|tile) (?!\w)
     | (?P<free>negative|neg|nge|message|(?<=--)no) (?!\w) {_GAP}
   )
-  | (?<!\w)(?P<text>Message):[ ](?P<text_value>[^\n–—-]+?[ ]\(Font:[ ][^()\n–—-]+\))
+  | (?<!\w)(?P<text>Message):[ ](?P<text_value>[^\n–—-]{{1,300}}?[ ]\(Font:[ ][^()\n–—-]{{1,100}}\))
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -59,10 +61,13 @@ def split(query: str) -> tuple[str, tuple[Flag, ...]]:
 
     What only looks like a flag (no value, or one of the wrong kind) stays text. Taking a flag out
     may bring another together, so that goes on until none is left; hence
-    `split(join(*split(query))) == split(query)`.
+    `split(join(*split(query))) == split(query)`. What is nested deeper than ROUNDS, as nobody writes
+    it, stays text too: each round reads the whole query.
     """
     flags: list[Flag] = []
-    while found := list(_find(query)):
+    for _ in range(ROUNDS):
+        if not (found := list(_find(query))):
+            break
         flags += [flag for _, _, flag in found]
         query = _without(query, [(start, end) for start, end, _ in found])
     return query, tuple(flags)

@@ -7,8 +7,10 @@ message. User text is data: control tokens in it are broken up before it reaches
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +50,42 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted((t for t in tokens if len(t.strip()) > 1), key=lambda t: (-len(t), t)))
 
 
-def neutralise(text: str, tokens: tuple[str, ...]) -> str:
+def neutralise(text: str, tokens: Sequence[str]) -> str:
     """Break up control tokens in user text, so that it can never become one or open a chat turn.
 
-    A space goes after the first character of every occurrence, until none is left: breaking one
-    up may join the characters around it into none, but nested text is covered too.
+    A space goes behind the first character of every occurrence. Where that makes another token of the
+    list, or its own (one that begins with a space), a character that no token has goes there instead:
+    whatever the list, the result holds none of it. Text without a token is returned as it is. Takes
+    time in proportion to the text and to the list.
     """
+    starts = _starts(text, tokens)
+    if not starts:
+        return text
+    used = set().union(*tokens)
+    safe = next(c for c in chain("_-.", map(chr, range(ord("0"), sys.maxunicode))) if c not in used)
+    broken = _broken(text, starts, tokens, " ")
+    return _broken(text, starts, tokens, safe) if _starts(broken, tokens) else broken
+
+
+def _starts(text: str, tokens: Sequence[str]) -> list[int]:
+    """Where a token begins in a text, overlapping ones included, in order."""
+    found: set[int] = set()
     for token in tokens:
-        while token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
+        start = text.find(token) if token else -1
+        while start >= 0:
+            found.add(start)
+            start = text.find(token, start + 1)
+    return sorted(found)
+
+
+def _broken(text: str, starts: list[int], tokens: Sequence[str], separator: str) -> str:
+    """The text with a separator behind the first character of each start; a token of one character,
+    which cannot be broken up, becomes the separator."""
+    single = {token for token in tokens if len(token) == 1}
+    cuts = [0, *(start + 1 for start in starts), len(text)]
+    pieces = [text[start:end] for start, end in pairwise(cuts)]
+    pieces[:-1] = [piece[:-1] if piece[-1] in single else piece for piece in pieces[:-1]]
+    return separator.join(pieces)
 
 
 def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
