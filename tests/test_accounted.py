@@ -12,7 +12,7 @@ from vpo_ray.placement import PlacementError
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage import RunDir, StorageError
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def export(recipe: Recipe, run: RunDir, format: str, to: str, bare: bool = False
         PromptError: the policy's tokenizer has no chat template.
         StorageError: the run cannot be read or the folder not written.
     """
-    sft = sorted(run.table("sft").rows(), key=lambda row: row["query_id"])
+    sft = sorted(run.table("sft").rows(), key=lambda row: (row["query_id"], row["prompt"]))
     if not sft:
         from vpo_ray.sft_data import draft_rows
 

@@ -22,6 +22,8 @@ STAGES = ("curate", "label", "draft", "sample", "judge", "render", "score", "pai
 # The candidate stages in order, each with the table of the rows that left it. A streaming run may
 # keep only the last: a row there carries all that the stages before it did.
 CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
+# Rows of the SFT data that are not in the table `sft`, by reason.
+SFT_DROPPED = "sft/dropped.json"
 MAX_REASONS = 40
 # After so many videos with one and the same score, something other than the videos is at work.
 ALARM_AFTER = 16
@@ -54,7 +56,7 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
 
 def paid(run: RunDir) -> float:
     """What the run's rows cost at endpoints so far, in their prices' currency."""
-    judged = _rows(run, "judge", ["usage"])
+    judged = rows_of_stage(run, "judge", ["usage"])
     total = _Usage()
     others = (
         (stage, run.table(name).rows(["usage"])) for stage, name in (("label", "labels"), ("draft", "drafts"))
@@ -129,7 +131,7 @@ def _curate(run: RunDir) -> dict[str, Any]:
     return _entry(kept + dropped.total(), kept, dropped=_by_reason(dropped), splits=by_split)
 
 
-def _rows(run: RunDir, stage: str, columns: list[str]) -> Iterator[Row]:
+def rows_of_stage(run: RunDir, stage: str, columns: list[str]) -> Iterator[Row]:
     """Rows that left a stage, from its own table or the nearest later one that holds any."""
     order = list(CANDIDATE_TABLES)
     for later in order[order.index(stage) :]:
@@ -154,7 +156,7 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
     errored: Counter[str] = Counter()
     usage = _Usage()
     more = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
-    for row in _rows(run, stage, [*facts.columns, *more]):
+    for row in rows_of_stage(run, stage, [*facts.columns, *more]):
         failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
         misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
         if failed_at < position or ((misaligned or row["skipped"]) and stage == "score"):
@@ -418,16 +420,21 @@ def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:
     """Rows here are training examples; what the finished checkpoint says of them is what counts."""
     curve = run.metrics(phase)
     made = f"checkpoints/{phase}/vpo.json"
+    before: Counter[str] = Counter()
+    if phase == "sft" and run.exists(SFT_DROPPED):
+        before.update(run.read_json(SFT_DROPPED))
+    entered = examples + before.total()
     if not run.exists(made):
         why = "training has not ended" if curve else "not trained"
-        return _entry(examples, 0, skipped={why: examples} if examples else {}, steps=len(curve))
+        waiting = {why: examples} if examples else {}
+        return _entry(entered, 0, dropped=dict(before), skipped=waiting, steps=len(curve))
     facts = run.read_json(made)
     seconds = sum(line["seconds"] for line in curve)
     held_out = facts.get("held_out", 0)
     return _entry(
-        examples,
+        entered,
         facts["rows"],
-        dropped=facts["dropped"],
+        dropped=dict(before + Counter(facts["dropped"])),
         skipped={"held out for evaluation": held_out} if held_out else {},
         steps=facts["steps"],
         seconds=round(seconds, 3),

@@ -22,12 +22,12 @@ from typing import Any
 import yaml
 
 from vpo_ray.curation import CURATED, curate_run
-from vpo_ray.ledger import build_ledger
+from vpo_ray.ledger import SFT_DROPPED, build_ledger, rows_of_stage
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.progress import spilled_bytes
 from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id
-from vpo_ray.sft_data import draft_rows, sft_rows, write_chat
+from vpo_ray.sft_data import distinct, draft_rows, sft_rows, write_chat
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.stages.pair import pairs_of_query
@@ -197,7 +197,21 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
     if recipe.sft is not None:
         rows = training_rows(recipe, run)
         parts += [recipe.fingerprint("sft"), [[row["query"], row["prompt"]] for row in rows]]
+        learnt, _ = distinct(rows)
+        if len({row["query_id"] for row in learnt}) < len(learnt):
+            parts.append("every prompt of a query")  # earlier versions learnt one of them
     return content_id("policy", *parts, digits=16)
+
+
+def refuse_other_policy(run: RunDir, identity: str) -> None:
+    """Raises LoopError where the run has candidates of a policy that is not this one."""
+    row = next(rows_of_stage(run, "sample", ["policy"]), None)
+    if row is not None and row["policy"] not in (None, identity):
+        raise LoopError(
+            f"{run.uri}/candidates was sampled from another policy than this recipe's: its SFT data or task "
+            "prompt changed since, or several prompts of a query are learnt now, where an earlier version "
+            "took one. Give the recipe another `out`"
+        )
 
 
 def train_sft(recipe: Recipe, run: RunDir) -> str:
@@ -206,7 +220,11 @@ def train_sft(recipe: Recipe, run: RunDir) -> str:
         return locate(recipe.policy.model)
     from vpo_ray.train import train
 
-    run.table("sft").replace(training_rows(recipe, run))
+    identity = policy_id(recipe, run)
+    refuse_other_policy(run, identity)
+    rows, again = distinct(training_rows(recipe, run))
+    run.table("sft").replace(rows)
+    run.write_json(SFT_DROPPED, {"duplicate": again} if again else {})
     return _train(
         train,
         recipe,
@@ -214,7 +232,7 @@ def train_sft(recipe: Recipe, run: RunDir) -> str:
         "sft",
         locate(recipe.policy.model),
         list(run.table("sft").rows()),
-        policy_id(recipe, run),
+        identity,
     )
 
 
@@ -307,6 +325,7 @@ def generate_feedback(
 ) -> dict[str, Any]:
     from vpo_ray.pipeline import STAGES, Models, generate
 
+    refuse_other_policy(run, start.identity)
     models = Models(start.policy, start.identity)
     return generate(recipe, run, models, stages or tuple(STAGES), retry_errors)
 

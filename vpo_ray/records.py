@@ -157,6 +157,7 @@ PAIR = pa.schema(
     ]
 )
 
+# A query may have several rows, one a prompt.
 SFT = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -181,6 +182,11 @@ def content_id(*parts: Any, digits: int = 32) -> str:
 
 def query_id(query: str) -> str:
     return content_id("query", normalise(query))
+
+
+def sft_id(query_id: str, prompt: str) -> str:
+    """Of a query and one of the prompts that it is taught with; ids are in the order of their queries."""
+    return f"{query_id}-{content_id('sft', prompt, digits=16)}"
 
 
 def candidate_id(query_id: str, k: int, policy: str, sampling: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ Parquet, `sft_data.parquet` of the run directory, which another recipe's `sft.da
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,13 @@ def sft_rows(path: str, key: str = "sft.data") -> Iterator[Row]:
         if not (isinstance(query, str) and isinstance(prompt, str) and query.strip() and prompt.strip()):
             raise InputError(f"{key} {path}: row {number} needs a text `query` and a text `prompt`")
         yield {"query_id": query_id(query), "query": normalise(query), "prompt": normalise(prompt)}
+
+
+def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """The rows in their order, each query with each of its prompts once, and how many came again."""
+    every = list(rows)
+    once = list({(row["query_id"], row["prompt"]): row for row in every}.values())
+    return once, len(every) - len(once)
 
 
 def draft_rows(run: RunDir) -> Iterator[Row]:

@@ -36,13 +36,15 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "unlabelled": (QUERY, "query_id"),
     "labels": (LABEL, "query_id"),
     "drafts": (DRAFT, "draft_id"),
-    "sft": (SFT, "query_id"),
+    "sft": (SFT, "query_id"),  # with the prompt: see ALSO
     "candidates": (FEEDBACK, "candidate_id"),
     "verdicts": (FEEDBACK, "candidate_id"),
     "renders": (FEEDBACK, "candidate_id"),
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
 }
+# Columns that tell rows of one key apart: a query may be taught with several prompts.
+ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
 
 
 logger = logging.getLogger(__name__)
@@ -193,14 +195,25 @@ class Folder:
 
 
 class Table(Folder):
-    """A folder of Parquet parts with one schema and one key column."""
+    """A folder of Parquet parts with one schema and one key column.
 
-    def __init__(self, uri: str | Path, schema: pa.Schema, key: str) -> None:
+    Args:
+        also: columns that make an identity together with the key, where a key may have several rows.
+    """
+
+    def __init__(self, uri: str | Path, schema: pa.Schema, key: str, also: Sequence[str] = ()) -> None:
         super().__init__(uri)
-        self.schema, self.key = schema, key
+        self.schema, self.key, self.also = schema, key, tuple(also)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.uri, self.schema, self.key))
+        return (type(self), (self.uri, self.schema, self.key, self.also))
+
+    def _identities(self, rows: pa.Table | pa.RecordBatch) -> list[Any]:
+        """What tells a row apart from all others: its key, or the tuple of it and what is `also` in it."""
+        keys: list[Any] = rows.column(self.key).to_pylist()
+        if not self.also:
+            return keys
+        return list(zip(keys, *(rows.column(name).to_pylist() for name in self.also), strict=True))
 
     def append(self, rows: Sequence[Row] | pa.Table) -> str:
         """Write rows as one part named by their keys, and return its name ("" for no rows).
@@ -212,7 +225,7 @@ class Table(Folder):
         if not len(rows):
             return ""
         whole = rows.cast(self.schema) if isinstance(rows, pa.Table) else table(list(rows), self.schema)
-        name = f"{content_id(sorted(whole[self.key].to_pylist()))}.parquet"
+        name = f"{content_id(sorted(self._identities(whole)))}.parquet"
         self._write_part(name, whole)
         return name
 
@@ -307,11 +320,11 @@ class Table(Folder):
     def _each_key_once(self, batches: Sequence[pa.RecordBatch]) -> pa.Table:
         """The batches as one table; of a key that is there twice, a row without an error or a skip."""
         rows = pa.Table.from_batches(batches, self.schema)
-        keys = rows[self.key].to_pylist()
+        keys = self._identities(rows)
         poor = np.zeros(len(keys), bool)
         for name in self._marks():
             poor |= rows[name].is_valid().to_numpy(zero_copy_only=False)
-        best: dict[str, int] = {}
+        best: dict[Any, int] = {}
         for position, key in enumerate(keys):
             if key not in best or (poor[best[key]] and not poor[position]):
                 best[key] = position
@@ -362,12 +375,11 @@ class Table(Folder):
         skipped at first), a row without an error or a skip wins."""
         wanted = list(columns) if columns else self.schema.names
         marks = self._marks()
-        read = list(dict.fromkeys([*wanted, self.key, *marks]))
-        bad: dict[str, Row] = {}
-        seen: set[str] = set()
+        read = list(dict.fromkeys([*wanted, self.key, *self.also, *marks]))
+        bad: dict[Any, Row] = {}
+        seen: set[Any] = set()
         for batch in self.batches(read, where):
-            for row in batch.to_pylist():
-                key = row[self.key]
+            for key, row in zip(self._identities(batch), batch.to_pylist(), strict=True):
                 if key in seen:
                     continue
                 if any(row[mark] is not None for mark in marks):
@@ -387,7 +399,9 @@ class Table(Folder):
         return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}
 
     def count(self) -> int:
-        return len(self.keys())
+        """How many rows there are, each identity once."""
+        columns = [self.key, *self.also]
+        return len({row for batch in self.batches(columns) for row in self._identities(batch)})
 
 
 class RunDir(Folder):
@@ -396,7 +410,7 @@ class RunDir(Folder):
 
     def table(self, name: str) -> Table:
         schema, key = TABLES[name]
-        return Table(self.at(name), schema, key)
+        return Table(self.at(name), schema, key, ALSO.get(name, ()))
 
     def write_metrics(self, phase: str, lines: Sequence[Row]) -> None:
         """Store a training curve: `metrics/<phase>.jsonl`, one JSON object a step."""

@@ -97,9 +97,9 @@ class Drafter:
 
     def _shown(self, row: Row) -> list[Row]:
         """Some examples, by the row's seed; never the answer to the query itself."""
-        chosen = random.Random(row["seed"]).sample(
-            self.examples, min(self.settings.shots + 1, len(self.examples))
-        )
+        own = sum(example["query_id"] == row["query_id"] for example in self.examples)
+        wanted = self.settings.shots + max(own, 1)
+        chosen = random.Random(row["seed"]).sample(self.examples, min(wanted, len(self.examples)))
         return [example for example in chosen if example["query_id"] != row["query_id"]][
             : self.settings.shots
         ]

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from vpo_ray.policy_prompt import control_tokens, fold_task_prompt, neutralise, prompt_ids
-from vpo_ray.records import Row
+from vpo_ray.records import Row, sft_id
 
 Phase = Literal["sft", "dpo"]
 
-# Per phase: the row's id, and the columns that hold its responses (for DPO chosen, then rejected).
+# Per phase: the row's key, and the columns that hold its responses (for DPO chosen, then rejected).
 COLUMNS: Mapping[Phase, tuple[str, tuple[str, ...]]] = {
     "sft": ("query_id", ("prompt",)),
     "dpo": ("pair_id", ("chosen", "rejected")),
@@ -48,6 +48,11 @@ class Example:
         return sum(map(len, self.responses))
 
 
+def row_id(phase: Phase, row: Row) -> str:
+    """What tells an example apart: a query may be taught with several prompts."""
+    return sft_id(row["query_id"], row["prompt"]) if phase == "sft" else str(row["pair_id"])
+
+
 def tokenise(
     phase: Phase, rows: Iterable[Row], tokenizer: Any, task_prompt: str, max_length: int
 ) -> tuple[list[Example], Counter[str]]:
@@ -71,7 +76,8 @@ def tokenise(
                 f"a {phase} row has no text in {', '.join(missing)}; it has {', '.join(sorted(row))}"
             )
         texts = [row[name] for name in columns]
-        if row[key] in examples:
+        identity = row_id(phase, row)
+        if identity in examples:
             dropped["duplicate"] += 1
         elif not all(text.strip() for text in texts):
             dropped["empty response"] += 1
@@ -86,7 +92,7 @@ def tokenise(
                 dropped[f"longer than {max_length} tokens"] += 1
                 continue
             arrays = tuple(np.array(i, dtype=np.int32) for i in ids)
-            examples[row[key]] = Example(row[key], np.array(prompt, dtype=np.int32), arrays)
+            examples[identity] = Example(identity, np.array(prompt, dtype=np.int32), arrays)
     if not examples:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the table is empty"
         raise TrainError(f"no row is left to train {phase} on: {reasons}")

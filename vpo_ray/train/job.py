@@ -12,9 +12,9 @@ from vpo_ray.placement import require, watched, worker_shapes
 from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.recipe import Limits, Train, computed
 from vpo_ray.records import PAIR, SFT, Row, content_id
-from vpo_ray.storage import Folder, Table, join
+from vpo_ray.storage import ALSO, Folder, Table, join
 from vpo_ray.train.evaluate import split
-from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, tokenise
+from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, row_id, tokenise
 from vpo_ray.train.model_files import fetch, identity, marker, refuse_adapter
 from vpo_ray.train.track import check_trackers
 from vpo_ray.versions import code
@@ -84,8 +84,9 @@ def train(
     from vpo_ray.train.zero import deepspeed_config
 
     if isinstance(rows, str):
-        rows = Table(rows, {"sft": SFT, "dpo": PAIR}[phase], COLUMNS[phase][0]).rows()
-    rows = sorted(rows, key=lambda row: str(row.get(COLUMNS[phase][0])))
+        rows = Table(rows, {"sft": SFT, "dpo": PAIR}[phase], COLUMNS[phase][0], ALSO.get(phase, ())).rows()
+    identity_columns = [COLUMNS[phase][0], *ALSO.get(phase, ())]
+    rows = sorted(rows, key=lambda row: [str(row.get(name)) for name in identity_columns])
     deepspeed_config(settings, settings.workers)
     check_trackers(settings.track)
     for name in filter(None, (model, reference)):
@@ -109,7 +110,7 @@ def train(
     examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, settings.max_length)
     for reason, count in dropped.items():
         log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
-    groups = {row[COLUMNS[phase][0]]: str(row.get("query_id") or row["query"]) for row in rows}
+    groups = {row_id(phase, row): str(row.get("query_id") or row["query"]) for row in rows}
     examples, held_out = split(examples, groups, settings.evaluate.share)
     if not examples:
         raise TrainError(f"{phase}: evaluate.share leaves no row of {len(held_out)} to train on: lower it")
