@@ -7,12 +7,12 @@ that does: a checkpoint of ours).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vpo_ray.policy_prompt import SLOT, control_tokens, load_chat_tokenizer, neutralise, read_prompt
 from vpo_ray.recipe import Recipe, locate
+from vpo_ray.record_files import json_line
 from vpo_ray.records import Row
 from vpo_ray.storage import Folder, RunDir
 
@@ -159,5 +159,5 @@ def _assistant(text: str, tokens: tuple[str, ...]) -> Message:
 
 
 def _write(folder: Folder, name: str, lines: Sequence[Any]) -> int:
-    folder.write(name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    folder.write(name, "".join(map(json_line, lines)).encode())
     return len(lines)

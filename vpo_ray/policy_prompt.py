@@ -14,6 +14,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.text_files import TextFileError, read_text
+
 SLOT = "{query}"
 _MARK = "{#- vpo_ray: the task prompt is part of this template -#}"
 
@@ -24,18 +26,20 @@ class PromptError(ValueError):
 
 @cache
 def read_prompt(name: str) -> str:
-    """Text of `builtin:NAME` (the package's own wording) or of a file.
+    """Text of `builtin:NAME` (the package's own wording) or of a file; see `text_files`.
 
     Raises:
         PromptError: no such prompt.
     """
     builtin = name.removeprefix("builtin:")
-    path = Path(__file__).parent / "prompts" / f"{builtin}.txt" if builtin != name else Path(name)
+    source = name if builtin == name else Path(__file__).parent / "prompts" / f"{builtin}.txt"
     try:
-        return path.read_text("utf-8").strip("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(source).strip("\n")
+    except TextFileError as error:
         known = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "prompts").glob("*.txt")))
-        raise PromptError(f"cannot read the prompt {name!r}: {error}. Built in are: {known}") from error
+        raise PromptError(
+            f"cannot read the prompt {name!r}: {error.reason}. Built in are: {known}"
+        ) from error
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:

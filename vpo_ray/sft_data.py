@@ -6,19 +6,19 @@ Parquet, `sft_data.parquet` of the run directory, which another recipe's `sft.da
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vpo_ray.input_files import InputError, find_files
+from vpo_ray.record_files import READERS, Unreadable, records
 from vpo_ray.records import Row, normalise, query_id, table
-from vpo_ray.stages.curate import InputError
 from vpo_ray.storage import RunDir
 
 CHAT_FILE = "sft_data.parquet"
+COLUMNAR = {kind for kind in READERS if kind != ".txt"}  # kinds of files whose rows have columns
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 CHAT = pa.schema(
     [
@@ -31,33 +31,34 @@ CHAT = pa.schema(
 
 
 def sft_rows(path: str, key: str = "sft.data") -> Iterator[Row]:
-    """Examples of a JSONL or Parquet file with `query` and `prompt`.
+    """Examples of a file or folder with `query` and `prompt`, of any kind that queries may have.
 
     Args:
+        path: see `input_files`; a file whose name says nothing of its kind is read as JSONL.
         key: the recipe's key that names the file, for messages.
 
     Raises:
         InputError: no such file, another kind, or a row without both texts (named by its number).
     """
+    for file in find_files(path, key, COLUMNAR, any_kind=True):
+        kind = file.kind if file.kind in COLUMNAR else ".jsonl"
+        for number, values in enumerate(records(file, ["query", "prompt"], key, kind), start=1):
+            where = f"{key} {file}: row {number}"
+            if isinstance(values, Unreadable) and values.reason != "no such column":
+                raise InputError(f"{where} cannot be read: {values.reason}")
+            texts = (
+                [normalise(text) for text in values if _is_text(text)] if isinstance(values, tuple) else []
+            )
+            if len(texts) != 2:
+                raise InputError(f"{where} needs a text `query` and a text `prompt`")
+            yield {"query_id": query_id(texts[0]), "query": texts[0], "prompt": texts[1]}
+
+
+def _is_text(value: Any) -> bool:
     try:
-        records: list[Any]
-        if path.endswith(".parquet"):
-            records = pq.read_table(path, columns=["query", "prompt"]).to_pylist()
-        else:
-            records = [
-                json.loads(line) for line in Path(path).read_text("utf-8").splitlines() if line.strip()
-            ]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{key} {path}: cannot read it as JSONL or Parquet with query and prompt: {error}"
-        ) from error
-    for number, record in enumerate(records, start=1):
-        query, prompt = (
-            record.get(name) if isinstance(record, dict) else None for name in ("query", "prompt")
-        )
-        if not (isinstance(query, str) and isinstance(prompt, str) and query.strip() and prompt.strip()):
-            raise InputError(f"{key} {path}: row {number} needs a text `query` and a text `prompt`")
-        yield {"query_id": query_id(query), "query": normalise(query), "prompt": normalise(prompt)}
+        return isinstance(value, str) and bool(normalise(value).strip())
+    except UnicodeEncodeError:
+        return False
 
 
 def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.text_files import read_lines
+
 VERSION = 2
 DATA = Path(__file__).parent / "data"
 _MARKER = "tiny.json"
@@ -108,7 +110,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _texts() -> list[str]:
     """What the tokenizers are trained on: the example queries and prompts, and the task prompts."""
-    lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in read_lines(path)]
     rows = [json.loads(line) for line in lines]
     texts = [value for row in rows for value in row.values()]
     prompts = [path.read_text("utf-8") for path in sorted((Path(__file__).parent / "prompts").glob("*.txt"))]

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from vpo_ray.text_files import NotTextError, TextFileError, read_text
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used. The message names the file, the key and the fix."""
@@ -16,10 +18,12 @@ class RecipeError(ValueError):
 def read_tree(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError for any other file."""
     try:
-        tree = yaml.load(Path(path).read_text("utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = load_yaml(read_text(path))
+    except NotTextError as error:
+        raise RecipeError(f"{path}: not a YAML file: {error.reason}") from error
+    except TextFileError as error:
+        raise RecipeError(f"{path}: cannot read the recipe ({error.reason})") from error
+    except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping of sections, this is {type(tree).__name__}")
@@ -44,6 +48,11 @@ def set_key(tree: dict[str, Any], item: str) -> None:
         # A YAML alias is one object in several places: the copy changes in this one only.
         node[parent] = node = dict(section)
     node[leaf] = value
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError, also for a key that is given twice."""
+    return yaml.load(text, _Loader)
 
 
 class _Loader(yaml.SafeLoader):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpo_ray.serve.errors import RequestError
+from vpo_ray.text_files import TextFileError, lines, read_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -99,14 +100,21 @@ class KeyRing:
     """
 
     def __init__(self, source: str | Path, now: Callable[[], float] = time.monotonic) -> None:
-        self.source, self._now = Path(source), now
+        if "://" in str(source):
+            raise KeyFileError(
+                f"serve.keys: {source} is a URI: name a file or folder of this machine, which is looked at "
+                "every second"
+            )
+        self.source, self._now = Path(source).expanduser(), now
         self._looked = now()
-        self._seen, texts = self._read()
-        self._keys, faults = _parse(texts)
         if not self.source.exists():
             raise KeyFileError(
                 f"serve.keys: {self.source} does not exist; `vpo key NAME` makes a line for it"
             )
+        self._seen, texts, fault = self._read()
+        if fault is not None:
+            raise KeyFileError(f"serve.keys: {fault}")
+        self._keys, faults = _parse(texts)
         if faults or not self._keys:
             raise KeyFileError(f"serve.keys: {self.source}: {'; '.join(faults) or 'it holds no key'}")
 
@@ -132,7 +140,9 @@ class KeyRing:
         if self._now() - self._looked < LOOK_EVERY_S:
             return
         self._looked = self._now()
-        seen, texts = self._read(self._seen)
+        seen, texts, fault = self._read(self._seen)
+        if fault is not None and self._seen != []:
+            logger.error("the file of keys cannot be read, nobody is admitted: %s", fault)
         if seen == self._seen:
             return
         self._seen = seen
@@ -141,8 +151,8 @@ class KeyRing:
         for fault in faults:
             logger.error("%s: left out, %s", self.source, fault)
 
-    def _read(self, before: object = None) -> tuple[object, list[tuple[str, str]]]:
-        """What tells a change, and name and text of every file unless nothing changed."""
+    def _read(self, before: object = None) -> tuple[object, list[tuple[str, str]], str | None]:
+        """What tells a change, name and text of every file unless nothing changed, and what is wrong."""
         try:
             files = [self.source]
             if self.source.is_dir():
@@ -150,12 +160,10 @@ class KeyRing:
             stats = [(str(f), f.stat()) for f in files]
             seen = [(name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in stats]
             if seen == before:
-                return seen, []
-            return seen, [(f.name, f.read_text("utf-8")) for f in files]
-        except (OSError, UnicodeDecodeError) as error:
-            if before is not None and before != []:
-                logger.error("the file of keys cannot be read, nobody is admitted: %s", error)
-            return [], []
+                return seen, [], None
+            return seen, [(f.name, read_text(f)) for f in files], None
+        except (OSError, TextFileError) as error:
+            return [], [], str(error)
 
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
@@ -164,7 +172,7 @@ CHALLENGE = {"WWW-Authenticate": "Bearer"}
 def _parse(texts: Iterable[tuple[str, str]]) -> tuple[list[Key], list[str]]:
     keys, faults = [], []
     for name, text in texts:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(lines(text), 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             try:

@@ -13,13 +13,13 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import Safety, Service
 from vpo_ray.serve.services import ServiceError, ask_chat, client_of
 from vpo_ray.stages.judge import fill
+from vpo_ray.text_files import TextFileError, read_lines
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,9 +63,9 @@ class Keywords:
 
     def __init__(self, path: str) -> None:
         try:
-            lines = Path(path).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SafetyFileError(f"safety.keywords: cannot read {path}: {error}") from error
+            lines = read_lines(path)
+        except TextFileError as error:
+            raise SafetyFileError(f"safety.keywords: {error}") from error
         phrases = [_folded(line.partition("#")[0]).split() for line in lines]
         patterns = [r"\s+".join(map(re.escape, words)) for words in phrases if words]
         if not patterns:

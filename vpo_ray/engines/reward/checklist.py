@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
 import yaml
 
 from vpo_ray import recipe
+from vpo_ray.recipe.file import load_yaml
+from vpo_ray.text_files import TextFileError, lines, read_text
 
 SLOT = "[[prompt]]"
 Convention = Literal["sum01", "mean_pm1"]
@@ -85,7 +86,7 @@ def load(settings: recipe.Checklist) -> Checklist:
 
 def _from_yaml(path: str) -> list[Question]:
     try:
-        tree = yaml.safe_load(_read(path))
+        tree = load_yaml(_read(path))
     except yaml.YAMLError as error:
         raise ChecklistError(f"{path}: not YAML: {error}") from error
     entries = tree.get("questions") if isinstance(tree, dict) else None
@@ -110,8 +111,8 @@ def _entry(entry: Any, where: str) -> Question:
 def _from_published(settings: recipe.Checklist) -> list[Question]:
     assert settings.questions is not None
     assert settings.weights is not None
-    lines = _read(settings.questions).splitlines(keepends=not settings.strip_newlines)
-    texts = [line for line in lines if line.strip()]
+    found = lines(_read(settings.questions), keepends=not settings.strip_newlines)
+    texts = [line for line in found if line.strip()]
     try:
         weights = json.loads(_read(settings.weights))
     except ValueError as error:
@@ -161,10 +162,8 @@ def _dimensions(ranges: dict[str, str], count: int) -> dict[int, str]:
     return names
 
 
-def _read(uri: str) -> str:
-    """Text of a local file or a URL (any scheme that fsspec opens)."""
+def _read(source: str) -> str:
     try:
-        with fsspec.open(uri, "r", encoding="utf-8") as stream:
-            return stream.read()
-    except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
-        raise ChecklistError(f"cannot read the checklist {uri}: {error}") from error
+        return read_text(source)
+    except TextFileError as error:
+        raise ChecklistError(f"cannot read the checklist {source}: {error.reason}") from error

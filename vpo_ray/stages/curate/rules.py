@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vpo_ray.recipe import Rules
+from vpo_ray.text_files import TextFileError, read_lines
 
 REASONS = (
     "",
@@ -113,9 +113,9 @@ def fold(text: str) -> str:
 def _keywords(path: str) -> tuple[frozenset[str], tuple[int, ...], tuple[str, ...]]:
     """Phrases, how many words they have, and those of scripts without spaces, which are found anywhere."""
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RulesError(f"queries.rules.keywords {path}: cannot read it as UTF-8 text: {error}") from error
+        lines = read_lines(path)
+    except TextFileError as error:
+        raise RulesError(f"queries.rules.keywords: {error}") from error
     phrases = {phrase for line in lines if (phrase := fold(line))}
     if not phrases:
         raise RulesError(f"queries.rules.keywords {path}: it holds no word; give one a line")

@@ -1,0 +1,229 @@
+"""Files that users hand in: where they are, and how they are opened.
+
+A path is a file, a glob or a folder (a Hugging Face dataset saved to disk, or as the hub has it), on a
+local disk (`~` is the user's home), on a store that `pyarrow.fs` opens (`s3://`, `gs://`), or on any
+other that fsspec knows (`https://`). A file that ends in .gz, .bz2, .xz or .zst is unpacked as it is
+read. Text is read by `text_files`, rows by `record_files`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import glob
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+# What reading a file raises, its unpacking included. pyarrow's errors are OSError or ValueError, but for one.
+READ_ERRORS = (OSError, EOFError, ValueError, ImportError, NotImplementedError, zlib.error, lzma.LZMAError)
+
+# Beside the data of a dataset's folder.
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+class InputError(ValueError):
+    """Input that cannot be read, or does not hold what is asked of it; the message says what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, without the file's name."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "No such file or directory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"it cannot be read: {error}"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file: its path, and the URI that its filesystem is opened from (None for a local one)."""
+
+    path: str
+    root: str | None = None
+
+    def __str__(self) -> str:
+        """The path or URI, as messages name it."""
+        if self.root is None or "://" in self.path:
+            return self.path
+        scheme = urlsplit(self.root).scheme
+        return f"{scheme}://{self.path if scheme == 'file' else self.path.lstrip('/')}"
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(urlsplit(self.path).path if "://" in self.path else self.path).name
+
+    @property
+    def packing(self) -> str:
+        """The ending that says how the file is packed: ".gz", ".bz2", ".xz", ".zst" or ""."""
+        ending = PurePosixPath(self.name).suffix.lower()
+        return ending if ending in _UNPACKERS else ""
+
+    @property
+    def kind(self) -> str:
+        """The ending that says what is in it, such as ".jsonl", in small letters."""
+        return PurePosixPath(self.name[: len(self.name) - len(self.packing)]).suffix.lower()
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """A stream of the file's bytes, unpacked. Raises one of READ_ERRORS, as reading from it does."""
+        with open(self.path, "rb") if self.root is None else _opened(self.path, self.root) as stream:
+            if not self.packing:
+                yield stream
+                return
+            with _UNPACKERS[self.packing](stream) as unpacked:
+                yield unpacked
+
+    def size(self) -> int:
+        """Bytes; 0 where that is not known."""
+        try:
+            fs = None if self.root is None else filesystem(self.root)[0]
+            return Path(self.path).stat().st_size if fs is None else fs.size(self.path) or 0
+        except OSError:
+            return 0
+
+
+def file_at(source: str | os.PathLike[str]) -> InputFile:
+    """The one file at a path or URI. Raises InputError for a URI that cannot be opened."""
+    text = os.fspath(source)
+    if "://" not in text:
+        return InputFile(os.path.expanduser(text))
+    return InputFile(filesystem(text)[1], text)
+
+
+def find_files(
+    patterns: str | Sequence[str], key: str, kinds: Container[str], any_kind: bool = False
+) -> list[InputFile]:
+    """The files that paths name, in their order, those of a glob or folder by name; each of them once.
+
+    Args:
+        key: the recipe's key that names them, for messages.
+        kinds: endings of files with data; in a folder, others are passed over.
+        any_kind: a file that is named may have any ending.
+
+    Raises:
+        InputError: nothing there, a filesystem that cannot be opened, or a kind that is not known.
+    """
+    files: list[InputFile] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            if "://" in pattern:
+                found = _remote(pattern, kinds)
+            else:
+                found = _local(os.path.expanduser(pattern), kinds)
+        except READ_ERRORS as error:
+            # Not to repeat a password.
+            where = key if "must not hold a password" in str(error) else f"{key} {pattern}"
+            raise InputError(f"{where}: {reason(error)}") from error
+        if not found:
+            raise InputError(f"{key} {pattern}: no file matches")
+        files += found
+    for file in files:
+        if file.kind not in kinds and not any_kind:
+            known = ", ".join(kinds) if isinstance(kinds, Iterable) else ""
+            raise InputError(f"{key} {file}: unknown kind; use one of {known}, or a folder of them")
+    return list({(file.root, file.path): file for file in files}.values())
+
+
+# Where files are
+
+
+def _local(pattern: str, kinds: Container[str]) -> list[InputFile]:
+    if Path(pattern).is_dir():
+        paths = _data_files(
+            pattern, [str(path) for path in Path(pattern).rglob("*") if path.is_file()], kinds
+        )
+        return [InputFile(path) for path in paths]
+    if Path(pattern).exists() or not glob.has_magic(pattern):
+        return [InputFile(pattern)]
+    return [file for path in sorted(glob.glob(pattern, recursive=True)) for file in _local(path, kinds)]
+
+
+def _remote(uri: str, kinds: Container[str]) -> list[InputFile]:
+    location, question, options = uri.partition("?")
+    parts = location.split("/")
+    first = next((n for n, part in enumerate(parts) if glob.has_magic(part)), None)
+    root = "/".join(parts[:first]) + question + options
+    fs, path = filesystem(root)
+    if first is not None:
+        found = fs.glob("/".join([path.rstrip("/"), *parts[first:]]), detail=True)
+        names = sorted(name for name, info in found.items() if info["type"] == "file")
+    # A web server has no folders; to ask for one would fetch the file.
+    elif not location.startswith("http") and fs.isdir(path):
+        names = _data_files(path, fs.find(path), kinds)
+    else:
+        names = [path]
+    return [InputFile(name, root) for name in names]
+
+
+def _data_files(folder: str, paths: Iterable[str], kinds: Container[str]) -> list[str]:
+    """The data of a folder: without metadata, hidden files and caches; columnar files if it has any."""
+    data: list[InputFile] = []
+    for path in sorted(paths):
+        file, relative = InputFile(path), PurePosixPath(path[len(folder) :].lstrip("/"))
+        hidden = any(part.startswith((".", "_")) for part in relative.parts)
+        cache = file.kind == ".arrow" and file.name.startswith("cache-")
+        if not hidden and not cache and file.name not in _METADATA and file.kind in kinds:
+            data.append(file)
+    columnar = [file.path for file in data if file.kind in (".parquet", ".arrow")]
+    return columnar or [file.path for file in data]
+
+
+@functools.lru_cache(maxsize=64)
+def filesystem(uri: str) -> tuple[Any, str]:
+    """An fsspec filesystem and the path in it. pyarrow's own filesystems come first.
+
+    Raises:
+        InputError: a password in the URI, which would stand in logs, or a filesystem that is not known.
+    """
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    if urlsplit(uri).password is not None:
+        raise InputError("a URI must not hold a password: give credentials by the environment")
+    try:
+        fs, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        try:
+            return cast(tuple[Any, str], fsspec.core.url_to_fs(uri))
+        except (ValueError, ImportError) as error:
+            raise InputError(f"it cannot be opened: {error}") from error
+    return ArrowFSWrapper(fs), path
+
+
+def _opened(path: str, root: str) -> Any:
+    try:
+        return filesystem(root)[0].open(path, "rb")
+    except READ_ERRORS:
+        raise
+    except Exception as error:  # each filesystem has errors of its own, such as aiohttp's
+        raise OSError(f"it cannot be read: {error}") from error
+
+
+# How they are packed
+
+
+def _zstandard(stream: Any) -> Any:
+    import pyarrow as pa
+
+    return io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(stream, "zstd")))
+
+
+_UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _zstandard,
+}
