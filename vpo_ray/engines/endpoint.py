@@ -12,15 +12,18 @@ import logging
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any
 
 import aiohttp
-import msgspec
 import openai
 
+from vpo_ray.engines.account import Account
+from vpo_ray.engines.chat import Usage
+from vpo_ray.engines.completion import Completion, parse, read
 from vpo_ray.recipe import Endpoint
 from vpo_ray.records import content_id
 
@@ -51,55 +54,6 @@ class RequestError(RuntimeError):
     def __init__(self, message: str, status: int | None = None, filtered: bool = False) -> None:
         super().__init__(message)
         self.status, self.filtered = status, filtered
-
-
-class TopLogprob(msgspec.Struct):
-    """A token that the model could have said."""
-
-    token: str
-    logprob: float
-
-
-class TokenLogprob(TopLogprob):
-    """A token that the model said."""
-
-    top_logprobs: list[TopLogprob] = []
-
-
-class Logprobs(msgspec.Struct):
-    content: list[TokenLogprob] | None = None
-
-
-class Message(msgspec.Struct):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class Choice(msgspec.Struct):
-    message: Message
-    finish_reason: str | None = None
-    logprobs: Logprobs | None = None
-
-
-class Tokens(msgspec.Struct):
-    """What a completion read and wrote."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-
-
-class Completion(msgspec.Struct):
-    """What we read of a chat completion, with at least one choice.
-
-    The client's own type is built field by field, which takes as long as sending the request.
-    """
-
-    choices: list[Choice]
-    usage: Tokens | None = None
-
-
-_DECODER = msgspec.json.Decoder(Completion)
 
 
 class Pace:
@@ -180,10 +134,12 @@ class EndpointClient:
         endpoint: its settings.
         model: the model's name there.
         where: the recipe's key of these settings, for messages.
+        account: what every answer is paid into; its limit keeps requests from being sent.
     """
 
-    def __init__(self, endpoint: Endpoint, model: str, where: str) -> None:
+    def __init__(self, endpoint: Endpoint, model: str, where: str, account: Account | None = None) -> None:
         self.endpoint, self.model, self.where = endpoint, model, where
+        self.account = account or Account()
         self._key = ""
         self._reached = False
         self._limits = (endpoint.requests_per_minute, endpoint.tokens_per_minute)
@@ -239,24 +195,20 @@ class EndpointClient:
             await self._client.close()
             self._client = None
 
-    async def create(
-        self,
-        request: dict[str, Any],
-        tokens: int = 0,
-        before: Callable[[], None] | None = None,
-        after: Callable[[Completion], Awaitable[None]] | None = None,
-    ) -> Completion:
-        """One chat completion with at least one choice.
+    async def create(self, request: dict[str, Any], tokens: int = 0) -> Completion:
+        """One chat completion, paid into the account.
+
+        One that was generated is returned however strange it is, since it was paid for: look at its
+        `refusal` and `text`.
 
         Args:
             request: the body but the model; the recipe's `request` goes on top.
             tokens: an estimate of what it reads and writes, for the budget.
-            before: called just before the request is sent; what it raises keeps it from being sent.
-            after: awaited with the answer before another request may take its place.
 
         Raises:
             EndpointError: the key is refused, the model is not known, or there is no such server.
             RequestError: this request has no answer after all retries.
+            CostLimitReached: the account may pay no more; nothing was sent.
         """
         if self._client is None:
             self.open()
@@ -264,7 +216,7 @@ class EndpointClient:
         known = {name: value for name, value in merged.items() if value is not None}
         for tries in range(self.endpoint.retries + 1):
             try:
-                return await self._once(known, tokens, before, after)
+                return await self._once(known, tokens)
             except _Again as again:
                 if tries == self.endpoint.retries:
                     raise again.failure from None
@@ -274,20 +226,12 @@ class EndpointClient:
                 await asyncio.sleep(delay)
         raise AssertionError("the loop returns or raises")
 
-    async def _once(
-        self,
-        request: dict[str, Any],
-        tokens: int,
-        before: Callable[[], None] | None,
-        after: Callable[[Completion], Awaitable[None]] | None,
-    ) -> Completion:
+    async def _once(self, request: dict[str, Any], tokens: int) -> Completion:
         async with self._slots:
-            if before is not None:
-                before()  # not only after the wait: it may be a long one for nothing
+            self.account.check()  # not only after the wait: it may be a long one for nothing
             if wait := await self._pace.call("reserve", tokens, self._limits):
                 await asyncio.sleep(wait)
-                if before is not None:
-                    before()
+                self.account.check()
             try:
                 # The client's own limit is on every read: a server that sends a byte now and then
                 # would hold this slot for ever.
@@ -296,7 +240,7 @@ class EndpointClient:
                     # leaves when the last is built. One at a time, each leaves when it is built.
                     async with self._turn:
                         await asyncio.sleep(0)
-                    reply = await self._post(request)
+                    data = await self._post(request)
             except openai.APIStatusError as error:
                 self._reached = True
                 raise await self._status_failure(error) from None
@@ -308,32 +252,34 @@ class EndpointClient:
                 raise _Again(RequestError(message)) from None
             except openai.APIConnectionError as error:
                 raise _Again(self._unreachable(error.__cause__ or error)) from None
+            self._reached = True
+            try:
+                body = parse(data)
             except (openai.OpenAIError, ValueError) as error:
-                self._reached = True
                 message = f"{self.where}: the answer is not readable: {self._told(error)}"
                 raise _Again(RequestError(message)) from None
-            self._reached = True
-            if not reply.choices:
-                raise _Again(RequestError(f"{self.where}: the answer has no choices"))
-            if after is not None:
-                await after(reply)
-        if self._limits[1] and reply.usage is not None:
-            unused = tokens - (reply.usage.total_tokens or 0)
-            await self._pace.call("settle", unused, self._limits[1])
+            reply = await self._paid(read(body))
+        if self._limits[1] and (used := reply.usage.prompt + reply.usage.completion):
+            await self._pace.call("settle", tokens - used, self._limits[1])
+        if not (reply.answered or reply.refusal or reply.usage.prompt + reply.usage.completion):
+            raise _Again(RequestError(f"{self.where}: the answer has no choices"))
         return reply
 
-    async def _post(self, request: dict[str, Any]) -> Completion:
+    async def _paid(self, reply: Completion) -> Completion:
+        """The answer with its cost, which is in the account: the one place where money is counted."""
+        prompt, completion = reply.usage.prompt, reply.usage.completion
+        cost = (prompt * self.endpoint.prompt_price + completion * self.endpoint.completion_price) / 1e6
+        # Before another request may take its place.
+        await self.account.pay(cost)
+        return replace(reply, usage=Usage(prompt, completion, cost))
+
+    async def _post(self, request: dict[str, Any]) -> bytes:
         # `chat.completions.create` walks through the whole request to transform it, and makes a
         # random key for each: a third of all that the client does. A plain dict needs none of that.
         assert self._client is not None
         number = f"{id(self)}-{next(self._numbers)}"
-        return _DECODER.decode(
-            await self._client.post(
-                "/chat/completions",
-                body=dict(request),
-                cast_to=bytes,
-                options={"idempotency_key": number},
-            )
+        return await self._client.post(
+            "/chat/completions", body=dict(request), cast_to=bytes, options={"idempotency_key": number}
         )
 
     async def _status_failure(self, error: openai.APIStatusError) -> Exception:

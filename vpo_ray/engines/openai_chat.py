@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import jsonschema
 import pyarrow as pa
 
-from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling, Usage
-from vpo_ray.engines.endpoint import Completion, EndpointClient, RequestError
+from vpo_ray.engines.account import Account, CostLimitReached
+from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling
+from vpo_ray.engines.completion import Completion
+from vpo_ray.engines.endpoint import EndpointClient, RequestError
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id
@@ -32,37 +34,6 @@ _REPAIR = (
     "That is not the JSON object that was asked for: {fault}. "
     "Answer again with the JSON object alone, without any text or code fence around it."
 )
-
-
-class CostLimitReached(RuntimeError):
-    """`limits.max_cost` is spent; the run goes on when it is raised."""
-
-    stops_run = True  # see pools.STOP
-
-
-@dataclass
-class Account:
-    """What the run has paid to endpoints.
-
-    Args:
-        add: adds a cost, and returns all that the run has paid, whoever paid it.
-        limit: `limits.max_cost`.
-    """
-
-    add: Callable[[float], Awaitable[float]]
-    limit: float | None = None
-    spent: float = 0.0
-
-    async def pay(self, cost: float) -> None:
-        self.spent = await self.add(cost)
-
-    def check(self) -> None:
-        """Raises CostLimitReached. The answers under way when the limit is reached go beyond it."""
-        if self.limit is not None and self.spent >= self.limit:
-            raise CostLimitReached(
-                f"limits.max_cost {self.limit:g} is reached: the endpoints' answers cost {self.spent:.4f} so "
-                "far. Raise it to go on"
-            )
 
 
 class Answers:
@@ -101,6 +72,7 @@ class OpenAIChat:
 
     def __init__(self, model: ChatModel, client: EndpointClient, answers: Answers, account: Account) -> None:
         self.model, self.client, self.answers, self.account = model, client, answers, account
+        client.account = account
         self._grammar = model.endpoint.structured != "text"
         self._under_way, self._settled = 0, asyncio.Event()
         # As many files at once as requests: a slow disk or store then slows no request.
@@ -194,7 +166,7 @@ class OpenAIChat:
         if grammar:
             request["response_format"] = _response_format(schema)  # type: ignore[arg-type]
         try:
-            reply = await self.client.create(request, tokens, self.account.check, self._pay)
+            reply = await self.client.create(request, tokens)
         except RequestError as error:
             if grammar and self.model.endpoint.structured == "auto" and _about_format(error):
                 if self._grammar:
@@ -204,30 +176,15 @@ class OpenAIChat:
             raise (Refusal if error.filtered else ChatError)(str(error)) from None
         return self._read(reply, sampling)
 
-    async def _pay(self, reply: Completion) -> None:
-        await self.account.pay(self._usage(reply).cost)
-
     def _read(self, reply: Completion, sampling: Sampling) -> Answer:
-        usage = self._usage(reply)
-        choice = reply.choices[0]
-        message, reason = choice.message, choice.finish_reason or "unknown"
-        if message.refusal:
-            raise Refusal(f"the model refused: {message.refusal}", usage)
-        if reason == "content_filter":
-            raise Refusal("a content filter stopped the answer", usage)
-        if reason == "length":
+        usage = reply.usage
+        if reply.refusal:
+            raise Refusal(reply.refusal, usage)
+        if reply.cut:
             raise ChatError(f"the answer was cut at max_tokens {sampling.max_tokens}: raise it", usage)
-        if not message.content:
-            raise ChatError(f"the answer has no text (finish_reason {reason})", usage)
-        return Answer(message.content, reason, usage.prompt, usage.completion, usage.cost)
-
-    def _usage(self, reply: Completion) -> Usage:
-        if reply.usage is None:
-            return Usage()
-        endpoint = self.model.endpoint
-        prompt, completion = reply.usage.prompt_tokens or 0, reply.usage.completion_tokens or 0
-        cost = (prompt * endpoint.prompt_price + completion * endpoint.completion_price) / 1e6
-        return Usage(prompt, completion, cost)
+        if not reply.text:
+            raise ChatError(f"the answer has no text (finish_reason {reply.finish})", usage)
+        return Answer(reply.text, reply.finish, usage.prompt, usage.completion, usage.cost)
 
 
 def schema_fault(text: str, schema: dict[str, Any]) -> str | None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from vpo_ray.engines.account import Account
+from vpo_ray.engines.completion import TokenLogprob
 from vpo_ray.engines.endpoint import EndpointClient, EndpointError, RequestError
 from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames
 from vpo_ray.recipe import Reward
@@ -50,8 +52,8 @@ class EndpointReward:
         prompt_tokens, completion_tokens: what the endpoint reported so far.
     """
 
-    def __init__(self, settings: Reward) -> None:
-        self._client = EndpointClient(settings.endpoint, settings.model, "reward.endpoint")
+    def __init__(self, settings: Reward, account: Account | None = None) -> None:
+        self._client = EndpointClient(settings.endpoint, settings.model, "reward.endpoint", account)
         self._client.read_key()
         self.settings = settings
         self.checklist = checklist.load(settings.checklist)
@@ -98,47 +100,47 @@ class EndpointReward:
             reply = await self._client.create(request, tokens=1000 * len(images))
         except RequestError as error:
             raise RewardError(f"question {number}: the endpoint failed: {error}") from error
-        if reply.usage is not None:
-            self.prompt_tokens += reply.usage.prompt_tokens or 0
-            self.completion_tokens += reply.usage.completion_tokens or 0
-        choice = reply.choices[0]
-        yes = _parse(choice.message.content, number)
-        probability = _probability(choice.logprobs.content or []) if choice.logprobs is not None else None
+        self.prompt_tokens += reply.usage.prompt
+        self.completion_tokens += reply.usage.completion
+        if reply.refusal:
+            raise RewardError(f"question {number}: {reply.refusal}")
+        yes = _parse(reply.text, number)
+        probability = _probability(reply.tokens())
         if probability is None:
             return Answer(number, yes, float(yes))
         return Answer(number, probability > 0.5 if self.settings.rule == "margin" else yes, probability)
 
 
-def build(settings: Reward) -> EndpointReward:
-    """The reward of a recipe with `kind: openai`.
+def build(settings: Reward, account: Account | None = None) -> EndpointReward:
+    """The reward of a recipe with `kind: openai`; what it asks is paid into the account.
 
     Raises:
         EndpointError: the variable with the key is not set.
         ChecklistError: see `checklist.load`.
     """
-    return EndpointReward(settings)
+    return EndpointReward(settings, account)
 
 
-def _parse(text: str | None, number: int) -> bool:
+def _parse(text: str, number: int) -> bool:
     """An answer is the JSON object asked for; anything else is an error, never a silent no."""
     try:
-        found = json.loads(text or "")["answer"]
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(text)["answer"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         found = None
     if found not in ("yes", "no"):
-        raise RewardError(f"question {number}: the endpoint answered {(text or '')[:100]!r}, not yes or no")
+        raise RewardError(f"question {number}: the endpoint answered {text[:100]!r}, not yes or no")
     return found == "yes"
 
 
-def _probability(tokens: Iterable[Any]) -> float | None:
+def _probability(tokens: Iterable[TokenLogprob]) -> float | None:
     """Yes against no among the alternatives of the answer's own token; None when it is not found."""
     for token in tokens:
         if _word(token.token) not in ("yes", "no"):
             continue
         mass = {"yes": 0.0, "no": 0.0}
-        for other in token.top_logprobs or [token]:
-            if _word(other.token) in mass:
-                mass[_word(other.token)] += math.exp(other.logprob)
+        for other, logprob in token.alternatives:
+            if _word(other) in mass:
+                mass[_word(other)] += math.exp(logprob)
         total = sum(mass.values())
         return mass["yes"] / total if total else None
     return None

@@ -1,0 +1,276 @@
+"""What an endpoint's answer says, whichever server wrote it.
+
+An answer that came was paid for, and is never asked for again because we could not read it. So what is
+read here is no more than what is used, each thing by itself, and nothing in an answer is an error of
+reading: tokens of usage first, then text, refusal, the reason of its end. OpenAI's shape is the common one;
+content in parts (Mistral), Anthropic's and Gemini's own shapes, and events of a stream are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from vpo_ray.engines.chat import Usage
+
+Body = dict[str, Any]
+
+# Counts beyond these are no counts of tokens.
+MAX_TOKENS = 10**12
+_READ = ("prompt_tokens", "input_tokens", "promptTokenCount", "prompt_token_count", "prompt_eval_count")
+_WROTE = (
+    "completion_tokens", "output_tokens", "candidatesTokenCount", "candidates_token_count", "eval_count"
+)  # fmt: skip
+_BOTH = ("total_tokens", "totalTokenCount", "total_token_count")
+_USAGES = ("usage", "usageMetadata", "usage_metadata")
+_REASONS = ("finish_reason", "finishReason", "stop_reason", "stopReason", "done_reason")
+_CUT = ("length", "max_token", "max_output")
+_FILTERED = ("filter", "safety", "prohibited", "blocklist", "blocked", "spii", "recitation", "sensitive",
+             "refusal", "moderation", "guardrail", "flagged")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of the answer, and those that might have stood there with their log-probabilities."""
+
+    token: str
+    alternatives: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an answer says.
+
+    Attributes:
+        usage: tokens read and written; its cost is set by the client, which knows the prices.
+        text: the text without parts that are thoughts; empty where there is none.
+        finish: why it ended, in lower case.
+        refusal: why there is no answer, where the model or a filter says so.
+        answered: there is something that was generated, of whatever shape.
+        error: the error that stands in place of an answer.
+    """
+
+    usage: Usage = field(default_factory=Usage)
+    text: str = ""
+    finish: str = "unknown"
+    refusal: str | None = None
+    answered: bool = False
+    error: Body | None = None
+    _logprobs: Any = field(default=None, repr=False)
+
+    @property
+    def cut(self) -> bool:
+        return any(word in self.finish for word in _CUT)
+
+    def tokens(self) -> list[TokenLogprob]:
+        """The tokens of the text with their log-probabilities; none where they cannot be read."""
+        return list(_tokens(self._logprobs))
+
+
+def parse(data: bytes) -> Any:
+    """The JSON value of a response's body. Raises ValueError where it is none."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        text = data.decode("utf-8-sig", "replace").strip()
+    if text.startswith(("data:", "event:", ":")):
+        return _of_stream(text)
+    return _lenient(text)
+
+
+def read(body: Any) -> Completion:
+    """What a chat completion says, of any JSON value; raises nothing."""
+    body = _dict(body)
+    usage, choice = _usage(body), _choice(body)
+    try:
+        message = choice.get("message", choice.get("delta", choice))
+        content = message.get("content", message.get("text")) if isinstance(message, dict) else message
+        if content is None and message is not choice:
+            content = choice.get("text")
+        text = _clean(_content(content))
+        refusal = _clean(_refusal(body, choice, message, content, text))
+        finish = _clean(_finish(choice))
+    except RecursionError:
+        return Completion(usage, answered=True, finish="nested too deeply")
+    if not refusal and any(word in finish for word in _FILTERED):
+        refusal = f"a content filter stopped the answer ({finish})"
+    answered = bool(choice) or bool(body.get("choices"))
+    return Completion(
+        usage, text, finish, refusal or None, answered, _error(body, choice), choice.get("logprobs")
+    )
+
+
+def _choice(body: Body) -> Body:
+    """The first thing that was generated: a choice, a candidate, or the body itself."""
+    for name in ("choices", "candidates", "output"):
+        found = body.get(name)
+        if isinstance(found, list):
+            # A Responses body has its thoughts as an item before the message.
+            found = next((i for i in found if isinstance(i, dict) and i.get("type") != "reasoning"), {})
+        if isinstance(found, dict) and found:
+            return found
+    return body if body.get("content") or isinstance(body.get("message"), dict) else {}
+
+
+def _finish(choice: Body) -> str:
+    told = (choice.get(name) for name in _REASONS)
+    return str(next((value for value in told if value not in (None, "")), "unknown")).lower()
+
+
+def _error(body: Body, choice: Body) -> Body | None:
+    error = body.get("error") or choice.get("error") or (body if body.get("object") == "error" else None)
+    return error if isinstance(error, dict) or not error else {"message": str(error)}
+
+
+def _content(content: Any) -> str:
+    """The text of a message's content. An object that is no part is the answer itself, parsed by a server
+    that was asked for JSON."""
+    if isinstance(content, dict) and not {"type", "text", "parts", "content", "value"} & content.keys():
+        return json.dumps(content, ensure_ascii=False)
+    if isinstance(content, int | float):
+        return json.dumps(content)
+    return _text(content)
+
+
+def _text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, list):
+        return "".join(_text(item) for item in part)
+    if not isinstance(part, dict) or _is_thought(part):
+        return ""
+    return next(
+        (_text(part[k]) for k in ("text", "content", "parts", "value") if part.get(k) is not None), ""
+    )
+
+
+def _is_thought(part: Body) -> bool:
+    kind = str(part.get("type", "")).lower()
+    return part.get("thought") is True or any(word in kind for word in ("think", "reason", "thought"))
+
+
+def _refusal(body: Body, choice: Body, message: Any, content: Any, text: str) -> str:
+    """What says that the model declined, or that a filter took the question or the answer."""
+    parts = content if isinstance(content, list) else []
+    for holder in (message, *parts):
+        said = holder.get("refusal") if isinstance(holder, dict) else None
+        if said and (isinstance(said, str) or not text):
+            return f"the model refused: {said if isinstance(said, str) else 'no reason given'}"
+    feedback = _dict(body.get("promptFeedback") or body.get("prompt_feedback"))
+    if reason := feedback.get("blockReason") or feedback.get("block_reason"):
+        return f"a content filter refused the question ({reason})"
+    if not choice and _filtered(body.get("prompt_filter_results")):
+        return "a content filter refused the question"
+    return ""
+
+
+def _filtered(results: Any) -> bool:
+    """Whether Azure's filter results say so anywhere."""
+    if isinstance(results, list):
+        return any(_filtered(item) for item in results)
+    if not isinstance(results, dict):
+        return False
+    return results.get("filtered") is True or any(_filtered(item) for item in results.values())
+
+
+def _usage(body: Body) -> Usage:
+    """Tokens, from wherever they stand. What only the sum counts was written: thoughts, by some servers."""
+    choices = body.get("choices")
+    holders = [body, _dict(choices), _dict(body.get("x_groq"))]
+    told = [_dict(holder.get(name)) for holder in holders for name in _USAGES]
+    for counts in (*told, body):
+        prompt, wrote, total = (_count(counts, names) for names in (_READ, _WROTE, _BOTH))
+        if prompt is None and wrote is None and total is None:
+            continue
+        if prompt is None:
+            prompt = max(0, (total or 0) - (wrote or 0))
+        return Usage(prompt, max(wrote or 0, (total or 0) - prompt))
+    return Usage()
+
+
+def _count(counts: Body, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = counts.get(name)
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if 0 <= value <= MAX_TOKENS:  # not NaN
+            return round(value)
+    return None
+
+
+def _tokens(logprobs: Any) -> Iterator[TokenLogprob]:
+    content = _dict(logprobs).get("content", logprobs)
+    for item in content if isinstance(content, list) else []:
+        if not isinstance(item, dict) or not isinstance(item.get("token"), str):
+            continue
+        top = item.get("top_logprobs")
+        if isinstance(top, dict):
+            top = [{"token": token, "logprob": value} for token, value in top.items()]
+        found = [_alternative(other) for other in [*(top if isinstance(top, list) else []), item]]
+        # The token itself is mostly among the alternatives.
+        known = dict(other for other in reversed(found) if other is not None)
+        yield TokenLogprob(item["token"], list(known.items()))
+    legacy = _dict(logprobs)
+    if isinstance(legacy.get("tokens"), list):  # the completions API's
+        columns = [legacy.get(name) for name in ("token_logprobs", "top_logprobs")]
+        own, top = (column if isinstance(column, list) else [] for column in columns)
+        for i, token in enumerate(legacy["tokens"]):
+            others = top[i] if i < len(top) else None
+            item = {"token": token, "logprob": own[i] if i < len(own) else None, "top_logprobs": others}
+            yield from _tokens([item])
+
+
+def _alternative(item: Any) -> tuple[str, float] | None:
+    token, value = _dict(item).get("token"), _dict(item).get("logprob")
+    if not isinstance(token, str) or isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return None if math.isnan(value) or value > 1 else (token, min(float(value), 0.0))
+
+
+def _of_stream(text: str) -> Body:
+    """A completion from the events of a stream, which some servers send unasked."""
+    chunks = []
+    for line in text.split("\n"):
+        data = line.removeprefix("data:").strip()
+        if line.startswith("data:") and data != "[DONE]":
+            chunks.append(_dict(_lenient(data)))
+    if not chunks:
+        raise ValueError("events without data")
+    whole: Body = {}
+    parts, finish = [], None
+    for chunk in chunks:
+        whole |= {key: value for key, value in chunk.items() if value is not None}
+        choice = _choice(chunk)
+        parts.append(_dict(choice.get("delta", choice.get("message"))).get("content"))
+        finish = choice.get("finish_reason") or finish
+    message = {"role": "assistant", "content": [part for part in parts if part is not None]}
+    return {**whole, "choices": [{"message": message, "finish_reason": finish}]}
+
+
+def _lenient(text: str) -> Any:
+    """JSON with NaN, endless digits and lone surrogates, as Python writes and reads it."""
+    try:
+        return json.loads(text, strict=False, parse_int=lambda digits: int(digits[:400]))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _dict(value: Any) -> Body:
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, dict) else {}
+
+
+def _clean(text: str) -> str:
+    """Text that every table and file takes: half a character becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
