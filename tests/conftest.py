@@ -39,6 +39,28 @@ def _logging_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def s3_options() -> Iterator[str]:
+    """An S3 server with the bucket `videos`: the options of an `s3://` URI that lead to it. Credentials
+    are in the environment."""
+    import pyarrow.fs as pafs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        fs, _ = pafs.FileSystem.from_uri(f"s3://videos?{options}&allow_bucket_creation=true")
+        fs.create_dir("videos")
+        yield options
+    moto.stop()
+
+
+@pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny checkpoints `policy`, `judge`, `video` and `reward`; read only."""
     from vpo_ray.tiny import make_tiny

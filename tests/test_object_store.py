@@ -1,16 +1,13 @@
 """A run directory and a video store on a real S3-compatible server, through `pyarrow.fs`."""
 
 import itertools
-import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 
 from vpo_ray import cli
@@ -24,24 +21,9 @@ KEY, OTHER = "ab" + "0" * 30, "cd" + "0" * 30
 DATA = bytes(range(256)) * 8
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The options of an `s3://` URI that lead to the server; credentials are in the environment."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        fs, _ = pafs.FileSystem.from_uri(f"s3://videos?{options}&allow_bucket_creation=true")
-        fs.create_dir("videos")
-        yield options
-    moto.stop()
+@pytest.fixture
+def server(s3_options: str) -> str:
+    return s3_options
 
 
 @pytest.fixture

@@ -18,12 +18,16 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vpo_ray import doctor as doctor_command
 from vpo_ray import plan_command, videos_command
 from vpo_ray import recipe as recipes
 from vpo_ray import submit as submit_command
 from vpo_ray.recipe import Recipe
+
+if TYPE_CHECKING:  # pyarrow takes longer to import than most commands take
+    from vpo_ray.storage import RunDir
 
 STAGE_COMMANDS = {
     "curate": "read raw queries into queries/",
@@ -44,7 +48,8 @@ STAGE_COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done; 1 the run failed or its limits stopped it; 2 wrong usage or input;
-    3 the run is submitted already; 130 interrupted, 143 terminated (what was made is kept)."""
+    3 the run is submitted already, or another driver has its directory; 130 interrupted, 143 terminated
+    (what was made is kept)."""
     arguments = _parser().parse_args(argv)
     _log_to_stderr(verbose=arguments.verbose)
     try:
@@ -221,39 +226,52 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from vpo_ray import evaluation, loop
+    from vpo_ray import loop
 
     recipe = _load(arguments)
-    run = loop.open_run(recipe)
     name: str = arguments.name
-    with loop.accounted(recipe, run):
-        if name == "curate":
-            loop.curate_queries(recipe, run)
-        elif name == "pair":
-            loop.make_pairs(recipe, run)
-        elif name == "draft":
-            loop.connect(arguments.verbose)
-            loop.draft_sft(recipe, run, arguments.retry_errors)
-        elif name == "train":
-            loop.connect(arguments.verbose)
-            loop.train_what_is_due(recipe, run)
-        elif name == "evaluate":
-            loop.connect(arguments.verbose)
-            sys.stdout.write(evaluation.told(evaluation.evaluate(recipe, run, arguments.retry_errors)))
-        elif name != "report":
-            loop.connect(arguments.verbose)
-            if name == "generate":
-                loop.curate_queries(recipe, run)
-            start = loop.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))
-            if name == "dpo":
-                loop.train_dpo(recipe, run, start)
-            elif name != "sft":
-                stages = None if name == "generate" else (name,)
-                loop.generate_feedback(recipe, run, start, stages, arguments.retry_errors)
-    loop.write_ledger(recipe, run)
-    where = f"{loop.write_report(recipe, run)}" if name == "report" else f"{run.uri}/ledger.json"
+    if name == "report":
+        # It looks on while another driver works, so it takes no lock.
+        run = loop.open_run(recipe)
+        loop.write_ledger(recipe, run)
+        where = loop.write_report(recipe, run)
+    else:
+        with loop.opened(recipe) as run:
+            with loop.accounted(recipe, run):
+                _work(name, recipe, run, arguments)
+            loop.write_ledger(recipe, run)
+        where = f"{run.uri}/ledger.json"
     sys.stdout.write(f"{name}: done, see {where}\n")
     return 0
+
+
+def _work(name: str, recipe: Recipe, run: RunDir, arguments: argparse.Namespace) -> None:
+    """What a stage's command does within its run directory."""
+    from vpo_ray import evaluation, loop
+
+    if name == "curate":
+        loop.curate_queries(recipe, run)
+    elif name == "pair":
+        loop.make_pairs(recipe, run)
+    elif name == "draft":
+        loop.connect(arguments.verbose)
+        loop.draft_sft(recipe, run, arguments.retry_errors)
+    elif name == "train":
+        loop.connect(arguments.verbose)
+        loop.train_what_is_due(recipe, run)
+    elif name == "evaluate":
+        loop.connect(arguments.verbose)
+        sys.stdout.write(evaluation.told(evaluation.evaluate(recipe, run, arguments.retry_errors)))
+    else:
+        loop.connect(arguments.verbose)
+        if name == "generate":
+            loop.curate_queries(recipe, run)
+        start = loop.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))
+        if name == "dpo":
+            loop.train_dpo(recipe, run, start)
+        elif name != "sft":
+            stages = None if name == "generate" else (name,)
+            loop.generate_feedback(recipe, run, start, stages, arguments.retry_errors)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -23,12 +23,13 @@ from vpo_ray.loop import (
     accounted,
     dpo_id,
     generate_feedback,
-    open_run,
+    opened,
     starting_policy,
     write_ledger,
 )
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
+from vpo_ray.run_lock import driving
 from vpo_ray.storage import RunDir, chunks, join
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,13 @@ def evaluate(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[st
     Raises:
         LoopError: there is no trained policy, or no query in the eval split.
         PlacementError, GenerationError: see `pipeline.generate`.
+        RunInUseError, RunLostError: see `run_lock.driving`.
     """
+    with driving(run.uri):
+        return _evaluate(recipe, run, retry_errors)
+
+
+def _evaluate(recipe: Recipe, run: RunDir, retry_errors: bool) -> dict[str, Any]:
     queries = list(run.table("queries").rows(where=pc.field("split") == "eval"))
     if not queries:
         raise LoopError(f"{run.uri}/queries has no query of the eval split: give queries.splits.eval a share")
@@ -118,16 +125,16 @@ def _answers(recipe: Recipe, run: RunDir, queries: list[Row], start: Start, retr
             ),
         }
     )
-    folder = open_run(own)
     logger.info("evaluate: %s", start.policy)
-    with accounted(own, folder):
-        folder.write_json(ROUND, {"evaluates": run.uri, "start": asdict(start)})
-        if not folder.exists(CURATED):
-            for part in chunks(({**row, "split": "dpo"} for row in queries), _QUERIES_PER_PART):
-                folder.table("queries").append(part)
-            folder.write_json(CURATED, {"queries": len(queries), "dropped": 0})
-        generate_feedback(own, folder, start, retry_errors=retry_errors)
-    write_ledger(own, folder)
+    with opened(own) as folder:
+        with accounted(own, folder):
+            folder.write_json(ROUND, {"evaluates": run.uri, "start": asdict(start)})
+            if not folder.exists(CURATED):
+                for part in chunks(({**row, "split": "dpo"} for row in queries), _QUERIES_PER_PART):
+                    folder.table("queries").append(part)
+                folder.write_json(CURATED, {"queries": len(queries), "dropped": 0})
+            generate_feedback(own, folder, start, retry_errors=retry_errors)
+        write_ledger(own, folder)
     return list(folder.table("feedback").rows(["query_id", "verdict", "score", "error"]))
 
 

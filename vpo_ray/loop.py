@@ -27,6 +27,7 @@ from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.progress import spilled_bytes
 from vpo_ray.recipe import Recipe, differences, locate, parse
 from vpo_ray.records import Row, content_id
+from vpo_ray.run_lock import check, driving
 from vpo_ray.sft_data import distinct, draft_rows, sft_rows, write_chat
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import wants_workers
@@ -94,6 +95,21 @@ def open_run(recipe: Recipe) -> RunDir:
     run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
     run.write_json("versions.json", versions())
     return run
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[RunDir]:
+    """`open_run`, and no other driver writes to the run directory meanwhile; see `run_lock`.
+
+    Raises:
+        OtherRecipeError: see `open_run`.
+        RunInUseError, RunLostError: see `run_lock.driving`.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)  # the lock is given back
+    with driving(recipe.out):
+        yield open_run(recipe)
 
 
 def connect(verbose: bool = False) -> None:
@@ -373,8 +389,7 @@ def _pairs(recipe: Recipe, run: RunDir, reasons: Counter[str], videos: Counter[s
 
 def run_loop(recipe: Recipe, retry_errors: bool = False, example: bool = True) -> RunDir:
     """Everything, in order; see the module's first line. `example=False` serves no query at the end."""
-    run = open_run(recipe)
-    with accounted(recipe, run):
+    with opened(recipe) as run, accounted(recipe, run):
         _phases(recipe, run, retry_errors, example)
     return run
 
@@ -439,6 +454,7 @@ def write_ledger(recipe: Recipe, run: RunDir, extra: dict[str, Any] | None = Non
     if extra:
         ledger["last_run"] = extra
     problems = reconcile(ledger)
+    check(run)
     run.write_json("ledger.json", ledger)
     return problems
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 
-from vpo_ray.loop import ROUND, LoopError, Start, dpo_id, open_run, run_loop, starting_policy
+from vpo_ray.loop import ROUND, LoopError, Start, dpo_id, opened, run_loop, starting_policy
 from vpo_ray.recipe import Recipe
+from vpo_ray.run_lock import driving
 from vpo_ray.storage import RunDir, join
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,15 @@ def run_rounds(recipe: Recipe, rounds: int, retry_errors: bool = False) -> RunDi
 
     Raises:
         LoopError: rounds need a dpo section that leaves a whole model.
+        RunInUseError, RunLostError: see `run_lock.driving`.
     """
     if rounds > 1:
         _check(recipe)
+    with driving(recipe.out):
+        return _rounds(recipe, rounds, retry_errors)
+
+
+def _rounds(recipe: Recipe, rounds: int, retry_errors: bool) -> RunDir:
     first = run = run_loop(recipe, retry_errors, example=rounds == 1)
     reference = starting_policy(recipe, first).policy if _keeps(recipe) and rounds > 1 else None
     for number in range(2, rounds + 1):
@@ -42,10 +49,10 @@ def run_rounds(recipe: Recipe, rounds: int, retry_errors: bool = False) -> RunDi
                 ),
             }
         )
-        run = open_run(later)
-        run.write_json(ROUND, {"round": number, "of": first.uri, "start": asdict(start)})
-        logger.info("round %d of %d", number, rounds)
-        run = run_loop(later, retry_errors, example=number == rounds)
+        with opened(later) as run:
+            run.write_json(ROUND, {"round": number, "of": first.uri, "start": asdict(start)})
+            logger.info("round %d of %d", number, rounds)
+            run_loop(later, retry_errors, example=number == rounds)
     return run
 
 

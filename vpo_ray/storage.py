@@ -1,9 +1,7 @@
-"""Files of a run: atomic writes, tables of Parquet parts, and the run directory.
+"""Files of a run: tables of Parquet parts, and the run directory; see `folder` for what both are.
 
-Everything goes through `pyarrow.fs`, so a run directory is a local folder or an object store URI
-(`s3://bucket/runs/a`, `gs://...`). A file appears whole or not at all: it is written aside and
-renamed on a local disk, and object stores publish an object when its upload is complete. The name
-of a part comes from the ids in it, so that writing the same rows twice leaves one file.
+A part appears whole or not at all. Its name comes from the ids in it, so that writing the same rows
+twice leaves one file.
 """
 
 from __future__ import annotations
@@ -11,22 +9,21 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from vpo_ray import run_lock
+from vpo_ray.folder import Folder, StorageError, chunks, join
 from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row, content_id, table
+
+__all__ = ["PARTS_AT_ONCE", "TABLES", "Folder", "RunDir", "StorageError", "Table", "chunks", "join"]
 
 # Tables of a run directory: schema and key. The four stage tables share one schema; a candidate's
 # row moves from `candidates` to `feedback` and gains columns on the way.
@@ -54,144 +51,6 @@ _COMPACTING = "compacting.json"
 _MERGED = re.compile(r"[0-9a-f]+-([0-9]+)\.parquet")  # a merged part has its number of rows in its name
 # Parts that are read at once, with threads: the footer of each stays in memory meanwhile, 200 kB.
 PARTS_AT_ONCE = 256
-
-T = TypeVar("T")
-
-
-def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Rows in lists of `size`, the last one shorter."""
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-class StorageError(RuntimeError):
-    """A folder or object that cannot be read or written; the message says which and why."""
-
-    stops_run = True  # see pools.STOP
-
-
-def join(uri: str, name: str) -> str:
-    """The path or URI of `name` in a folder. Options of a URI (`?endpoint_override=...`) stay at its end."""
-    place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
-    return f"{place.rstrip('/')}/{name}{sign}{options}"
-
-
-class Folder:
-    """A folder on any filesystem that `pyarrow.fs` opens. Picklable; cheap to make.
-
-    Args:
-        uri: a local path or a URI, with options as pyarrow takes them, such as
-            `s3://bucket/path?endpoint_override=host:port&scheme=http`. Credentials come from the
-            environment, as pyarrow looks for them.
-
-    Raises:
-        StorageError: a URI of no known filesystem or with a password in it, or a bucket that cannot
-            be found.
-    """
-
-    def __init__(self, uri: str | Path) -> None:
-        text = str(uri)
-        self.uri = text.rstrip("/") if "://" in text else str(Path(text).resolve())
-        self._open()
-
-    def _open(self) -> None:
-        remote = "://" in self.uri
-        if remote and urlsplit(self.uri).password is not None:
-            # It would stand in tables, logs and the report.
-            raise StorageError("a URI must not hold a password: give credentials by the environment")
-        try:
-            self.fs, self.path = pafs.FileSystem.from_uri(self.uri if remote else Path(self.uri).as_uri())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(f"cannot open {self.uri}: {error}") from error
-
-    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
-        return (type(self), (self.uri,))
-
-    def __truediv__(self, name: str) -> Folder:
-        return Folder(self.at(name))
-
-    def at(self, name: str) -> str:
-        """The path or URI of a file or folder in this one."""
-        return join(self.uri, name)
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.fs, pafs.LocalFileSystem)
-
-    @property
-    def is_objects(self) -> bool:
-        """An object store: it has no folders, and an object appears when its upload is complete."""
-        return self.fs.type_name in ("s3", "gcs", "abfs")
-
-    def write(self, name: str, data: bytes) -> int | None:
-        """Write one file whole or not at all. Raises StorageError (read-only, full, no access).
-
-        Returns:
-            The file's modification time in ns; None on an object store, which would have to be asked.
-        """
-        target = f"{self.path}/{name}"
-        aside = target if self.is_objects else f"{target}.{uuid.uuid4().hex}.tmp"
-        opened = whole = False
-        modified: int | None = None
-        try:
-            if aside != target:
-                self.fs.create_dir(os.path.dirname(target), recursive=True)
-            with self.fs.open_output_stream(aside) as stream:
-                opened = True
-                stream.write(data)
-                whole = True
-            if aside != target:
-                modified = self.fs.get_file_info(aside).mtime_ns
-                self.fs.move(aside, target)
-        except BaseException as error:
-            # Leaving the block closes the stream, and with that an object store publishes what it has.
-            if aside != target or (opened and not whole):
-                with suppress(OSError):
-                    self.fs.delete_file(aside)
-            if isinstance(error, OSError):
-                raise StorageError(f"cannot write {self.at(name)}: {error}") from error
-            raise
-        return modified
-
-    def delete(self, name: str) -> None:
-        """Delete a file; one that is gone is fine. Raises StorageError."""
-        try:
-            self.fs.delete_file(f"{self.path}/{name}")
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StorageError(f"cannot delete {self.at(name)}: {error}") from error
-
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when there is no such file."""
-        with self.fs.open_input_stream(f"{self.path}/{name}") as stream:
-            return stream.read()
-
-    def exists(self, name: str) -> bool:
-        return self.fs.get_file_info(f"{self.path}/{name}").type == pafs.FileType.File
-
-    def write_json(self, name: str, value: Any) -> None:
-        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
-
-    def read_json(self, name: str) -> Any:
-        return json.loads(self.read(name))
-
-    def files(self, suffix: str = "") -> list[str]:
-        """Sorted names (relative, recursive) of the files here; none when the folder is absent.
-
-        Raises:
-            StorageError: the folder cannot be listed.
-        """
-        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        try:
-            infos = self.fs.get_file_info(selector)
-        except OSError as error:
-            raise StorageError(f"cannot list {self.uri}: {error}") from error
-        base = len(self.path) + 1
-        return sorted(
-            i.path[base:] for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)
-        )
 
 
 class Table(Folder):
@@ -262,6 +121,7 @@ class Table(Folder):
         Raises:
             StorageError: a part cannot be read, written or deleted; nothing is lost.
         """
+        run_lock.check(self)
         self.settle()
         parts = self.parts()
         merged_rows = {name: int(found[1]) for name in parts if (found := _MERGED.fullmatch(name))}
@@ -276,6 +136,7 @@ class Table(Folder):
             merged.append(name)
             self.write_json(_COMPACTING, merged)
             self._write_part(name, rows)
+        run_lock.check(self)
         self.write_json(_COMPACTING, small)
         self.settle()
         logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
@@ -287,6 +148,7 @@ class Table(Folder):
         hidden = self._hidden()
         if hidden is None:
             return
+        run_lock.check(self)
         for name in hidden:
             self.delete(name)
         self.delete(_COMPACTING)
@@ -333,10 +195,12 @@ class Table(Folder):
     def replace(self, rows: Iterable[Row], rows_per_part: int = 1000) -> int:
         """Make the table hold exactly these rows; returns how many. A kill in between leaves old
         and new parts together, which the next call mends."""
+        run_lock.check(self)
         old, count = set(self.parts()), 0
         for chunk in chunks(rows, rows_per_part):
             old.discard(self.append(chunk))
             count += len(chunk)
+        run_lock.check(self)
         for name in old:
             self.delete(name)
         return count

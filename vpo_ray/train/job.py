@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from vpo_ray import run_lock
 from vpo_ray.placement import require, watched, worker_shapes
 from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.recipe import Limits, Train, computed
@@ -189,6 +190,7 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
         result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
+    run_lock.check(kept)
     kept.fs.delete_dir(kept.path)
 
 
