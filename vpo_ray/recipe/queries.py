@@ -29,7 +29,7 @@ class Rules(Section):
     Words are runs without white space, and single characters in scripts that are written without
     it. Special characters are those that are no letter, mark, number or white space. `max_digits: 2`
     is Prompt-A-Video's rule (booster/finetuning/gpt_boost.py). `keywords` is a text file with a word
-    or phrase a line, found whole in any case. `languages` drops what is identified as another
+    or phrase a line (see `vpo_ray.keywords`). `languages` drops what is identified as another
     language with at least `language_confidence`: few words are rarely enough to tell.
     """
 

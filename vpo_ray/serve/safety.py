@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import Safety, Service
 from vpo_ray.serve.services import ServiceError, ask_chat, client_of
 from vpo_ray.stages.judge import fill
-from vpo_ray.text_files import TextFileError, read_lines
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,8 +52,7 @@ class Checker(Protocol):
 
 
 class Keywords:
-    """Words and phrases, whole and in any case; letters that look alike by Unicode's compatibility
-    forms count as the same.
+    """Words and phrases of a file; see `vpo_ray.keywords`.
 
     Raises:
         SafetyFileError: no such file, or no word in it.
@@ -63,18 +60,13 @@ class Keywords:
 
     def __init__(self, path: str) -> None:
         try:
-            lines = read_lines(path)
-        except TextFileError as error:
+            self.words = KeywordList.read(path)
+        except KeywordFileError as error:
             raise SafetyFileError(f"safety.keywords: {error}") from error
-        phrases = [_folded(line.partition("#")[0]).split() for line in lines]
-        patterns = [r"\s+".join(map(re.escape, words)) for words in phrases if words]
-        if not patterns:
-            raise SafetyFileError(f"safety.keywords: {path} holds no word")
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(patterns, key=len, reverse=True))})(?!\w)")
 
     async def check(self, text: str) -> str | None:
-        match = self._pattern.search(_folded(text))
-        return f"keyword {' '.join(match[0].split())!r}" if match else None
+        found = self.words.find(text)
+        return None if found is None else f"keyword {found!r}"
 
 
 class Moderation:
@@ -155,7 +147,3 @@ class Gate:
 
     async def check_all(self, texts: Sequence[str]) -> list[Verdict]:
         return await asyncio.gather(*(self.check(text) for text in texts))
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()

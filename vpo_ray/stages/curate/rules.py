@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.recipe import Rules
-from vpo_ray.text_files import TextFileError, read_lines
 
 REASONS = (
     "",
@@ -87,7 +87,7 @@ def apply(texts: pa.Array, rules: Rules) -> np.ndarray:
 
 
 def _slow(text: str, rules: Rules) -> int:
-    if rules.keywords is not None and _has_keyword(text, rules.keywords):
+    if rules.keywords is not None and _keywords(rules.keywords).find(text) is not None:
         return code("keyword")
     if rules.languages is not None:
         language, confidence = _identifier(tuple(rules.languages)).classify(text)
@@ -110,33 +110,11 @@ def fold(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _keywords(path: str) -> tuple[frozenset[str], tuple[int, ...], tuple[str, ...]]:
-    """Phrases, how many words they have, and those of scripts without spaces, which are found anywhere."""
+def _keywords(path: str) -> KeywordList:
     try:
-        lines = read_lines(path)
-    except TextFileError as error:
+        return KeywordList.read(path)
+    except KeywordFileError as error:
         raise RulesError(f"queries.rules.keywords: {error}") from error
-    phrases = {phrase for line in lines if (phrase := fold(line))}
-    if not phrases:
-        raise RulesError(f"queries.rules.keywords {path}: it holds no word; give one a line")
-    anywhere = {phrase for phrase in phrases if _dense(phrase)}
-    spaced = frozenset(phrases - anywhere)
-    return spaced, tuple(sorted({phrase.count(" ") + 1 for phrase in spaced})), tuple(sorted(anywhere))
-
-
-def _dense(phrase: str) -> bool:
-    return bool(pc.match_substring_regex(pa.scalar(phrase), pattern=f"[{_NO_SPACES}]").as_py())
-
-
-def _has_keyword(text: str, path: str) -> bool:
-    phrases, sizes, anywhere = _keywords(path)
-    folded = fold(text)
-    words = folded.split(" ")
-    return any(phrase in folded for phrase in anywhere) or any(
-        " ".join(words[start : start + size]) in phrases
-        for size in sizes
-        for start in range(len(words) - size + 1)
-    )
 
 
 @functools.lru_cache(maxsize=4)

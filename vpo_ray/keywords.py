@@ -1,0 +1,171 @@
+"""A list of words and phrases, and whether a text has one: for the safety gate and for curation.
+
+A file has a word or phrase a line; `#` at the beginning of a line, or behind white space, begins a
+comment. Text and list are compared as a reader sees them: in any case, whatever the form of the
+characters (full width, ligatures, circled), with or without marks on letters, and without what
+cannot be seen (soft hyphens, zero-width and bidirectional characters, variation selectors, tags).
+
+A word is found whole ("ass" is not in "class"), one of a script that is written without spaces
+anywhere. Between the words of a phrase may be any white space or punctuation. A term with symbols
+("c++", "f*ck", an emoji) is found as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from vpo_ray.text_files import TextFileError, read_lines
+
+
+class KeywordFileError(ValueError):
+    """A list of words that cannot be used; the message says why."""
+
+
+class _Lazy(dict[int, str]):
+    """A table for `str.translate` that is filled as characters come."""
+
+    def __init__(self, of: Callable[[str], str]) -> None:
+        self.of = of
+
+    def __missing__(self, code: int) -> str:
+        found = self[code] = self.of(chr(code))
+        return found
+
+
+class KeywordList:
+    """Terms to look for.
+
+    Args:
+        terms: words and phrases; ones of white space and punctuation alone are left out.
+    """
+
+    def __init__(self, terms: Iterable[str]) -> None:
+        self.size = 0
+        self._plain: dict[str, Any] = {}
+        self._symbolic: dict[str, Any] = {}
+        for term in terms:
+            folded = fold(term)
+            words, shown = _spaced(folded.translate(_WORDS)), _spaced(folded.translate(_SYMBOLS))
+            if not shown:
+                continue
+            self.size += 1
+            for form in (shown, _DENSE_GAP.sub("", shown)):
+                _insert(self._plain if words == shown else self._symbolic, form)
+
+    @classmethod
+    def read(cls, path: str | Path) -> KeywordList:
+        """The terms of a file. Raises KeywordFileError when it cannot be read, or holds none."""
+        try:
+            lines = read_lines(path)
+        except TextFileError as error:
+            raise KeywordFileError(str(error)) from error
+        found = cls(_COMMENT.split(line, maxsplit=1)[0] for line in lines)
+        if not found.size:
+            raise KeywordFileError(f"{path} holds no word; give one a line")
+        return found
+
+    def find(self, text: str) -> str | None:
+        """The first term that the text has, as it is compared; None when it has none."""
+        folded = fold(text)
+        return _search(self._plain, _spaced(folded.translate(_WORDS))) or (
+            _search(self._symbolic, _spaced(folded.translate(_SYMBOLS))) if self._symbolic else None
+        )
+
+
+def fold(text: str) -> str:
+    """A text as it is compared: compatible forms, cases and letters with marks as one, nothing invisible.
+
+    Vowel signs of Indic scripts, tone marks of Thai and voicing marks of kana are letters, not marks.
+    """
+    text = unicodedata.normalize("NFKD", text).casefold()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFKD", text).translate(_LETTERS))
+
+
+# What is not shown, of Unicode's Default_Ignorable_Code_Point, beside all of category Cf.
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Canonical combining classes of marks without which a word is the same: overlays, Hebrew points,
+# Arabic and Syriac vowel marks, and what stands around a letter (U+0300 and its like).
+_MARKS = {1, *range(10, 37), 202, *range(214, 241)}
+_ASIDE = re.compile(r"(?:LATIN|GREEK|CYRILLIC) SMALL LETTER .+?(?= WITH )")
+_DRAWN = re.compile(
+    r"(?:LATIN LETTER SMALL CAPITAL|NEGATIVE (?:CIRCLED|SQUARED) LATIN CAPITAL LETTER) ([A-Z])"
+)
+_COMMENT = re.compile(r"(?:^|(?<=\s))#")
+# Scripts that are written without spaces between words: Thai, Lao, Myanmar, Khmer, Tai, Javanese,
+# Balinese, Yi, kana, Bopomofo, Han.
+_DENSE = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007"
+    "\u3021-\u3029\u3031-\u303b\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\ua4cf\ua980-\ua9ff"
+    "\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f\U00020000-\U0003ffff"
+)
+_IS_DENSE = re.compile(f"[{_DENSE}]")
+_DENSE_GAP = re.compile(f"(?<=[{_DENSE}]) (?=[{_DENSE}])")
+# Whether there is a space between scripts of the two kinds is a matter of typography.
+_MIXED_GAP = re.compile(f"(?<=[{_DENSE}]) (?=[^ {_DENSE}])|(?<=[^ {_DENSE}]) (?=[{_DENSE}])")
+_TERM = ""
+
+
+def _letter(character: str) -> str:
+    """What a character in decomposed form counts as."""
+    category = unicodedata.category(character)
+    if category == "Cf" or _IGNORABLE.match(character) or character == "\u0640":  # Arabic's stretched line
+        return ""
+    if category == "Cc":
+        return " " if character.isspace() else ""
+    if category == "Me" or (category == "Mn" and unicodedata.combining(character) in _MARKS):
+        return ""
+    name = unicodedata.name(character, "")
+    if found := _ASIDE.match(name):
+        return unicodedata.lookup(found[0])
+    if found := _DRAWN.fullmatch(name):
+        return found[1].lower()
+    return "i" if character == "\u0131" else character
+
+
+def _word(character: str) -> str:
+    return character if unicodedata.category(character)[0] in "LMN" else " "
+
+
+def _symbol(character: str) -> str:
+    kept = unicodedata.category(character)[0] in "LMNS" or character in "*#@&%"
+    return character if kept else " "
+
+
+def _side(character: str) -> str:
+    """`w` for what a word goes on with, where words are written with spaces."""
+    return "w" if _word(character) != " " and not _IS_DENSE.match(character) else "-"
+
+
+_LETTERS, _WORDS, _SYMBOLS, _SIDES = map(_Lazy, (_letter, _word, _symbol, _side))
+_START = re.compile("(?<!w)w|-")
+
+
+def _spaced(text: str) -> str:
+    return _MIXED_GAP.sub("", " ".join(text.split()))
+
+
+def _insert(trie: dict[str, Any], term: str) -> None:
+    for character in term:
+        trie = trie.setdefault(character, {})
+    trie[_TERM] = term
+
+
+def _search(trie: dict[str, Any], text: str) -> str | None:
+    """The first of the longest terms of a trie in a text; no term ends or begins inside a word."""
+    sides = text.translate(_SIDES)
+    for match in _START.finditer(sides):
+        node, end, found = trie, match.start(), None
+        while end < len(text) and (node := node.get(text[end])) is not None:  # type: ignore[assignment]
+            end += 1
+            if _TERM in node and sides[end - 1 : end + 1] != "ww":
+                found = node[_TERM]
+        if found is not None:
+            return str(found)
+    return None
