@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vpo_ray.recipe.base import Fraction, Pool, Positive, Section, Temperature
 from vpo_ray.recipe.text import Engine
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
 Seconds = Annotated[float, Field(gt=0)]
+
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._*-]+|\[[0-9a-f:.]+\])(?::([0-9]+|\*))?")
+_PORTS = {"http": "80", "https": "443"}
+
+
+def normal_origin(origin: str) -> str:
+    """An origin as browsers send it: in lower case, without a slash at its end or the usual port.
+
+    Raises:
+        ValueError: neither an origin, nor `null` (pages without one, such as files), nor `*`.
+    """
+    text = origin.strip().lower().removesuffix("/")
+    if text in ("*", "null"):
+        return text
+    if not (found := _ORIGIN.fullmatch(text)):
+        raise ValueError(
+            f"{origin!r} is no origin: give scheme, host and port alone, such as https://ui.example:8443"
+        )
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + (f":{port}" if port and port != _PORTS.get(scheme) else "")
+
+
+Origin = Annotated[str, AfterValidator(normal_origin)]
 
 
 class Service(Section):
@@ -122,7 +146,9 @@ class Serve(Section):
     )
     max_queued_requests: Positive = 1024
     overload_status: Literal[429, 503] = 429
-    cors_origins: list[str] = []
+    cors_origins: list[Origin] = Field(
+        default=[], description="pages of other sites that may call; * for all, or for a part of a host"
+    )
     log_queries: Literal["no", "hash", "yes"] = "no"
     playground: bool = True
     ingress_replicas: Positive = 1

@@ -1,44 +1,19 @@
-"""The HTTP application around the routes: errors in OpenAI's form, CORS, what a body may weigh."""
+"""The HTTP application around the routes: errors in OpenAI's form, what a body may weigh."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
+from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import RequestError
 
 logger = logging.getLogger("ray.serve")
-
-
-class Cors:
-    """Starlette's CORS answers for the recipe's origins; without any, browsers of other sites get none.
-
-    The origins are known when the replica starts, after the application was made.
-    """
-
-    origins: ClassVar[list[str]] = []
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.cors: CORSMiddleware | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if not self.origins:
-            return await self.app(scope, receive, send)
-        self.cors = self.cors or CORSMiddleware(
-            self.app,
-            allow_origins=self.origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-            expose_headers=["Retry-After", "X-Request-ID"],
-        )
-        await self.cors(scope, receive, send)
 
 
 def refused(error: RequestError) -> JSONResponse:

@@ -23,8 +23,9 @@ from ray.serve.handle import DeploymentHandle
 from vpo_ray.recipe import Serve
 from vpo_ray.serve import playground
 from vpo_ray.serve.answers import completion, completion_events, event, usage_in
+from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import RequestError
-from vpo_ray.serve.http import Cors, Events, application, internal, read_body, refused
+from vpo_ray.serve.http import Events, application, internal, read_body, refused
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
 from vpo_ray.serve.limits import Limits
 from vpo_ray.serve.optimiser import build_optimiser, failure, refusal
