@@ -24,6 +24,7 @@ from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import StreamingRepartition
 
 from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.progress import StageMetrics
 from vpo_ray.recipe import Pool
 from vpo_ray.records import Row, failed, table
@@ -254,6 +255,7 @@ class StageActor:
     """One replica of a batch stage."""
 
     def __init__(self, stage: Callable[[], Stage], outcome: Outcome) -> None:
+        bind_worker()
         self.stage, self.outcome = stage(), outcome
         # Made here and not at first use: the first calls of a replica may come at the same time.
         self.outcome.clock = SharedClock()

@@ -23,6 +23,7 @@ from vpo_ray.engines.account import Account, CostLimitReached
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling
 from vpo_ray.engines.completion import Completion
 from vpo_ray.engines.endpoint import EndpointClient, RequestError
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id
@@ -233,6 +234,7 @@ class EndpointActor:
         max_cost: float | None,
         spent: float,
     ) -> None:
+        bind_worker()  # one that nobody waits for would go on paying
         progress = outcome.progress
 
         async def add(cost: float) -> float:

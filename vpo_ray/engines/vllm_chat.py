@@ -22,6 +22,7 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS,
 
 from vpo_ray.engines.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.policy_prompt import chat_ids
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import Engine, Pool
@@ -85,6 +86,7 @@ class VllmStageActor(vLLMEngineStageUDF):
         adapter: Adapter | None = None,
         **kwargs: Any,
     ) -> None:
+        bind_worker()  # the engine's core is a process that would outlive this one
         super().__init__(*args, **kwargs)
         chat = VllmChat(self.llm, tokenizer(), adapter)
         self.run = ChatRunner(stage(), chat, outcome, _VLLM_FATAL_ERRORS, _leave)

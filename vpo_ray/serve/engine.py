@@ -18,6 +18,7 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
 from vpo_ray.engines.adapter import Adapter, adapter_of
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Serve
 
 logger = logging.getLogger("ray.serve")
@@ -46,6 +47,7 @@ class PolicyServer(LLMServer):
     _default_engine_cls = Engine
 
     async def start(self) -> None:
+        bind_worker()  # the engine's core is a process that would outlive this one
         # The checkpoint is a folder that every node sees. Ray would start a task on each node to
         # download it, whose imports alone take as long as loading a small model.
         self._llm_config.get_or_create_callback().ctx.run_init_node = False

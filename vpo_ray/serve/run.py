@@ -17,6 +17,8 @@ from vpo_ray.serve.safety import Gate
 
 logger = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 0.5
+
 
 @contextmanager
 def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
@@ -29,6 +31,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
         KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
         RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
     """
+    import ray
     from ray import serve
 
     from vpo_ray.serve.app import build_app
@@ -42,14 +45,48 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
             "Ray Serve already runs on this cluster: deploy into it with `serve deploy`, or stop it"
         )
     port = settings.port or free_port(settings.host)
+    gcs = ray.get_runtime_context().gcs_address
     serve.start(http_options={"host": settings.host, "port": port})
     try:
         serve.run(app, name=APP, route_prefix="/")
         yield f"http://{settings.host}:{port}/v1"
     finally:
-        # Deleting waits for running answers; shutting down does not.
-        serve.delete(APP)
-        serve.shutdown()
+        _stop(gcs)
+
+
+def _stop(gcs: str) -> None:
+    """Remove the endpoint, unless its cluster is gone: the same signal may have ended that too (a
+    service manager sends it to all processes), and Ray would wait a minute for its answer."""
+    from ray import serve
+
+    failures: list[BaseException] = []
+
+    def remove() -> None:
+        try:
+            # Deleting waits for running answers; shutting down does not.
+            serve.delete(APP)
+            serve.shutdown()
+        except BaseException as error:  # noqa: BLE001  raised below
+            failures.append(error)
+
+    removing = threading.Thread(target=remove, daemon=True)
+    removing.start()
+    while removing.is_alive():
+        removing.join(LOOK_EVERY_S)
+        if removing.is_alive() and not _answers(gcs):
+            logger.warning("the Ray cluster at %s is gone, and the endpoint with it", gcs)
+            return
+    if failures:
+        raise failures[0]
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def deploy(checkpoint: str, settings: Serve) -> None:

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
 from vpo_ray.serve.errors import RequestError, explained
@@ -141,6 +142,7 @@ class VideoRenderer:
     def __init__(self, settings: Render, store: str) -> None:
         from vpo_ray.stages.render import Renderer
 
+        bind_worker()
         self.renderer = Renderer(settings, store, seed=0)
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +155,7 @@ class VideoScorer:
     def __init__(self, settings: Reward, store: str) -> None:
         from vpo_ray.stages.score import Scorer
 
+        bind_worker()
         self.scorer = Scorer(settings, store)
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Train, computed
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.storage import Folder, RunDir, join
@@ -302,6 +303,7 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 def train_worker(config: dict[str, Any]) -> Row:
     """What Ray Train runs on each worker; on a problem that no retry mends, returns its message."""
     check_code(config["code"])
+    bind_worker()
     job: Job = ray.get(config["job"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
