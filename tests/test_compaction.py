@@ -1,10 +1,12 @@
 """Merging a table's parts: whatever it dies at, a reader sees each row once, and the next call ends it."""
 
 import itertools
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -183,6 +185,114 @@ def test_a_reader_of_a_damaged_marker_is_told(tmp_path: Path) -> None:
         table.parts()
 
 
+@pytest.mark.parametrize("switched", [False, True])
+def test_what_an_earlier_version_left_while_merging_is_cleared_away(tmp_path: Path, switched: bool) -> None:
+    """Its one marker hid the merged part while that was written, then the parts that are in it."""
+    table = filled(tmp_path)
+    small, expected = table.parts(), stored(table)
+    merged = "0123abcd-14.parquet"
+    table._write_part(merged, pa.Table.from_batches(table.batches(), table.schema))
+    table.write_json("compacting.json", small if switched else [merged])
+    assert stored(table) == expected
+    table.settle()
+    assert stored(table) == expected
+    assert table.files() == ([merged] if switched else small)
+
+
+class Turns:
+    """Lets two compactions of one table run in turns: a thread waits before each change of a file."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, table: Table) -> None:
+        self.table, self.lock = table, threading.Condition()
+        self.left = {"one": 0, "other": 0}
+        self.waiting = {"one": False, "other": False}
+        self.errors: list[Exception] = []
+        for name in ("write", "delete"):
+            patch.setattr(Folder, name, self._wrapped(getattr(Folder, name)))
+        self.threads = {
+            name: threading.Thread(target=self._run, name=name, daemon=True) for name in ("one", "other")
+        }
+
+    def go(self, name: str, steps: int) -> None:
+        """Let one of them change so many files, or come to its end."""
+        with self.lock:
+            self.left[name], self.waiting[name] = steps, False
+            self.lock.notify_all()
+        thread = self.threads[name]
+        if not thread.ident:
+            thread.start()
+        with self.lock:
+            assert self.lock.wait_for(lambda: self.waiting[name] or not thread.is_alive(), 20)
+
+    def _run(self) -> None:
+        try:
+            self.table.compact(**SMALL)
+        except StorageError as error:
+            self.errors.append(error)  # a part that it listed is merged by now: nothing is lost
+        with self.lock:
+            self.waiting[threading.current_thread().name] = True
+            self.lock.notify_all()
+
+    def _wrapped(self, method: Any) -> Any:
+        def call(folder: Folder, *arguments: Any) -> Any:
+            name = threading.current_thread().name
+            if name in self.left:
+                with self.lock:
+                    if not self.left[name]:
+                        self.waiting[name] = True
+                        self.lock.notify_all()
+                    assert self.lock.wait_for(lambda: self.left[name] > 0, 20)
+                    self.left[name] -= 1
+            return method(folder, *arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_two_drivers_that_merge_at_once_lose_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appends: bool
+) -> None:
+    """One is frozen after any number of changes, the other goes on as far as it likes, the first thaws."""
+    for first, second in itertools.product((0, 1, 2, 3, 5), (0, 2, 4, 7)):
+        table = filled(tmp_path / f"{first} {second}", parts=4)
+        expected = set(table.keys())
+        with monkeypatch.context() as patch:
+            turns = Turns(patch, table)
+            turns.go("one", first)
+            if appends:  # what the first may have listed comes back, and something new
+                table.append([row("0a"), row("0b")])
+                table.append([row("1a", error="boom"), row("1b", error="boom")])
+                table.append([row("new")])
+                expected |= {"new"}
+            turns.go("other", second)
+            assert table.keys() == expected, (first, second)
+            turns.go("one", 1000)
+            assert table.keys() == expected, (first, second)
+            turns.go("other", 1000)
+        assert {r["candidate_id"]: r["error"] for r in table.rows()} == dict.fromkeys(expected)
+        table.compact(**SMALL)
+        assert {r["candidate_id"]: r["error"] for r in table.rows()} == dict.fromkeys(expected)
+
+
+@pytest.mark.parametrize("again", ["error", "skipped"])
+def test_a_batch_that_fails_when_it_is_done_again_takes_no_good_row_away(tmp_path: Path, again: str) -> None:
+    table = RunDir(tmp_path).table("renders")
+    good, failed = [row("a"), row("b")], [row("a"), {**row("b"), again: "boom"}]
+    for batch in (good, failed, good, failed):
+        table.append(batch)
+    assert len(table.parts()) == 2, "the same rows again are one part"
+    for _ in range(2):
+        assert {(r["candidate_id"], r["error"], r["skipped"]) for r in table.rows()} == {
+            ("a", None, None),
+            ("b", None, None),
+        }
+        assert table.count() == 2
+        table.compact(fewest=1)
+    table.append([{**row("c"), "skipped": "not needed"}])
+    table.append([row("c", error="boom")])
+    assert {r["candidate_id"]: r["skipped"] for r in table.rows()}["c"] == "not needed"
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(
@@ -196,7 +306,7 @@ def test_a_reader_of_a_damaged_marker_is_told(tmp_path: Path) -> None:
 def test_appends_and_merges_in_any_order_keep_each_key_and_its_best_row(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Any]
 ) -> None:
-    """The model: each part's rows, of which the same keys again replace the part."""
+    """The model: each part's rows, of which the same keys with the same outcomes replace the part."""
     table = RunDir(tmp_path_factory.mktemp("run")).table("renders")
     parts: dict[Any, dict[str, bool]] = {}
 
@@ -211,7 +321,7 @@ def test_appends_and_merges_in_any_order_keep_each_key_and_its_best_row(
         else:
             rows = dict(step)
             table.append([row(name, None if ok else "boom") for name, ok in rows.items()])
-            parts[frozenset(rows)] = rows
+            parts[frozenset(rows.items())] = rows
         assert {r["candidate_id"]: r["error"] is None for r in table.rows()} == expected()
     table.compact(fewest=1, rows_per_part=100)
     assert {r["candidate_id"]: r["error"] is None for r in table.rows()} == expected()

@@ -1,7 +1,7 @@
 """Files of a run: tables of Parquet parts, and the run directory; see `folder` for what both are.
 
-A part appears whole or not at all. Its name comes from the ids in it, so that writing the same rows
-twice leaves one file.
+A part appears whole or not at all. Its name comes from the ids in it and from which of its rows failed
+or were skipped, so that writing the same rows twice leaves one file, and a failure replaces no good row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,13 @@ ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
 
 logger = logging.getLogger(__name__)
 
-# In a table's folder, while parts are merged: a list of the parts that do not count.
+# Beside a merged part, until its sources are deleted: their names.
+_SOURCES = ".sources.json"
+# What an earlier version left where it was killed while merging: names of parts that do not count.
 _COMPACTING = "compacting.json"
 _MERGED = re.compile(r"[0-9a-f]+-([0-9]+)\.parquet")  # a merged part has its number of rows in its name
+# Columns that say why a row is not what it could be, the worse the later.
+_POOR = ("skipped", "error")
 # Parts that are read at once, with threads: the footer of each stays in memory meanwhile, 200 kB.
 PARTS_AT_ONCE = 256
 
@@ -75,7 +79,10 @@ class Table(Folder):
         return list(zip(keys, *(rows.column(name).to_pylist() for name in self.also), strict=True))
 
     def append(self, rows: Sequence[Row] | pa.Table) -> str:
-        """Write rows as one part named by their keys, and return its name ("" for no rows).
+        """Write rows as one part, and return its name ("" for no rows).
+
+        The name is a function of the rows' keys and of which of them are poor (see `_ranks`): a part
+        with the same name has no row that is better than this one's.
 
         Raises:
             ValueError: a row does not fit the schema.
@@ -84,7 +91,9 @@ class Table(Folder):
         if not len(rows):
             return ""
         whole = rows.cast(self.schema) if isinstance(rows, pa.Table) else table(list(rows), self.schema)
-        name = f"{content_id(sorted(self._identities(whole)))}.parquet"
+        keys = self._identities(whole)
+        poor = sorted([key, int(rank)] for key, rank in zip(keys, self._ranks(whole), strict=True) if rank)
+        name = f"{content_id(sorted(keys), *([poor] if poor else []))}.parquet"
         self._write_part(name, whole)
         return name
 
@@ -94,31 +103,37 @@ class Table(Folder):
         self.write(name, sink.getvalue().to_pybytes())
 
     def parts(self) -> list[str]:
-        """Names of the parts that hold the table, without those that a compaction is taking away."""
-        while True:
-            files = self.files()
-            if _COMPACTING not in files:
-                return [name for name in files if name.endswith(".parquet")]
-            # Between two equal answers nothing was switched, so the list belongs to the answer.
-            before, files, after = self._hidden(), self.files(), self._hidden()
-            if before is not None and before == after:
-                return [name for name in files if name.endswith(".parquet") and name not in before]
+        """Names of the parts that hold the table, without those whose rows are in a merged one."""
+        files, hidden = self.files(), set[str]()
+        while hiding := _hiding(files):
+            hidden = set().union(*(self._hidden_by(name, set(files)) for name in hiding))
+            # Files come and go while they are listed. A list counts if no part was merged until after it.
+            before, files = files, self.files()
+            if _merging(files) == _merging(before):
+                files = before
+                break
+        return [name for name in files if name.endswith(".parquet") and name not in hidden]
 
     def compact(self, fewest: int = 16, rows_per_part: int = 5000) -> int:
         """Merge the parts that single batches left into larger ones; returns how many were merged.
 
-        A stage writes a part a batch, so a finished table of renders has one for each row. Nobody may
-        append meanwhile. Readers see the old parts or the merged ones, never both and never neither,
-        whenever this is killed: a file `compacting.json` names the parts that do not count. It hides
-        the merged parts while they are written, then, replaced in one step, the old ones while they
-        are deleted. What a kill leaves, `settle` clears away. A reader that listed the parts before
-        the switch may find one gone; that is a StorageError, and reading again goes well.
+        A stage writes a part a batch, so a finished table of renders has one for each row. Readers see
+        the old parts or the merged one, never both and never neither, whenever this is killed: beside
+        a merged part, and before it, lies a file with the names of its sources, which do not count from
+        the moment on at which the merged part is there. Then they are deleted; what a kill leaves of
+        them, `settle` clears away. A reader that listed the parts before may find one gone; that is a
+        StorageError, and reading again goes well.
+
+        No row is lost whoever else writes meanwhile, another that merges included: a part is deleted
+        only while one that holds its rows is there, and whatever comes back under its name holds no
+        better ones (see `append`). A row may be there twice then.
 
         Args:
             fewest: fewer single parts than this are left as they are.
             rows_per_part: of a merged part.
 
         Raises:
+            RunLostError: another driver has the run directory.
             StorageError: a part cannot be read, written or deleted; nothing is lost.
         """
         run_lock.check(self)
@@ -134,36 +149,42 @@ class Table(Folder):
             names = (f"{content_id(group, again)}-{len(rows)}.parquet" for again in itertools.count())
             name = next(name for name in names if name not in parts and name not in merged)
             merged.append(name)
-            self.write_json(_COMPACTING, merged)
+            self.write_json(name + _SOURCES, group)
             self._write_part(name, rows)
-        run_lock.check(self)
-        self.write_json(_COMPACTING, small)
         self.settle()
         logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
         return len(small)
 
     def settle(self) -> None:
-        """Clear away what a compaction that was killed left. Before the first `append` of a run: a
-        part that was hidden would stay so under the name it had."""
-        hidden = self._hidden()
-        if hidden is None:
+        """Delete the parts that do not count: what a compaction leaves to be done, one that was killed too.
+
+        Raises:
+            RunLostError: another driver has the run directory.
+            StorageError: a part cannot be deleted.
+        """
+        files = set(self.files())
+        hiding = _hiding(files)
+        if not hiding:
             return
         run_lock.check(self)
-        for name in hidden:
+        for name in hiding:
+            for part in self._hidden_by(name, files) & files:
+                self.delete(part)
             self.delete(name)
-        self.delete(_COMPACTING)
 
-    def _hidden(self) -> list[str] | None:
-        """The parts that do not count, or None if none is hidden."""
+    def _hidden_by(self, name: str, files: Set[str]) -> set[str]:
+        """The parts that do not count because of one of the files that say so."""
+        if name != _COMPACTING and name.removesuffix(_SOURCES) not in files:
+            return set()  # the merged part is not there yet, or no more
         try:
-            return self.read_json(_COMPACTING)
+            return set(self.read_json(name))
         except FileNotFoundError:
-            return None
-        except ValueError as error:
+            return set()
+        except (ValueError, TypeError) as error:
             # Without it parts may be there twice, which `rows` sees to.
-            raise StorageError(f"{self.at(_COMPACTING)} is damaged: delete it") from error
+            raise StorageError(f"{self.at(name)} is damaged: delete it") from error
         except OSError as error:
-            raise StorageError(f"cannot read {self.at(_COMPACTING)}: {error}") from error
+            raise StorageError(f"cannot read {self.at(name)}: {error}") from error
 
     def _groups(self, parts: Sequence[str], rows_per_part: int) -> Iterator[tuple[list[str], pa.Table]]:
         """The rows of parts, about `rows_per_part` together, each key once, with the parts they are of."""
@@ -180,22 +201,32 @@ class Table(Folder):
             yield group, self._each_key_once(held)
 
     def _each_key_once(self, batches: Sequence[pa.RecordBatch]) -> pa.Table:
-        """The batches as one table; of a key that is there twice, a row without an error or a skip."""
+        """The batches as one table; of a key that is there twice, the first of the best rows."""
         rows = pa.Table.from_batches(batches, self.schema)
-        keys = self._identities(rows)
-        poor = np.zeros(len(keys), bool)
-        for name in self._marks():
-            poor |= rows[name].is_valid().to_numpy(zero_copy_only=False)
+        keys, ranks = self._identities(rows), self._ranks(rows)
         best: dict[Any, int] = {}
         for position, key in enumerate(keys):
-            if key not in best or (poor[best[key]] and not poor[position]):
+            if key not in best or ranks[position] < ranks[best[key]]:
                 best[key] = position
         return rows if len(best) == len(keys) else rows.take(list(best.values()))
 
+    def _ranks(self, rows: pa.Table | pa.RecordBatch) -> np.ndarray:
+        """How poor each row is: 0, 1 where it was skipped, 2 or more where it failed."""
+        ranks = np.zeros(rows.num_rows, int)
+        for rank, name in enumerate(_POOR, start=1):
+            if name in rows.schema.names:
+                ranks += rank * rows.column(name).is_valid().to_numpy(zero_copy_only=False)
+        return ranks
+
     def replace(self, rows: Iterable[Row], rows_per_part: int = 1000) -> int:
         """Make the table hold exactly these rows; returns how many. A kill in between leaves old
-        and new parts together, which the next call mends."""
+        and new parts together, which the next call mends.
+
+        Raises:
+            RunLostError: another driver has the run directory.
+        """
         run_lock.check(self)
+        self.settle()
         old, count = set(self.parts()), 0
         for chunk in chunks(rows, rows_per_part):
             old.discard(self.append(chunk))
@@ -236,28 +267,25 @@ class Table(Folder):
         self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
     ) -> Iterator[Row]:
         """Rows, each key once. Where a key is stored twice (a retried error, a candidate that was
-        skipped at first), a row without an error or a skip wins."""
+        skipped at first), the best row wins: one that failed only where there is no other."""
         wanted = list(columns) if columns else self.schema.names
-        marks = self._marks()
+        marks = [name for name in _POOR if name in self.schema.names]
         read = list(dict.fromkeys([*wanted, self.key, *self.also, *marks]))
-        bad: dict[Any, Row] = {}
+        poor: dict[Any, tuple[int, Row]] = {}
         seen: set[Any] = set()
         for batch in self.batches(read, where):
-            for key, row in zip(self._identities(batch), batch.to_pylist(), strict=True):
+            ranks = self._ranks(batch).tolist()
+            for key, rank, row in zip(self._identities(batch), ranks, batch.to_pylist(), strict=True):
                 if key in seen:
                     continue
-                if any(row[mark] is not None for mark in marks):
-                    bad.setdefault(key, row)
+                if rank:
+                    poor[key] = min(poor.get(key, (rank, row)), (rank, row), key=lambda known: known[0])
                     continue
                 seen.add(key)
                 yield {name: row[name] for name in wanted}
-        for key, row in bad.items():
+        for key, (_, row) in poor.items():
             if key not in seen:
                 yield {name: row[name] for name in wanted}
-
-    def _marks(self) -> list[str]:
-        """Columns that say why a row is not what it could be."""
-        return [name for name in ("error", "skipped") if name in self.schema.names]
 
     def keys(self, where: pads.Expression | None = None) -> set[str]:
         return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}
@@ -266,6 +294,16 @@ class Table(Folder):
         """How many rows there are, each identity once."""
         columns = [self.key, *self.also]
         return len({row for batch in self.batches(columns) for row in self._identities(batch)})
+
+
+def _hiding(files: Iterable[str]) -> list[str]:
+    """Those of a table's files that name parts which do not count."""
+    return [name for name in files if name.endswith(_SOURCES) or name == _COMPACTING]
+
+
+def _merging(files: Sequence[str]) -> list[str]:
+    """Those of a table's files that merging makes."""
+    return [*_hiding(files), *(name for name in files if _MERGED.fullmatch(name))]
 
 
 class RunDir(Folder):
