@@ -153,7 +153,6 @@ BAD = [
     "",
     "yes",
     "```json\n{}\n```",
-    json.dumps(GOOD) + " I hope this helps!",
     json.dumps({"verdict": "maybe", "why": ""}),
     json.dumps({"verdict": "yes"}),
     json.dumps({**GOOD, "more": 1}),

@@ -14,6 +14,7 @@ from vpo_ray.engines.chat import Answer, ChatError, Sampling
 from vpo_ray.engines.endpoint import EndpointClient
 from vpo_ray.engines.openai_chat import Answers, OpenAIChat
 from vpo_ray.recipe import ChatModel, Endpoint
+from vpo_ray.stages.judge import object_schema
 
 SAMPLING = Sampling(temperature=0.5, max_tokens=50, seed=3)
 Serve = Callable[[Callable[[Request], Reply]], EndpointServer]
@@ -25,7 +26,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module, "FIRST_DELAY_S", 0.01)
 
 
-def ask(server: EndpointServer, folder: Path) -> tuple[Any, Account]:
+def ask(server: EndpointServer, folder: Path, schema: Any = None) -> tuple[Any, Account]:
     """An answer, or what was raised, and what it cost at 1 a thousand tokens."""
     endpoint = Endpoint(
         base_url=server.url, api_key_env=None, retries=3, prompt_price=1000, completion_price=1000
@@ -42,7 +43,8 @@ def ask(server: EndpointServer, folder: Path) -> tuple[Any, Account]:
     async def once() -> Any:
         async with client:
             [said] = await asyncio.gather(
-                chat.complete([{"role": "user", "content": "what?"}], SAMPLING), return_exceptions=True
+                chat.complete([{"role": "user", "content": "what?"}], SAMPLING, schema),
+                return_exceptions=True,
             )
             return said
 
@@ -95,3 +97,23 @@ def test_what_cannot_be_understood_is_paid_once(answer: Reply, serve_endpoint: S
     assert isinstance(error, ChatError), error
     assert len(server.requests) == 1
     assert account.spent == error.usage.cost == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    "form", ["```json\n%s\n```", "<think>so?</think>\n%s", "It is %s I hope.", '[THINK]{"a": "no"}[/THINK]%s']
+)
+def test_an_object_among_other_text_costs_no_repair(form: str, serve_endpoint: Serve, tmp_path: Path) -> None:
+    schema = object_schema({"a": {"enum": ["yes", "no"]}})
+    server = serve_endpoint(lambda _: reply({"content": form.replace("%s", '{"a": "yes"}')}))
+    said, _ = ask(server, tmp_path, schema)
+    assert (said.text, len(server.requests)) == ('{"a": "yes"}', 1)
+    again, _ = ask(server, tmp_path, schema)
+    assert (again, len(server.requests)) == (said, 1), "what is kept is the object"
+
+
+def test_an_object_in_a_thought_alone_is_repaired(serve_endpoint: Serve, tmp_path: Path) -> None:
+    schema = object_schema({"a": {"enum": ["yes", "no"]}})
+    texts = iter(['<think>{"a": "no"}</think> Hm.', '<think>{"a": "no"}</think>{"a": "yes"}'])
+    server = serve_endpoint(lambda _: reply({"content": next(texts)}))
+    said, account = ask(server, tmp_path, schema)
+    assert (said.text, len(server.requests), account.spent) == ('{"a": "yes"}', 2, pytest.approx(2.2))

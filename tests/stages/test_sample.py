@@ -93,7 +93,21 @@ def test_the_query_is_asked_as_it_is_with_the_seed_of_its_row() -> None:
     assert (row["prompt_tokens"], row["completion_tokens"]) == (12, 34)
 
 
-@pytest.mark.parametrize("text", ["", " \n\t"])
+@pytest.mark.parametrize(
+    "text",
+    ["<think>\nA cat?\n</think>\n\na prompt", "A cat?\n</think>a prompt", "◁think▷hm◁/think▷ a prompt\n"],
+)
+def test_thoughts_are_no_part_of_the_prompt(text: str) -> None:
+    assert sample(text)[0]["prompt"] == "a prompt"
+
+
+def test_an_answer_that_ends_within_a_thought_is_an_error_of_its_row() -> None:
+    row, _ = sample("<think>\nThe user wants a cat, so")
+    assert (row["prompt"], row["error_stage"]) == (None, "sample")
+    assert "ends within a thought: raise max_tokens" in row["error"]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "<think>a cat</think>\n"])
 def test_an_empty_answer_is_an_error_of_its_row(text: str) -> None:
     row, _ = sample(text)
     assert (row["prompt"], row["error_stage"], row["error"]) == (

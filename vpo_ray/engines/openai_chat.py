@@ -16,14 +16,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import jsonschema
 import pyarrow as pa
 
 from vpo_ray.engines.account import Account, CostLimitReached
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling
 from vpo_ray.engines.completion import Completion
 from vpo_ray.engines.endpoint import EndpointClient, RequestError
+from vpo_ray.engines.structured import find_object, response_format, schema_fault
 from vpo_ray.lifetime import bind_worker
+from vpo_ray.material import fill
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id
@@ -103,8 +104,8 @@ class OpenAIChat:
         try:
             with self._asking():
                 answer = await self._ask(messages, sampling, schema)
-                if schema is not None and (fault := schema_fault(answer.text, schema)) is not None:
-                    answer = await self._repaired(answer, fault, messages, sampling, schema)
+                if schema is not None:
+                    answer = await self._of_schema(answer, messages, sampling, schema)
                 await files(self.answers.keep, key, answer)
         except CostLimitReached:
             # The run stops, and this process with it: what is paid for is kept first.
@@ -124,18 +125,18 @@ class OpenAIChat:
             if not self._under_way:
                 self._settled.set()
 
-    async def _repaired(
-        self,
-        first: Answer,
-        fault: str,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        schema: dict[str, Any],
+    async def _of_schema(
+        self, first: Answer, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any]
     ) -> Answer:
+        """The answer with the JSON object alone, after a repair round where there is none in it."""
+        text = find_object(first.text, schema)
+        fault = schema_fault(text, schema)
+        if fault is None:
+            return replace(first, text=text)
         turns = [
             *messages,
             {"role": "assistant", "content": first.text},
-            {"role": "user", "content": _REPAIR.format(fault=fault)},
+            {"role": "user", "content": fill(_REPAIR, fault=fault)},
         ]
         try:
             second = await self._ask(turns, sampling, schema)
@@ -143,13 +144,14 @@ class OpenAIChat:
             error.usage += first.usage
             raise
         usage = first.usage + second.usage
-        if (fault_now := schema_fault(second.text, schema)) is not None:
+        text = find_object(second.text, schema)
+        if (fault := schema_fault(text, schema)) is not None:
             raise ChatError(
-                f"the answer is not the JSON asked for, nor after a repair round: {fault_now}: "
+                f"the answer is not the JSON asked for, nor after a repair round: {fault}: "
                 f"{second.text[:200]!r}",
                 usage,
             )
-        return Answer(second.text, second.finish_reason, usage.prompt, usage.completion, usage.cost)
+        return Answer(text, second.finish_reason, usage.prompt, usage.completion, usage.cost)
 
     async def _ask(
         self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None
@@ -165,7 +167,7 @@ class OpenAIChat:
         tokens = sum(len(m["content"].encode()) for m in messages) // 4 + sampling.max_tokens
         grammar = schema is not None and self._grammar
         if grammar:
-            request["response_format"] = _response_format(schema)  # type: ignore[arg-type]
+            request["response_format"] = response_format(schema)  # type: ignore[arg-type]
         try:
             reply = await self.client.create(request, tokens)
         except RequestError as error:
@@ -186,31 +188,6 @@ class OpenAIChat:
         if not reply.text:
             raise ChatError(f"the answer has no text (finish_reason {reply.finish})", usage)
         return Answer(reply.text, reply.finish, usage.prompt, usage.completion, usage.cost)
-
-
-def schema_fault(text: str, schema: dict[str, Any]) -> str | None:
-    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
-    try:
-        jsonschema.validate(json.loads(text, strict=False), _without_lengths(schema))
-    except jsonschema.ValidationError as error:
-        return f"{error.json_path}: {error.message[:200]}"
-    except (ValueError, RecursionError) as error:
-        return f"it does not parse ({error})"
-    return None
-
-
-def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
-    # OpenAI's strict mode refuses some of the keywords about lengths.
-    json_schema = {"name": "answer", "strict": True, "schema": _without_lengths(schema)}
-    return {"type": "json_schema", "json_schema": json_schema}
-
-
-def _without_lengths(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_without_lengths(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {k: _without_lengths(v) for k, v in schema.items() if k not in ("maxLength", "maxItems")}
 
 
 def _about_format(error: RequestError) -> bool:

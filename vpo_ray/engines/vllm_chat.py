@@ -22,12 +22,17 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS,
 
 from vpo_ray.engines.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
+from vpo_ray.engines.structured import find_object
+from vpo_ray.engines.thoughts import marks_among, opened_thought
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.policy_prompt import chat_ids
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import Engine, Pool
 
 logger = logging.getLogger(__name__)
+
+# Tokens at the end of a prompt in which a template may have opened a thought.
+TAIL = 32
 
 
 class VllmChat:
@@ -41,6 +46,7 @@ class VllmChat:
             self._lora = LoRARequest("adapter", 1, adapter.folder)
         self.engine, self.slots = wrapper.engine, wrapper.semaphore
         self.tokenizer = tokenizer
+        self._marks, self._special = marks_among(tokenizer)
         self.max_model_len: int = wrapper._vllm_config.model_config.max_model_len
         self._ids = itertools.count()
 
@@ -71,7 +77,19 @@ class VllmChat:
             async for output in stream:
                 final = output
         answer = final.outputs[0]
-        return Answer(answer.text, answer.finish_reason or "unknown", len(ids), len(answer.token_ids))
+        text = self._text(answer, ids, schema)
+        return Answer(text, answer.finish_reason or "unknown", len(ids), len(answer.token_ids))
+
+    def _text(self, answer: Any, prompt: Sequence[int], schema: dict[str, Any] | None) -> str:
+        """The answer with the marks of its thoughts: those that are special tokens, and the one that the
+        chat template wrote."""
+        text: str = answer.text
+        if self._marks.intersection(answer.token_ids):
+            shown = [token for token in answer.token_ids if token not in self._special]
+            text = self.tokenizer.decode(shown, skip_special_tokens=False)
+        if schema is not None:
+            return find_object(text, schema)
+        return opened_thought(self.tokenizer.decode(list(prompt[-TAIL:]))) + text
 
 
 class VllmStageActor(vLLMEngineStageUDF):

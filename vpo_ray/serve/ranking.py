@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import BestOf
 from vpo_ray.serve.optimize import Rank
 from vpo_ray.serve.services import ServiceError, ask_chat, client_of
-from vpo_ray.stages.judge import fill
 
 logger = logging.getLogger("ray.serve")
 

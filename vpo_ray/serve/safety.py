@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vpo_ray.keywords import KeywordFileError, KeywordList
+from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import Safety, Service
 from vpo_ray.serve.services import ServiceError, ask_chat, client_of
-from vpo_ray.stages.judge import fill
 
 logger = logging.getLogger("ray.serve")
 

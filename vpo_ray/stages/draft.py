@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Draft, Judge
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.stages.judge import (
     Judgement,
     Judging,
-    fill,
     form_fault,
     object_schema,
     parse_prompt,

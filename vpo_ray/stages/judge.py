@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.engines.structured import find_object
+from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
 from vpo_ray.records import VERDICTS, Row, Verdict, seed_of
@@ -106,16 +108,12 @@ class Judging:
 
     async def _critique(self, query: str, prompt: str, ask: Ask) -> Judgement:
         limits = self.settings
-        details = {
-            "type": "array",
-            "items": string_schema(limits.detail_max_chars),
-            "maxItems": limits.max_details,
-        }
+        details = {**_TEXTS, "items": string_schema(limits.detail_max_chars), "maxItems": limits.max_details}
         schema = {
+            **_JUDGEMENT,
             "critique": string_schema(limits.critique_max_chars),
             "missing": details,
             "added": details,
-            "verdict": {"type": "string", "enum": list(VERDICTS)},
         }
         return parse_judgement(await ask(fill(self.critique_prompt, query=query, prompt=prompt), schema))
 
@@ -138,24 +136,10 @@ class Judging:
         return (await chat.complete(messages, sampling, object_schema(properties))).text
 
 
-def fill(template: str, blocks: Mapping[str, str] | None = None, /, **values: str) -> str:
-    """Put values into `{name}` slots as JSON strings, in one pass, so that a value's own braces
-    are never read as slots and nothing in it can end the string, open a tag or spell a control
-    token (all known ones begin with `<` or `[`, and an endpoint may take them from text). Blocks
-    are texts that `fill` made: they go in as they are."""
-    encoded = {**(blocks or {}), **{name: _quoted(value) for name, value in values.items()}}
-    slots = re.compile("|".join(re.escape(f"{{{name}}}") for name in encoded))
-    return slots.sub(lambda match: encoded[match[0][1:-1]], template)
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace("[", "\\u005b")
-
-
 def parse_judgement(text: str) -> Judgement:
     """Raises JudgeError for anything but an object with a known verdict, a critique and the lists
     of missing and added details."""
-    value = parse_object(text)
+    value = parse_object(text, _JUDGEMENT)
     critique, missing, added = (value.get(name) for name in ("critique", "missing", "added"))
     for verdict in VERDICTS:
         if value.get("verdict") == verdict and isinstance(critique, str):
@@ -169,7 +153,7 @@ def parse_judgement(text: str) -> Judgement:
 
 def parse_prompt(text: str) -> str:
     """The text `prompt` of an answer. Raises JudgeError where there is none."""
-    value = parse_object(text).get("prompt")
+    value = parse_object(text, {"prompt": {"type": "string"}}).get("prompt")
     if not isinstance(value, str):
         raise JudgeError(f"the answer has no text `prompt`: {text[:200]!r}")
     return value.strip()
@@ -213,15 +197,25 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """An answer that is a JSON object. Raises JudgeError for any other."""
+def parse_object(text: str, properties: dict[str, Any]) -> dict[str, Any]:
+    """An answer that is a JSON object, found by its properties where there is more in the answer. Raises
+    JudgeError for any other."""
     try:
         # Grammars let raw control characters into strings; they do no harm to a verdict.
-        value = json.loads(text, strict=False)
+        value = json.loads(find_object(text, object_schema(properties)), strict=False)
         # An escape may hold half a character, which no table and no tokenizer takes.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise JudgeError(f"the judge's answer is not JSON ({error}): {text[:200]!r}") from error
+        raise JudgeError(f"the judge's answer is not JSON ({str(error)[:200]}): {text[:200]!r}") from error
     if not isinstance(value, dict):
         raise JudgeError(f"the judge's answer is not an object: {text[:200]!r}")
     return value
+
+
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_JUDGEMENT = {
+    "critique": {"type": "string"},
+    "missing": _TEXTS,
+    "added": _TEXTS,
+    "verdict": {"type": "string", "enum": list(VERDICTS)},
+}

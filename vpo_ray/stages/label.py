@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
 from vpo_ray.records import Row, seed_of
-from vpo_ray.stages.judge import JudgeError, fill, object_schema, parse_object, string_schema
+from vpo_ray.stages.judge import JudgeError, object_schema, parse_object, string_schema
 
 
 def label_row(query: Row) -> Row:
@@ -48,7 +49,8 @@ class Labeller:
             "unsafe": {"type": "boolean"},
         }
         asked = [{"role": "user", "content": text}]
-        answer = parse_object((await chat.complete(asked, sampling, object_schema(properties))).text)
+        text = (await chat.complete(asked, sampling, object_schema(properties))).text
+        answer = parse_object(text, properties)
         unsafe, reason = answer.get("unsafe"), answer.get("reason")
         if not isinstance(unsafe, bool) or not isinstance(reason, str):
             raise JudgeError(f"the judge's answer has no reason and `unsafe`: {str(answer)[:200]}")

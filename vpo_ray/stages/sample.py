@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.engines.thoughts import UnclosedThought, without_thoughts
 from vpo_ray.recipe import Sample
 from vpo_ray.records import Row, candidate_id, failed, seed_of
 
@@ -53,7 +54,10 @@ class Sampler:
     async def __call__(self, row: Row, chat: Chat) -> Row:
         sampling = Sampling(**sampling_key(self.settings), seed=row["seed"])
         answer = await chat.complete([{"role": "user", "content": row["query"]}], sampling)
-        prompt = answer.text.strip()
+        try:
+            prompt = without_thoughts(answer.text).strip()
+        except UnclosedThought as error:
+            return failed(row, self.name, f"UnclosedThought: {error}")
         if not prompt:
             return failed(row, self.name, "the policy's answer is empty")
         return {

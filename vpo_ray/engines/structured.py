@@ -1,0 +1,98 @@
+"""Answers that are to be a JSON object of a schema: how they are asked for, found and checked.
+
+A grammar that holds a model to the schema is not to be had everywhere. An object in a fence, behind a
+thought or between sentences is the answer all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jsonschema
+
+from vpo_ray.engines.thoughts import UnclosedThought, without_thoughts
+
+Schema = dict[str, Any]
+
+# Places where an object may begin that are tried in one answer, from its end.
+MAX_STARTS = 500
+_IN_WORDS = (
+    "\n\nAnswer with one JSON object alone, without any text or code fence around it. It must be of this "
+    "JSON schema: "
+)
+_DECODER = json.JSONDecoder(strict=False)
+
+
+def find_object(text: str, schema: Schema) -> str:
+    """The JSON object of a schema in an answer: the whole of it, or the last such object outside its
+    thoughts. Where there is none, the text without thoughts, whose `schema_fault` says why."""
+    if schema_fault(text, schema) is None:
+        return text
+    try:
+        said = without_thoughts(text)
+    except UnclosedThought:
+        return text
+    if _is_json(said):
+        return said  # and so nothing within it is the answer
+    return next((found for found in _objects(said) if schema_fault(found, schema) is None), said)
+
+
+def schema_fault(text: str, schema: Schema) -> str | None:
+    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
+    try:
+        value = json.loads(text, strict=False)
+        # An escape may hold half a character, which no table takes.
+        json.dumps(value, ensure_ascii=False).encode()
+        jsonschema.validate(value, without_lengths(schema))
+    except jsonschema.ValidationError as error:
+        return f"{error.json_path}: {error.message[:200]}"
+    except (ValueError, RecursionError) as error:
+        return f"it does not parse ({str(error)[:200]})"
+    return None
+
+
+def response_format(schema: Schema) -> dict[str, Any]:
+    """What asks a server for a JSON schema. OpenAI's strict mode refuses some keywords about lengths."""
+    json_schema = {"name": "answer", "strict": True, "schema": without_lengths(schema)}
+    return {"type": "json_schema", "json_schema": json_schema}
+
+
+def in_words(messages: Sequence[Any], schema: Schema) -> list[Any]:
+    """The messages, the last of which says the schema: for a server that takes none."""
+    *before, last = messages
+    told = _IN_WORDS + json.dumps(without_lengths(schema), ensure_ascii=False)
+    if isinstance(last["content"], str):
+        return [*before, {**last, "content": last["content"] + told}]
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": told.strip()}]}]
+
+
+def without_lengths(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [without_lengths(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: without_lengths(v) for k, v in schema.items() if k not in ("maxLength", "maxItems")}
+
+
+def _objects(text: str) -> Iterator[str]:
+    """The JSON objects in a text, the last one first."""
+    at = len(text)
+    for _ in range(MAX_STARTS):
+        at = text.rfind("{", 0, at)
+        if at < 0:
+            return
+        try:
+            _, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            continue
+        yield text[at:end]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True

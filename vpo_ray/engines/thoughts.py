@@ -1,0 +1,114 @@
+"""Thoughts of models that think aloud, as they stand in the text of an answer; they are no part of it.
+
+A thought has a mark at its beginning and one at its end. Where the chat template writes the first, an
+answer has the second alone, and all before it is thought.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_NAMES = "(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|inner_monologue)"
+# <think>, <seed:think>, <think:x>; Magistral; Kimi; Cohere and others; harmony's channels, and what is left
+# of them where special tokens are taken out; Gemma; Granite.
+_OPEN = rf"""
+    <(?:\w+:)?{_NAMES}(?::\w+)?\s*> | \[THINK\] | ◁think▷
+    | <\|(?:START_THINKING|begin_of_thought|think(?:ing)?|inner_prefix)\|>
+    | <\|open\|>\s*think\s*<\|sep\|>
+    | <\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|> | \Aanalysis(?=[A-Z"'])
+    | <\|channel>thought | <unused94>(?:thought)?
+    | \A\s*Here(?:'s|\ is)\ my\ thought\ process:
+"""
+_CLOSE = rf"""
+    </(?:\w+:)?{_NAMES}(?::\w+)?\s*> | \[/THINK\] | ◁/think▷
+    | <\|(?:END_THINKING|end_of_thought|/think(?:ing)?|inner_suffix)\|>
+    | <\|close\|>\s*think\s*<\|sep\|>
+    | <\|channel\|>\s*final[^<]*<\|message\|> | (?<=\w|[.!?)"'])assistantfinal
+    | <channel\|> | <unused95>
+    | Here(?:'s|\ is)\ my\ response:
+"""
+_FLAGS = re.VERBOSE | re.IGNORECASE
+_MARKS = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", _FLAGS)
+_OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", _FLAGS)
+# What some models put around the answer behind their thought.
+_FRAME = re.compile(
+    r"""\A(?:\s|<\|(?:START_RESPONSE|START_TEXT|begin_of_solution)\|>|<\|open\|>\s*response\s*<\|sep\|>
+        |<(?:answer|response|assistant)>)+
+      | (?:\s|<\|(?:END_RESPONSE|END_TEXT|end_of_solution|return|end|eot|eom)\|>
+        |<\|close\|>\s*\w+\s*<\|sep\|>|</(?:answer|response|assistant)>)+\Z""",
+    _FLAGS,
+)
+# What at the end of a piece of text may be the beginning of a mark.
+_PART = re.compile(r"(?:<\|[^\n]{0,60}|[<\[◁][^>\]▷\n]{0,40})\Z")
+_BEGINNINGS = ("analysis.", "here is my thought process:", "here's my thought process:")
+
+
+class UnclosedThought(ValueError):
+    """An answer that ends within a thought."""
+
+
+def without_thoughts(text: str) -> str:
+    """The text of an answer outside its thoughts; text without any is returned as it is.
+
+    Raises:
+        UnclosedThought: the last thought has no end, so there is no answer.
+    """
+    kept: list[str] = []
+    start, inside = 0, False
+    for mark in _MARKS.finditer(text):
+        if mark["open"] is None:
+            if not inside:
+                kept = []
+            start, inside = mark.end(), False
+        elif not inside:
+            kept.append(text[start : mark.start()])
+            inside = True
+    if inside:
+        raise UnclosedThought("the answer ends within a thought: raise max_tokens, or turn thinking off")
+    if not start:
+        return text
+    return _FRAME.sub("", "".join([*kept, text[start:]]))
+
+
+class Spoken:
+    """Takes the thoughts out of an answer that comes in pieces. Text is told as it comes until a mark
+    is seen, and then at the end."""
+
+    def __init__(self) -> None:
+        self._text = self._told = ""
+        self._thinks = False
+
+    def feed(self, piece: str) -> str:
+        """What can be told of the answer now. What may be the beginning of a mark is held back."""
+        self._text += piece
+        self._thinks = self._thinks or _MARKS.search(self._text, max(0, len(self._told) - 80)) is not None
+        beginning = self._text.lstrip().lower()
+        if self._thinks or any(known.startswith(beginning) for known in _BEGINNINGS):
+            return ""
+        part = _PART.search(self._text, len(self._told))
+        return self._tell(self._text[: part.start()] if part is not None else self._text)
+
+    def end(self) -> str:
+        """The rest. Raises UnclosedThought where the answer ends within a thought."""
+        return self._tell(without_thoughts(self._text))
+
+    def _tell(self, whole: str) -> str:
+        # Text before the end of a thought that the template opened may be told, and is no part of it.
+        news = whole[len(self._told) :] if whole.startswith(self._told) else whole
+        self._told = whole
+        return news
+
+
+def opened_thought(prompt: str) -> str:
+    """The mark with which a prompt ends where its template opened a thought, or nothing."""
+    mark = _OPENED.search(prompt)
+    return mark[0] if mark is not None else ""
+
+
+def marks_among(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids of a tokenizer's special tokens that are marks of thoughts, and of those that are none. Text
+    that is decoded without special tokens does not show where a thought ends."""
+    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks = frozenset(id for id, content in special.items() if _MARKS.fullmatch(content))
+    return marks, frozenset(special) - marks
