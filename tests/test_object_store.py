@@ -1,5 +1,6 @@
 """A run directory and a video store on a real S3-compatible server, through `pyarrow.fs`."""
 
+import gzip
 import itertools
 import pickle
 import time
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from vpo_ray import cli
+from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe import Queries
 from vpo_ray.records import Row
+from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.curate import InputError, curate
 from vpo_ray.storage import Folder, RunDir, StorageError, Table, join
 from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
@@ -39,7 +42,7 @@ def store(uri: str) -> VideoStore:
 
 def put(folder: Folder, name: str, data: bytes) -> None:
     """What somebody else does to an object."""
-    with folder.fs.open_output_stream(f"{folder.path}/{name}") as stream:
+    with folder.fs.open_output_stream(f"{folder.path}/{name}", compression=None) as stream:
         stream.write(data)
 
 
@@ -262,3 +265,17 @@ def test_queries_are_read_from_a_store(uri: str) -> None:
         assert [text for part in curated.queries(10) for text in part["query"].to_pylist()] == found
     with pytest.raises(InputError, match=r"none\.txt.*: No such file"):
         curate(Queries(path=join(uri, "none.txt")))
+
+
+def test_what_users_hand_in_may_lie_in_a_store(uri: str) -> None:
+    folder = Folder(uri)
+    put(folder, "sft/a.jsonl", b'{"query": "a", "prompt": "A cat."}\n')
+    put(folder, "sft/b.csv.gz", gzip.compress(b"query,prompt\nb,A dog.\n"))
+    put(folder, "prompt.txt", "\ufeffAsk\r\n{query}".encode())
+    data = join(uri, "sft")
+    assert [row["prompt"] for row in sft_rows(data)] == ["A cat.", "A dog."]
+    assert [row["prompt"] for row in sft_rows(join(data, "a.jsonl"))] == ["A cat."]
+    assert [row["prompt"] for row in sft_rows(join(data, "*.csv.gz"))] == ["A dog."]
+    assert read_prompt(join(uri, "prompt.txt")) == "Ask\n{query}"
+    with pytest.raises(InputError, match=r"sft.data s3://videos/.*none.jsonl: No such file"):
+        list(sft_rows(join(data, "none.jsonl")))

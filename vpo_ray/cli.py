@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from vpo_ray import console, plan_command, videos_command
 from vpo_ray import doctor as doctor_command
-from vpo_ray import plan_command, videos_command
 from vpo_ray import recipe as recipes
 from vpo_ray import submit as submit_command
 from vpo_ray.recipe import Recipe
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done; 1 the run failed or its limits stopped it; 2 wrong usage or input;
     3 the run is submitted already, or another driver has its directory; 130 interrupted, 143 terminated
     (what was made is kept)."""
+    console.forgive()
     arguments = _parser().parse_args(argv)
     _log_to_stderr(verbose=arguments.verbose)
     try:
@@ -61,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{what}; the same command goes on where this stopped", 143 if terminated else 130)
     except Exception as error:
         # Our own errors explain themselves; for any other the trace is what a bug report needs.
-        if not type(error).__module__.startswith("vpo_ray"):
+        ours = type(error).__module__.startswith("vpo_ray")
+        if not ours:
             logging.getLogger(__name__).exception("unexpected failure")
-        status = getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1)
+        status = getattr(error, "exit_status", 2 if ours and isinstance(error, ValueError) else 1)
         return _fail(str(error) or type(error).__name__, status)
 
 

@@ -57,7 +57,7 @@ class Folder:
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri)
-        self.uri = text.rstrip("/") if "://" in text else str(Path(text).resolve())
+        self.uri = text.rstrip("/") if "://" in text else str(Path(text).expanduser().resolve())
         self._open()
 
     def _open(self) -> None:

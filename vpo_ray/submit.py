@@ -113,7 +113,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 
 def _entrypoint(arguments: argparse.Namespace) -> str:
-    folder, recipe = Path(arguments.working_dir).resolve(), Path(arguments.recipe).resolve()
+    folder, recipe = (Path(name).expanduser().resolve() for name in (arguments.working_dir, arguments.recipe))
     if not recipe.is_relative_to(folder):
         raise SubmitError(
             f"{arguments.recipe} is not in the working directory {folder}, which is all that travels: "

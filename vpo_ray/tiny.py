@@ -57,7 +57,7 @@ QUESTIONS = (
 
 def make_tiny(folder: str | Path) -> None:
     """Make `policy`, `judge`, `video` and `reward` in a folder; those already complete are kept."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for make in (make_policy, make_judge, make_video, make_reward):
         make(folder / make.__name__.removeprefix("make_"))
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from vpo_ray.recipe.base import Fraction, Pool, Positive, Section
+from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, sources
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
@@ -31,7 +31,7 @@ __all__ = [
     "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries", "Recipe",
     "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track", "Train",
     "TrainLora", "computed", "differences", "load", "load_serve", "locate", "parse", "serve_of",
-    "video_presets",
+    "sources", "video_presets",
 ]  # fmt: skip
 
 # Keys that change how a run is executed but not what it computes. They may differ between two
@@ -66,7 +66,7 @@ class Recipe(Section):
 
     name: str
     seed: int = 0
-    out: str
+    out: Place
     queries: Queries
     policy: Policy
     draft: Draft | None = None
@@ -202,7 +202,8 @@ def computed(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def locate(name: str) -> str:
     """The absolute path of a local folder or file, or the hub id or URI as it is."""
-    return str(Path(name).resolve()) if "://" not in name and Path(name).exists() else name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if "://" not in name and path.exists() else name
 
 
 def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

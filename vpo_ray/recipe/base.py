@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -15,6 +17,13 @@ Positive = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]
+
+
+# Where something is: a path, a URI or a hub id. `~` at the beginning of a path is the home of who reads
+# the recipe. A Source is read by a run; a Place is written to, or is each node's own.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+_SOURCE = "source"
+Source = Annotated[str, AfterValidator(os.path.expanduser), _SOURCE]
 
 
 def _size(value: Any) -> Any:
@@ -37,3 +46,25 @@ class Pool(Section):
         if self.size[0] > self.size[1]:
             raise ValueError(f"size {list(self.size)}: write [min, max] with min <= max, or one number")
         return self
+
+
+def sources(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every path, URI and hub id in a section that a run reads, with its dotted key."""
+    for name, field in type(section).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        if isinstance(value, Section):
+            yield from sources(value, f"{key}.")
+        elif isinstance(value, Mapping):
+            for part, inner in value.items():
+                if isinstance(inner, Section):
+                    yield from sources(inner, f"{key}.{part}.")
+        elif _SOURCE in field.metadata or _is_source(field.annotation):
+            if isinstance(value, str):
+                yield key, value
+            elif isinstance(value, Sequence):
+                yield from ((key, one) for one in value)
+
+
+def _is_source(annotation: Any) -> bool:
+    parts = (*get_args(annotation), *getattr(annotation, "__metadata__", ()))
+    return any(part == _SOURCE if isinstance(part, str) else _is_source(part) for part in parts)

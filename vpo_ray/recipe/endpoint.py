@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, TypeAdapter
 
-from vpo_ray.recipe.base import Positive, Section
+from vpo_ray.recipe.base import Place, Positive, Section
 
 
 def _http_url(url: str) -> str:
@@ -48,7 +48,7 @@ class Endpoint(Section):
         dict[str, Any],
         Field(description="further keys of every request; null leaves one of ours out, e.g. max_tokens"),
     ] = {}
-    answers: Annotated[str | None, Field(description="folder of kept answers; <out>/answers when unset")] = (
-        None
-    )
+    answers: Annotated[
+        Place | None, Field(description="folder of kept answers; <out>/answers when unset")
+    ] = None
     logprobs: Annotated[bool, Field(description="ask for them; read by the reward only")] = True

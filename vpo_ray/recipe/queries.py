@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Fraction, Positive, Section
+from vpo_ray.recipe.base import Fraction, Positive, Section, Source
 
 
 class Splits(Section):
@@ -38,7 +38,7 @@ class Rules(Section):
     max_special_share: Fraction | None = None
     max_digits: Annotated[int, Field(ge=0)] | None = None
     urls: bool = False
-    keywords: str | None = None
+    keywords: Source | None = None
     languages: Annotated[list[str], Field(min_length=1)] | None = None
     language_confidence: Fraction = 0.5
 
@@ -79,7 +79,7 @@ class Queries(Section):
     at once: 0 for this process alone, by default that for small input and the cluster for more.
     """
 
-    path: str | Annotated[list[str], Field(min_length=1)]
+    path: Source | Annotated[list[Source], Field(min_length=1)]
     column: str = "query"
     limit: Positive | None = None
     min_chars: Positive = 1
@@ -95,7 +95,7 @@ class Queries(Section):
     unsafe_threshold: Fraction = 0.5
     unsafe_share: Fraction | None = None
     unsafe_judge: bool = False
-    unsafe_prompt: str = Field("builtin:safety", description="what the judge is asked, with a slot {text}")
+    unsafe_prompt: Source = Field("builtin:safety", description="what the judge is asked, with a slot {text}")
     splits: Splits = Splits()
     workers: Annotated[int, Field(ge=0)] | None = None
 

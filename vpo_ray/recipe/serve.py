@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Fraction, Pool, Positive, Section, Temperature
+from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature
 from vpo_ray.recipe.text import Engine
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
@@ -54,12 +54,12 @@ class Safety(Section):
 
     query: Literal["off", "refuse", "rewrite"] = "off"
     prompt: bool = False
-    keywords: str | None = Field(
+    keywords: Source | None = Field(
         default=None, description="file with a word or phrase a line; # begins a comment"
     )
     moderation: Service | None = Field(default=None, description="an endpoint with OpenAI's /v1/moderations")
     judge: Service | None = Field(default=None, description="a chat endpoint that is asked for a verdict")
-    judge_prompt: str = "builtin:safety"
+    judge_prompt: Source = "builtin:safety"
     on_error: Literal["refuse", "pass"] = "refuse"
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class BestOf(Section):
 
     n: Annotated[int, Field(ge=2, le=64)] = 4
     judge: Service | None = None
-    judge_prompt: str = "builtin:rank"
+    judge_prompt: Source = "builtin:rank"
     rerank: Service | None = None
 
     @model_validator(mode="after")
@@ -101,14 +101,14 @@ class Autoscaling(Section):
 class Canary(Section):
     """A second checkpoint that answers a share of the queries."""
 
-    checkpoint: str
+    checkpoint: Source
     share: Fraction
 
 
 class Videos(Section):
     """`/v1/videos`: query in, video out. `render` and `reward` are the recipe's own when unset."""
 
-    store: str = Field(description="folder or URI of the video store; jobs lie in `jobs/` of it")
+    store: Place = Field(description="folder or URI of the video store; jobs lie in `jobs/` of it")
     render: Render | None = None
     reward: Reward | None = None
     score: bool = Field(default=False, description="let the reward model score every video")
@@ -135,7 +135,7 @@ class Serve(Section):
     timeout_s: Seconds = Field(default=120, description="the longest answer; draining waits as long")
     retries: Annotated[int, Field(ge=0)] = Field(default=2, description="when a replica dies under a request")
     fallback: bool = Field(default=False, description="answer with the raw query where the optimiser fails")
-    keys: str | None = Field(
+    keys: Source | None = Field(
         default=None, description="file or folder (a mounted Secret) that `vpo key` writes for"
     )
     requests_per_minute: Positive | None = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vpo_ray.recipe.base import Pool, Positive, Section, Temperature
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature
 from vpo_ray.recipe.endpoint import Endpoint
 
 
@@ -17,9 +17,9 @@ class Policy(Section):
     wording.
     """
 
-    model: str
+    model: Source
     revision: str | None = None
-    task_prompt: str = "builtin:policy"
+    task_prompt: Source = "builtin:policy"
     trust_remote_code: bool = False
 
 
@@ -33,7 +33,7 @@ class Engine(Section):
     batch_size: Positive = 16
     max_concurrent_batches: Positive = 32
     engine_kwargs: dict[str, Any] = {}
-    env: dict[str, str] = {}
+    env: dict[str, Place] = {}
 
     @property
     def pieces(self) -> int:
@@ -68,7 +68,7 @@ class ChatModel(Section):
     the engine's vLLM settings are not used.
     """
 
-    model: str
+    model: Source
     revision: str | None = None
     backend: Literal["vllm", "openai"] = "vllm"
     endpoint: Endpoint = Endpoint()
@@ -80,8 +80,8 @@ class ChatModel(Section):
 class Judge(ChatModel):
     """The LLM that critiques every candidate, refines the misaligned ones and judges again."""
 
-    critique_prompt: str = "builtin:critique"
-    refine_prompt: str = "builtin:refine"
+    critique_prompt: Source = "builtin:critique"
+    refine_prompt: Source = "builtin:refine"
     temperature: Temperature = 0.0
     max_tokens: Positive = 1024
     critique_max_chars: Positive = 1200
@@ -98,8 +98,8 @@ class Draft(Section):
     """
 
     llm: ChatModel | None = None
-    examples: str = Field(description="JSONL or Parquet with `query` and `prompt`")
+    examples: Source = Field(description="rows as in queries.path, with `query` and `prompt`")
     shots: Positive = Field(3, description="examples shown with a query, chosen by its id")
-    prompt: str = "builtin:draft"
+    prompt: Source = "builtin:draft"
     temperature: Temperature = 0.7
     max_tokens: Positive = 1024

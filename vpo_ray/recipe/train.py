@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Amount, Fraction, Positive, Section
+from vpo_ray.recipe.base import Amount, Fraction, Place, Positive, Section, Source
 
 
 class TrainLora(Section):
@@ -78,7 +78,7 @@ class Offload(Section):
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
     parameters: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    nvme_path: Place | None = None
 
     @model_validator(mode="after")
     def _has_a_path(self) -> Offload:
@@ -91,7 +91,9 @@ class Train(Section):
     """One training phase. `data` is read by SFT only; `beta`, `loss`, `label_smoothing`, `rpo_alpha`,
     `length_normalise`, `reference` and `guard` by DPO only."""
 
-    data: str | None = Field(None, description="SFT data: JSONL or Parquet with `query` and `prompt`")
+    data: Source | None = Field(
+        None, description="SFT data: rows as in queries.path, with `query` and `prompt`"
+    )
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
     beta: Annotated[float, Field(gt=0)] = 0.1

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Pool, Positive, Section
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source
 from vpo_ray.recipe.endpoint import Endpoint
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
@@ -27,7 +27,7 @@ def video_presets() -> dict[str, dict[str, Any]]:
 class Lora(Section):
     """LoRA weights of the video model: a safetensors file, a folder or hub id with one."""
 
-    path: str
+    path: Source
     weight_name: str | None = Field(None, description="the file, where a folder or hub id has several")
     revision: str | None = None
     scale: float = 1.0
@@ -41,7 +41,7 @@ class Render(Section):
     """
 
     preset: str | None = None
-    model: str
+    model: Source
     revision: str | None = None
     lora: Lora | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -77,7 +77,7 @@ class Render(Section):
     )
     batch_size: Positive = 1
     time_limit_s: Annotated[float, Field(gt=0)] = 1800
-    store: str | None = Field(None, description="folder or URI of the video store; <out>/videos when unset")
+    store: Place | None = Field(None, description="folder or URI of the video store; <out>/videos when unset")
     device: str = "auto"
     trust_remote_code: bool = False
     pool: Pool = Pool()
@@ -116,9 +116,9 @@ class Checklist(Section):
     `dimensions` mapping a name to 1-based question ranges such as "1-4, 36-37".
     """
 
-    file: str | None = None
-    questions: str | None = None
-    weights: str | None = None
+    file: Source | None = None
+    questions: Source | None = None
+    weights: Source | None = None
     dimensions: dict[str, str] = {}
     strip_newlines: bool = True
 
@@ -140,7 +140,7 @@ class Reward(Section):
     model is one of the endpoint's, and dtype, attention, template and device are not used."""
 
     kind: Literal["visionreward", "openai"] = "visionreward"
-    model: str
+    model: Source
     endpoint: Endpoint = Endpoint()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
