@@ -1,6 +1,8 @@
 """Fixtures that several test folders share."""
 
+import ctypes
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +27,41 @@ LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/ser
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), 99))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests run in an empty folder, wherever they were started: what earlier commands left in the
+    checkout (`runs/`) is not there."""
+    before, folder = os.getcwd(), tmp_path_factory.mktemp("elsewhere")
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_there(_elsewhere: Path) -> Iterator[None]:
+    yield
+    assert os.getcwd() == str(_elsewhere)
+    assert os.listdir() == [], "a test leaves nothing in the working directory"
+
+
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """The permissions of files hold for root too: this thread gives up CAP_DAC_OVERRIDE and
+    CAP_DAC_READ_SEARCH meanwhile. Anyone else has neither."""
+    if os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: of capabilities 0-31, then of 32-63
+    assert libc.capget(header, before) == 0
+    fewer = (ctypes.c_uint32 * 6)(*before)
+    fewer[0] &= ~0b110
+    assert libc.capset(header, fewer) == 0
+    yield
+    assert libc.capset(header, before) == 0
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from vpo_ray import doctor
 from vpo_ray.cli import main
 from vpo_ray.recipe import load
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 NODE = {
     "NodeID": "ab" * 16,
     "NodeManagerHostname": "worker-1",

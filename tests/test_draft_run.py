@@ -16,6 +16,7 @@ from vpo_ray.records import VERDICTS, query_id
 from vpo_ray.storage import RunDir
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 
 
 def run_of(folder: Path, split: str, *queries: str) -> RunDir:
@@ -31,7 +32,7 @@ def test_drafts_of_a_vllm_engine(
 ) -> None:
     drafts = "draft={examples: vpo_ray/data/sft.jsonl, temperature: 2.0, max_tokens: 400}"
     sets = [*tiny_sets[1::2], f"out={tmp_path / 'run'}", drafts, "sft.data=null", "judge.max_tokens=400"]
-    recipe = load("jobs/recipes/tiny.yaml", sets)
+    recipe = load(TINY, sets)
     # The third does not fit the engine's context: it must not reach the engine, which it would kill.
     run = run_of(tmp_path, "sft", "a cat", "a dog on the beach", "word " * 3000, *map(str, range(9)))
     loop.draft_sft(recipe, run)
@@ -61,7 +62,7 @@ def test_a_policy_that_is_an_adapter(tmp_path: Path, adapted: tuple[Path, Any], 
     folder, model = adapted
     tokenizer = load_tokenizer(str(folder))
     recipe = load(
-        "jobs/recipes/tiny.yaml",
+        TINY,
         [f"out={tmp_path / 'run'}", "sft=null", "sample.k=1", "sample.temperature=0", "sample.max_tokens=12"],
     )
     queries = ["a cat", "the sea at night"]

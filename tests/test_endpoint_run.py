@@ -22,6 +22,7 @@ from vpo_ray.storage import RunDir
 
 pytestmark = pytest.mark.ray
 
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 MODELS = Models("nowhere", "test-policy")
 Serve = Callable[[Callable[[Request], Reply]], EndpointServer]
 # 1000 prompt tokens an answer, see endpoint_server.completion.
@@ -54,7 +55,7 @@ def recipe_for(folder: Path, server: EndpointServer, *more: str) -> Recipe:
     judge = {"model": "m", "backend": "openai", "endpoint": endpoint, "engine": {"batch_size": 4},
              "pool": {"size": 1, "num_cpus": 0.1}}  # fmt: skip
     sets = [f"out={folder / 'run'}", f"judge={json.dumps(judge)}", "draft={examples: vpo_ray/data/sft.jsonl}"]
-    return load("jobs/recipes/tiny.yaml", [*sets, "sft.data=null", *more])
+    return load(TINY, [*sets, "sft.data=null", *more])
 
 
 def run_of(recipe: Recipe, *queries: str) -> RunDir:

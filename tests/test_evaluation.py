@@ -14,7 +14,7 @@ from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage import RunDir
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 
 
 def recipe_of(folder: Path, *more: str) -> Recipe:

@@ -13,7 +13,7 @@ from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.storage import RunDir
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 GOLDEN = Path(__file__).parent / "golden_export"
 TASK = "Rewrite it.\nRequest: {query}\nPrompt:"
 

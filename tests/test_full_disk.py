@@ -21,7 +21,7 @@ from vpo_ray.storage import RunDir
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 APART = ["unshare", "--map-root-user", "--mount"]
 WORKER = {"num_cpus": 2, "resources": {"renderer": 1}}
 

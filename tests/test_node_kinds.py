@@ -18,7 +18,7 @@ from vpo_ray.storage import RunDir
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 KINDS = {
     "samplers": {"num_cpus": 2, "resources": {"sampler": 1}},
     "renderers": {"num_cpus": 2, "resources": {"renderer": 1}},

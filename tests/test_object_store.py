@@ -21,6 +21,7 @@ from vpo_ray.storage import Folder, RunDir, StorageError, Table, join
 from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
 
 KEY, OTHER = "ab" + "0" * 30, "cd" + "0" * 30
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 DATA = bytes(range(256)) * 8
 
 
@@ -212,7 +213,7 @@ def test_the_commands_without_an_engine(
     """Curate, resume, pair, report and the store's own command, all on the server."""
     monkeypatch.chdir(Path(__file__).parents[1])
     (tmp_path / "q.txt").write_text("a cat\n\na dog\n")
-    tiny = ["jobs/recipes/tiny.yaml", "--out", uri, "--set", f"queries.path={tmp_path / 'q.txt'}"]
+    tiny = [TINY, "--out", uri, "--set", f"queries.path={tmp_path / 'q.txt'}"]
     tiny += ["--set", "queries.splits={dpo: 1}", "--set", "pair.dominance=none"]
     for _ in range(2):
         assert cli.main(["curate", *tiny]) == 0, capsys.readouterr().err

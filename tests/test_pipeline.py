@@ -26,6 +26,7 @@ from vpo_ray.videos import VideoStore
 
 pytestmark = pytest.mark.ray
 
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 MODELS = Models("nowhere", "test-policy")
 POOL = Pool(size=1, num_cpus=0.1)
 COUNT = 6  # queries of a run, four candidates each
@@ -92,7 +93,7 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -
 def recipe_for(tmp_path: Path, more: Sequence[str] = (), **limits) -> Recipe:
     overrides = [*more, f"out={tmp_path / 'run'}", "sample.engine.batch_size=8", "judge.engine.batch_size=8"]
     overrides += [f"limits.{key}={value}" for key, value in limits.items()]
-    return load("jobs/recipes/tiny.yaml", overrides)
+    return load(TINY, overrides)
 
 
 def run_of(recipe: Recipe, count: int = COUNT) -> RunDir:

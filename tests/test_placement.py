@@ -14,8 +14,8 @@ from vpo_ray import placement
 from vpo_ray.placement import Node, PlacementError, Shape, View, pool_shapes, problems, worker_shapes
 from vpo_ray.recipe import RecipeError, Train, load
 
-TINY = "jobs/recipes/tiny.yaml"
-PRESET = "jobs/recipes/vpo_cogvideox_2b.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
+PRESET = str(Path(__file__).parents[1] / "jobs/recipes/vpo_cogvideox_2b.yaml")
 STAGES = ("sample", "judge", "render", "score")
 GPU_NODE = Node({"CPU": 8, "GPU": 1, "accelerator_type:H100": 1}, {"vpo-group": "generate"})
 

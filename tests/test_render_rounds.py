@@ -14,12 +14,13 @@ from vpo_ray.render_rounds import Rounds
 from vpo_ray.storage import RunDir
 
 QUERIES, K = 6, 4
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 BOTH = ["render", "score"]
 
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return load("jobs/recipes/tiny.yaml", ["render.strategy=adaptive"])
+    return load(TINY, ["render.strategy=adaptive"])
 
 
 def judged(query: int, k: int) -> Row:

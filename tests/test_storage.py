@@ -108,11 +108,12 @@ def test_a_disk_that_fills_up_keeps_the_old_file(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("as_a_user")
 def test_a_folder_without_access(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="Permission denied"):
         Folder(tmp_path).write("x", b"1")
+    tmp_path.chmod(0o700)
 
 
 @pytest.mark.parametrize("uri", ["s4://bucket/run", "ftp://host/x"])

@@ -15,7 +15,7 @@ from vpo_ray.cli import main
 from vpo_ray.recipe import load
 from vpo_ray.submit import submission_id
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 
 
 def test_the_id_is_a_function_of_what_is_run_and_where(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_store_that_cannot_be_used_says_where(tmp_path: Path) -> None:
         store.write(KEY, DATA, {})
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("as_a_user")
 def test_a_read_only_store_can_be_read(store: VideoStore) -> None:
     store.write(KEY, DATA, {})
     folder = Path(store.folder.uri)

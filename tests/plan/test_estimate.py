@@ -279,7 +279,7 @@ def test_labels_of_a_live_cluster(tiny: dict[str, Any]) -> None:
 
 def vpo(tiny: dict[str, Any], *arguments: str) -> int:
     sets = [part for key, value in tiny.items() for part in ("--set", f"{key}={value}")]
-    return cli.main(["plan", "jobs/recipes/tiny.yaml", *sets, *arguments])
+    return cli.main(["plan", str(ROOT / "jobs/recipes/tiny.yaml"), *sets, *arguments])
 
 
 def test_the_command(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

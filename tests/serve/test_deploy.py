@@ -12,7 +12,7 @@ from vpo_ray.serve.engine import fingerprint
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 REPLICAS = """
 import json, ray
 from ray.serve.context import _get_global_client

@@ -25,7 +25,7 @@ EXAMPLES = [
     for i in range(10)
 ]
 SETTINGS = Draft(examples="examples.jsonl")
-TINY = "jobs/recipes/tiny.yaml"
+TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 
 
 def query(text: str = "a cat") -> Row:
