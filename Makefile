@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit slow chaos lock-cpu lock-gpu clean
+.PHONY: demo test lint types unit fast engines slow chaos lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo tiny runs/tiny
 	$(BIN)/vpo run jobs/recipes/tiny.yaml
 
-test: $(READY) lint types unit
+# Every part runs whatever became of those before it; which have failed is told at the end.
+PARTS = failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+  [ -z "$$failed" ] || { echo "make $@: failed:$$failed"; exit 1; }
+
+test: $(READY)
+	@+$(call PARTS,lint types fast engines)
+
+unit: $(READY)
+	@+$(call PARTS,fast engines)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -19,9 +27,12 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Fast tests first, two at a time, then those that run real engines.
-unit: $(READY)
+# Fast tests, two at a time.
+fast: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
+
+# Those that run real engines, one after the other.
+engines: $(READY)
 	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25
 
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.

@@ -151,6 +151,7 @@ def tiny_sets(tiny_models: Path) -> list[str]:
         "render.model": tiny_models / "video",
         "reward.model": tiny_models / "reward",
         "reward.checklist.file": tiny_models / "reward/checklist.yaml",
+        "sft.data": Path(__file__).parents[1] / "vpo_ray/data/sft.jsonl",
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 

@@ -88,7 +88,16 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
     entry += [*tiny_sets, "--set", f"queries.path={queries}", "--set", "queries.splits={dpo: 1}"]
     # Two workers are tested where training is; here each would import everything once more.
-    entry += ["--set", "sft.epochs=2", "--set", "sft.workers=1", "--set", "dpo.workers=1"]
+    entry += [
+        "--set",
+        "sft.data=vpo_ray/data/sft.jsonl",
+        "--set",
+        "sft.epochs=2",
+        "--set",
+        "sft.workers=1",
+        "--set",
+        "dpo.workers=1",
+    ]
     # Only what the job needs travels; the package is installed where the nodes run.
     work = tmp_path / "work"
     shutil.copytree(ROOT / "jobs", work / "jobs")

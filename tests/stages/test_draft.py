@@ -189,8 +189,10 @@ def test_only_drafts_with_a_target_are_learnt(tmp_path: Path) -> None:
 
 def test_training_reads_the_file_or_the_drafts(tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
-    drafted = load(TINY, [out, "sft.data=null", "draft={examples: vpo_ray/data/sft.jsonl}"])
-    named = load(TINY, [out, "draft={examples: vpo_ray/data/sft.jsonl}"])
+    data = Path(TINY).parents[2] / "vpo_ray/data/sft.jsonl"
+    examples = f"draft={{examples: {data}}}"
+    drafted = load(TINY, [out, "sft.data=null", examples])
+    named = load(TINY, [out, f"sft.data={data}", examples])
     empty = RunDir(tmp_path / "none")
     with pytest.raises(LoopError, match="run `vpo draft` first"):
         training_rows(drafted, empty)
