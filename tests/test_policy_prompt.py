@@ -4,7 +4,9 @@ The tokenizers are real byte-level BPE tokenizers with the control tokens and ch
 model families that users bring.
 """
 
+import json
 import time
+from copy import deepcopy
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,7 @@ from vpo_ray.policy_prompt import (
     prompt_ids,
     read_prompt,
 )
+from vpo_ray.template_arguments import with_arguments
 
 # Every control token of Llama 3.1 (and 3.2 Vision's picture), in the order of their ids.
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
@@ -410,3 +413,51 @@ def test_a_base_model_without_chat_template_is_refused(tiny_models: Path, tmp_pa
     made.save_pretrained(tmp_path)
     with pytest.raises(PromptError, match="instruction-tuned"):
         load_tokenizer(str(tmp_path), TASK)
+
+
+# Arguments of the chat template
+
+THINKING_TEMPLATE = QWEN_TEMPLATE + (
+    "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- if effort == \"it's {high}\" %}{{- 'high' }}{%- endif %}"
+)
+
+
+def saved(folder: Path, template: str) -> str:
+    made = deepcopy(tokenizer("qwen", None))
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def test_arguments_of_the_template_travel_with_the_checkpoint(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", THINKING_TEMPLATE)
+    arguments = {"enable_thinking": False, "effort": "it's {high}"}
+    first = load_tokenizer(base, TASK, arguments=arguments)
+    text = first.decode(prompt_ids(first, HARMLESS))
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nhigh")
+    without = load_tokenizer(base, TASK)
+    assert "<think>" not in without.decode(prompt_ids(without, HARMLESS))
+    first.save_pretrained(tmp_path / "trained")
+    for more in ({}, {"arguments": arguments}):
+        again = load_tokenizer(str(tmp_path / "trained"), **more)
+        assert prompt_ids(again, HARMLESS) == prompt_ids(first, HARMLESS)
+    with pytest.raises(PromptError, match="made with other chat_template_kwargs"):
+        load_tokenizer(str(tmp_path / "trained"), TASK, arguments={"enable_thinking": True})
+    judge = load_chat_tokenizer(base, arguments={"enable_thinking": False})
+    assert judge.decode(chat_ids(judge, [user(HARMLESS)])).endswith("</think>\n\n")
+
+
+def test_an_argument_that_the_template_does_not_take_is_refused(tmp_path: Path) -> None:
+    base = saved(tmp_path, QWEN_TEMPLATE)
+    with pytest.raises(PromptError, match=r"takes no chat_template_kwargs\.enable_thinking"):
+        load_tokenizer(base, TASK, arguments={"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -3, 1.5, 1e-9, "a'\\n{{x}}\n", [1, "a", None], {"a": {"b": [True]}}]
+)
+def test_any_value_reaches_the_template(value: Any) -> None:
+    template = with_arguments("{{ x | tojson }}", {"x": value})
+    made = tokenizer("qwen", None)
+    assert json.loads(made.apply_chat_template([user("a")], chat_template=template, tokenize=False)) == value

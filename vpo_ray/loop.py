@@ -210,6 +210,8 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
     """
     policy = recipe.policy
     parts: list[Any] = [policy.model, policy.revision, read_prompt(policy.task_prompt), recipe.seed]
+    if policy.chat_template_kwargs:
+        parts.append({"chat_template_kwargs": policy.chat_template_kwargs})
     if recipe.sft is not None:
         rows = training_rows(recipe, run)
         parts += [recipe.fingerprint("sft"), [[row["query"], row["prompt"]] for row in rows]]
@@ -299,6 +301,7 @@ def _train(
         fingerprint=identity,
         revision=recipe.policy.revision,
         trust_remote_code=recipe.policy.trust_remote_code,
+        chat_template_kwargs=recipe.policy.chat_template_kwargs,
         reference=reference,
         run_name=recipe.name,
         placement_timeout_s=recipe.limits.placement_timeout_s,

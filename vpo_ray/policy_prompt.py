@@ -14,6 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.template_arguments import has_arguments, literal, unknown_arguments, with_arguments
 from vpo_ray.text_files import TextFileError, read_text
 
 SLOT = "{query}"
@@ -108,7 +109,7 @@ def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
         )
     if is_folded(chat_template):
         raise PromptError("this checkpoint's chat template already holds a task prompt")
-    before, after = map(_literal, task_prompt.split(SLOT))
+    before, after = map(literal, task_prompt.split(SLOT))
     return (
         f"{_MARK}"
         "{%- set vpo_query = (messages | selectattr('role', 'equalto', 'user') | list | last).content -%}"
@@ -140,36 +141,51 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
     return list(tokenizer.apply_chat_template(safe, add_generation_prompt=True, return_dict=False))
 
 
-def load_chat_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A tokenizer with a chat template. Raises PromptError when it has none."""
+def load_chat_tokenizer(
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> Any:
+    """A tokenizer with a chat template, which has the arguments (`chat_template_kwargs`) in it.
+
+    Raises:
+        PromptError: there is no template, or it takes no such argument.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+    if arguments and not has_arguments(tokenizer.chat_template, arguments):
+        if unknown := unknown_arguments(tokenizer.chat_template, arguments):
+            raise PromptError(f"{model}: the chat template takes no chat_template_kwargs.{unknown[0]}")
+        if is_folded(tokenizer.chat_template):
+            raise PromptError(f"{model}: this checkpoint was made with other chat_template_kwargs, or none")
+        tokenizer.chat_template = with_arguments(tokenizer.chat_template, arguments)
     return tokenizer
 
 
 def load_tokenizer(
-    model: str, task_prompt: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    task_prompt: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Any:
     """The policy's tokenizer with the task prompt folded in (kept as it is when it already is).
 
     Args:
         model: a local folder or hub id.
         task_prompt: text with a `{query}` slot; None asks for a checkpoint that carries its own.
+        arguments: of the chat template; a checkpoint that carries its own task prompt has them in it.
 
     Raises:
-        PromptError: no chat template, or no task prompt to be had.
+        PromptError: no chat template, or no task prompt to be had; see also `load_chat_tokenizer`.
     """
-    tokenizer = load_chat_tokenizer(model, revision, trust_remote_code)
+    tokenizer = load_chat_tokenizer(model, revision, trust_remote_code, arguments)
     if not is_folded(tokenizer.chat_template):
         if task_prompt is None:
             raise PromptError(f"{model}: the chat template holds no task prompt; it is not a vpo_ray policy")
         tokenizer.chat_template = fold_task_prompt(tokenizer.chat_template, task_prompt)
     return tokenizer
-
-
-def _literal(text: str) -> str:
-    """A Jinja string literal; Jinja decodes the same escapes as Python."""
-    return "'" + text.encode("unicode_escape").decode("ascii").replace("'", "\\'") + "'"

@@ -94,7 +94,14 @@ class OpenAIChat:
         """
         endpoint = self.model.endpoint
         asked = [self.model.model, list(messages), asdict(sampling), schema]
-        where = [endpoint.base_url, endpoint.azure_api_version, endpoint.structured, endpoint.request]
+        where: list[Any] = [
+            endpoint.base_url,
+            endpoint.azure_api_version,
+            endpoint.structured,
+            endpoint.request,
+        ]
+        if self.model.chat_template_kwargs:
+            where.append({"chat_template_kwargs": self.model.chat_template_kwargs})
         key = content_id("answer", *asked, *where)
         files = partial(asyncio.get_running_loop().run_in_executor, self._files)
         kept = await files(self.answers.find, key)
@@ -163,6 +170,8 @@ class OpenAIChat:
             "max_tokens": sampling.max_tokens,
             "seed": sampling.seed,
         }
+        if self.model.chat_template_kwargs:
+            request["chat_template_kwargs"] = self.model.chat_template_kwargs
         # Four bytes a token: an estimate for the budget, put right when the answer is there.
         tokens = sum(len(m["content"].encode()) for m in messages) // 4 + sampling.max_tokens
         grammar = schema is not None and self._grammar

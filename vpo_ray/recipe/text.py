@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature
 from vpo_ray.recipe.endpoint import Endpoint
+
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+                       "chat_template", "tokenize", "return_dict"})  # fmt: skip
+
+
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if not name.isidentifier() or name in _RESERVED:
+            raise ValueError(f"{name!r} is no argument that a chat template is given")
+    return given
+
+
+# Arguments of a model's chat template, such as `enable_thinking: false`; part of what is computed.
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_arguments)]
 
 
 class Policy(Section):
     """The LLM to train: a Hugging Face folder or hub id, and the task prompt folded into it.
 
     `task_prompt` is a text file with one `{query}` slot; `builtin:policy` is the package's own
-    wording.
+    wording. `chat_template_kwargs` are arguments of the model's chat template, such as
+    `enable_thinking: false`; they are written into it, and travel with every checkpoint.
     """
 
     model: Source
     revision: str | None = None
     task_prompt: Source = "builtin:policy"
+    chat_template_kwargs: TemplateArguments = {}
     trust_remote_code: bool = False
 
 
@@ -65,11 +81,13 @@ class ChatModel(Section):
     """An LLM that answers chats: vLLM on the cluster, or an OpenAI-compatible endpoint.
 
     With `backend: openai` the model is one of the endpoint's, and revision, trust_remote_code and
-    the engine's vLLM settings are not used.
+    the engine's vLLM settings are not used. `chat_template_kwargs` are arguments of the model's chat
+    template, such as `enable_thinking: false`; an endpoint is sent them with every request.
     """
 
     model: Source
     revision: str | None = None
+    chat_template_kwargs: TemplateArguments = {}
     backend: Literal["vllm", "openai"] = "vllm"
     endpoint: Endpoint = Endpoint()
     trust_remote_code: bool = False

@@ -49,12 +49,14 @@ def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
 def draft_key(settings: Draft, judge: Judge, examples: Sequence[Row]) -> str:
     """The identity of how drafts are made: settings, wording and examples."""
     prompts = [read_prompt(n) for n in (settings.prompt, judge.critique_prompt, judge.refine_prompt)]
+    arguments = [model.chat_template_kwargs for model in (settings.llm or judge, judge)]
     asked = {"temperature", "max_tokens", "critique_max_chars", "prompt_max_chars", "word_limit"}
     return content_id(
         settings.model_dump(include={"shots", "temperature", "max_tokens"}),
         judge.model_dump(include=asked),
         prompts,
         [[row["query"], row["prompt"]] for row in examples],
+        *([arguments] if any(arguments) else []),
         digits=16,
     )
 

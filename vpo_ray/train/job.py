@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ def train(
     fingerprint: str,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     reference: str | None = None,
     run_name: str = "vpo_ray",
     placement_timeout_s: float = Limits().placement_timeout_s,
@@ -73,6 +74,7 @@ def train(
         run_uri: the run directory, for `metrics/<phase>.jsonl` and checkpoints.
         seed: of the data's order.
         fingerprint: of the recipe; it is written to the model card and `vpo.json`.
+        chat_template_kwargs: arguments of the chat template, which travel with the checkpoint too.
         reference: DPO's reference policy where it is another model than `model`.
         run_name: what trackers call the run, together with the phase.
 
@@ -107,7 +109,9 @@ def train(
     if done is not None and done["job"] == job_id:
         log.info("%s is already trained: %s", phase, out)
         return _result(out, done, trained=False)
-    tokenizer = load_tokenizer(fetch(model, weights=False), task_prompt, revision, trust_remote_code)
+    tokenizer = load_tokenizer(
+        fetch(model, weights=False), task_prompt, revision, trust_remote_code, chat_template_kwargs
+    )
     examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, settings.max_length)
     for reason, count in dropped.items():
         log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)

@@ -1,0 +1,37 @@
+"""`chat_template_kwargs` of policy and judge: what they are part of, and what is no argument."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray.loop import policy_id
+from vpo_ray.recipe import Draft, Judge, RecipeError, load
+from vpo_ray.stages.draft import draft_key
+from vpo_ray.storage import RunDir
+
+TINY = Path(__file__).parents[1] / "jobs" / "recipes" / "tiny.yaml"
+OFF = "chat_template_kwargs={enable_thinking: false}"
+
+
+@pytest.mark.parametrize("section", ["policy", "judge"])
+def test_they_are_part_of_what_is_computed(section: str, tmp_path: Path) -> None:
+    plain, off = load(TINY), load(TINY, [f"{section}.{OFF}"])
+    assert plain.fingerprint() != off.fingerprint()
+    assert load(TINY, [f"{section}.chat_template_kwargs={{}}"]).fingerprint() == plain.fingerprint()
+    run = RunDir(str(tmp_path))
+    ids = [policy_id(recipe.model_copy(update={"sft": None}), run) for recipe in (plain, off)]
+    assert (ids[0] == ids[1]) is (section == "judge")
+
+
+def test_drafts_are_others_with_them() -> None:
+    def key(**more: Any) -> str:
+        return draft_key(Draft(examples="x"), Judge(model="m", **more), [])
+
+    assert key() == key(chat_template_kwargs={}) != key(chat_template_kwargs={"enable_thinking": False})
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "not-a-name", "a b"])
+def test_what_is_no_argument_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="no argument that a chat template"):
+        load(TINY, [f"judge.chat_template_kwargs={{{name}: 1}}"])
