@@ -14,6 +14,7 @@ from vpo_ray.recipe import Draft, Judge, Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.sft_data import distinct, sft_rows
 from vpo_ray.stages.draft import Drafter
+from vpo_ray.stages.sample import candidates
 from vpo_ray.storage import RunDir
 from vpo_ray.train.examples import tokenise
 
@@ -108,12 +109,13 @@ def test_a_run_whose_candidates_are_of_another_policy_is_refused(
 ) -> None:
     recipe = recipe_of(tmp_path, DOUBLED)
     run = loop.open_run(recipe)
-    row = {"candidate_id": "c", "query_id": "q", "query": "q", "k": 0, "seed": 1, "policy": "of before"}
-    run.table("candidates").append([row])
+    query = {"query_id": "q", "query": "q", "unsafe": None}
+    run.table("candidates").append(list(candidates(query, recipe.sample, "of before", recipe.seed)))
     with pytest.raises(loop.LoopError, match="sampled from another policy than this recipe's"):
         loop.train_sft(recipe, run)
     assert trained == [], "before an hour of training"
-    run.table("candidates").replace([{**row, "policy": loop.policy_id(recipe, run)}])
+    identity = loop.policy_id(recipe, run)
+    run.table("candidates").replace(candidates(query, recipe.sample, identity, recipe.seed))
     loop.train_sft(recipe, run)
 
 

@@ -21,17 +21,18 @@ from typing import Any
 
 import yaml
 
-from vpo_ray.curation import CURATED, curate_run
+from vpo_ray.curation import CURATED, curate_run, warn_of_other_input
 from vpo_ray.ledger import SFT_DROPPED, build_ledger, rows_of_stage
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.progress import spilled_bytes
 from vpo_ray.recipe import Recipe, differences, locate, parse
-from vpo_ray.records import Row, content_id
+from vpo_ray.records import Row, candidate_id, content_id
 from vpo_ray.run_lock import check, driving
 from vpo_ray.sft_data import distinct, draft_rows, sft_rows, write_chat
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.stages.pair import pairs_of_query
+from vpo_ray.stages.sample import identity_key
 from vpo_ray.storage import RunDir, StorageError
 from vpo_ray.versions import versions
 
@@ -158,6 +159,7 @@ def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
 def curate_queries(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
     """Fill `queries/` and `dropped/`; see `curation.curate_run`."""
     if run.exists(CURATED):
+        warn_of_other_input(recipe, run)
         return
     if wants_workers(recipe.queries) or recipe.queries.unsafe_judge:
         connect()
@@ -221,14 +223,17 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
     return content_id("policy", *parts, digits=16)
 
 
-def refuse_other_policy(run: RunDir, identity: str) -> None:
-    """Raises LoopError where the run has candidates of a policy that is not this one."""
-    row = next(rows_of_stage(run, "sample", ["policy"]), None)
-    if row is not None and row["policy"] not in (None, identity):
+def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
+    """Raises LoopError where the run has candidates that this policy would not be asked for."""
+    row = next(rows_of_stage(run, "sample", ["candidate_id", "query_id", "k", "policy"]), None)
+    if row is None or row["policy"] is None:
+        return
+    key = identity_key(recipe.sample, recipe.seed)
+    if row["candidate_id"] != candidate_id(row["query_id"], row["k"], identity, key):
         raise LoopError(
             f"{run.uri}/candidates was sampled from another policy than this recipe's: its SFT data or task "
-            "prompt changed since, or several prompts of a query are learnt now, where an earlier version "
-            "took one. Give the recipe another `out`"
+            "prompt changed since, or it was made by a version of vpo that learnt one prompt of a query only "
+            "or did not look at engine_kwargs. Give the recipe another `out`"
         )
 
 
@@ -239,7 +244,7 @@ def train_sft(recipe: Recipe, run: RunDir) -> str:
     from vpo_ray.train import train
 
     identity = policy_id(recipe, run)
-    refuse_other_policy(run, identity)
+    refuse_other_policy(recipe, run, identity)
     rows, again = distinct(training_rows(recipe, run))
     run.table("sft").replace(rows)
     run.write_json(SFT_DROPPED, {"duplicate": again} if again else {})
@@ -344,7 +349,7 @@ def generate_feedback(
 ) -> dict[str, Any]:
     from vpo_ray.pipeline import STAGES, Models, generate
 
-    refuse_other_policy(run, start.identity)
+    refuse_other_policy(recipe, run, start.identity)
     models = Models(start.policy, start.identity)
     return generate(recipe, run, models, stages or tuple(STAGES), retry_errors)
 

@@ -27,6 +27,7 @@ from ray.data import Dataset
 from vpo_ray.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
 from vpo_ray.ledger import paid
+from vpo_ray.made_with import refuse_other_inputs
 from vpo_ray.placement import look, pool_shapes, problems, require, watched
 from vpo_ray.pools import FULL, STOP, TASK_CPUS, Outcome, progress_handle, split_blocks, stops
 from vpo_ray.progress import StatusTable, spilled_bytes
@@ -84,6 +85,7 @@ def generate(
         GenerationError: too large a share of rows failed, a model cannot be used, or a table or the
             video store cannot be written.
         StorageError: a table cannot be merged into fewer parts.
+        OtherInputsError: see `made_with.refuse_other_inputs`.
     """
     total: dict[str, dict[str, float]] = {
         stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
@@ -91,17 +93,18 @@ def generate(
     for stage in stages:
         CHAIN_OF[stage].table(run, stage).settle()
     spilled = spilled_bytes()
+    known: set[str] = set()
     if recipe.render.strategy == "adaptive" and "render" in stages:
         # What is rendered depends on all texts of a query, and then on the scores of its videos.
         at = list(stages).index("render")
         texts, videos = stages[:at], stages[at:]
         if texts:
-            _generate(recipe, run, models, texts, retry_errors, total)
+            _generate(recipe, run, models, texts, retry_errors, total, known)
         rounds = Rounds(recipe, run, videos, retry_errors)
         while (enter := rounds.next()) is not None:
-            _generate(recipe, run, models, videos, False, total, enter)
+            _generate(recipe, run, models, videos, False, total, known, enter)
     else:
-        _generate(recipe, run, models, stages, retry_errors, total)
+        _generate(recipe, run, models, stages, retry_errors, total, known)
     if spilled := spilled_bytes() - spilled:
         logger.warning("the object store spilled %.2f GB to disk: see docs/operations.md", spilled / 1e9)
     return total
@@ -114,11 +117,13 @@ def _generate(
     stages: Sequence[str],
     retry_errors: bool,
     total: dict[str, dict[str, float]],
+    known: set[str],
     enter: np.ndarray | None = None,
 ) -> None:
     """One stream with its further passes for lost rows; adds to the counts of `total`.
 
     Args:
+        known: stages whose inputs are those that their rows were made with; more are added.
         enter: the ids that the render stage takes, and no others of those that wait for it.
     """
     tries, first, missing = 0, True, sys.maxsize
@@ -132,6 +137,8 @@ def _generate(
             break
         nodes, before, first, full = _nodes(), missing, False, None
         dataset, progress, busy = stream
+        refuse_other_inputs(recipe, run, [stage for stage in busy if stage not in known])
+        known.update(busy)
         shapes, patience = pool_shapes(recipe, busy), recipe.limits.placement_timeout_s
         require(shapes, patience)
         try:

@@ -37,6 +37,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def short_version(name: str) -> str | None:
+    """Major and minor version of a library, whichever build is installed; None where there is none."""
+    for build in (name, f"{name}-cpu"):
+        try:
+            return ".".join(importlib.metadata.version(build).split(".")[:2])
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 @cache
 def code() -> str:
     """Eight digits over the package's source: an image with the same version may hold another."""

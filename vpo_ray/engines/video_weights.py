@@ -64,7 +64,7 @@ def model_identity(model: str, revision: str | None) -> str:
     folder = Path(model)
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("[!.]*") if path.suffix in _MODEL_FILES)
-        return "folder:" + content_id([[str(f.relative_to(folder)), *_sampled(f)] for f in files])
+        return "folder:" + content_id([[str(f.relative_to(folder)), *sampled(f)] for f in files])
     from huggingface_hub import hf_hub_download
 
     try:
@@ -74,7 +74,7 @@ def model_identity(model: str, revision: str | None) -> str:
     return f"{model}@{Path(index).parent.name}"
 
 
-def _sampled(path: Path) -> tuple[int, str]:
+def sampled(path: Path) -> tuple[int, str]:
     """Size and hash of a file, or of samples of a large one."""
     size = path.stat().st_size
     digest = hashlib.sha256()

@@ -11,13 +11,14 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, sources
+from vpo_ray.recipe.computed import OPERATIONAL, computed, differences, engine_arguments
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
@@ -27,23 +28,12 @@ from vpo_ray.recipe.train import Evaluate, Guard, Offload, Track, Train, TrainLo
 from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, Reward, video_presets
 
 __all__ = [
-    "ChatModel", "Checklist", "Diversity", "Draft", "Endpoint", "Engine", "Evaluate", "Guard", "Judge",
-    "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries", "Recipe",
-    "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track", "Train",
-    "TrainLora", "computed", "differences", "load", "load_serve", "locate", "parse", "serve_of",
-    "sources", "video_presets",
+    "OPERATIONAL", "ChatModel", "Checklist", "Diversity", "Draft", "Endpoint", "Engine", "Evaluate",
+    "Guard", "Judge", "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries",
+    "Recipe", "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track",
+    "Train", "TrainLora", "computed", "differences", "engine_arguments", "load", "load_serve", "locate",
+    "parse", "serve_of", "sources", "video_presets",
 ]  # fmt: skip
-
-# Keys that change how a run is executed but not what it computes. They may differ between two
-# runs of one run directory; every other key is part of the fingerprint.
-OPERATIONAL = frozenset({
-    "out", "pool", "limits", "serve", "env", "device", "engine_kwargs", "workers", "use_gpu",
-    "resources_per_worker", "labels", "max_failures", "batch_size", "max_num_seqs", "max_concurrent_batches",
-    "tensor_parallel_size", "vae_slicing", "offload", "context_parallel", "time_limit_s", "store",
-    "track", "guard", "keep_checkpoints", "license",
-    "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute", "prompt_price",
-    "completion_price", "api_key_env", "answers",
-})  # fmt: skip
 
 _REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
 
@@ -185,35 +175,10 @@ def serve_of(recipe: Recipe) -> Serve:
     return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted keys that change results and differ between two dumped recipes, as `key: old -> new`."""
-    a, b = computed(old), computed(new)
-    return [
-        f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}"
-        for k in sorted(a.keys() | b.keys())
-        if a.get(k) != b.get(k)
-    ]
-
-
-def computed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a dumped recipe, by dotted key, without operational ones."""
-    return dict(_leaves(tree, ()))
-
-
 def locate(name: str) -> str:
     """The absolute path of a local folder or file, or the hub id or URI as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if "://" not in name and path.exists() else name
-
-
-def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if key in OPERATIONAL:
-            continue
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*prefix, key))
-        else:
-            yield ".".join((*prefix, key)), value
 
 
 def _explain(error: Mapping[str, Any]) -> str:

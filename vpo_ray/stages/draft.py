@@ -13,7 +13,7 @@ from typing import Any
 from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
-from vpo_ray.recipe import Draft, Judge
+from vpo_ray.recipe import Draft, Judge, engine_arguments
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.stages.judge import (
     Judgement,
@@ -49,14 +49,17 @@ def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
 def draft_key(settings: Draft, judge: Judge, examples: Sequence[Row]) -> str:
     """The identity of how drafts are made: settings, wording and examples."""
     prompts = [read_prompt(n) for n in (settings.prompt, judge.critique_prompt, judge.refine_prompt)]
-    arguments = [model.chat_template_kwargs for model in (settings.llm or judge, judge)]
+    llm = settings.llm or judge
+    template = [model.chat_template_kwargs for model in (llm, judge)]
+    engine = engine_arguments(llm.engine.engine_kwargs, llm.engine.env)
     asked = {"temperature", "max_tokens", "critique_max_chars", "prompt_max_chars", "word_limit"}
     return content_id(
         settings.model_dump(include={"shots", "temperature", "max_tokens"}),
         judge.model_dump(include=asked),
         prompts,
         [[row["query"], row["prompt"]] for row in examples],
-        *([arguments] if any(arguments) else []),
+        *([template] if any(template) else []),
+        *([engine] if engine else []),
         digits=16,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.engines.thoughts import UnclosedThought, without_thoughts
-from vpo_ray.recipe import Sample
+from vpo_ray.recipe import Sample, engine_arguments
 from vpo_ray.records import Row, candidate_id, failed, seed_of
 
 
@@ -22,9 +22,9 @@ def candidates(query: Row, settings: Sample, policy: str, seed: int) -> Iterator
         policy: the policy's identity (see `pipeline.policy_id`).
         seed: the recipe's seed.
     """
-    key = sampling_key(settings)
+    key = identity_key(settings, seed)
     for k in range(settings.k):
-        identity = candidate_id(query["query_id"], k, policy, {**key, "seed": seed})
+        identity = candidate_id(query["query_id"], k, policy, key)
         yield {
             "candidate_id": identity,
             "query_id": query["query_id"],
@@ -34,6 +34,12 @@ def candidates(query: Row, settings: Sample, policy: str, seed: int) -> Iterator
             "seed": seed_of("sample", identity),
             "policy": policy,
         }
+
+
+def identity_key(settings: Sample, seed: int) -> dict[str, Any]:
+    """What of the settings decides the text of a candidate, for its id."""
+    engine = engine_arguments(settings.engine.engine_kwargs, settings.engine.env)
+    return {**sampling_key(settings), "seed": seed, **({"engine": engine} if engine else {})}
 
 
 def sampling_key(settings: Sample) -> dict[str, Any]:
