@@ -132,21 +132,84 @@ def find_files(
         if file.kind not in kinds and not any_kind:
             known = ", ".join(kinds) if isinstance(kinds, Iterable) else ""
             raise InputError(f"{key} {file}: unknown kind; use one of {known}, or a folder of them")
-    return list({(file.root, file.path): file for file in files}.values())
+    once: dict[tuple[str | None, str], InputFile] = {}
+    for file in files:
+        once.setdefault((file.root, os.path.realpath(file.path) if file.root is None else file.path), file)
+    return list(once.values())
 
 
 # Where files are
 
 
+def walk(
+    folder: Path,
+    entered: Callable[[Path], bool] = lambda _: True,
+    every_name: bool = False,
+    folders: bool = False,
+) -> Iterator[Path]:
+    """Paths in a local folder, by name. Links are followed; one to a folder that holds it is passed over.
+
+    Args:
+        entered: whether to go into a folder, the first one included.
+        every_name: a folder that has several names by links is given under each; else under one, which
+            is no link if there is such a one.
+        folders: folders are given, too, before what is in them.
+    """
+    yield from _walk(folder, entered, folders, [] if every_name else None, set())
+
+
+def _walk(
+    folder: Path,
+    entered: Callable[[Path], bool],
+    folders: bool,
+    above: list[tuple[int, int]] | None,
+    seen: set[tuple[int, int]],
+) -> Iterator[Path]:
+    found = folder.stat()
+    this = (found.st_dev, found.st_ino)
+    if this in (seen if above is None else above) or not entered(folder):
+        return
+    seen.add(this)
+    if folders:
+        yield folder
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
+        if path.is_dir():
+            yield from _walk(path, entered, folders, None if above is None else [*above, this], seen)
+        else:
+            yield path
+
+
 def _local(pattern: str, kinds: Container[str]) -> list[InputFile]:
     if Path(pattern).is_dir():
-        paths = _data_files(
-            pattern, [str(path) for path in Path(pattern).rglob("*") if path.is_file()], kinds
-        )
+        paths = _data_files(pattern, map(str, walk(Path(pattern))), kinds)
+        if absent := next((path for path in paths if not os.path.exists(path)), None):
+            raise InputError(f"{absent} is a link to what is not there")
         return [InputFile(path) for path in paths]
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return [InputFile(pattern)]
-    return [file for path in sorted(glob.glob(pattern, recursive=True)) for file in _local(path, kinds)]
+    return [file for path in sorted(_matches(pattern)) for file in _local(path, kinds)]
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a glob matches. `**` is any folders, each once; Python's follows links for ever."""
+    absolute = os.path.isabs(pattern)
+    paths = [os.sep if absolute else ""]
+    for part in Path(pattern).parts[absolute:]:
+        if part == "**":
+            tops = [Path(top or ".") for top in paths if os.path.isdir(top or ".")]
+            below = [path for top in tops for path in walk(top, _is_visible, folders=True) if path.is_dir()]
+            paths = list(dict.fromkeys(map(str, below)))
+        elif glob.has_magic(part):
+            paths = [
+                os.path.join(top, name) for top in paths for name in glob.glob(part, root_dir=top or ".")
+            ]
+        else:
+            paths = [path for top in paths if os.path.lexists(path := os.path.join(top, part))]
+    return paths
+
+
+def _is_visible(folder: Path) -> bool:
+    return not folder.name.startswith(".") or folder.name in ("", ".", "..")
 
 
 def _remote(uri: str, kinds: Container[str]) -> list[InputFile]:

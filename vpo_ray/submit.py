@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
+import os
 import re
 import shlex
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
 from vpo_ray.storage import RunDir
+from vpo_ray.submit_package import PackageError, is_node_of, on_shared_storage, pack
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +33,6 @@ COMMANDS = (
 
 # Those whose rows can fail, and be taken again.
 RETRYING = frozenset({"run", "draft", "generate", "sample", "judge", "render", "score", "evaluate"})
-
-# What never travels with the working directory (patterns as in .gitignore).
-EXCLUDES = [".git", ".venv", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors", "*.mp4"]
 
 # Each attempt at a run is a job of its own; the number tells them apart.
 _ATTEMPT = re.compile(r"-(\d+)$")
@@ -83,6 +85,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         OptionError: the command does not take an option that was given.
         AlreadySubmittedError: an attempt at this run is not over.
         SubmitError: the recipe is outside the working directory, or the cluster does not answer.
+        PackageError: a file that the recipe names cannot travel.
     """
     if arguments.print_id:
         sys.stdout.write(submission_id(recipe, arguments.task) + "\n")
@@ -91,18 +94,22 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     if arguments.retry_errors and arguments.task not in RETRYING:
         raise OptionError(f"--retry-errors: {arguments.task} has no rows that failed to take again")
-    entrypoint = _entrypoint(arguments)
+    entrypoint, path, folder = _entrypoint(arguments)
+    _warn_of_what_is_lost(recipe)
     try:
         client = JobSubmissionClient(arguments.address)
         name = _next_attempt(client, submission_id(recipe, arguments.task))
-        client.submit_job(
-            entrypoint=entrypoint,
-            submission_id=name,
-            runtime_env={"working_dir": arguments.working_dir, "excludes": EXCLUDES},
-            metadata={"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "out": recipe.out},
-        )
+        with tempfile.TemporaryDirectory(prefix="vpo-submit-") as aside:
+            package = Path(aside, "package.zip")
+            pack(recipe, path, folder, package, _everywhere(client))
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=name,
+                runtime_env={"working_dir": str(package)},
+                metadata={"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "out": recipe.out},
+            )
     except (ConnectionError, RuntimeError) as error:
-        if isinstance(error, SubmitError):
+        if isinstance(error, SubmitError | PackageError):
             raise
         if "already exists" in str(error):
             raise AlreadySubmittedError(f"somebody submitted this run at the same moment: {name}") from error
@@ -112,7 +119,31 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return asyncio.run(_follow(client, name)) if arguments.follow else 0
 
 
-def _entrypoint(arguments: argparse.Namespace) -> str:
+def _everywhere(client: Any) -> Callable[[str], bool]:
+    """Whether an absolute path is the same on the cluster: this machine is a node of it, or the path is
+    on a network filesystem."""
+
+    @functools.cache
+    def here() -> bool:
+        return is_node_of(client._do_request("GET", "/api/version").json().get("session_name") or "none")
+
+    return lambda path: on_shared_storage(path) or here()
+
+
+def _warn_of_what_is_lost(recipe: Recipe) -> None:
+    places = {"out": recipe.out, "render.store": recipe.render.store}
+    for key, place in places.items():
+        if place is not None and "://" not in place and not os.path.isabs(place):
+            logger.warning(
+                "%s: %s is a relative path, which on the cluster is in a copy of the working directory that "
+                "goes with the job; name storage that every node has",
+                key,
+                place,
+            )
+
+
+def _entrypoint(arguments: argparse.Namespace) -> tuple[str, Path, Path]:
+    """The job's command, the recipe's file and the working directory."""
     folder, recipe = (Path(name).expanduser().resolve() for name in (arguments.working_dir, arguments.recipe))
     if not recipe.is_relative_to(folder):
         raise SubmitError(
@@ -123,7 +154,7 @@ def _entrypoint(arguments: argparse.Namespace) -> str:
     words += ["--out", arguments.out] if arguments.out else []
     for item in arguments.set:
         words += ["--set", item]
-    return shlex.join(words + ["--retry-errors"] * arguments.retry_errors)
+    return shlex.join(words + ["--retry-errors"] * arguments.retry_errors), recipe, folder
 
 
 def _next_attempt(client: Any, base: str) -> str:
