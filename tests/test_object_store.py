@@ -92,37 +92,80 @@ def test_a_server_that_is_not_there_is_named(server: str) -> None:
         RunDir(f"{gone}&connect_timeout=1&request_timeout=1").table("renders").parts()
 
 
-def test_a_write_that_is_interrupted_publishes_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing the stream, as leaving a `with` block does, would publish what was sent until then."""
-    folder = Folder(uri)
+class Interrupted:
+    """A filesystem of which writes are interrupted halfway. Closing the stream, as leaving a `with`
+    block does, publishes what was sent until then."""
 
-    class Interrupted:
-        def __init__(self, fs: Any) -> None:
-            self.fs = fs
+    def __init__(self, fs: Any) -> None:
+        self.fs = fs
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.fs, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fs, name)
 
-        def open_output_stream(self, path: str) -> Any:
-            stream = self.fs.open_output_stream(path)
+    def open_output_stream(self, path: str) -> Any:
+        stream = self.fs.open_output_stream(path)
 
-            class Half:
-                def __enter__(self) -> Any:
-                    return self
+        class Half:
+            def __enter__(self) -> Any:
+                return self
 
-                def __exit__(self, *_: object) -> None:
-                    stream.close()
+            def __exit__(self, *_: object) -> None:
+                stream.close()
 
-                def write(self, data: bytes) -> None:
-                    stream.write(data[: len(data) // 2])
-                    raise KeyboardInterrupt
+            def write(self, data: bytes) -> None:
+                stream.write(data[: len(data) // 2])
+                raise KeyboardInterrupt
 
-            return Half()
+        return Half()
 
-    monkeypatch.setattr(folder, "fs", Interrupted(folder.fs))
-    with pytest.raises(KeyboardInterrupt):
-        folder.write("x", DATA)
+
+def interrupt(folder: Folder, name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "fs", Interrupted(folder.fs))
+        with pytest.raises(KeyboardInterrupt):
+            folder.write(name, DATA)
+
+
+def test_a_write_that_is_interrupted_publishes_nothing(uri: str) -> None:
+    interrupt(Folder(uri), "x")
     assert Folder(uri).files() == []
+
+
+def test_an_overwrite_that_is_interrupted_leaves_the_old_object(uri: str) -> None:
+    folder = Folder(uri)
+    folder.write("x", b"old")
+    interrupt(folder, "x")
+    assert (folder.files(), folder.read("x")) == (["x"], b"old")
+    folder.write("x", DATA)
+    assert (folder.files(), folder.read("x")) == (["x"], DATA)
+
+
+def test_an_overwrite_that_cannot_be_finished_leaves_the_old_object(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(uri)
+    folder.write("x", b"old")
+
+    class Full(Interrupted):
+        def open_output_stream(self, path: str) -> Any:
+            return self.fs.open_output_stream(path)
+
+        def copy_file(self, source: str, target: str) -> None:
+            raise OSError("the service is out of order")
+
+    monkeypatch.setattr(folder, "fs", Full(folder.fs))
+    with pytest.raises(StorageError, match="out of order"):
+        folder.write("x", DATA)
+    assert (Folder(uri).files(), Folder(uri).read("x")) == (["x"], b"old")
+
+
+def test_a_large_object_is_replaced_whole(uri: str) -> None:
+    """More than one part of an upload."""
+    folder, data = Folder(uri), DATA * 3_000
+    for part in (b"1", b"2"):
+        folder.write("x", part + data)
+        assert folder.read("x") == part + data
+    assert folder.files() == ["x"]
 
 
 def test_videos(store: VideoStore) -> None:

@@ -1,5 +1,6 @@
 """A file appears whole or not at all, a table holds each key once, and every failure names its path."""
 
+import errno
 import itertools
 import os
 import pickle
@@ -106,6 +107,40 @@ def test_a_disk_that_fills_up_keeps_the_old_file(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert folder.read("x") == b"old"
     assert leftovers(tmp_path) == []
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves the old file or the new one, and the folders that lead to it."""
+    flushed: list[tuple[str, bool]] = []
+    target, flush = tmp_path / "deep/er/x", os.fsync
+
+    def note(file: int) -> None:
+        flushed.append((os.readlink(f"/proc/self/fd/{file}"), target.exists()))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    Folder(tmp_path).write("deep/er/x", b"1")
+    folders, [(aside, named), last] = flushed[:2], flushed[2:]
+    assert folders == [(str(tmp_path), False), (str(tmp_path / "deep"), False)]
+    assert aside.startswith(f"{target}.")
+    assert not named
+    assert last == (str(target.parent), True)
+
+
+def test_a_disk_that_is_full_when_a_file_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    folder.write("x", b"old")
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            folder.write("x", b"new")
+    assert (folder.files(), folder.read("x")) == (["x"], b"old")
 
 
 @pytest.mark.usefixtures("as_a_user")

@@ -1,12 +1,14 @@
 """A folder of files, on a local disk or in an object store, in which a file appears whole or not at all.
 
 Everything goes through `pyarrow.fs`, so a folder is a local one or a URI (`s3://bucket/runs/a`,
-`gs://...`). A file is written aside and renamed on a local disk; object stores publish an object when
-its upload is complete.
+`gs://...`). On a local disk a file is written beside its place, flushed and renamed, so that a power cut
+leaves the old file or the new one too. Object stores publish an object when its upload is complete; one
+that is there already is replaced by a copy within the store.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -62,11 +64,15 @@ class Folder:
 
     def _open(self) -> None:
         remote = "://" in self.uri
+        uri = self.uri if remote else Path(self.uri).as_uri()
+        if uri.startswith("s3://"):
+            # A small object is then one request, not an upload of one part.
+            uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
         if remote and urlsplit(self.uri).password is not None:
             # It would stand in tables, logs and the report.
             raise StorageError("a URI must not hold a password: give credentials by the environment")
         try:
-            self.fs, self.path = pafs.FileSystem.from_uri(self.uri if remote else Path(self.uri).as_uri())
+            self.fs, self.path = pafs.FileSystem.from_uri(uri)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"cannot open {self.uri}: {error}") from error
 
@@ -96,28 +102,60 @@ class Folder:
             The file's modification time in ns; None on an object store, which would have to be asked.
         """
         target = f"{self.path}/{name}"
-        aside = target if self.is_objects else f"{target}.{uuid.uuid4().hex}.tmp"
+        written = f"{target}.{uuid.uuid4().hex}.tmp"
         opened = whole = False
         modified: int | None = None
         try:
-            if aside != target:
-                self.fs.create_dir(os.path.dirname(target), recursive=True)
-            with self.fs.open_output_stream(aside) as stream:
+            if not self.is_objects:
+                self._make_folder(os.path.dirname(target))
+            elif self.fs.get_file_info(target).type != pafs.FileType.File:
+                # Leaving the block below closes the stream, and with that the store publishes what it has
+                # got so far: an object that is there is replaced by a whole one only.
+                written = target
+            with self.fs.open_output_stream(written) as stream:
                 opened = True
                 stream.write(data)
                 whole = True
-            if aside != target:
-                modified = self.fs.get_file_info(aside).mtime_ns
-                self.fs.move(aside, target)
+            if not self.is_objects:
+                self._flush(written)
+                modified = self.fs.get_file_info(written).mtime_ns
+                self.fs.move(written, target)
+                self._flush(os.path.dirname(target))
+            elif written != target:
+                self.fs.copy_file(written, target)
+                self.fs.delete_file(written)
         except BaseException as error:
-            # Leaving the block closes the stream, and with that an object store publishes what it has.
-            if aside != target or (opened and not whole):
+            if written != target or (opened and not whole):
                 with suppress(OSError):
-                    self.fs.delete_file(aside)
+                    self.fs.delete_file(written)
             if isinstance(error, OSError):
                 raise StorageError(f"cannot write {self.at(name)}: {error}") from error
             raise
         return modified
+
+    def _make_folder(self, path: str) -> None:
+        """Make a folder, and those above it, so that a power cut does not take them away."""
+        if not self.is_local:
+            self.fs.create_dir(path, recursive=True)
+        elif not os.path.isdir(path):
+            above = os.path.dirname(path)
+            self._make_folder(above)
+            self.fs.create_dir(path, recursive=False)
+            self._flush(above)
+
+    def _flush(self, path: str) -> None:
+        """Bring a local file, or the names in a folder, to the disk."""
+        if not self.is_local:
+            return
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        except OSError as error:
+            # Some shared filesystems cannot do so for a folder.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
+        finally:
+            os.close(file)
 
     def delete(self, name: str) -> None:
         """Delete a file; one that is gone is fine. Raises StorageError."""
