@@ -44,6 +44,19 @@ def join(uri: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}{sign}{options}"
 
 
+def flush(path: str | Path) -> None:
+    """Bring a local file, or the names in a folder, to the disk. Raises OSError (full)."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some shared filesystems cannot do so for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(file)
+
+
 class Folder:
     """A folder on any filesystem that `pyarrow.fs` opens. Picklable; cheap to make.
 
@@ -117,10 +130,12 @@ class Folder:
                 stream.write(data)
                 whole = True
             if not self.is_objects:
-                self._flush(written)
+                if self.is_local:
+                    flush(written)
                 modified = self.fs.get_file_info(written).mtime_ns
                 self.fs.move(written, target)
-                self._flush(os.path.dirname(target))
+                if self.is_local:
+                    flush(os.path.dirname(target))
             elif written != target:
                 self.fs.copy_file(written, target)
                 self.fs.delete_file(written)
@@ -141,21 +156,7 @@ class Folder:
             above = os.path.dirname(path)
             self._make_folder(above)
             self.fs.create_dir(path, recursive=False)
-            self._flush(above)
-
-    def _flush(self, path: str) -> None:
-        """Bring a local file, or the names in a folder, to the disk."""
-        if not self.is_local:
-            return
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        except OSError as error:
-            # Some shared filesystems cannot do so for a folder.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-                raise
-        finally:
-            os.close(file)
+            flush(above)
 
     def delete(self, name: str) -> None:
         """Delete a file; one that is gone is fine. Raises StorageError."""

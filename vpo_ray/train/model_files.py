@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from vpo_ray.folder import flush
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage import Folder
 from vpo_ray.train.examples import TrainError
@@ -95,10 +96,15 @@ def publish(folder: Path, out: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copytree(folder, aside)
+    # The checkpoints that it was made from are deleted next.
+    for path in (*aside.rglob("*"), aside):
+        flush(path)
     if target.exists():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
         target.rename(old)
         aside.rename(target)
+        flush(target.parent)
         shutil.rmtree(old)
     else:
         aside.rename(target)
+        flush(target.parent)
