@@ -11,12 +11,12 @@ import asyncio
 import logging
 import os
 import random
-import time
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import openai
@@ -24,104 +24,33 @@ import openai
 from vpo_ray.engines.account import Account
 from vpo_ray.engines.chat import Usage
 from vpo_ray.engines.completion import Completion, parse, read
+from vpo_ray.engines.failures import (
+    RETRIED,
+    STOPS,
+    EndpointError,
+    RequestError,
+    about,
+    about_schema,
+    maybe_schema,
+)
+from vpo_ray.engines.pace import ClusterPace, LocalPace, Pace, retry_after
+from vpo_ray.engines.structured import in_words, response_format
 from vpo_ray.recipe import Endpoint
 from vpo_ray.records import content_id
 
+__all__ = ["EndpointClient", "EndpointError", "Pace", "RequestError", "retry_after"]
+
 logger = logging.getLogger(__name__)
 
-# Wrong settings or an empty account, not a wrong request.
-_STOPS = frozenset({401, 402, 403, 404})
-_RETRIED = frozenset({408, 409, 425, 429})
+T = TypeVar("T")
+
 # Seconds: the first pause between two tries (doubled each time), the longest, and the longest that
 # a server may ask for.
 FIRST_DELAY_S, MAX_DELAY_S, MAX_RETRY_AFTER_S = 0.5, 30.0, 600.0
-
-
-class EndpointError(ValueError):
-    """An endpoint that cannot be used with these settings."""
-
-    stops_run = True  # see pools.STOP
-
-
-class RequestError(RuntimeError):
-    """One request that the endpoint did not answer; others may be.
-
-    Attributes:
-        status: HTTP status, or None where there was no answer at all.
-        filtered: a content filter refused it.
-    """
-
-    def __init__(self, message: str, status: int | None = None, filtered: bool = False) -> None:
-        super().__init__(message)
-        self.status, self.filtered = status, filtered
-
-
-class Pace:
-    """Spaces requests so that a minute has no more of them, and of their tokens, than it may.
-
-    Requests are spread evenly: there is no burst at the start of a minute, nor after this object
-    was lost with its process and made again. Whoever calls gives the limits, so that two runs may
-    share one object.
-    """
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._request_at = self._tokens_at = 0.0
-
-    def reserve(self, tokens: int, per_minute: tuple[int | None, int | None]) -> float:
-        """Seconds to wait before a request of so many tokens is sent.
-
-        Args:
-            tokens: an estimate of what it reads and writes; see `settle`.
-            per_minute: how many requests, how many tokens.
-        """
-        now = self._now()
-        request_at, tokens_at = max(now, self._request_at), max(now, self._tokens_at)
-        requests_limit, tokens_limit = per_minute
-        self._request_at = request_at + (60 / requests_limit if requests_limit else 0)
-        if tokens_limit:
-            self._tokens_at = tokens_at + 60 * tokens / tokens_limit
-        return max(request_at, tokens_at) - now
-
-    def settle(self, unused: int, tokens_per_minute: int) -> None:
-        """Give back tokens that were reserved and not used (or, negative, take those that were)."""
-        self._tokens_at -= 60 * unused / tokens_per_minute
-
-    def pause(self, seconds: float) -> None:
-        """Let no request pass for so long: the server asked for it."""
-        self._request_at = max(self._request_at, self._now() + seconds)
-
-
-class _ClusterPace:
-    """One `Pace` for the whole cluster: a named Ray actor, made by whoever comes first."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._actor: Any = None
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        import ray
-
-        for _ in range(5):
-            # It dies with the process that made it; the next caller makes another.
-            if self._actor is None:
-                options = {"name": self._name, "namespace": "vpo_ray", "get_if_exists": True, "num_cpus": 0}
-                self._actor = await asyncio.to_thread(ray.remote(Pace).options(**options).remote)
-            try:
-                return await getattr(self._actor, method).remote(*arguments)
-            except ray.exceptions.RayActorError:
-                self._actor = None
-        raise RequestError("the cluster's budget of requests cannot be had: its actor died five times")
-
-
-class _LocalPace:
-    """A pace of this process only, where no budget is shared."""
-
-    def __init__(self) -> None:
-        self._pace = Pace()
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._pace, method)(*arguments)
+# 403s in a row that may be about the key or about their input, before the first is believed.
+MAX_FORBIDDEN = 5
+# Errors that went on without the JSON schema, before no more are taken for its refusal.
+MAX_PROBES = 3
 
 
 class EndpointClient:
@@ -141,7 +70,11 @@ class EndpointClient:
         self.endpoint, self.model, self.where = endpoint, model, where
         self.account = account or Account()
         self._key = ""
-        self._reached = False
+        self._reached = self._answered = False
+        self._forbidden = 0  # 403s since the last answer
+        # Whether the server takes JSON schemas; None until one was taken or refused.
+        self._schemas = None if endpoint.structured == "auto" else endpoint.structured == "json_schema"
+        self._probes = self._with_schema = 0
         self._limits = (endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._pace = self._make_pace()
         self._client: openai.AsyncOpenAI | None = None
@@ -155,14 +88,14 @@ class EndpointClient:
             raise EndpointError(f"{self.where}.api_key_env: the variable {name} is not set here")
         return key
 
-    def _make_pace(self) -> _ClusterPace | _LocalPace:
+    def _make_pace(self) -> ClusterPace | LocalPace:
         import ray
 
         if self._limits == (None, None) or not ray.is_initialized():
-            return _LocalPace()
+            return LocalPace()
         endpoint = self.endpoint
         account = content_id("endpoint", endpoint.base_url, endpoint.api_key_env, self.model, digits=16)
-        return _ClusterPace(f"endpoint-budget-{account}")
+        return ClusterPace(f"endpoint-budget-{account}")
 
     def open(self) -> None:
         """Make the connection pool. Raises EndpointError: no key, or an address that is none."""
@@ -185,6 +118,7 @@ class EndpointClient:
             raise EndpointError(f"{self.where}: {self._told(error)}") from None
         self._slots = asyncio.Semaphore(self.endpoint.concurrency)
         self._turn = asyncio.Lock()
+        self._schema_news = asyncio.Condition()
 
     async def __aenter__(self) -> EndpointClient:
         self.open()
@@ -195,7 +129,9 @@ class EndpointClient:
             await self._client.close()
             self._client = None
 
-    async def create(self, request: dict[str, Any], tokens: int = 0) -> Completion:
+    async def create(
+        self, request: dict[str, Any], tokens: int = 0, schema: dict[str, Any] | None = None
+    ) -> Completion:
         """One chat completion, paid into the account.
 
         One that was generated is returned however strange it is, since it was paid for: look at its
@@ -204,6 +140,9 @@ class EndpointClient:
         Args:
             request: the body but the model; the recipe's `request` goes on top.
             tokens: an estimate of what it reads and writes, for the budget.
+            schema: of the JSON object that the text is to be. With `structured: auto` a server that
+                refuses schemas, in whatever words, is told this one in words from then on. The text
+                may still be none: see `structured.find_object`.
 
         Raises:
             EndpointError: the key is refused, the model is not known, or there is no such server.
@@ -212,11 +151,86 @@ class EndpointClient:
         """
         if self._client is None:
             self.open()
+        if schema is None:
+            return await self._completed(request, tokens)
+        if self._schemas is False:
+            return await self._in_words(request, tokens, schema)
+        try:
+            async with self._asked_with_schema():
+                reply = await self._completed({**request, "response_format": response_format(schema)}, tokens)
+                self._schemas = True
+                return reply
+        except (EndpointError, RequestError) as error:
+            if self.endpoint.structured != "auto" or not (about_schema(error) or maybe_schema(error)):
+                raise
+            refused = error
+        return await self._without_schema(request, tokens, schema, refused)
+
+    @asynccontextmanager
+    async def _asked_with_schema(self) -> AsyncIterator[None]:
+        self._with_schema += 1
+        try:
+            yield
+        finally:
+            self._with_schema -= 1
+            async with self._schema_news:
+                self._schema_news.notify_all()
+
+    async def _without_schema(
+        self, request: dict[str, Any], tokens: int, schema: dict[str, Any], refused: Exception
+    ) -> Completion:
+        """The same in words, where the error may come from the schema; raises it where it does not."""
+        assert isinstance(refused, EndpointError | RequestError)
+        async with self._schema_news:
+            # A request with a schema that is under way may show that they are taken, and one in words
+            # that they are not.
+            await self._schema_news.wait_for(lambda: self._schemas is not None or not self._with_schema)
+            unknown = self._schemas is None
+            if self._schemas is not False and not about_schema(refused):
+                if self._schemas or self._probes >= MAX_PROBES:
+                    raise refused
+                self._probes += 1
+            self._with_schema += unknown
+        try:
+            reply = await self._in_words(request, tokens, schema)
+            if self._schemas is None:
+                logger.warning("%s takes no JSON schema, it is asked in words: %s", self.where, refused)
+                self._schemas = False
+            return reply
+        finally:
+            self._with_schema -= unknown
+            async with self._schema_news:
+                self._schema_news.notify_all()
+
+    async def _in_words(self, request: dict[str, Any], tokens: int, schema: dict[str, Any]) -> Completion:
+        return await self._completed({**request, "messages": in_words(request["messages"], schema)}, tokens)
+
+    async def _completed(self, request: dict[str, Any], tokens: int) -> Completion:
+        reply = await self._tried("/chat/completions", request, tokens, self._read)
+        if self._limits[1] and (used := reply.usage.prompt + reply.usage.completion):
+            await self._pace.call("settle", tokens - used, self._limits[1])
+        return reply
+
+    async def ask(self, path: str, request: dict[str, Any]) -> Any:
+        """What a route answers that is no chat completion: a JSON value. Raises what `create` raises."""
+        if self._client is None:
+            self.open()
+
+        async def read_body(body: Any) -> Any:
+            return body
+
+        return await self._tried(path, request, 0, read_body)
+
+    async def _tried(
+        self, path: str, request: dict[str, Any], tokens: int, reader: Callable[[Any], Awaitable[T]]
+    ) -> T:
         merged = {"model": self.model, **request, **self.endpoint.request}
         known = {name: value for name, value in merged.items() if value is not None}
         for tries in range(self.endpoint.retries + 1):
             try:
-                return await self._once(known, tokens)
+                found = await self._once(path, known, tokens, reader)
+                self._answered, self._forbidden = True, 0
+                return found
             except _Again as again:
                 if tries == self.endpoint.retries:
                     raise again.failure from None
@@ -226,7 +240,9 @@ class EndpointClient:
                 await asyncio.sleep(delay)
         raise AssertionError("the loop returns or raises")
 
-    async def _once(self, request: dict[str, Any], tokens: int) -> Completion:
+    async def _once(
+        self, path: str, request: dict[str, Any], tokens: int, reader: Callable[[Any], Awaitable[T]]
+    ) -> T:
         async with self._slots:
             self.account.check()  # not only after the wait: it may be a long one for nothing
             if wait := await self._pace.call("reserve", tokens, self._limits):
@@ -240,10 +256,13 @@ class EndpointClient:
                     # leaves when the last is built. One at a time, each leaves when it is built.
                     async with self._turn:
                         await asyncio.sleep(0)
-                    data = await self._post(request)
+                    data = await self._post(path, request)
             except openai.APIStatusError as error:
                 self._reached = True
-                raise await self._status_failure(error) from None
+                told = self._without_key(str(error))
+                raise await self._failure(
+                    error.status_code, error.body, told, error.response.headers
+                ) from None
             except (openai.APITimeoutError, TimeoutError) as error:
                 # The client takes every failure to connect for a timeout.
                 if lost := _lost_connection(error):
@@ -255,15 +274,22 @@ class EndpointClient:
             self._reached = True
             try:
                 body = parse(data)
-            except (openai.OpenAIError, ValueError) as error:
+            except ValueError as error:
                 message = f"{self.where}: the answer is not readable: {self._told(error)}"
                 raise _Again(RequestError(message)) from None
-            reply = await self._paid(read(body))
-        if self._limits[1] and (used := reply.usage.prompt + reply.usage.completion):
-            await self._pace.call("settle", tokens - used, self._limits[1])
-        if not (reply.answered or reply.refusal or reply.usage.prompt + reply.usage.completion):
+            return await reader(body)
+
+    async def _read(self, body: Any) -> Completion:
+        """The completion, which is in the account, or the failure that stands in its place."""
+        reply = await self._paid(read(body))
+        if reply.answered or reply.refusal or reply.usage.prompt + reply.usage.completion:
+            return reply
+        if reply.error is None:
             raise _Again(RequestError(f"{self.where}: the answer has no choices"))
-        return reply
+        # Some services answer 200 and put the error's status into the body.
+        codes = (str(reply.error.get(name)) for name in ("status", "code"))
+        status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), 500)
+        raise await self._failure(status, reply.error, self._without_key(str(reply.error)), {})
 
     async def _paid(self, reply: Completion) -> Completion:
         """The answer with its cost, which is in the account: the one place where money is counted."""
@@ -273,26 +299,34 @@ class EndpointClient:
         await self.account.pay(cost)
         return replace(reply, usage=Usage(prompt, completion, cost))
 
-    async def _post(self, request: dict[str, Any]) -> bytes:
+    async def _post(self, path: str, request: dict[str, Any]) -> bytes:
         # `chat.completions.create` walks through the whole request to transform it, and makes a
         # random key for each: a third of all that the client does. A plain dict needs none of that.
         assert self._client is not None
         number = f"{id(self)}-{next(self._numbers)}"
         return await self._client.post(
-            "/chat/completions", body=dict(request), cast_to=bytes, options={"idempotency_key": number}
+            path, body=dict(request), cast_to=bytes, options={"idempotency_key": number}
         )
 
-    async def _status_failure(self, error: openai.APIStatusError) -> Exception:
-        status, text = error.status_code, self._told(error)
-        body = error.body if isinstance(error.body, dict) else {}
-        code = body.get("code") or error.code
+    async def _failure(self, status: int, body: Any, text: str, headers: Any) -> Exception:
+        told = f"{self.where}: {text[:500]}"
+        subject = about(status, body, text)
+        if subject == "either":
+            # A key that was good before is most likely good still, and this input is refused.
+            self._forbidden += 1
+            subject = "input" if self._answered and self._forbidden < MAX_FORBIDDEN else "account"
+        if subject == "input":
+            return RequestError(told, status, filtered=True, body=text)
+        code = body.get("code") if isinstance(body, dict) else None
         # OpenAI answers an empty account with 429, which no waiting mends.
-        if status in _STOPS or code == "insufficient_quota":
-            return EndpointError(f"{self.where} refuses this: {text}")
-        failure = RequestError(f"{self.where}: {text}", status, filtered=code == "content_filter")
-        if status not in _RETRIED and status < 500:
+        if subject == "account" or status in STOPS or code == "insufficient_quota":
+            return EndpointError(f"{self.where} refuses this: {text[:500]}", status, text)
+        failure = RequestError(told, status, body=text)
+        if (status not in RETRIED and status < 500) or status == 501:
             return failure
-        after = retry_after(error.response.headers)
+        if self.endpoint.structured == "auto" and about_schema(failure):
+            return failure
+        after = retry_after(headers)
         if after is not None:
             if after > MAX_RETRY_AFTER_S:
                 return failure
@@ -306,7 +340,9 @@ class EndpointClient:
         return RequestError(message) if self._reached else EndpointError(message)
 
     def _told(self, error: BaseException) -> str:
-        text = str(error)[:500]
+        return self._without_key(str(error))[:500]
+
+    def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if len(self._key) > 4 else text
 
 
@@ -326,18 +362,3 @@ def _lost_connection(error: BaseException) -> BaseException | None:
             return cause
         cause = cause.__cause__
     return None
-
-
-def retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait, from `retry-after-ms` or `Retry-After` (seconds or a date)."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            seconds = float(headers[name]) / unit
-        except (KeyError, ValueError):
-            continue
-        if seconds >= 0:  # not NaN
-            return seconds
-    try:
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (KeyError, ValueError, TypeError):
-        return None

@@ -22,7 +22,7 @@ from vpo_ray.engines.account import Account, CostLimitReached
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling
 from vpo_ray.engines.completion import Completion
 from vpo_ray.engines.endpoint import EndpointClient, RequestError
-from vpo_ray.engines.structured import find_object, response_format, schema_fault
+from vpo_ray.engines.structured import find_object, schema_fault
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.material import fill
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
@@ -75,7 +75,6 @@ class OpenAIChat:
     def __init__(self, model: ChatModel, client: EndpointClient, answers: Answers, account: Account) -> None:
         self.model, self.client, self.answers, self.account = model, client, answers, account
         client.account = account
-        self._grammar = model.endpoint.structured != "text"
         self._under_way, self._settled = 0, asyncio.Event()
         # As many files at once as requests: a slow disk or store then slows no request.
         self._files = ThreadPoolExecutor(model.endpoint.concurrency, "answers")
@@ -174,17 +173,9 @@ class OpenAIChat:
             request["chat_template_kwargs"] = self.model.chat_template_kwargs
         # Four bytes a token: an estimate for the budget, put right when the answer is there.
         tokens = sum(len(m["content"].encode()) for m in messages) // 4 + sampling.max_tokens
-        grammar = schema is not None and self._grammar
-        if grammar:
-            request["response_format"] = response_format(schema)  # type: ignore[arg-type]
         try:
-            reply = await self.client.create(request, tokens)
+            reply = await self.client.create(request, tokens, schema)
         except RequestError as error:
-            if grammar and self.model.endpoint.structured == "auto" and _about_format(error):
-                if self._grammar:
-                    logger.warning("the endpoint takes no JSON schema, its text is parsed: %s", error)
-                self._grammar = False
-                return await self._ask(messages, sampling, schema)
             raise (Refusal if error.filtered else ChatError)(str(error)) from None
         return self._read(reply, sampling)
 
@@ -194,16 +185,11 @@ class OpenAIChat:
             raise Refusal(reply.refusal, usage)
         if reply.cut:
             raise ChatError(f"the answer was cut at max_tokens {sampling.max_tokens}: raise it", usage)
+        if reply.finish == "error" or (reply.error and not reply.text):
+            raise ChatError(f"the answer broke off: {str(reply.error)[:300]}", usage)
         if not reply.text:
             raise ChatError(f"the answer has no text (finish_reason {reply.finish})", usage)
         return Answer(reply.text, reply.finish, usage.prompt, usage.completion, usage.cost)
-
-
-def _about_format(error: RequestError) -> bool:
-    text = str(error).lower()
-    return error.status in (400, 422) and any(
-        word in text for word in ("response_format", "json_schema", "structured", "guided")
-    )
 
 
 class EndpointActor:

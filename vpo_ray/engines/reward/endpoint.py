@@ -22,7 +22,7 @@ from vpo_ray.engines.account import Account
 from vpo_ray.engines.completion import TokenLogprob
 from vpo_ray.engines.endpoint import EndpointClient, EndpointError, RequestError
 from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames
-from vpo_ray.engines.structured import find_object, response_format, schema_fault
+from vpo_ray.engines.structured import find_object, schema_fault
 from vpo_ray.recipe import Reward
 
 __all__ = ["EndpointError", "EndpointReward", "build"]
@@ -85,13 +85,12 @@ class EndpointReward:
             ],
             "temperature": 0,
             "max_tokens": 16,
-            "response_format": response_format(_SCHEMA),
         }
         if self.settings.endpoint.logprobs:
             request |= {"logprobs": True, "top_logprobs": 5}
         try:
             # Images are most of what is read; how many tokens, only the endpoint knows.
-            reply = await self._client.create(request, tokens=1000 * len(images))
+            reply = await self._client.create(request, tokens=1000 * len(images), schema=_SCHEMA)
         except RequestError as error:
             raise RewardError(f"question {number}: the endpoint failed: {error}") from error
         self.prompt_tokens += reply.usage.prompt
