@@ -333,3 +333,12 @@ def test_the_exit_status_tells_who_stopped_it(
     told = vpo("plan")
     assert told[0] == status
     assert "the same command goes on where this stopped" in one_line(told[2])
+
+
+def test_a_recipe_of_the_users_own_is_not_overwritten(vpo: Any, tmp_path: Path) -> None:
+    own = tmp_path / "recipe.yaml"
+    own.write_text(f"# mine\n{Path(TINY).read_text('utf-8')}")
+    status, _, err = vpo("curate", "--out", str(tmp_path))
+    assert status == 2
+    assert "holds a recipe.yaml that no run wrote" in one_line(err)
+    assert own.read_text("utf-8").startswith("# mine\n")

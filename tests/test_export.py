@@ -123,3 +123,63 @@ def test_trl_trains_on_both(recipe: Recipe, run: RunDir, tmp_path: Path) -> None
         text = tokenizer.decode(ids.get("input_ids") or ids["prompt_ids"])
         assert "Rewrite it." in text
         assert text.count("<|start_header_id|>user") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_other_data_sets_stay_listed(encoding: str, recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    path = tmp_path / "to/dataset_info.json"
+    path.parent.mkdir()
+    others = {
+        "z": {"file_name": "z.json"},
+        "identity": {"file_name": "身份.json", "columns": {"b": 1, "a": 2}},
+    }
+    path.write_bytes(json.dumps({**others, "vpo_sft": {"file_name": "old.jsonl"}}).encode(encoding))
+    export(recipe, run, "llamafactory", str(path.parent))
+    listed = json.loads(path.read_text("utf-8"))
+    ours = json.loads((GOLDEN / "llamafactory/dataset_info.json").read_text("utf-8"))
+    assert listed == {**others, **ours}
+    assert list(listed)[:2] == ["z", "identity"], "in their order"
+    assert "身份" in path.read_text("utf-8")
+    before = path.read_bytes()
+    export(recipe, run, "llamafactory", str(path.parent))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", [b"[]", b'{"a": ', b"caf\xe9", b"", b'"x"'])
+def test_a_list_of_data_sets_that_is_none_stays_and_nothing_is_written(
+    text: bytes, recipe: Recipe, run: RunDir, tmp_path: Path
+) -> None:
+    path = tmp_path / "to/dataset_info.json"
+    path.parent.mkdir()
+    path.write_bytes(text)
+    with pytest.raises(ExportError, match=r"dataset_info\.json .*is left as it is"):
+        export(recipe, run, "llamafactory", str(path.parent))
+    assert [file.read_bytes() for file in path.parent.iterdir()] == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"query": "a cat", "prompt": "A grey cat."}\n', '{"messages": [{"role": "assistant"}]}\n', "no JSON"],
+)
+@pytest.mark.parametrize("name", ["sft.jsonl", "preference.jsonl"])
+def test_data_of_somebody_else_is_not_overwritten(
+    name: str, text: str, recipe: Recipe, run: RunDir, tmp_path: Path
+) -> None:
+    path = tmp_path / "to" / name
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ExportError, match=rf"{name} is there"):
+        export(recipe, run, "trl", str(path.parent))
+    assert [file.read_text() for file in path.parent.iterdir()] == [text]
+
+
+def test_an_export_is_replaced_by_a_later_one_of_its_run(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    for format in FORMATS:
+        for bare in (True, False):
+            export(recipe, run, format, str(to), bare)
+    run.table("sft").append([{"query_id": query_id("a dog"), "query": "a dog", "prompt": "A dog."}])
+    assert export(recipe, run, "trl", str(to))["sft.jsonl"] == 3
+    assert not any(
+        path.name not in ("sft.jsonl", "preference.jsonl", "dataset_info.json") for path in to.iterdir()
+    )

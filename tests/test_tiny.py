@@ -75,3 +75,11 @@ def test_examples_are_varied_queries_and_plain_regular_prompts() -> None:
     assert len(pairs) >= 30
     assert all(35 <= len(p["prompt"].split()) <= 60 and p["prompt"].isascii() for p in pairs)
     assert not {p["query"] for p in pairs} & set(queries)
+
+
+def test_a_checkpoint_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(tiny.LARGEST + 1)
+    with pytest.raises(tiny.TinyError, match=r"holds model\.safetensors"):
+        tiny.make_policy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -7,6 +7,7 @@ that does: a checkpoint of ours).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from vpo_ray.recipe import Recipe, locate
 from vpo_ray.record_files import json_line
 from vpo_ray.records import Row
 from vpo_ray.storage import Folder, RunDir
+from vpo_ray.text_files import decode, lines
 
 Message = dict[str, str]
-SFT_FILE, PREFERENCE_FILE = "sft.jsonl", "preference.jsonl"
+SFT_FILE, PREFERENCE_FILE, INFO_FILE = "sft.jsonl", "preference.jsonl", "dataset_info.json"
 
 # LLaMA-Factory's names of the parts of a message, here as OpenAI has them.
 _TAGS = {
@@ -45,7 +47,7 @@ _DATASET_INFO: dict[str, dict[str, Any]] = {
 
 
 class ExportError(ValueError):
-    """A run that holds nothing to export."""
+    """A run that holds nothing to export, or a file of somebody else where it is to go."""
 
 
 def _trl_sft(user: Message, answer: Message) -> Row:
@@ -95,7 +97,8 @@ def export(recipe: Recipe, run: RunDir, format: str, to: str, bare: bool = False
         Rows by file.
 
     Raises:
-        ExportError: the run has neither SFT data nor pairs.
+        ExportError: the run has neither SFT data nor pairs, or a file is there that is no export of this
+            run. Nothing is written then.
         PromptError: the policy's tokenizer has no chat template.
         StorageError: the run cannot be read or the folder not written.
     """
@@ -113,16 +116,19 @@ def export(recipe: Recipe, run: RunDir, format: str, to: str, bare: bool = False
         policy = recipe.policy
         tokenizer = load_chat_tokenizer(locate(policy.model), policy.revision, policy.trust_remote_code)
         tokens = control_tokens(tokenizer)
-    folder, written = Folder(to), {}
+    folder, files = Folder(to), {}
     if sft:
-        written[SFT_FILE] = _write(folder, SFT_FILE, sft_lines(sft, task_prompt, format, tokens))
+        files[SFT_FILE] = sft_lines(sft, task_prompt, format, tokens)
     if pairs:
-        lines = preference_lines(pairs, task_prompt, format, tokens)
-        written[PREFERENCE_FILE] = _write(folder, PREFERENCE_FILE, lines)
+        files[PREFERENCE_FILE] = preference_lines(pairs, task_prompt, format, tokens)
+    for name, rows in files.items():
+        _check_replaceable(folder, name, rows)
+    texts = {name: "".join(map(json_line, rows)) for name, rows in files.items()}
     if format == "llamafactory":
-        known = {name: info for name, info in _DATASET_INFO.items() if info["file_name"] in written}
-        folder.write_json("dataset_info.json", known)
-    return written
+        texts[INFO_FILE] = _dataset_info(folder, set(files))
+    for name, text in texts.items():
+        folder.write(name, text.encode())
+    return {name: len(rows) for name, rows in files.items()}
 
 
 def sft_lines(rows: Iterable[Row], task_prompt: str, format: str, tokens: tuple[str, ...] = ()) -> list[Row]:
@@ -158,6 +164,51 @@ def _assistant(text: str, tokens: tuple[str, ...]) -> Message:
     return {"role": "assistant", "content": neutralise(text, tokens)}
 
 
-def _write(folder: Folder, name: str, lines: Sequence[Any]) -> int:
-    folder.write(name, "".join(map(json_line, lines)).encode())
-    return len(lines)
+def _dataset_info(folder: Folder, names: set[str]) -> str:
+    """LLaMA-Factory's list of data sets, with ours of these files in it; what is there already stays."""
+    ours = {name: info for name, info in sorted(_DATASET_INFO.items()) if info["file_name"] in names}
+    listed: Any = {}
+    if folder.exists(INFO_FILE):
+        where = folder.at(INFO_FILE)
+        try:
+            listed = json.loads(decode(folder.read(INFO_FILE), where))
+        except (OSError, ValueError) as error:
+            raise ExportError(f"{where} cannot be read, and is left as it is: {error}") from error
+        if not isinstance(listed, dict):
+            raise ExportError(
+                f"{where} is no JSON object of data sets, and is left as it is: give another --to"
+            )
+    return (
+        json.dumps({**listed, **json.loads(json.dumps(ours, sort_keys=True))}, indent=2, ensure_ascii=False)
+        + "\n"
+    )
+
+
+def _check_replaceable(folder: Folder, name: str, new: Sequence[Row]) -> None:
+    """Raises ExportError where a file is there that is no earlier export of this run: no answer in it is
+    one of the new ones."""
+    if not folder.exists(name):
+        return
+    where = folder.at(name)
+    try:
+        old = [json.loads(line) for line in lines(decode(folder.read(name), where)) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{where} is there, and cannot be read as an export: {error}") from error
+    if old and not _answers(old) & _answers(new):
+        raise ExportError(
+            f"{where} is there and holds other data, which stays: give another --to, or move it away"
+        )
+
+
+def _answers(value: Any) -> set[str]:
+    """What assistants say anywhere in a value."""
+    if isinstance(value, list):
+        return set().union(*map(_answers, value))
+    if not isinstance(value, dict):
+        return set()
+    said = (
+        {value["content"]}
+        if value.get("role") == "assistant" and isinstance(value.get("content"), str)
+        else set()
+    )
+    return said.union(*map(_answers, value.values()))

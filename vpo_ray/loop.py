@@ -80,10 +80,14 @@ def open_run(recipe: Recipe) -> RunDir:
     """The recipe's run directory, made if absent.
 
     Raises:
-        OtherRecipeError: the directory was made by a recipe that computes something else.
+        OtherRecipeError: the directory was made by a recipe that computes something else, or is no run's.
     """
     run = RunDir(recipe.out)
     if run.exists("recipe.yaml"):
+        if not run.exists("versions.json"):
+            raise OtherRecipeError(
+                f"{run.uri} holds a recipe.yaml that no run wrote: give the recipe an `out` of its own"
+            )
         # Parsed, so that a key which is newer than the run counts with its default.
         stored = parse(yaml.safe_load(run.read("recipe.yaml")), f"{run.uri}/recipe.yaml")
         changed = differences(stored.dump(), recipe.dump())
@@ -93,8 +97,9 @@ def open_run(recipe: Recipe) -> RunDir:
                 + "\n  ".join(changed)
                 + "\nGive the new recipe another `out`, or put the old values back"
             )
-    run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
+    # The recipe comes last: one without versions is somebody's own.
     run.write_json("versions.json", versions())
+    run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
     return run
 
 

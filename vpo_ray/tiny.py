@@ -19,6 +19,7 @@ from vpo_ray.text_files import read_lines
 VERSION = 2
 DATA = Path(__file__).parent / "data"
 _MARKER = "tiny.json"
+LARGEST = 32 * 2**20  # bytes; no file of ours is nearly as large, and hardly a real checkpoint is smaller
 
 # The control tokens and the chat form of Llama 3 Instruct; its pre-tokenizer's split pattern.
 LLAMA3_SPECIAL = (
@@ -53,6 +54,10 @@ QUESTIONS = (
     ("Is there lively motion in the clip?", 0.3, "dynamics"),
     ("Does the camera move smoothly?", 0.2, "dynamics"),
 )
+
+
+class TinyError(ValueError):
+    """A folder that holds what is not ours."""
 
 
 def make_tiny(folder: str | Path) -> None:
@@ -92,11 +97,17 @@ def _make(folder: str | Path, build: Callable[[Path], None], seed: int, **option
     path = folder / _MARKER
     if path.exists() and json.loads(path.read_text("utf-8")) == marker:
         return
+    if not path.exists() and (large := next((f for f in folder.rglob("*") if _is_large(f)), None)):
+        raise TinyError(f"{folder} holds {large.name}, which is no tiny checkpoint's: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with _seeded(seed):
         build(folder)
     # Last, so that a folder with a marker is a complete one.
     path.write_text(json.dumps(marker) + "\n", "utf-8")
+
+
+def _is_large(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > LARGEST
 
 
 @contextmanager
