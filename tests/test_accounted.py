@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vpo_ray import cli, evaluation, loop
+from vpo_ray import cli, connection, evaluation, loop
 from vpo_ray import recipe as recipes
 from vpo_ray.pipeline import GenerationError
 from vpo_ray.placement import PlacementError
@@ -37,7 +37,7 @@ ENDS = [
     loop.LoopError("nothing to train on"),
     ZeroDivisionError("a bug"),
     KeyboardInterrupt(),
-    loop.Terminated(),
+    connection.Terminated(),
     SystemExit(3),
 ]
 
@@ -64,7 +64,7 @@ def test_a_ledger_that_is_older_than_the_failure_is_replaced(
     assert run.read_json("ledger.json")["stages"]["curate"]["in"] == 20
 
 
-@pytest.mark.parametrize("end", [GenerationError("18 of 20 rows failed"), loop.Terminated()])
+@pytest.mark.parametrize("end", [GenerationError("18 of 20 rows failed"), connection.Terminated()])
 def test_a_ledger_that_cannot_be_written_hides_no_error(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, end: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vpo_ray import cli, loop
+from vpo_ray import cli, connection, loop
 from vpo_ray import recipe as recipes
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
@@ -312,9 +312,9 @@ def _stop_in_the_middle(recipe: Recipe, run: RunDir) -> None:
 def test_a_terminated_run_leaves_its_ledger(tmp_path: Path) -> None:
     recipe = recipes.load(TINY, [f"out={tmp_path / 'run'}"])
     run = loop.open_run(recipe)
-    before = signal.signal(signal.SIGTERM, loop._terminate)
+    before = signal.signal(signal.SIGTERM, connection.terminate)
     try:
-        with pytest.raises(loop.Terminated):
+        with pytest.raises(connection.Terminated):
             _stop_in_the_middle(recipe, run)
         os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb what is left to do
     finally:
@@ -322,7 +322,7 @@ def test_a_terminated_run_leaves_its_ledger(tmp_path: Path) -> None:
     assert run.read_json("ledger.json")["stages"]
 
 
-@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (loop.Terminated, 143)])
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (connection.Terminated, 143)])
 def test_the_exit_status_tells_who_stopped_it(
     vpo: Any, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], status: int
 ) -> None:

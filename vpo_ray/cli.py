@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt as stop:
-        # loop.Terminated, which is not imported for the commands that need no Ray.
+        # connection.Terminated, which is not imported for the commands that need no Ray.
         terminated = type(stop) is not KeyboardInterrupt
         what = "terminated" if terminated else "interrupted"
         return _fail(f"{what}; the same command goes on where this stopped", 143 if terminated else 130)

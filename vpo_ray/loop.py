@@ -7,12 +7,9 @@ directory what is done, so running again goes on where the last run stopped, or 
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from vpo_ray.connection import connect, terminate
 from vpo_ray.curation import CURATED, curate_run, warn_of_other_input
 from vpo_ray.ledger import SFT_DROPPED, build_ledger, rows_of_stage
 from vpo_ray.policy_prompt import read_prompt
@@ -39,16 +37,6 @@ from vpo_ray.versions import versions
 logger = logging.getLogger(__name__)
 
 ROUND = "round.json"
-
-# A batch whose node is lost is sent again, once. Ray would do so in a tenth of a second, to the same
-# dead address; in this time it has learnt of the loss, and sends the batch to the replica's next place.
-NODE_DEATH_MS = "20000"
-_RETRY_DELAYS = (
-    "RAY_task_actor_unavailable_retry_delay_base_ms",
-    "RAY_task_actor_unavailable_retry_max_delay_ms",
-)
-
-_CHATTY = ("ray.data", "ray.serve", "ray._private.authentication", "ray.llm", "ray.train", "httpx")
 
 
 class OtherRecipeError(ValueError):
@@ -70,10 +58,6 @@ class Start:
 
 class LoopError(RuntimeError):
     """The loop cannot go on; the message says why and what to do."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: the job was stopped, or its node is about to go."""
 
 
 def open_run(recipe: Recipe) -> RunDir:
@@ -113,36 +97,9 @@ def opened(recipe: Recipe) -> Iterator[RunDir]:
     """
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)  # the lock is given back
+        signal.signal(signal.SIGTERM, terminate)  # the lock is given back
     with driving(recipe.out):
         yield open_run(recipe)
-
-
-def connect(verbose: bool = False) -> None:
-    """Join the cluster of this job or of RAY_ADDRESS, or start one on this machine."""
-    # vLLM warns at import of what a driver without a GPU cannot do; its actors have their own level.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.update({name: NODE_DEATH_MS for name in _RETRY_DELAYS if name not in os.environ})
-    import ray
-
-    if not verbose:
-        for name in _CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-    if not ray.is_initialized():
-        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
-    # Ray 2.60 has no other way yet to say how often a pool's actors restart.
-    warnings.filterwarnings("ignore", message="`ray_remote_args")
-    if threading.current_thread() is threading.main_thread():
-        # After Ray, which would exit at once.
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(*_: object) -> None:
-    # Whoever stops a job kills it seconds later: a second signal may not disturb the ledger's writing.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
 
 
 @contextmanager

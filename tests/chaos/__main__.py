@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from chaos.alone import Alone
 from chaos.faults import NAMES, draw, share_out
 from chaos.generation import Generation, Rendering
 from chaos.nodes import Nodes
@@ -19,7 +20,9 @@ from chaos.serving import Serving
 from chaos.table import Record, records_of, table
 from chaos.training import Training
 
-SCENES: dict[str, type[Scene]] = {scene.name: scene for scene in (Generation, Rendering, Training, Serving)}
+SCENES: dict[str, type[Scene]] = {
+    scene.name: scene for scene in (Generation, Rendering, Training, Serving, Alone)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

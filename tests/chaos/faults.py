@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Kind:
     """A kind of fault.
 
-    process: what is killed, a key of processes.TITLES, or `driver`. node: not that process itself
+    process: what is killed, a key of processes.TITLES, or `driver`; in the scene `alone` also `group`
+    (SIGTERM to the driver and all that shares its process group) and `raylet`. node: not that process itself
     but the raylet of the node that it runs on. scene: the run that it is done to. share: how many of
     64 faults are of this kind. progress: files of the run directory, any newer one of which tells
     that the work which stood still goes on.
@@ -40,6 +41,9 @@ KINDS = (
     Kind("driver, training", "driver", "train", 3, _CHECKPOINTS),
     Kind("Serve replica", "Serve replica", "serve", 4),
     Kind("Serve engine core", "engine core", "serve", 3),
+    Kind("process group, alone", "group", "alone", 2),
+    Kind("driver, alone", "driver", "alone", 2),
+    Kind("raylet, alone", "raylet", "alone", 2),
 )
 NAMES = tuple(kind.name for kind in KINDS)
 

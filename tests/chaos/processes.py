@@ -4,6 +4,7 @@ Whatever is found was started by this test: drivers and raylets are its children
 raylets' children, and an engine's core is a child of its actor.
 """
 
+import os
 import re
 import signal
 import time
@@ -58,6 +59,19 @@ def kill(pid: int) -> list[psutil.Process]:
     children = below(pid)
     psutil.Process(pid).send_signal(signal.SIGKILL)
     return children
+
+
+def end(kind: str, driver: int) -> list[psutil.Process]:
+    """End a driver, its whole process group, or the raylet that it started; the driver and all that was
+    below it, which should end by itself."""
+    family = [psutil.Process(driver), *below(driver)]
+    if kind == "group":
+        os.killpg(driver, signal.SIGTERM)
+    elif kind == "driver":
+        family[0].kill()
+    else:
+        next(process for process in family if re.search(r"/raylet/raylet\b", title(process))).kill()
+    return family
 
 
 def left(processes: Iterable[psutil.Process], patience_s: float) -> list[str]:

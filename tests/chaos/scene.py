@@ -43,7 +43,7 @@ class Disturbed:
     @property
     def survived(self) -> bool:
         whole = not self.difference.lost and not self.difference.duplicated
-        return whole and not self.failures and not self.wrong
+        return whole and not self.failures and not self.wrong and not self.left_behind
 
 
 class Scene(ABC):
