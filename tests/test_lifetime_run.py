@@ -43,7 +43,7 @@ def running(log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        family = [*processes.below(process.pid), psutil.Process(process.pid)]
+        family = processes.below(process.pid)
         process.kill()
         process.wait(30)
         processes.left(family, 0)
