@@ -19,6 +19,7 @@ import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Train, computed
@@ -74,7 +75,7 @@ class Job:
 
 
 class Stopped(TrainError):
-    """Training that no retry can mend (a loss that is not a number)."""
+    """Training that no retry can mend (a loss that is not a number); every rank raises it alike."""
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Worker:
 
     def run(self) -> None:
         job, settings = self.job, self.job.settings
+        untrained = zero.bit_sums(self.engine)
         first = checkpoints.resume(self)
         if self.rank == 0:
             self.trackers = Trackers(
@@ -100,7 +102,7 @@ class Worker:
             )
         try:
             self._train(first)
-            self._finish()
+            self._finish(untrained)
         except BaseException:
             if self.trackers:
                 self.trackers.close(failed=True)
@@ -264,13 +266,24 @@ class Worker:
         if self.rank == 0:
             _references(job).write(name, self.reference.tobytes())
 
-    def _finish(self) -> None:
+    def _finish(self, untrained: Tensor) -> None:
+        """Export what was trained; `untrained` are the bit sums of the weights before the first step.
+
+        Raises:
+            Stopped: the weights are those that training began with.
+        """
         job, settings = self.job, self.job.settings
         line = self.curve[-1]
         if settings.evaluate.export == "best":
             line = best(self.curve, settings.evaluate) or line
             if line is not self.curve[-1]:
                 checkpoints.load_step(self, line["step"])
+        if torch.equal(zero.bit_sums(self.engine), untrained):
+            raise Stopped(
+                f"{line['step']} steps changed no weight, so that there is nothing to export: the learning rate "
+                f"({settings.lr:g}) or the gradients (norm {line['grad_norm']:.3g} in step {line['step']}) are too "
+                f"small for {settings.dtype}. Raise lr, or look at what the rows teach"
+            )
         weights = zero.full_weights(self.engine, self.rank, trained_only=settings.lora is not None)
         if self.rank == 0:
             RunDir(job.run_uri).write_metrics(job.phase, self.curve)
@@ -289,11 +302,15 @@ class Worker:
 
 
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
-    """Share of the peak learning rate in step `step` (from 0), as transformers' schedules have it:
-    a linear warm-up from 0, then linear or cosine down to 0, or constant."""
+    """Share of the peak learning rate in step `step` (from 0).
+
+    With w steps of warm-up, step i of 1..w has i / w: the last of them is at full rate, and none is
+    without effect. (transformers' first step has rate 0.) Behind them it is as in transformers' schedules
+    with as many steps of warm-up: linear or cosine down towards 0, or constant.
+    """
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
-        return step / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
         schedule

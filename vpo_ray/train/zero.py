@@ -240,6 +240,22 @@ def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str
     return gathered
 
 
+def bit_sums(engine: Any) -> Any:
+    """The sum of the bits of every trained parameter, read as integers: int64, the same on every rank.
+    Where a weight changes, so does its sum. Every rank must call this."""
+    import deepspeed
+    import torch
+
+    sums = []
+    for tensor in engine.module.parameters():
+        if not tensor.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            bits = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+            sums.append(tensor.detach().view(bits).sum(dtype=torch.int64))
+    return torch.stack(sums).cpu()
+
+
 def step(engine: Any) -> float:
     """Clip, update the weights, clear the gradients; the global gradient norm before clipping."""
     import torch
