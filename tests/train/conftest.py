@@ -41,9 +41,15 @@ def make_worker(
     from vpo_ray.train.loop import Job, Worker
     from vpo_ray.train.policy import PackedPolicy
 
-    model = str(tiny_models / "policy")
-
-    def make(phase: str, rows: list[Row], chosen: Train, seed: int = 0, held_out: int = 0) -> Worker:
+    def make(
+        phase: str,
+        rows: list[Row],
+        chosen: Train,
+        seed: int = 0,
+        held_out: int = 0,
+        model: str | Path = tiny_models / "policy",
+    ) -> Worker:
+        model = str(model)
         torch.manual_seed(seed)
         tokenizer = load_tokenizer(model, TASK_PROMPT)
         examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length)

@@ -7,8 +7,10 @@ chat template, a generation config that stops at the end-of-turn token, a model 
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ def export(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
         job: says where to, and how; the last token of its `end` stops generation.
         facts: what goes to `vpo.json` and the model card.
     """
-    from vpo_ray.train.lora import merged, save_adapter
+    from vpo_ray.train.lora import merged
 
     lora = job.settings.lora
     base = fetch(job.model)
@@ -39,28 +41,64 @@ def export(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
         "license": job.settings.license or base_license(base),
         "lora": lora and lora.model_dump(),
     }
+
+    def whole(adapter: Path) -> Any:
+        dtype = next(iter(weights.values())).dtype
+        return merged(base, job.revision, job.trust_remote_code, dtype, adapter)
+
     with tempfile.TemporaryDirectory(prefix="vpo-export-") as name:
         folder = Path(name, "policy")
-        generation = model.generation_config
-        stops = generation.eos_token_id if generation.eos_token_id is not None else []
-        stops = [stops] if isinstance(stops, int) else list(stops)
-        generation.eos_token_id = list(dict.fromkeys([job.end[-1], *stops]))
-        if lora is not None:
-            adapter = Path(name, "adapter") if lora.merge else folder
-            save_adapter(model, weights, job.model, adapter)
-            if lora.merge:
-                dtype = next(iter(weights.values())).dtype
-                model = merged(base, job.revision, job.trust_remote_code, dtype, adapter)
-                weights = model.state_dict()
-        if lora is None or lora.merge:
-            model.config.use_cache = True
-            model.generation_config = generation
-            model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-        generation.save_pretrained(folder)
-        job.tokenizer.save_pretrained(folder)
+        write_policy(model, weights, job, folder, whole)
         (folder / "README.md").write_text(model_card(facts), "utf-8")
         (folder / MARKER).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
         publish(folder, job.out)
+
+
+def write_policy(
+    model: Any, weights: dict[str, Any], job: Job, folder: Path, merged: Callable[[Path], Any]
+) -> Any:
+    """Everything but the model card and the marker; see `export`, and `rehearsal`, which calls this without
+    weights.
+
+    Args:
+        merged: from the adapter's folder to the base model with the adapter merged into it.
+
+    Returns:
+        The generation config that was written.
+    """
+    from vpo_ray.train.lora import save_adapter
+
+    lora = job.settings.lora
+    generation = _generation_config(model, job.end)
+    if lora is not None:
+        adapter = folder.with_name("adapter") if lora.merge else folder
+        save_adapter(model, weights, job.model, adapter)
+        if lora.merge:
+            model = merged(adapter)
+            weights = model.state_dict() if weights else {}
+    if lora is None or lora.merge:
+        model.config.use_cache = True
+        # In old models' config.json, whence it has come into the generation config.
+        for key in model.config._get_generation_parameters():
+            delattr(model.config, key)
+        # save_pretrained refuses a generation config for what it only warns of when it loads one.
+        model.generation_config = type(generation)()
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+    job.tokenizer.save_pretrained(folder)
+    return generation
+
+
+def _generation_config(model: Any, end: list[int]) -> Any:
+    """The model's own, which also stops at the last token of `end`."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)  # a custom model may have none
+    generation = copy.deepcopy(own) if own is not None else GenerationConfig.from_model_config(model.config)
+    stops = generation.eos_token_id if generation.eos_token_id is not None else []
+    stops = [stops] if isinstance(stops, int) else list(stops)
+    generation.eos_token_id = list(dict.fromkeys([end[-1], *stops]))
+    return generation
 
 
 def base_license(folder: str) -> str:

@@ -81,9 +81,10 @@ def train(
     Raises:
         PlacementError: the cluster has no room for the workers.
         TrainError: no usable row, a conflict with the deepspeed section, a tracker that is not
-            installed, a model that cannot be trained, a loss that is not finite.
+            installed, a model that cannot be trained or not be exported, a loss that is not finite.
         PromptError: the tokenizer has no chat template.
     """
+    from vpo_ray.train.rehearsal import rehearse
     from vpo_ray.train.zero import deepspeed_config
 
     if isinstance(rows, str):
@@ -119,6 +120,8 @@ def train(
     examples, held_out = split(examples, groups, settings.evaluate.share)
     if not examples:
         raise TrainError(f"{phase}: evaluate.share leaves no row of {len(held_out)} to train on: lower it")
+    end = end_of_turn(tokenizer, task_prompt)
+    rehearse(model, settings, tokenizer, end, revision, trust_remote_code)
     facts: Row = {
         "phase": phase,
         "job": job_id,
@@ -138,7 +141,7 @@ def train(
         trust_remote_code=trust_remote_code,
         examples=examples,
         tokenizer=tokenizer,
-        end=end_of_turn(tokenizer, task_prompt),
+        end=end,
         out=Folder(out).uri,
         run_uri=Folder(run_uri).uri,
         seed=seed,
@@ -161,14 +164,13 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from vpo_ray.train import checkpoints
+    from vpo_ray.train import checkpoints, failures
     from vpo_ray.train.loop import Job, train_worker
 
     job = Job(id=job_id, **parts)  # type: ignore[arg-type]
-    settings = job.settings
-    name = f"{job.phase}-{job_id[:16]}"
-    kept = Folder(join(job.run_uri, f"checkpoints/{name}"))
+    settings, kept = job.settings, job.kept
     checkpoints.refuse_other_workers(kept, settings.workers)
+    failures.forget(kept)
     trainer = partial(
         TorchTrainer,
         train_worker,
@@ -181,7 +183,7 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
             label_selector=settings.labels or None,
         ),
         run_config=RunConfig(
-            name=name,
+            name=job.name,
             storage_path=join(job.run_uri, "checkpoints"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=checkpoints.config(settings),
@@ -191,7 +193,12 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     shapes = worker_shapes(job.phase, settings)
     require(shapes, placement_timeout_s)
     with watched(shapes, placement_timeout_s):
-        result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
+        try:
+            result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
+        except TrainError as error:
+            if message := failures.told(kept):
+                raise TrainError(f"{job.phase}: {message}") from error
+            raise
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
     run_lock.check(kept)

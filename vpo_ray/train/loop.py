@@ -25,7 +25,7 @@ from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Train, computed
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.storage import Folder, RunDir, join
-from vpo_ray.train import checkpoints, packing, zero
+from vpo_ray.train import checkpoints, failures, packing, zero
 from vpo_ray.train.degenerate import degenerate
 from vpo_ray.train.evaluate import best, enough, is_due
 from vpo_ray.train.examples import Example, Phase, TrainError
@@ -33,6 +33,7 @@ from vpo_ray.train.export import export
 from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
 from vpo_ray.train.model_files import digest, fetch
 from vpo_ray.train.policy import PackedPolicy, check_packing
+from vpo_ray.train.rehearsal import check_room
 from vpo_ray.train.track import Trackers
 from vpo_ray.versions import check_code
 
@@ -67,6 +68,16 @@ class Job:
     @property
     def steps(self) -> int:
         return packing.total_steps(len(self.examples), self.settings.global_batch, self.settings.epochs)
+
+    @property
+    def name(self) -> str:
+        """Of the run of Ray Train: the same for every start of this job."""
+        return f"{self.phase}-{self.id[:16]}"
+
+    @property
+    def kept(self) -> Folder:
+        """The folder of its checkpoints."""
+        return Folder(join(self.run_uri, f"checkpoints/{self.name}"))
 
     @cached_property
     def rows(self) -> list[Example]:
@@ -280,9 +291,9 @@ class Worker:
                 checkpoints.load_step(self, line["step"])
         if torch.equal(zero.bit_sums(self.engine), untrained):
             raise Stopped(
-                f"{line['step']} steps changed no weight, so that there is nothing to export: the learning rate "
-                f"({settings.lr:g}) or the gradients (norm {line['grad_norm']:.3g} in step {line['step']}) are too "
-                f"small for {settings.dtype}. Raise lr, or look at what the rows teach"
+                f"{line['step']} steps changed no weight, so that there is nothing to export: the learning "
+                f"rate ({settings.lr:g}) or the gradients (norm {line['grad_norm']:.3g} in step "
+                f"{line['step']}) are too small for {settings.dtype}. Raise lr, or look at the rows"
             )
         weights = zero.full_weights(self.engine, self.rank, trained_only=settings.lora is not None)
         if self.rank == 0:
@@ -322,6 +333,21 @@ def train_worker(config: dict[str, Any]) -> Row:
     check_code(config["code"])
     bind_worker()
     job: Job = ray.get(config["job"])
+    message = failures.told(job.kept)
+    if message is None:
+        try:
+            _work(job)
+        except Stopped as error:
+            message = str(error)
+        except Exception as error:
+            # Raised, so that the other ranks, which may wait for this one, are stopped too.
+            if failures.is_permanent(error):
+                failures.tell(job.kept, error)
+            raise
+    return {} if message is None else {"stopped": message}
+
+
+def _work(job: Job) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     zero.prepare_process(job.settings.use_gpu)
@@ -339,33 +365,32 @@ def train_worker(config: dict[str, Any]) -> Row:
         engine = zero.start_engine(PackedPolicy(loaded), job.settings, settings)
         return Worker(job, engine, rank, workers, device)
 
-    try:
-        reference = None
-        if job.phase == "dpo":
-            name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank))
-            reference = stored_reference(job, name, rank)
-            if reference is None and len(models) == 2:
-                # One after the other: there are never two models in memory.
-                other = start(models[0])
-                other.compute_reference(name)
-                reference = other.reference
-                zero.forget(other.engine)
-                del other
-        worker = start(job.model)
-        worker.engine.eval()
-        check_packing(
-            worker.engine,
-            max(job.rows, key=lambda e: e.tokens),
-            device,
-            PACKING_TOLERANCE[job.settings.dtype],
-        )
-        worker.reference = reference
-        if job.phase == "dpo" and reference is None:
-            worker.compute_reference(name)
-        worker.run()
-    except TrainError as error:
-        return {"stopped": str(error)}
-    return {}
+    reference = None
+    if job.phase == "dpo":
+        name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank))
+        reference = stored_reference(job, name, rank)
+        if reference is None and len(models) == 2:
+            # One after the other: there are never two models in memory.
+            other = start(models[0])
+            other.compute_reference(name)
+            reference = other.reference
+            zero.forget(other.engine)
+            del other
+    worker = start(job.model)
+    if rank == 0:
+        lora = job.settings.lora
+        check_room(job.out, zero.bytes_of(worker.engine, trained_only=lora is not None and not lora.merge))
+    worker.engine.eval()
+    check_packing(
+        worker.engine,
+        max(job.rows, key=lambda e: e.tokens),
+        device,
+        PACKING_TOLERANCE[job.settings.dtype],
+    )
+    worker.reference = reference
+    if job.phase == "dpo" and reference is None:
+        worker.compute_reference(name)
+    worker.run()
 
 
 def reference_name(job: Job, weights: str) -> str:

@@ -52,18 +52,23 @@ def save_adapter(adapted: Any, weights: dict[str, Any], base: str, folder: Path)
 
 
 def merged(base: str, revision: str | None, trust: bool, dtype: Any, adapter: Path) -> Any:
-    """The base model with the adapter added to its weights, on the CPU.
-
-    Raises:
-        TrainError: a merged weight is not a finite number.
-    """
+    """The base model with the adapter added to its weights, on the CPU; see `merge`."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         base, revision=revision, trust_remote_code=trust, dtype=dtype
     )
+    return merge(PeftModel.from_pretrained(model, str(adapter)))
+
+
+def merge(adapted: Any, check: bool = True) -> Any:
+    """The model with its adapter added to its weights.
+
+    Raises:
+        TrainError: a layer cannot be merged, or (with `check`) a merged weight is not a finite number.
+    """
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        return adapted.merge_and_unload(safe_merge=check)
     except ValueError as error:
         raise TrainError(f"the adapter cannot be merged: {error}") from error

@@ -240,6 +240,15 @@ def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str
     return gathered
 
 
+def bytes_of(engine: Any, trained_only: bool = False) -> int:
+    """Bytes of the policy's weights (or of those that are trained) over all workers."""
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size()
+        for p in engine.module.parameters()
+        if p.requires_grad or not trained_only
+    )
+
+
 def bit_sums(engine: Any) -> Any:
     """The sum of the bits of every trained parameter, read as integers: int64, the same on every rank.
     Where a weight changes, so does its sum. Every rank must call this."""

@@ -1,0 +1,164 @@
+"""The export, rehearsed before the first step: everything that it needs, save the weights.
+
+A model whose configuration, tokenizer or adapters could not be written at the end, or not be read again,
+is refused while that costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from vpo_ray.policy_prompt import chat_ids, load_chat_tokenizer
+from vpo_ray.recipe import Train
+from vpo_ray.storage import Folder, StorageError
+from vpo_ray.train.examples import TrainError
+from vpo_ray.train.export import write_policy
+from vpo_ray.train.lora import attach, merge
+from vpo_ray.train.model_files import fetch
+
+# What a tokenizer has to read alike before and after: case, spaces, accents, other scripts, digits.
+PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"
+
+
+def rehearse(
+    model: str,
+    settings: Train,
+    tokenizer: Any,
+    end: list[int],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write what an export holds beside its weights, and read it back.
+
+    Args:
+        model: folder, URI or hub id of the policy to train.
+        tokenizer: with the task prompt in its chat template, see policy_prompt.load_tokenizer.
+        end: ids that end a response, see examples.end_of_turn.
+
+    Raises:
+        TrainError: something cannot be written, or is read otherwise than it was.
+    """
+    job: Any = SimpleNamespace(
+        settings=settings, model=model, revision=revision, trust_remote_code=trust_remote_code,
+        tokenizer=tokenizer, end=end,
+    )  # fmt: skip
+    try:
+        skeleton = _skeleton(model, revision, trust_remote_code)
+        _refuse_quantised(skeleton, model, settings)
+        lora = settings.lora
+        if lora is not None:
+            skeleton = attach(skeleton, lora)
+        with tempfile.TemporaryDirectory(prefix="vpo-rehearsal-") as name:
+            folder = Path(name, "policy")
+            generation = write_policy(
+                skeleton, {}, job, folder, merged=lambda _: merge(skeleton, check=False)
+            )
+            _read_back(folder, job, generation, whole=lora is None or lora.merge)
+    except TrainError:
+        raise
+    except OSError as error:
+        raise TrainError(f"{model}: cannot be read, or {tempfile.gettempdir()} written: {error}") from error
+    except Exception as error:
+        raise TrainError(
+            f"{model} cannot be exported once it is trained: {type(error).__name__}: {error}. Mend the "
+            "model's folder, or train another"
+        ) from error
+
+
+def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
+    """The model without weights, with the generation config that it loads with."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    local = fetch(model, weights=False)
+    config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust)
+    try:
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except ValueError as error:
+        raise TrainError(f"{model} is not a causal language model: {error}") from error
+    try:
+        made.generation_config = GenerationConfig.from_pretrained(local, revision=revision or "main")
+    except ValueError as error:
+        raise TrainError(f"{model}: its generation_config.json does not load: {error}") from error
+    except OSError:  # it has none: the model's config tells
+        pass
+    return made
+
+
+def _refuse_quantised(skeleton: Any, model: str, settings: Train) -> None:
+    given: Any = getattr(skeleton.config, "quantization_config", None)
+    given = given.to_dict() if hasattr(given, "to_dict") else given
+    if given and not given.get("dequantize") and (settings.lora is None or settings.lora.merge):
+        raise TrainError(
+            f"{model} is quantised ({given.get('quant_method', 'by its config.json')}): its weights cannot "
+            "be trained, nor adapters be merged into them. Name the model that it was made of"
+        )
+
+
+def _read_back(folder: Path, job: Any, generation: Any, whole: bool) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    trust = job.trust_remote_code
+    if whole:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    read = GenerationConfig.from_pretrained(folder)
+    if _meaning(read) != _meaning(generation):
+        raise TrainError(f"{job.model}: its generation config is read otherwise than it was written")
+    tokenizer = load_chat_tokenizer(str(folder), trust_remote_code=trust)
+    said = [{"role": "user", "content": PROBE}]
+    for name, before, after in (
+        ("the chat template", job.tokenizer.chat_template, tokenizer.chat_template),
+        ("a prompt", chat_ids(job.tokenizer, said), chat_ids(tokenizer, said)),
+        *((f"{text!r}", _ids(job.tokenizer, text), _ids(tokenizer, text)) for text in (PROBE, f" {PROBE}")),
+    ):
+        if before != after:
+            raise TrainError(
+                f"{job.model}: its tokenizer is not the same once it is saved and loaded: {name} differs. "
+                "Save it once with transformers (load, save_pretrained), and look at what its folder lacks"
+            )
+
+
+def _meaning(generation: Any) -> dict[str, Any]:
+    told: dict[str, Any] = generation.to_diff_dict()
+    return {k: v for k, v in told.items() if k not in ("transformers_version", "compile_config")}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def check_room(out: str, size: int) -> None:
+    """Whether an export of `size` bytes can be put at `out` from this machine, which is tried with an
+    empty file.
+
+    Raises:
+        TrainError: it is a file, cannot be written to, or there is too little room.
+    """
+    place = Folder(out)
+    if place.is_local and os.path.lexists(place.path) and not os.path.isdir(place.path):
+        raise TrainError(f"{out} is to hold the trained policy, but is no folder: move it away")
+    parent = Folder(str(Path(place.path).resolve().parent)) if place.is_local else place
+    name = f".vpo-{uuid.uuid4().hex}"
+    try:
+        parent.write(name, b"")
+        parent.fs.delete_file(f"{parent.path}/{name}")
+    except (OSError, StorageError) as error:
+        raise TrainError(f"{out} cannot be written, where the trained policy is to lie: {error}") from error
+    needs: dict[int, tuple[str, int]] = {}
+    for folder in (tempfile.gettempdir(), *([parent.path] if place.is_local else [])):
+        device = os.stat(folder).st_dev
+        needs[device] = (folder, needs.get(device, ("", 0))[1] + size)
+    for folder, wanted in needs.values():
+        free = shutil.disk_usage(folder).free
+        if free < wanted:
+            raise TrainError(
+                f"{folder} has {free / 1e9:.1f} GB left on this node, and the export will take "
+                f"{wanted / 1e9:.1f} GB there: make room, or set TMPDIR or `out`"
+            )
