@@ -1,15 +1,20 @@
 """Held-out rows, the best evaluation, early stopping, and the guard against degenerate DPO."""
 
+import json
+import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from train_data import pairs, settings
 
 from vpo_ray.recipe import Evaluate
 from vpo_ray.records import Row
+from vpo_ray.train.checkpoints import choose
 from vpo_ray.train.degenerate import WINDOW, degenerate
-from vpo_ray.train.evaluate import best, enough, is_due, split
+from vpo_ray.train.evaluate import best, enough, is_due, score, split
 from vpo_ray.train.examples import Example
 
 
@@ -58,6 +63,50 @@ def test_training_stops_after_enough_evaluations_without_a_better_one():
     assert best(lines, Evaluate(share=0.1, metric="margin")) is lines[2]
     assert best(curve([None, None]), chosen) is None
     assert not enough(lines, Evaluate(share=0.1))
+
+
+NAN = math.nan
+
+
+def test_an_evaluation_that_gave_no_number_is_never_the_best_and_counts_for_patience():
+    chosen = Evaluate(share=0.1, patience=3)
+    lines = curve([NAN, 2.0, NAN, math.inf, None, 3.0])
+    assert best(lines, chosen) is lines[1]
+    assert [enough(lines[:n], chosen) for n in range(1, 7)] == [False] * 5 + [True]
+    assert best(curve([NAN, NAN]), chosen) is None
+    assert enough(curve([NAN, NAN, NAN]), chosen)
+    missing = [{"step": 1, "eval_loss": 1.0}, {"step": 2, "eval_margin": None}]
+    assert best(missing, Evaluate(share=0.1, metric="accuracy")) is None
+    assert best(missing, Evaluate(share=0.1, metric="margin")) is None
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, -1.0, NAN, math.inf, None]), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.sampled_from(["loss", "margin"]),
+)
+def test_what_ray_train_keeps_holds_the_best(losses: list[float | None], keep: int, metric: Any):
+    """Ray Train orders by score, of equals the later behind, and keeps the last ones and the newest."""
+    chosen = Evaluate(share=0.1, metric=metric, export="best")
+    lines = curve(losses)
+    kept: list[tuple[float, int]] = []
+    for n, line in enumerate(lines, start=1):
+        kept = sorted([*kept, (score(line, lines[:n], chosen), line["step"])])
+        kept = [one for place, one in enumerate(kept) if place >= len(kept) - keep or one[1] == line["step"]]
+        top = best(lines[:n], chosen)
+        if top is not None:
+            assert kept[-1][1] == top["step"]
+            assert choose(lines[:n], {step for _, step in kept}, chosen) is top
+    json.loads(json.dumps(kept, allow_nan=False))
+
+
+def test_a_checkpoint_that_is_gone_does_not_end_training():
+    lines = curve([2.0, 1.0, 1.5, 3.0])
+    chosen = Evaluate(share=0.1, export="best")
+    assert choose(lines, {1, 2, 3}, chosen) is lines[1]
+    assert choose(lines, {1, 3}, chosen) is lines[2]
+    assert choose(lines, set(), chosen) is lines[3]
+    assert choose(curve([NAN, None]), {1}, chosen)["step"] == 2
 
 
 def test_best_and_patience_need_held_out_rows():

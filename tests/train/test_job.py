@@ -200,6 +200,25 @@ def test_early_stopping_exports_the_best_of_its_evaluations(
 
 
 @pytest.mark.slow
+def test_of_equal_evaluations_the_first_is_exported_though_more_follow_than_are_kept(
+    ray_cluster: None, tiny_models: Path, tmp_path: Path
+):
+    chosen = settings(
+        epochs=6,
+        lr=1e-3,
+        schedule="constant",
+        evaluate={"share": 0.12, "steps": 1, "metric": "accuracy", "export": "best"},
+        save_steps=1,
+        keep_checkpoints=2,
+    )
+    run(tmp_path, tiny_models / "policy", chosen)
+    found = [line["eval_accuracy"] for line in RunDir(tmp_path).metrics("dpo")]
+    assert found.count(max(found)) > 3
+    facts = json.loads((tmp_path / "policy" / "vpo.json").read_text())
+    assert facts["exported_step"] == found.index(max(found)) + 1
+
+
+@pytest.mark.slow
 def test_a_preemption_notice_saves_a_checkpoint_and_training_goes_on(tiny_models: Path, tmp_path: Path):
     script = Path(__file__).with_name("preempted.py")
     done = subprocess.run(

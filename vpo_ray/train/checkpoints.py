@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.fs as pafs
 import ray.train
+import torch.distributed as dist
 
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Evaluate, Train
+from vpo_ray.records import Row
 from vpo_ray.storage import Folder, RunDir
+from vpo_ray.train.evaluate import best, score
 from vpo_ray.train.examples import TrainError
 
 if TYPE_CHECKING:
@@ -24,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 TAG = "state"
+SCORE = "score"  # by which Ray Train keeps checkpoints, see evaluate.score
 
 
 def config(settings: Train) -> ray.train.CheckpointConfig:
@@ -33,8 +39,8 @@ def config(settings: Train) -> ray.train.CheckpointConfig:
         return ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints)
     return ray.train.CheckpointConfig(
         num_to_keep=settings.keep_checkpoints,
-        checkpoint_score_attribute=f"eval_{settings.evaluate.metric}",
-        checkpoint_score_order="min" if settings.evaluate.metric == "loss" else "max",
+        checkpoint_score_attribute=SCORE,
+        checkpoint_score_order="max",
     )
 
 
@@ -60,8 +66,9 @@ def save(worker: Worker, step: int, wait: bool) -> None:
         if worker.trackers:
             worker.trackers.flush()
     modes = ray.train.CheckpointUploadMode
+    line = worker.curve[-1]
     ray.train.report(
-        worker.curve[-1],
+        {"step": line["step"], SCORE: score(line, worker.curve, worker.job.settings.evaluate)},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step-{step:06}",
         checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
@@ -100,12 +107,44 @@ def resume(worker: Worker) -> int:
     return int(progress["step"])
 
 
-def load_step(worker: Worker, step: int) -> None:
-    """Load the weights of an earlier checkpoint of this run, waiting for its upload."""
+def load_best(worker: Worker) -> Row:
+    """Load the weights of the best evaluation of this run whose checkpoint is there, waiting for its
+    upload; its line of the curve. That is the last line, with the weights as they are, where no other is
+    better."""
     reported: Any = ray.train.get_all_reported_checkpoints()
-    checkpoint = next(r.checkpoint for r in reported if r.metrics["step"] == step)
-    with checkpoint.as_directory() as folder:
-        load(worker, folder)
+    kept = {r.metrics["step"]: r.checkpoint for r in reported}
+    chosen: list[Any] = [None]
+    if worker.rank == 0:  # another rank may see the storage otherwise
+        found = [step for step, checkpoint in kept.items() if _is_there(checkpoint)]
+        chosen = [choose(worker.curve, found, worker.job.settings.evaluate)]
+    dist.broadcast_object_list(chosen, src=0)
+    line: Row = chosen[0]
+    if line["step"] != worker.curve[-1]["step"]:
+        with kept[line["step"]].as_directory() as folder:
+            load(worker, folder)
+    return line
+
+
+def choose(curve: Sequence[Row], found: Collection[int], settings: Evaluate) -> Row:
+    """The line of the best evaluation of which the weights can be had: those of the last step, or of
+    a checkpoint at one of the steps `found`; the last line where nothing was evaluated."""
+    last = curve[-1]
+    top = best(curve, settings)
+    line = best([x for x in curve if x["step"] in found or x is last], settings) or last
+    if top is None:
+        log.warning("no evaluation gave a finite %s: the last step is exported", settings.metric)
+    elif line is not top:
+        log.warning(
+            "the best evaluation was after step %d, but its checkpoint is gone: step %d is exported",
+            top["step"],
+            line["step"],
+        )
+    return line
+
+
+def _is_there(checkpoint: ray.train.Checkpoint) -> bool:
+    path = f"{checkpoint.path}/{PROGRESS}"
+    return bool(checkpoint.filesystem.get_file_info(path).type == pafs.FileType.File)
 
 
 def load(worker: Worker, folder: str) -> None:

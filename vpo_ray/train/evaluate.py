@@ -7,6 +7,7 @@ undisturbed one.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 from vpo_ray.recipe import Evaluate, Train
@@ -44,16 +45,35 @@ def is_due(done: int, steps: int, rows: int, settings: Train) -> bool:
 
 
 def best(curve: Sequence[Row], settings: Evaluate) -> Row | None:
-    """The line of the best evaluation (of equals the first), None before there was one."""
-    name, sign = f"eval_{settings.metric}", 1 if settings.metric == "loss" else -1
-    evaluated = [line for line in curve if name in line]
-    return min(evaluated, key=lambda line: sign * line[name]) if evaluated else None
+    """The line of the best evaluation (of equals the first), None before there was one. An evaluation
+    that gave no number is none."""
+    evaluated = [line for line in curve if math.isfinite(_value(line, settings))]
+    return max(evaluated, key=lambda line: _value(line, settings)) if evaluated else None
 
 
 def enough(curve: Sequence[Row], settings: Evaluate) -> bool:
     """Early stopping: `patience` evaluations since the best one."""
-    top = best(curve, settings)
-    if settings.patience is None or top is None:
+    if settings.patience is None:
         return False
-    since = [line for line in curve if line["step"] > top["step"] and f"eval_{settings.metric}" in line]
-    return len(since) >= settings.patience
+    top = best(curve, settings)
+    since = [line for line in curve if f"eval_{settings.metric}" in line]
+    return len([line for line in since if top is None or line["step"] > top["step"]]) >= settings.patience
+
+
+def score(line: Row, curve: Sequence[Row], settings: Evaluate) -> float:
+    """A finite number for a line of the curve that orders checkpoints as `best` does.
+
+    Ray Train keeps the later one of two equal scores, and would delete what `best` chooses: every line
+    counts a hair (a unit in the last place) less for each earlier one with the same metric.
+    """
+    value = _value(line, settings)
+    if not math.isfinite(value):
+        return -sys.float_info.max
+    equal = sum(_value(x, settings) == value for x in curve if x["step"] < line["step"])
+    return value - equal * math.ulp(value)
+
+
+def _value(line: Row, settings: Evaluate) -> float:
+    """The metric of a line, greater for better; not a number where there is none."""
+    value = line.get(f"eval_{settings.metric}")
+    return math.nan if value is None else float(-value if settings.metric == "loss" else value)

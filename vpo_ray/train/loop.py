@@ -34,7 +34,7 @@ from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
 from vpo_ray.train.model_files import digest, fetch
 from vpo_ray.train.policy import PackedPolicy, check_packing
 from vpo_ray.train.rehearsal import check_room
-from vpo_ray.train.track import Trackers
+from vpo_ray.train.track import Trackers, values_of
 from vpo_ray.versions import check_code
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,8 @@ class Worker:
     def _train(self, first: int) -> None:
         job, settings = self.job, self.job.settings
         leaving: list[str] = []
+        if enough(self.curve, settings.evaluate):  # it was stopped, and ended before the export was there
+            return
         for step in range(first, job.steps):
             line, done = self.step(step), step + 1
             notice = ray.train.get_preemption_info() if settings.save_steps else None
@@ -286,9 +288,7 @@ class Worker:
         job, settings = self.job, self.job.settings
         line = self.curve[-1]
         if settings.evaluate.export == "best":
-            line = best(self.curve, settings.evaluate) or line
-            if line is not self.curve[-1]:
-                checkpoints.load_step(self, line["step"])
+            line = checkpoints.load_best(self)
         if torch.equal(zero.bit_sums(self.engine), untrained):
             raise Stopped(
                 f"{line['step']} steps changed no weight, so that there is nothing to export: the learning "
@@ -298,7 +298,7 @@ class Worker:
         weights = zero.full_weights(self.engine, self.rank, trained_only=settings.lora is not None)
         if self.rank == 0:
             RunDir(job.run_uri).write_metrics(job.phase, self.curve)
-            metrics = {k: v for k, v in line.items() if k not in ("step", "seconds", "time", "warnings")}
+            metrics = {k: line[k] for k, v in values_of(line).items() if k != "seconds" and math.isfinite(v)}
             facts = {
                 **job.facts,
                 "steps": len(self.curve),
