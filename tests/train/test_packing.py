@@ -1,3 +1,4 @@
+import time
 from itertools import chain
 
 import numpy as np
@@ -123,3 +124,52 @@ def test_a_token_budget_makes_more_and_smaller_packs():
     assert [0] in packs
     assert all(sum(sizes[row] for row in pack) <= 500 for pack in packs if pack != [0])
     assert len(packs) < 8
+
+
+def by_trying_every_count(
+    sizes: list[int], workers: int, micro: int, tokens: int | None
+) -> list[list[list[int]]]:
+    """What `spread` is to give, each row by a look at every pack."""
+    longest_first = sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
+    steps = -(-len(sizes) // (workers * micro))
+    while True:
+        packs: list[list[int]] = [[] for _ in range(workers * steps)]
+        for row in longest_first:
+            least = min((p for p in packs if len(p) < micro), key=lambda p: sum(sizes[r] for r in p))
+            least.append(row)
+        if all(not tokens or len(p) < 2 or sum(sizes[r] for r in p) <= tokens for p in packs):
+            return [packs[worker::workers] for worker in range(workers)]
+        steps += 1
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=24),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.none() | st.integers(1, 60),
+)
+def test_packs_are_those_of_filling_the_emptiest_first(
+    sizes: list[int], workers: int, micro: int, tokens: int | None
+):
+    shares = spread(range(len(sizes)), sizes, workers, micro, tokens)
+    packs = list(chain(*shares))
+    assert sorted(chain(*packs)) == list(range(len(sizes)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(p) <= micro for p in packs)
+    assert all(not tokens or len(p) < 2 or sum(sizes[r] for r in p) <= tokens for p in packs)
+    expected = by_trying_every_count(sizes, workers, micro, tokens)
+    # Halving may miss the very least number of steps, where more packs are worse for once.
+    if len(shares[0]) == len(expected[0]):
+        assert shares == expected
+    if tokens is None:
+        assert shares == expected
+
+
+@pytest.mark.parametrize("tokens", [None, 8192])
+def test_its_time_grows_little_faster_than_the_number_of_rows(tokens: int | None):
+    """100,000 rows took minutes when each looked at every pack."""
+    sizes = np.random.default_rng(0).integers(100, 3000, 100_000).tolist()
+    began = time.process_time()
+    shares = spread(range(len(sizes)), sizes, workers=8, micro_batch=16, tokens=tokens)
+    assert time.process_time() - began < 20
+    assert sum(len(p) for share in shares for p in share) == len(sizes)

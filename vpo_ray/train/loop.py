@@ -132,18 +132,20 @@ class Worker:
             preempted = notice is not None and notice.preempted_node_ids != leaving
             leaving = notice.preempted_node_ids if notice else leaving
             save = preempted or checkpoints.is_due(done, job)
-            if job.held_out and (save or is_due(done, job.steps, len(job.examples), settings)):
+            evaluated = job.held_out and (save or is_due(done, job.steps, len(job.examples), settings))
+            if evaluated:
                 line |= self.evaluate()
             self.curve.append(line)
             self._warn(line)
-            save |= settings.evaluate.export == "best" and best(self.curve, settings.evaluate) is line
+            if evaluated and settings.evaluate.export == "best":
+                save |= best(self.curve, settings.evaluate) is line
             if self.trackers:
                 self.trackers.log(line)
             # Ray Train takes a report every 2 seconds: one a step would hold quick steps up.
             if save and done < job.steps:
                 # A node that is about to go may not live until an upload in the background is through.
                 checkpoints.save(self, done, wait=preempted)
-            if enough(self.curve, settings.evaluate):
+            if evaluated and enough(self.curve, settings.evaluate):
                 log.info("no better %s for a while: stopped after step %d", settings.evaluate.metric, done)
                 return
 
@@ -198,13 +200,17 @@ class Worker:
         self.engine.eval()
         rows = list(range(len(job.examples), len(job.rows)))
         sums = self._no_sums()
-        for members in self._packs(rows):
+        for members in self._held_out_packs:
             loss, metrics = self._loss(members or rows[:1])
             if members:
                 sums += torch.cat([loss.double()[None], metrics])
         dist.all_reduce(sums)
         items = len(rows) if job.phase == "dpo" else sum(job.rows[r].response_tokens for r in rows)
         return {f"eval_{name}": value for name, value in self._means(sums, items).items()}
+
+    @cached_property
+    def _held_out_packs(self) -> list[list[int]]:
+        return self._packs(list(range(len(self.job.examples), len(self.job.rows))))
 
     def _packs(self, rows: list[int]) -> list[list[int]]:
         """This rank's packs of the rows."""
@@ -251,8 +257,10 @@ class Worker:
         """Tell what the guard finds, each kind once in a run; it stays in the curve."""
         if self.job.phase != "dpo":
             return
-        told = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
-        new = {k: v for k, v in degenerate(self.curve, self.job.settings).items() if k not in told}
+        new = degenerate(self.curve, self.job.settings)
+        if new:
+            told = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
+            new = {k: v for k, v in new.items() if k not in told}
         if new:
             line["warnings"] = new
         for text in new.values() if self.rank == 0 else ():

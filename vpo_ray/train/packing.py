@@ -9,8 +9,11 @@ pack, and a prompt once for both responses of a pair, with the same result as wi
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heappop, heapreplace
 
 import numpy as np
 import torch
@@ -116,8 +119,12 @@ def total_steps(rows: int, global_batch: int, epochs: float) -> int:
 def batch(step: int, rows: int, global_batch: int, seed: int) -> list[int]:
     """Rows of one optimizer step: every epoch is a seeded permutation, cut into global batches."""
     epoch, within = divmod(step, math.ceil(rows / global_batch))
-    order = np.random.default_rng(seed_of("epoch", seed, epoch)).permutation(rows)
-    return order[within * global_batch : (within + 1) * global_batch].tolist()
+    return _order(rows, seed, epoch)[within * global_batch : (within + 1) * global_batch].tolist()
+
+
+@lru_cache(maxsize=1)
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(seed_of("epoch", seed, epoch)).permutation(rows)
 
 
 def spread(
@@ -126,7 +133,9 @@ def spread(
     """Rows of a batch as [worker][micro step][row]: the same number of micro steps for all.
 
     Packs are filled longest row first into the pack with the fewest tokens, so that workers wait
-    little for each other. Where rows do not fill every pack, some are empty.
+    little for each other. Where rows do not fill every pack, some are empty. There are as few micro
+    steps as this way of filling takes, found by doubling and halving; from 1,024 on to within a
+    thousandth. n rows take time in proportion to n log n.
 
     Args:
         rows: row numbers.
@@ -134,16 +143,55 @@ def spread(
         micro_batch: rows a pack takes at most.
         tokens: a pack's budget; a row that is longer gets a pack of its own.
     """
-    micro_steps = math.ceil(len(rows) / (workers * micro_batch))
     longest_first = sorted(zip(sizes, rows, strict=True), key=lambda item: (-item[0], item[1]))
-    while True:
-        packs: list[list[int]] = [[] for _ in range(workers * micro_steps)]
-        filled = [0] * len(packs)
-        for size, row in longest_first:
-            best = min((n for n, p in enumerate(packs) if len(p) < micro_batch), key=lambda n: (filled[n], n))
-            packs[best].append(row)
-            filled[best] += size
-        over = [p for p, size in zip(packs, filled, strict=True) if tokens and size > tokens and len(p) > 1]
-        if not over:
-            return [packs[worker::workers] for worker in range(workers)]
-        micro_steps += 1
+    least = math.ceil(len(rows) / (workers * micro_batch))
+    if tokens:
+        least = max(least, math.ceil(_fewest_packs([size for size, _ in longest_first], tokens) / workers))
+
+    def filled(micro_steps: int) -> list[list[int]] | None:
+        return _fill(longest_first, workers * micro_steps, micro_batch, tokens)
+
+    near = step = max(1, least // 1024)
+    short, enough, packs = least - 1, least, filled(least)
+    while packs is None:
+        short, enough, step = enough, enough + step, 2 * step
+        packs = filled(enough)
+    while enough - short > near:
+        middle = (short + enough) // 2
+        found = filled(middle)
+        if found is None:
+            short = middle
+        else:
+            enough, packs = middle, found
+    return [packs[worker::workers] for worker in range(workers)]
+
+
+def _fewest_packs(sizes: Sequence[int], tokens: int) -> int:
+    """Packs that rows of these sizes, longest first, take at least: by all their tokens, and since no
+    pack has k + 1 of the rows that are longer than 1 / (k + 1) of the budget."""
+    bounds = [math.ceil(sum(min(size, tokens) for size in sizes) / tokens)]
+    for k in range(1, 33):
+        longer = bisect_left(sizes, -tokens / (k + 1), key=lambda size: -size)
+        bounds.append(math.ceil(longer / k))
+    return max(bounds)
+
+
+def _fill(
+    longest_first: Sequence[tuple[int, int]], count: int, micro_batch: int, tokens: int | None
+) -> list[list[int]] | None:
+    """(size, row) pairs in so many packs, each row in the emptiest one that takes more rows, of equals
+    the first; None where a pack of several rows gets more than its tokens."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    # A pack is one number, its tokens * count + its place: a heap compares numbers faster than pairs.
+    heap = list(range(count))
+    for size, row in longest_first:
+        held, place = divmod(heap[0], count)
+        pack = packs[place]
+        if tokens and pack and held + size > tokens:
+            return None
+        pack.append(row)
+        if len(pack) < micro_batch:
+            heapreplace(heap, heap[0] + size * count)
+        else:
+            heappop(heap)
+    return packs
