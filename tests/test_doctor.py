@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import bucket
 
 from vpo_ray import doctor
 from vpo_ray.cli import main
 from vpo_ray.recipe import load
+from vpo_ray.storage import Folder
 
 TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
 NODE = {
@@ -90,6 +92,22 @@ def test_paths_are_tried_and_not_only_looked_at(tmp_path: Path) -> None:
     # A node whose folder of the same name is another disk does not see the driver's file.
     elsewhere = doctor.probe(replace(ask, writable={"out": str(tmp_path / "run")}, marker="doctor-of-driver"))
     assert "another disk" in elsewhere["unwritable"]["out"]
+
+
+def test_models_at_a_uri_are_looked_at_from_every_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VPO_MODEL_CACHE", str(tmp_path / "cache"))
+    with bucket("models") as options:
+        here, gone = (f"s3://models/{name}?{options}" for name in ("here", "gone"))
+        Folder(here).write("config.json", b"{}")
+        ask = doctor.asked(load(TINY, [f"out={tmp_path}", f"policy.model={here}", f"judge.model={gone}"]))
+        assert (ask.readable["policy.model"], ask.readable["judge.model"]) == (here, gone)
+        unreadable = doctor.probe(replace(ask, readable={"policy.model": here, "judge.model": gone}))[
+            "unreadable"
+        ]
+    assert list(unreadable) == ["judge.model"]
+    assert "holds no file" in unreadable["judge.model"]
 
 
 def test_a_recipe_asks_for_its_files_storage_and_keys(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The whole loop through Ray's job API, as `vpo submit` submits it: SFT, feedback, DPO, an answer."""
+"""The whole loop through Ray's job API on an object store, as `vpo submit` submits it: SFT, feedback, DPO,
+an answer."""
 
 import os
 import secrets
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import bucket
 
+from vpo_ray.cache_folder import VARIABLE
 from vpo_ray.ledger import reconcile
 from vpo_ray.storage import RunDir
 
@@ -29,7 +32,15 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A run directory in a bucket, and a cache of its own for what is fetched from there."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    with bucket("runs") as options:
+        yield f"s3://runs/one?{options}"
+
+
+@pytest.fixture
+def head(tmp_path: Path, out: str) -> Iterator[dict[str, str]]:
     """A head node of its own: ports, folder, processes, token. Yields the environment of its users."""
     # Jobs are run by the `python` of the node, which here is the one of these tests.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -75,17 +86,21 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
 def snapshot(run: RunDir) -> dict[str, int]:
     """When each video and checkpoint file was written."""
     names = [name for name in run.files() if name.startswith(("videos/", "checkpoints/"))]
-    return {name: os.stat(f"{run.path}/{name}").st_mtime_ns for name in names}
+    return {name: run.fs.get_file_info(f"{run.path}/{name}").mtime_ns for name in names}
+
+
+def began(run: RunDir) -> bool:
+    return run.exists("recipe.yaml")
 
 
 def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
-    head: dict[str, str], tiny_sets: list[str], tmp_path: Path
+    head: dict[str, str], out: str, tiny_sets: list[str], tmp_path: Path
 ) -> None:
     queries = tmp_path / "queries.txt"
     animals = ["cat", "dog", "owl", "fox", "hen", "eel"]
     queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
-    out = tmp_path / "run"
-    entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", str(out)]
+    run = RunDir(out)
+    entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", out]
     entry += [*tiny_sets, "--set", f"queries.path={queries}", "--set", "queries.splits={dpo: 1}"]
     # Two workers are tested where training is; here each would import everything once more.
     entry += [
@@ -109,16 +124,16 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
         while True:
             job = subprocess.Popen(submit, stdout=log, stderr=log, env=head)
             try:
-                while not out.exists() and job.poll() is None:
+                while not began(run) and job.poll() is None:
                     time.sleep(0.5)
-                if out.exists():
+                if began(run):
                     # It runs: the same again is refused, and does not disturb it.
                     again = subprocess.run(submit, capture_output=True, text=True, timeout=120, env=head)
                 status = job.wait(timeout=900)
             finally:
                 job.kill()
             # The API answers before the node's agent can take a job: a job that began is not tried again.
-            if status == 0 or out.exists() or time.monotonic() > deadline:
+            if status == 0 or began(run) or time.monotonic() > deadline:
                 break
             time.sleep(3)
         log.seek(0)
@@ -126,7 +141,6 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     assert again.returncode == 3, again.stderr
     assert "this run is running as vpo-tiny-run-" in again.stderr
 
-    run = RunDir(out)
     ledger = run.read_json("ledger.json")
     assert reconcile(ledger) == []
     assert run.table("feedback").count() == 24

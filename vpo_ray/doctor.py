@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vpo_ray import model_cache
 from vpo_ray.chains import draft_model
 from vpo_ray.recipe import Recipe, locate
-from vpo_ray.storage import Folder
+from vpo_ray.storage import Folder, StorageError
 from vpo_ray.versions import code, versions
 
 # A node that has not answered after this many seconds cannot start a worker.
@@ -98,10 +99,11 @@ def examine(recipe: Recipe | None) -> list[Finding]:
 
 
 def asked(recipe: Recipe | None) -> Ask:
-    """What the recipe asks of every node. Hub ids and URIs of models are looked up where they load."""
+    """What the recipe asks of every node. Hub ids are looked up where they load."""
     if recipe is None:
         return Ask({}, {}, ())
     models = {"policy.model": recipe.policy.model, "render.model": recipe.render.model}
+    files: dict[str, str] = {}
     if recipe.render.lora is not None:
         models["render.lora.path"] = recipe.render.lora.path
     variables = []
@@ -112,15 +114,15 @@ def asked(recipe: Recipe | None) -> Ask:
             variables += [llm.endpoint.api_key_env] if llm.endpoint.api_key_env else []
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
-        models |= {f"{key}.checklist.{n}": path for n, path in reward.checklist.files().items() if path}
+        files |= {f"{key}.checklist.{n}": path for n, path in reward.checklist.files().items() if path}
         if reward.kind == "openai":
             variables += [reward.endpoint.api_key_env] if reward.endpoint.api_key_env else []
         else:
             models[f"{key}.model"] = reward.model
-    local = {key: locate(name) for key, name in models.items()}
+    local = {key: locate(name) for key, name in {**models, **files}.items()}
     storage = {"out": recipe.out} | ({"render.store": recipe.render.store} if recipe.render.store else {})
     return Ask(
-        {key: name for key, name in local.items() if name.startswith("/")},
+        {k: name for k, name in local.items() if name.startswith("/") or (k in models and "://" in name)},
         {key: locate(name) if "://" in name else str(Path(name).resolve()) for key, name in storage.items()},
         tuple(dict.fromkeys(variables)),
     )
@@ -222,7 +224,7 @@ def _hardware_findings(
 
 def _recipe_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]:
     for key, why in answer["unreadable"].items():
-        fix = "mount it there, at the same place as on the driver's node"
+        fix = "mount it there, at the same place as on the driver's node; for a URI, give it credentials"
         yield Finding(f"reads {key}", where, why, False, fix)
     for key, why in answer["unwritable"].items():
         fix = "mount it there with write access, or give the node credentials for it"
@@ -295,6 +297,13 @@ def _gpus() -> list[str]:
 
 
 def _unreadable(path: str) -> str | None:
+    if "://" in path:
+        try:
+            model_cache.names(path)
+            model_cache.cache_folder()
+        except StorageError as error:
+            return str(error)
+        return None
     try:
         target = Path(path)
         if target.is_dir():

@@ -14,6 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.model_cache import fetch
 from vpo_ray.template_arguments import has_arguments, literal, unknown_arguments, with_arguments
 from vpo_ray.text_files import TextFileError, read_text
 
@@ -147,14 +148,18 @@ def load_chat_tokenizer(
     trust_remote_code: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A tokenizer with a chat template, which has the arguments (`chat_template_kwargs`) in it.
+    """The tokenizer of a folder, URI or hub id, whose chat template has the arguments
+    (`chat_template_kwargs`) in it.
 
     Raises:
         PromptError: there is no template, or it takes no such argument.
+        StorageError: nothing can be read at the URI.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        fetch(model, weights=False), revision=revision, trust_remote_code=trust_remote_code
+    )
     if not tokenizer.chat_template:
         raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
     if arguments and not has_arguments(tokenizer.chat_template, arguments):
@@ -176,7 +181,7 @@ def load_tokenizer(
     """The policy's tokenizer with the task prompt folded in (kept as it is when it already is).
 
     Args:
-        model: a local folder or hub id.
+        model: a local folder, URI or hub id.
         task_prompt: text with a `{query}` slot; None asks for a checkpoint that carries its own.
         arguments: of the chat template; a checkpoint that carries its own task prompt has them in it.
 

@@ -15,7 +15,7 @@ from vpo_ray import policy_prompt
 from vpo_ray.chains import Models, draft_model
 from vpo_ray.ledger import paid
 from vpo_ray.pools import Outcome, batch_pool
-from vpo_ray.recipe import ChatModel, Recipe, Reward, locate
+from vpo_ray.recipe import ChatModel, Recipe, Render, Reward, locate
 from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.judge import Judging
@@ -137,13 +137,7 @@ def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
 def render_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    lora = recipe.render.lora
-    settings = recipe.render.model_copy(
-        update={
-            "model": locate(recipe.render.model),
-            "lora": lora and lora.model_copy(update={"path": locate(lora.path)}),
-        }
-    )
+    settings = located_render(recipe.render)
     stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed)
     # While one video is encoded and stored, the next renders.
     return batch_pool(
@@ -158,6 +152,12 @@ def score_pool(
     more = {name: located_reward(reward) for name, reward in recipe.more_rewards.items()}
     stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
+
+
+def located_render(render: Render) -> Render:
+    """The settings with paths that hold on every node that mounts them."""
+    lora = render.lora and render.lora.model_copy(update={"path": locate(render.lora.path)})
+    return render.model_copy(update={"model": locate(render.model), "lora": lora})
 
 
 def located_reward(reward: Reward) -> Reward:

@@ -1,14 +1,17 @@
-"""A policy that is a LoRA adapter (arXiv 2106.09685): a folder, as peft saves it, that names its base."""
+"""A policy that is a LoRA adapter (arXiv 2106.09685): files, as peft saves them, that name their base."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vpo_ray.model_cache import fetch_for_engine
 from vpo_ray.recipe import locate
+from vpo_ray.storage import Folder
 
+_SETTINGS = "adapter_config.json"
 # The ranks that vLLM makes room for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -19,7 +22,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as peft saves it: a folder, the model that it is for, and its rank."""
+    """A LoRA adapter as peft saves it: its folder or URI, the model that it is for, and its rank."""
 
     folder: str
     base: str
@@ -29,19 +32,27 @@ class Adapter:
         room = next((rank for rank in _RANKS if rank >= self.rank), _RANKS[-1])
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
+    def on_node(self) -> Adapter:
+        """The same where this node's engine reads it: a URI is fetched."""
+        return replace(self, folder=fetch_for_engine(self.folder), base=fetch_for_engine(self.base))
+
 
 def adapter_of(model: str) -> Adapter | None:
-    """The adapter in a local folder, or None where it holds a whole model.
+    """The adapter in a local folder or at a URI, or None where there is a whole model.
 
     Raises:
         AdapterError: its `adapter_config.json` cannot be used.
+        StorageError: the URI cannot be opened.
     """
-    path = Path(model, "adapter_config.json")
-    if "://" in model or not path.is_file():
+    if "://" not in model and not os.path.isdir(model):
         return None
+    place = Folder(model)
+    if not place.exists(_SETTINGS):
+        return None
+    path = place.at(_SETTINGS)
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(place.read(_SETTINGS))
         base, rank = locate(config["base_model_name_or_path"]), int(config["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the settings of a LoRA adapter: {error}") from error
-    return Adapter(str(path.parent.resolve()), base, rank)
+    return Adapter(place.uri, base, rank)

@@ -23,6 +23,7 @@ import numpy as np
 
 from vpo_ray.engines.video_model import call_arguments, load, text_tokens
 from vpo_ray.engines.video_ranks import Denoise, Order, RankLostError, Ranks, decided, reason
+from vpo_ray.engines.video_weights import on_node
 from vpo_ray.recipe import Render
 
 log = logging.getLogger(__name__)
@@ -61,10 +62,11 @@ class VideoEngine:
     Raises:
         VideoModelError: the model is no text-to-video pipeline, lacks a component or cannot be
             loaded, or does not have (or cannot take) a setting; the message names it.
+        StorageError: the model is a URI that cannot be read.
     """
 
     def __init__(self, settings: Render) -> None:
-        self.settings = settings
+        self.settings = settings = on_node(settings)
         self.batch_size = settings.batch_size  # shrinks when memory runs out
         self.truncated = 0  # prompts cut to the text encoder's length so far
         self._warming = False

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.model_cache import fetch
 from vpo_ray.recipe import Lora, Render
 from vpo_ray.records import content_id
 
@@ -35,6 +36,16 @@ class VideoModelError(ValueError):
     """A model or a setting that cannot render at all: the run should stop, not the row."""
 
     stops_run = True  # see pools.STOP
+
+
+def on_node(settings: Render) -> Render:
+    """The settings with the model and the LoRA where this node reads them: URIs are fetched.
+
+    Raises:
+        StorageError: there is nothing at a URI, or it cannot be read.
+    """
+    lora = settings.lora and settings.lora.model_copy(update={"path": fetch(settings.lora.path)})
+    return settings.model_copy(update={"model": fetch(settings.model), "lora": lora})
 
 
 def weights_identity(settings: Render) -> str:

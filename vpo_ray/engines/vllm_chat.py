@@ -25,6 +25,7 @@ from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
 from vpo_ray.engines.structured import find_object
 from vpo_ray.engines.thoughts import marks_among, opened_thought
 from vpo_ray.lifetime import bind_worker
+from vpo_ray.model_cache import fetch, fetch_for_engine
 from vpo_ray.policy_prompt import chat_ids
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import Engine, Pool
@@ -102,10 +103,13 @@ class VllmStageActor(vLLMEngineStageUDF):
         tokenizer: Callable[[], Any],
         outcome: Outcome,
         adapter: Adapter | None = None,
+        model: str,
         **kwargs: Any,
     ) -> None:
         bind_worker()  # the engine's core is a process that would outlive this one
-        super().__init__(*args, **kwargs)
+        if adapter is not None:
+            adapter = adapter.on_node()
+        super().__init__(*args, model=fetch_for_engine(model), **kwargs)
         chat = VllmChat(self.llm, tokenizer(), adapter)
         self.run = ChatRunner(stage(), chat, outcome, _VLLM_FATAL_ERRORS, _leave)
 
@@ -151,12 +155,13 @@ def vllm_pool(
     """Run a text stage over a dataset of FEEDBACK rows on a pool of vLLM engines.
 
     Args:
-        model: a model, or the folder of a LoRA adapter, which names its model.
+        model: a folder, URI or hub id of a model, or of a LoRA adapter, which names its model.
         stage, tokenizer: made once in every actor.
         outcome: where rows go and how they are counted.
         alone: give an engine one batch at a time, so that one that kills it kills no other.
     """
     adapter = adapter_of(model)
+    base = model if adapter is None else adapter.base
     bundle: dict[str, float] = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     kwargs: dict[str, Any] = {
         "dtype": engine.dtype,
@@ -173,7 +178,8 @@ def vllm_pool(
         **engine.engine_kwargs,
     }
     config = vLLMEngineProcessorConfig(
-        model_source=model if adapter is None else adapter.base,
+        # Ray reads the configuration here; each replica fetches the weights to its own node.
+        model_source=fetch(base, weights=False),
         engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
         concurrency=pool.size,
         batch_size=batch_size,
@@ -190,6 +196,7 @@ def vllm_pool(
         processor = build_processor(config)
     arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
     arguments["fn_constructor_kwargs"] |= {
+        "model": base,
         "stage": stage,
         "tokenizer": tokenizer,
         "outcome": outcome,

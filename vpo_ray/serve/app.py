@@ -6,7 +6,6 @@ changing its `base_url`. Ray's own tools take it as `vpo_ray.serve.app:app`:
     serve run vpo_ray.serve.app:app checkpoint=runs/demo/checkpoints/dpo
 """
 
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -14,11 +13,12 @@ from ray.serve.deployment import Application
 from ray.serve.llm import build_llm_deployment
 
 from vpo_ray.policy_prompt import PromptError, control_tokens, load_tokenizer
-from vpo_ray.recipe import Pool, RecipeError, Section, Serve, locate
+from vpo_ray.recipe import Pool, RecipeError, Section, Serve
 from vpo_ray.serve.engine import PolicyServer, llm_config, operation
 from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
-from vpo_ray.stage_pools import located_reward
+from vpo_ray.stage_pools import located_render, located_reward
+from vpo_ray.storage import Folder
 
 # Light replicas that mostly wait; what bounds them is the engine's queue.
 INGRESS_REQUESTS = 4096
@@ -43,15 +43,16 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
     """The application of one checkpoint, and of a canary beside it where the settings name one.
 
     Args:
-        checkpoint: a folder as training leaves it: weights, or an adapter that names its base model, and
-            a tokenizer whose chat template holds the task prompt.
+        checkpoint: a folder or URI as training leaves it: weights, or an adapter that names its base
+            model, and a tokenizer whose chat template holds the task prompt. Replicas fetch a URI.
 
     Raises:
         PromptError: no such folder, no checkpoint in it, or no task prompt in its chat template.
+        StorageError: a URI that cannot be read.
         AdapterError: an adapter's settings cannot be used.
     """
-    folder, control = _checked(checkpoint)
-    main = build_llm_deployment(llm_config(folder, settings), deployment_cls=PolicyServer)
+    place, control = _checked(checkpoint)
+    main = build_llm_deployment(llm_config(place, settings), deployment_cls=PolicyServer)
     canary = None
     if settings.canary is not None:
         beside, more = _checked(settings.canary.checkpoint)
@@ -87,7 +88,7 @@ def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...])
     if videos.render is None or (videos.score and videos.reward is None):
         missing = "render" if videos.render is None else "reward"
         raise RecipeError(f"serve.videos.{missing} is missing: give it, or a recipe with a {missing} section")
-    render = videos.render.model_copy(update={"model": locate(videos.render.model)})
+    render = located_render(videos.render)
     renderer = serve.deployment(VideoRenderer, **_pool(render.pool)).bind(render, videos.store)
     scorer = None
     if videos.score and videos.reward is not None:
@@ -111,16 +112,17 @@ def _pool(pool: Pool) -> dict[str, Any]:
     return {**size, "max_ongoing_requests": 2, "ray_actor_options": options}
 
 
-def _checked(checkpoint: str) -> tuple[Path, tuple[str, ...]]:
-    """A checkpoint's folder and its control tokens."""
-    folder = Path(checkpoint).resolve()
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+def _checked(checkpoint: str) -> tuple[str, tuple[str, ...]]:
+    """A checkpoint's absolute path or URI, and its control tokens."""
+    place = Folder(checkpoint)
+    files = [name for name in place.files() if "/" not in name]
+    if not {"config.json", "adapter_config.json"} & set(files):
         what = "does not exist"
-        if folder.is_dir():
+        if files:
             what = "is no checkpoint: it has no config.json or adapter_config.json"
         raise PromptError(f"{checkpoint} {what}; give the folder that training wrote")
-    if not any(folder.glob("*.safetensors")):
+    if not any(name.endswith(".safetensors") for name in files):
         raise PromptError(
             f"{checkpoint} holds no weights (*.safetensors); give the folder that training wrote"
         )
-    return folder, control_tokens(load_tokenizer(str(folder)))
+    return place.uri, control_tokens(load_tokenizer(place.uri))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.app import build_app
@@ -36,6 +35,7 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
 
     Raises:
         PromptError: the folder is not a checkpoint of a policy.
+        StorageError: a checkpoint's URI cannot be read.
         KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
         DeployError: the replicas do not start, or not in time. What was deployed before goes on.
     """
@@ -48,7 +48,7 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
     # Whatever is wrong with the folder is told here in one line, and not by a task of Serve's.
     build_app(checkpoint, settings)
     wanted = config(checkpoint, settings)
-    wanted["applications"][0]["args"]["files"] = fingerprint(Path(checkpoint).resolve())
+    wanted["applications"][0]["args"]["files"] = fingerprint(checkpoint)
     serve.start(proxy_location=wanted["proxy_location"], http_options=wanted["http_options"])
     client = _get_global_client()
     # A config names all applications of a cluster: one that it leaves out would be deleted.

@@ -6,6 +6,7 @@ that has not for a while is asked for one token.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -19,6 +20,7 @@ from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
 from vpo_ray.engines.adapter import Adapter, adapter_of
 from vpo_ray.lifetime import bind_worker
+from vpo_ray.model_cache import fetch_for_engine, version
 from vpo_ray.recipe import Serve
 
 logger = logging.getLogger("ray.serve")
@@ -48,14 +50,15 @@ class PolicyServer(LLMServer):
 
     async def start(self) -> None:
         bind_worker()  # the engine's core is a process that would outlive this one
-        # The checkpoint is a folder that every node sees. Ray would start a task on each node to
-        # download it, whose imports alone take as long as loading a small model.
+        # OpenAI's field for which model answered: a client can tell one checkpoint from the next.
+        name = await asyncio.to_thread(fingerprint, self._llm_config.engine_kwargs["tokenizer"])
+        await asyncio.to_thread(_bring, self._llm_config)
+        # The checkpoint is here. Ray would start a task on each node to download it, whose imports
+        # alone take as long as loading a small model.
         self._llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().start()
         self.answered = time.monotonic()
-        # OpenAI's field for which model answered: a client can tell one checkpoint from the next.
-        folder = Path(self._llm_config.engine_kwargs["tokenizer"])
-        self.engine._oai_serving_chat.system_fingerprint = fingerprint(folder)
+        self.engine._oai_serving_chat.system_fingerprint = name
 
     async def answer(self, body: dict[str, Any]) -> str | Refusal:
         """A whole chat completion as JSON, or a refusal with `code`, `message` and `param`."""
@@ -103,15 +106,31 @@ class PolicyServer(LLMServer):
 PROBE = {"role": "user", "content": "a"}
 
 
-def fingerprint(folder: Path) -> str:
-    """A name of a checkpoint's files, by where they lie, their sizes and times."""
+def fingerprint(checkpoint: str | Path) -> str:
+    """A name of the files of a checkpoint's folder or URI, by where they lie, their sizes and times."""
+    if "://" in str(checkpoint):
+        return f"vpo-{version(str(checkpoint))[:16]}"
+    folder = Path(checkpoint).resolve()
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir() if f.is_file())
     return f"vpo-{hashlib.sha256(repr((str(folder), files)).encode()).hexdigest()[:16]}"
 
 
-def llm_config(folder: Path, settings: Serve) -> LLMConfig:
+def _bring(config: LLMConfig) -> None:
+    """Put this node's copies in place of the URIs of a replica's checkpoint, its adapter and its base."""
+    loading, kwargs = config.model_loading_config, config.engine_kwargs
+    loading.model_source = fetch_for_engine(loading.model_source)
+    kwargs["tokenizer"] = fetch_for_engine(kwargs["tokenizer"])
+    for adapter in kwargs.get("lora_modules", ()):
+        adapter.path = fetch_for_engine(adapter.path)
+    config._engine_config = None  # which Ray has made of the URIs
+
+
+def llm_config(folder: str | Path, settings: Serve) -> LLMConfig:
     """What `ray.serve.llm` needs to know of a checkpoint, which may be an adapter, and the recipe's
     settings.
+
+    Args:
+        folder: an absolute path, or a URI, which every replica fetches when it starts.
 
     Raises:
         AdapterError: the adapter's settings cannot be used.

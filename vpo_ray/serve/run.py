@@ -27,7 +27,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
     Ray must be connected.
 
     Raises:
-        PromptError: the folder is not a checkpoint of a policy (see `build_app`).
+        PromptError, StorageError: there is no checkpoint of a policy (see `build_app`).
         KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
         RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
     """

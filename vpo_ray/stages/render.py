@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpo_ray.engines.video import DeviceLostError, VideoEngine, encode
-from vpo_ray.engines.video_weights import weights_identity
+from vpo_ray.engines.video_weights import on_node, weights_identity
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
 from vpo_ray.videos import VideoStore, key_parts, video_key
@@ -67,6 +67,7 @@ class Renderer:
 
     Raises:
         VideoModelError: the model's folder is not there.
+        StorageError: the model is a URI that cannot be read.
     """
 
     name = "render"
@@ -75,7 +76,9 @@ class Renderer:
     def __init__(self, settings: Render, store_uri: str, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.store = VideoStore(store_uri)
-        self.model = weights_identity(settings)
+        # Once: a store whose model changes later changes neither what renders here nor its identity.
+        self._here = on_node(settings)
+        self.model = weights_identity(self._here)
         self.rendered = self.hits = 0
         self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
         self._engine: VideoEngine | None = None
@@ -150,7 +153,7 @@ class Renderer:
             return [], 0.0
         if self._engine is None:
             with self.warming():
-                engine = VideoEngine(self.settings)
+                engine = VideoEngine(self._here)
                 with _guarded(WARM_UP_LIMIT_S):
                     engine.warm_up()
                 self._engine = engine

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vpo_ray.model_cache import fetch
 from vpo_ray.records import Row
-from vpo_ray.train.model_files import MARKER, fetch, publish
+from vpo_ray.train.model_files import MARKER, publish
 
 if TYPE_CHECKING:
     from vpo_ray.train.loop import Job
@@ -35,7 +36,7 @@ def export(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
     from vpo_ray.train.lora import merged
 
     lora = job.settings.lora
-    base = fetch(job.model)
+    base = fetch(job.model, weights=lora is not None and lora.merge)
     facts = {
         **facts,
         "license": job.settings.license or base_license(base),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from vpo_ray import run_lock
+from vpo_ray.model_cache import fetch
 from vpo_ray.placement import require, watched, worker_shapes
 from vpo_ray.policy_prompt import load_tokenizer
 from vpo_ray.recipe import Limits, Train, computed
@@ -16,7 +17,7 @@ from vpo_ray.records import PAIR, SFT, Row, content_id
 from vpo_ray.storage import ALSO, Folder, Table, join
 from vpo_ray.train.evaluate import split
 from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, row_id, tokenise
-from vpo_ray.train.model_files import fetch, identity, marker, refuse_adapter
+from vpo_ray.train.model_files import identity, marker, refuse_adapter
 from vpo_ray.train.track import check_trackers
 from vpo_ray.versions import code
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vpo_ray.lifetime import bind_worker
+from vpo_ray.model_cache import fetch
 from vpo_ray.recipe import Train, computed
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.storage import Folder, RunDir, join
@@ -31,7 +32,7 @@ from vpo_ray.train.evaluate import best, enough, is_due
 from vpo_ray.train.examples import Example, Phase, TrainError
 from vpo_ray.train.export import export
 from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
-from vpo_ray.train.model_files import digest, fetch
+from vpo_ray.train.model_files import digest
 from vpo_ray.train.policy import PackedPolicy, check_packing
 from vpo_ray.train.rehearsal import check_room
 from vpo_ray.train.track import Trackers, values_of

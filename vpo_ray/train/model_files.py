@@ -1,4 +1,4 @@
-"""Model folders on disk and in object stores: fetch one, name what is in it, publish one whole.
+"""Model folders on disk and in object stores: name what is in one, publish one whole.
 
 A folder that training made carries `vpo.json`, written last: its presence says that the folder is
 complete, its `job` says what made it.
@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from vpo_ray.folder import flush
+from vpo_ray.model_cache import WEIGHTS
+from vpo_ray.model_cache import fetch as fetch
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage import Folder
 from vpo_ray.train.examples import TrainError
 
 MARKER = "vpo.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def marker(folder: str) -> Row | None:
@@ -59,26 +59,6 @@ def digest(folder: str) -> str:
         with path.open("rb") as stream:
             total.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:16]
-
-
-def fetch(model: str, weights: bool = True) -> str:
-    """A model as transformers takes it: a URI is copied once to this machine's temporary folder,
-    anything else is returned as it is. `weights=False` leaves the weights out."""
-    if "://" not in model:
-        return model
-    place = Folder(model)
-    local = Path(tempfile.gettempdir(), "vpo-models", content_id(identity(model, None), weights))
-    if not local.is_dir():
-        aside = local.with_name(f"{local.name}.{uuid.uuid4().hex}")
-        for name in place.files():
-            if weights or not name.endswith(WEIGHTS):
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                pafs.copy_files(f"{place.path}/{name}", str(aside / name), source_filesystem=place.fs)
-        try:
-            aside.rename(local)
-        except OSError:  # another process was first; the copies are equal
-            shutil.rmtree(aside)
-    return str(local)
 
 
 def publish(folder: Path, out: str) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames, model, sequence
 from vpo_ray.engines.reward.checkpoint import CheckpointError
+from vpo_ray.model_cache import fetch
 from vpo_ray.policy_prompt import control_tokens, neutralise
 from vpo_ray.recipe import Reward
 
@@ -134,7 +135,8 @@ def build(settings: Reward) -> VisionReward:
 
 
 def _folder(name: str) -> Path:
-    """A local folder, or the files of a hub id (no remote code among them)."""
+    """A local folder, this node's copy of a URI, or the files of a hub id (no remote code among them)."""
+    name = fetch(name)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
