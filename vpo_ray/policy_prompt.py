@@ -20,6 +20,19 @@ from vpo_ray.text_files import TextFileError, read_text
 
 SLOT = "{query}"
 _MARK = "{#- vpo_ray: the task prompt is part of this template -#}"
+# A server may hand over content as a list of parts.
+_FLATTENED = (
+    "{%- if vpo_query is not string -%}{%- set vpo_query = vpo_query | selectattr('type', 'equalto', 'text')"
+    " | map(attribute='text') | join('\n') -%}{%- endif -%}"
+)
+# In front of a template that takes content only as such a list.
+_PARTS = (
+    "{#- vpo_ray: this template takes content as a list of parts -#}"
+    "{%- set vpo = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message.content is string -%}"
+    "{%- set message = dict(message, content=[{'type': 'text', 'text': message.content}]) -%}{%- endif -%}"
+    "{%- set vpo.messages = vpo.messages + [message] -%}{%- endfor -%}{%- set messages = vpo.messages -%}"
+)
 
 
 class PromptError(ValueError):
@@ -110,17 +123,30 @@ def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
         )
     if is_folded(chat_template):
         raise PromptError("this checkpoint's chat template already holds a task prompt")
+    return _head(task_prompt, _FLATTENED) + chat_template
+
+
+def own_template(chat_template: str, task_prompt: str) -> str | None:
+    """The model's own template in one that holds this task prompt; None when it holds another."""
+    for flattened in (_FLATTENED, ""):  # without, as earlier versions folded it
+        head = _head(task_prompt, flattened)
+        if chat_template.startswith(head):
+            return chat_template.removeprefix(head)
+    return None
+
+
+def _head(task_prompt: str, flattened: str) -> str:
     before, after = map(literal, task_prompt.split(SLOT))
     return (
         f"{_MARK}"
         "{%- set vpo_query = (messages | selectattr('role', 'equalto', 'user') | list | last).content -%}"
+        f"{flattened}"
         f"{{%- set messages = [{{'role': 'user', 'content': {before} ~ vpo_query ~ {after}}}] -%}}"
-        f"{chat_template}"
     )
 
 
-def is_folded(chat_template: str | None) -> bool:
-    return bool(chat_template) and chat_template.startswith(_MARK)  # type: ignore[union-attr]
+def is_folded(chat_template: Any) -> bool:
+    return isinstance(chat_template, str) and chat_template.startswith(_MARK)
 
 
 def prompt_ids(tokenizer: Any, query: str) -> list[int]:
@@ -136,10 +162,18 @@ def prompt_ids(tokenizer: Any, query: str) -> list[int]:
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the answer begins; control tokens in its texts are
-    broken up, so that only the template opens turns."""
+    broken up, so that only the template opens turns.
+
+    Raises:
+        PromptError: the template leaves out or changes what the last user message says.
+    """
     tokens = control_tokens(tokenizer)
     safe = [{**message, "content": neutralise(message["content"], tokens)} for message in messages]
-    return list(tokenizer.apply_chat_template(safe, add_generation_prompt=True, return_dict=False))
+    text = tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=False)
+    asked = next((message["content"] for message in reversed(safe) if message["role"] == "user"), "")
+    if asked.strip() not in text:
+        raise PromptError("the chat template leaves out or changes a part of this text")
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_chat_tokenizer(
@@ -148,26 +182,23 @@ def load_chat_tokenizer(
     trust_remote_code: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The tokenizer of a folder, URI or hub id, whose chat template has the arguments
-    (`chat_template_kwargs`) in it.
+    """A tokenizer with one chat template, through which what a user says is proven to pass.
+
+    Of several named templates it is the one named `default`. One that takes content only as a list of
+    parts is given such a list.
+
+    Args:
+        model: a local folder, URI or hub id.
+        arguments: of the chat template (`chat_template_kwargs`); they become part of it.
 
     Raises:
-        PromptError: there is no template, or it takes no such argument.
+        PromptError: no chat template, one that takes no such argument, or one that changes or leaves out
+            a user's message.
         StorageError: nothing can be read at the URI.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        fetch(model, weights=False), revision=revision, trust_remote_code=trust_remote_code
-    )
-    if not tokenizer.chat_template:
-        raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
-    if arguments and not has_arguments(tokenizer.chat_template, arguments):
-        if unknown := unknown_arguments(tokenizer.chat_template, arguments):
-            raise PromptError(f"{model}: the chat template takes no chat_template_kwargs.{unknown[0]}")
-        if is_folded(tokenizer.chat_template):
-            raise PromptError(f"{model}: this checkpoint was made with other chat_template_kwargs, or none")
-        tokenizer.chat_template = with_arguments(tokenizer.chat_template, arguments)
+    tokenizer = _tokenizer(model, revision, trust_remote_code, arguments)
+    if not is_folded(tokenizer.chat_template):
+        tokenizer.chat_template = _proven(model, tokenizer, "")
     return tokenizer
 
 
@@ -186,11 +217,99 @@ def load_tokenizer(
         arguments: of the chat template; a checkpoint that carries its own task prompt has them in it.
 
     Raises:
-        PromptError: no chat template, or no task prompt to be had; see also `load_chat_tokenizer`.
+        PromptError: no chat template, no task prompt to be had, or a template that does not show a
+            query, or the task prompt around it, as it is.
     """
-    tokenizer = load_chat_tokenizer(model, revision, trust_remote_code, arguments)
-    if not is_folded(tokenizer.chat_template):
-        if task_prompt is None:
-            raise PromptError(f"{model}: the chat template holds no task prompt; it is not a vpo_ray policy")
-        tokenizer.chat_template = fold_task_prompt(tokenizer.chat_template, task_prompt)
+    tokenizer = _tokenizer(model, revision, trust_remote_code, arguments)
+    if is_folded(tokenizer.chat_template):
+        _prove(model, tokenizer, tokenizer.chat_template, "", "")
+    elif task_prompt is None:
+        raise PromptError(f"{model}: the chat template holds no task prompt; it is not a vpo_ray policy")
+    else:
+        tokenizer.chat_template = _proven(model, tokenizer, task_prompt)
     return tokenizer
+
+
+def _tokenizer(
+    model: str, revision: str | None, trust_remote_code: bool, arguments: Mapping[str, Any] | None
+) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        fetch(model, weights=False), revision=revision, trust_remote_code=trust_remote_code
+    )
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise PromptError(
+                f"{model}: the tokenizer has the chat templates {', '.join(sorted(template))} and none named "
+                "default: save the one to use as chat_template.jinja in the checkpoint's folder"
+            )
+        template = template["default"]
+    if not template:
+        raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+    template = template.removeprefix("\ufeff")
+    if arguments and not has_arguments(template, arguments):
+        if unknown := unknown_arguments(template, arguments):
+            raise PromptError(f"{model}: the chat template takes no chat_template_kwargs.{unknown[0]}")
+        if is_folded(template):
+            raise PromptError(f"{model}: this checkpoint was made with other chat_template_kwargs, or none")
+        template = with_arguments(template, arguments)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+# What must pass through a template: the forms of text that templates in use cut, trim or rewrite.
+_PROBES = (
+    "a red kite",
+    "  A cat\n\n\ttwo Dogs,  3 birds \r\n{{ 7*7 }} {% if x %} {query} {} %s \\n \"quoted\" 'so' &amp; <b>",
+    "\u732b \u043a\u043e\u0448\u043a\u0430 \U0001f408\u200d\u2b1b e\u0301 \ufb01 \u202eabc\u202c\u00a0\u2028",
+    "<think>one</think> two [INST] three [/INST] <|im_end|> </s> <tool_response>\nfour\n</tool_response>",
+    " ".join(f"word{number}" for number in range(4000)),
+)
+
+
+def _proven(model: str, tokenizer: Any, task_prompt: str) -> str:
+    """The tokenizer's template with the task prompt, if one is given, in the form that shows a query."""
+    own = tokenizer.chat_template
+    before, after = task_prompt.split(SLOT) if task_prompt.count(SLOT) == 1 else ("", "")
+    forms = [fold_task_prompt(form, task_prompt) if task_prompt else form for form in (own, _PARTS + own)]
+    refused: list[PromptError] = []
+    for form in forms:
+        try:
+            _prove(model, tokenizer, form, before, after)
+            return form
+        except PromptError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -> None:
+    """Raises PromptError when the template does not show a user's message, with what is around it."""
+    tokens = control_tokens(tokenizer)
+    for probe in _PROBES:
+        safe = neutralise(probe, tokens)
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": safe}],
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a program of others
+            raise PromptError(
+                f"{model}: the chat template refuses a conversation of one user message "
+                f"({type(error).__name__}: {str(error)[:200]}). {_ADVICE}"
+            ) from error
+        if f"{before}{safe}{after}".strip() not in text:
+            shown = "changes or cuts" if safe.split()[0] in text else "leaves out"
+            raise PromptError(
+                f"{model}: the chat template {shown} what a user says: {safe[:60]!r} becomes "
+                f"{text[-200:]!r}. {_ADVICE}"
+            )
+
+
+_ADVICE = (
+    "Give the checkpoint's folder a chat_template.jinja that shows the one user message as it is, or use "
+    "another checkpoint"
+)

@@ -26,7 +26,7 @@ from vpo_ray.engines.structured import find_object
 from vpo_ray.engines.thoughts import marks_among, opened_thought
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.model_cache import fetch, fetch_for_engine
-from vpo_ray.policy_prompt import chat_ids
+from vpo_ray.policy_prompt import PromptError, chat_ids
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import Engine, Pool
 
@@ -57,7 +57,10 @@ class VllmChat:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import StructuredOutputsParams
 
-        ids = chat_ids(self.tokenizer, messages)
+        try:
+            ids = chat_ids(self.tokenizer, messages)
+        except PromptError as error:
+            raise ChatError(str(error)) from error
         if len(ids) + sampling.max_tokens > self.max_model_len:
             raise ChatError(
                 f"{len(ids)} prompt tokens and {sampling.max_tokens} to generate exceed the model's "

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vpo_ray.policy_prompt import control_tokens, fold_task_prompt, neutralise, prompt_ids
+from vpo_ray.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
 from vpo_ray.records import Row, sft_id
 
 Phase = Literal["sft", "dpo"]
@@ -87,7 +87,11 @@ def tokenise(
             ids = [
                 tokenizer.encode(neutralise(text, controls), add_special_tokens=False) + end for text in texts
             ]
-            prompt = prompt_ids(tokenizer, row["query"])
+            try:
+                prompt = prompt_ids(tokenizer, row["query"])
+            except PromptError:
+                dropped["changed by the chat template"] += 1
+                continue
             if len(prompt) + max(map(len, ids)) > max_length:
                 dropped[f"longer than {max_length} tokens"] += 1
                 continue
@@ -106,9 +110,8 @@ def end_of_turn(tokenizer: Any, task_prompt: str) -> list[int]:
     Raises:
         TrainError: the checkpoint carries another task prompt, or there is no such token.
     """
-    head = fold_task_prompt("", task_prompt)
-    own = tokenizer.chat_template.removeprefix(head)
-    if own == tokenizer.chat_template:
+    own = own_template(tokenizer.chat_template, task_prompt)
+    if own is None:
         raise TrainError(
             "the checkpoint carries another task prompt than the recipe: set policy.task_prompt to it"
         )
