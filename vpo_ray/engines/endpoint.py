@@ -56,8 +56,8 @@ MAX_PROBES = 3
 class EndpointClient:
     """Sends chat completions to one model of an endpoint.
 
-    It opens in the first event loop that uses it; where there are several, one after the other, use
-    it as an async context manager in each.
+    It opens in the event loop that uses it; where there are several, one after the other, use it as an
+    async context manager in each, which leaves no connection open.
 
     Args:
         endpoint: its settings.
@@ -116,6 +116,7 @@ class EndpointClient:
                 self._client = openai.AsyncOpenAI(base_url=url, **options)
         except (openai.OpenAIError, ValueError) as error:
             raise EndpointError(f"{self.where}: {self._told(error)}") from None
+        self._loop = asyncio.get_running_loop()
         self._slots = asyncio.Semaphore(self.endpoint.concurrency)
         self._turn = asyncio.Lock()
         self._schema_news = asyncio.Condition()
@@ -149,7 +150,7 @@ class EndpointClient:
             RequestError: this request has no answer after all retries.
             CostLimitReached: the account may pay no more; nothing was sent.
         """
-        if self._client is None:
+        if self._client is None or self._loop is not asyncio.get_running_loop():
             self.open()
         if schema is None:
             return await self._completed(request, tokens)
@@ -194,7 +195,7 @@ class EndpointClient:
         try:
             reply = await self._in_words(request, tokens, schema)
             if self._schemas is None:
-                logger.warning("%s takes no JSON schema, it is asked in words: %s", self.where, refused)
+                logger.warning("%s takes no JSON schema (%s): asked in words", self.where, refused.status)
                 self._schemas = False
             return reply
         finally:
@@ -213,7 +214,7 @@ class EndpointClient:
 
     async def ask(self, path: str, request: dict[str, Any]) -> Any:
         """What a route answers that is no chat completion: a JSON value. Raises what `create` raises."""
-        if self._client is None:
+        if self._client is None or self._loop is not asyncio.get_running_loop():
             self.open()
 
         async def read_body(body: Any) -> Any:

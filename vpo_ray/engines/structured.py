@@ -18,6 +18,9 @@ Schema = dict[str, Any]
 
 # Places where an object may begin that are tried in one answer, from its end.
 MAX_STARTS = 500
+LENGTHS = frozenset({"maxLength", "maxItems"})
+# What OpenAI's strict mode has refused, now or before.
+REFUSED = LENGTHS | {"minLength", "minItems", "minimum", "maximum", "pattern", "format"}
 _IN_WORDS = (
     "\n\nAnswer with one JSON object alone, without any text or code fence around it. It must be of this "
     "JSON schema: "
@@ -42,10 +45,10 @@ def find_object(text: str, schema: Schema) -> str:
 def schema_fault(text: str, schema: Schema) -> str | None:
     """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
     try:
-        value = json.loads(text, strict=False)
+        value = json.loads(text, strict=False, parse_constant=_no_number)
         # An escape may hold half a character, which no table takes.
         json.dumps(value, ensure_ascii=False).encode()
-        jsonschema.validate(value, without_lengths(schema))
+        jsonschema.validate(value, without(schema, LENGTHS))
     except jsonschema.ValidationError as error:
         return f"{error.json_path}: {error.message[:200]}"
     except (ValueError, RecursionError) as error:
@@ -54,26 +57,27 @@ def schema_fault(text: str, schema: Schema) -> str | None:
 
 
 def response_format(schema: Schema) -> dict[str, Any]:
-    """What asks a server for a JSON schema. OpenAI's strict mode refuses some keywords about lengths."""
-    json_schema = {"name": "answer", "strict": True, "schema": without_lengths(schema)}
+    """What asks a server for a JSON schema, without the limits that some refuse: an answer is checked."""
+    json_schema = {"name": "answer", "strict": True, "schema": without(schema, REFUSED)}
     return {"type": "json_schema", "json_schema": json_schema}
 
 
 def in_words(messages: Sequence[Any], schema: Schema) -> list[Any]:
     """The messages, the last of which says the schema: for a server that takes none."""
     *before, last = messages
-    told = _IN_WORDS + json.dumps(without_lengths(schema), ensure_ascii=False)
+    told = _IN_WORDS + json.dumps(without(schema, REFUSED), ensure_ascii=False)
     if isinstance(last["content"], str):
         return [*before, {**last, "content": last["content"] + told}]
     return [*before, {**last, "content": [*last["content"], {"type": "text", "text": told.strip()}]}]
 
 
-def without_lengths(schema: Any) -> Any:
+def without(schema: Any, keywords: frozenset[str]) -> Any:
+    """A schema without some of its keywords."""
     if isinstance(schema, list):
-        return [without_lengths(item) for item in schema]
+        return [without(item, keywords) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {k: without_lengths(v) for k, v in schema.items() if k not in ("maxLength", "maxItems")}
+    return {k: without(v, keywords) for k, v in schema.items() if k not in keywords}
 
 
 def _objects(text: str) -> Iterator[str]:
@@ -88,6 +92,10 @@ def _objects(text: str) -> Iterator[str]:
         except (ValueError, RecursionError):
             continue
         yield text[at:end]
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _is_json(text: str) -> bool:

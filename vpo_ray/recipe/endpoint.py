@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, TypeAdapter
@@ -52,3 +53,10 @@ class Endpoint(Section):
         Place | None, Field(description="folder of kept answers; <out>/answers when unset")
     ] = None
     logprobs: Annotated[bool, Field(description="ask for them; read by the reward only")] = True
+
+
+def refuse_keys(endpoint: Endpoint, names: Sequence[str], what: str) -> None:
+    """Raises ValueError where a key is given that does nothing there."""
+    for name in names:
+        if getattr(endpoint, name) != Endpoint.model_fields[name].default:
+            raise ValueError(f"endpoint.{name} does nothing for {what}: leave it out")

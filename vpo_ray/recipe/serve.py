@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature
-from vpo_ray.recipe.text import Engine
+from vpo_ray.recipe.endpoint import refuse_keys
+from vpo_ray.recipe.text import Engine, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -37,11 +39,38 @@ def normal_origin(origin: str) -> str:
 Origin = Annotated[str, AfterValidator(normal_origin)]
 
 
+# Keys of an endpoint that do nothing while serving: no run pays, and nothing is kept.
+_OF_RUNS = ("prompt_price", "completion_price", "answers", "logprobs")
+# And those that a question of a chat alone has.
+_OF_CHATS = ("azure_api_version", "structured", "tokens_per_minute")
+
+
 class Service(Section):
-    """A model behind an OpenAI-compatible endpoint that the ingress asks."""
+    """A model behind an OpenAI-compatible endpoint that the ingress asks; its `timeout_s` is 10 and its
+    `retries` 1 unless they are given."""
 
     model: str
     endpoint: Endpoint = Endpoint(timeout_s=10, retries=1)
+    chat_template_kwargs: TemplateArguments = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_soon(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and isinstance(given.get("endpoint"), Mapping):
+            return {**given, "endpoint": {"timeout_s": 10, "retries": 1, **given["endpoint"]}}
+        return given
+
+    @model_validator(mode="after")
+    def _obeys(self) -> Service:
+        refuse_keys(self.endpoint, _OF_RUNS, "while serving")
+        return self
+
+
+def _no_chat(service: Service | None, what: str) -> None:
+    if service is not None:
+        refuse_keys(service.endpoint, _OF_CHATS, what)
+        if service.chat_template_kwargs:
+            raise ValueError(f"chat_template_kwargs does nothing for {what}: leave it out")
 
 
 class Safety(Section):
@@ -64,6 +93,7 @@ class Safety(Section):
 
     @model_validator(mode="after")
     def _has_a_checker(self) -> Safety:
+        _no_chat(self.moderation, "moderation")
         checks = self.query != "off" or self.prompt
         if checks and not (self.keywords or self.moderation or self.judge):
             raise ValueError("nothing to check with: name `keywords`, `moderation` or `judge`")
@@ -83,6 +113,7 @@ class BestOf(Section):
 
     @model_validator(mode="after")
     def _one_ranker(self) -> BestOf:
+        _no_chat(self.rerank, "rerank")
         if (self.judge is None) == (self.rerank is None):
             raise ValueError("name what ranks: either `judge` or `rerank`")
         return self

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature
-from vpo_ray.recipe.endpoint import Endpoint
+from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
                        "chat_template", "tokenize", "return_dict"})  # fmt: skip
@@ -93,6 +93,11 @@ class ChatModel(Section):
     trust_remote_code: bool = False
     engine: Engine = Engine()
     pool: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _obeys(self) -> ChatModel:
+        refuse_keys(self.endpoint, ["logprobs"], "a judge or drafts")
+        return self
 
 
 class Judge(ChatModel):

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source
-from vpo_ray.recipe.endpoint import Endpoint
+from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
 
@@ -159,6 +159,11 @@ class Reward(Section):
     batch_size: Positive = 1
     device: str = "auto"
     pool: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _obeys(self) -> Reward:
+        refuse_keys(self.endpoint, ["answers"], "a reward, whose answers are its scores")
+        return self
 
 
 class Pair(Section):

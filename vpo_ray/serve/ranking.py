@@ -6,13 +6,12 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import BestOf
 from vpo_ray.serve.optimize import Rank
-from vpo_ray.serve.services import ServiceError, ask_chat, client_of
+from vpo_ray.serve.services import ServiceClient, ServiceError
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,11 +33,9 @@ class Ranker:
     def __init__(self, settings: BestOf) -> None:
         self.settings = settings
         self.prompt = read_prompt(settings.judge_prompt)
-        self.client: Any = None
-        if settings.judge is not None:
-            self.client = client_of(settings.judge, "best_of.judge")
-        elif settings.rerank is not None:
-            self.client = client_of(settings.rerank, "best_of.rerank")
+        service, kind = (settings.judge, "judge") if settings.judge else (settings.rerank, "rerank")
+        assert service is not None
+        self.client = ServiceClient(service, f"best_of.{kind}")
 
     async def rank(self, query: str, prompts: Sequence[str]) -> list[Rank] | None:
         """The candidates, best first; None when the ranker fails, which costs the ranking alone."""
@@ -55,24 +52,17 @@ class Ranker:
         return list(await asyncio.gather(*(self._judge(query, prompt) for prompt in prompts)))
 
     async def _judge(self, query: str, prompt: str) -> Rank:
-        assert self.settings.judge is not None
-        text = fill(self.prompt, query=query, prompt=prompt)
-        answer = await ask_chat(self.client, self.settings.judge.model, text, SCHEMA)
-        score = answer.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= MAX_SCORE:
-            raise ServiceError(f"best_of.judge: {str(score)[:40]!r} is no score from 0 to {MAX_SCORE}")
-        return Rank(prompt=prompt, score=score, reason=str(answer.get("critique", ""))[:CRITIQUE_CHARS])
+        answer = await self.client.chat(fill(self.prompt, query=query, prompt=prompt), SCHEMA, "score")
+        return Rank(
+            prompt=prompt, score=answer["score"], reason=str(answer.get("critique", ""))[:CRITIQUE_CHARS]
+        )
 
     async def _reranked(self, query: str, prompts: Sequence[str]) -> list[Rank]:
-        import openai
-
-        assert self.settings.rerank is not None
-        body = {"model": self.settings.rerank.model, "query": query, "documents": list(prompts)}
+        reply = await self.client.ask("/rerank", {"query": query, "documents": list(prompts)})
         try:
-            reply = await self.client.post("/rerank", cast_to=object, body=body)
             scores = {int(r["index"]): float(r["relevance_score"]) for r in reply["results"]}
             ranks = [Rank(prompt=prompt, score=scores[index]) for index, prompt in enumerate(prompts)]
-        except (openai.OpenAIError, LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ServiceError(f"best_of.rerank: {type(error).__name__}") from error
         if not all(math.isfinite(rank.score) for rank in ranks):
             raise ServiceError("best_of.rerank: a score is not a number")

@@ -7,7 +7,6 @@ asked for a verdict. One that does not answer decides by `safety.on_error`: clos
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.material import fill
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import Safety, Service
-from vpo_ray.serve.services import ServiceError, ask_chat, client_of
+from vpo_ray.serve.services import Declined, ServiceClient, ServiceError
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,36 +72,32 @@ class Moderation:
     """A classifier behind OpenAI's `/v1/moderations`."""
 
     def __init__(self, service: Service) -> None:
-        self.model, self.client = service.model, client_of(service, "safety.moderation")
+        self.client = ServiceClient(service, "safety.moderation")
 
     async def check(self, text: str) -> str | None:
-        import openai
-
+        reply = await self.client.ask("/moderations", {"input": text})
         try:
-            reply = await self.client.moderations.create(model=self.model, input=text)
-            result = reply.results[0].model_dump()
-            flagged = result["flagged"]
-        except (openai.OpenAIError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ServiceError(f"safety.moderation: {type(error).__name__}") from error
+            result = reply["results"][0]
+            flagged, categories = result["flagged"], result.get("categories")
+        except (LookupError, TypeError, AttributeError):
+            flagged = None
         if not isinstance(flagged, bool):
-            raise ServiceError("safety.moderation: a result without `flagged`")
+            raise ServiceError("safety.moderation: no result with `flagged`")
         if not flagged:
             return None
-        names = [name for name, on in (result.get("categories") or {}).items() if on is True]
-        return f"classified as {', '.join(sorted(names))[:REASON_CHARS] or 'unsafe'}"
+        on = [str(k) for k, v in categories.items() if v is True] if isinstance(categories, dict) else []
+        return f"classified as {', '.join(sorted(on))[:REASON_CHARS] or 'unsafe'}"
 
 
 class SafetyJudge:
     """An LLM that gives a verdict, held to a JSON schema."""
 
     def __init__(self, service: Service, prompt: str) -> None:
-        self.model, self.client = service.model, client_of(service, "safety.judge")
+        self.client = ServiceClient(service, "safety.judge")
         self.prompt = read_prompt(prompt)
 
     async def check(self, text: str) -> str | None:
-        answer = await ask_chat(self.client, self.model, fill(self.prompt, text=text), SCHEMA)
-        if not isinstance(answer.get("unsafe"), bool):
-            raise ServiceError(f"safety.judge: no verdict in {json.dumps(answer)[:80]}")
+        answer = await self.client.chat(fill(self.prompt, text=text), SCHEMA, "unsafe")
         if not answer["unsafe"]:
             return None
         return f"judged unsafe: {str(answer.get('reason') or 'no reason given')[:REASON_CHARS]}"
@@ -135,6 +130,9 @@ class Gate:
         for checker in self.checkers:
             try:
                 reason = await checker.check(text)
+            except Declined as error:
+                # A filter of the service's own took the text: that is a verdict.
+                return Verdict(str(error))
             except ServiceError as error:
                 logger.error("%s; it counts as %s", error, self.settings.on_error)
                 failed = True

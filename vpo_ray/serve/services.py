@@ -1,65 +1,87 @@
-"""The endpoints that the ingress asks: a safety classifier, a judge, a text reward."""
+"""The endpoints that the ingress asks: a safety classifier, a judge, a text reward.
+
+They are asked by the client that a run asks its endpoints by, so every key of `endpoint` means the same.
+What an endpoint answers may hold a query, so errors tell no more than its status.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
+from vpo_ray.engines.endpoint import EndpointClient, EndpointError, RequestError
+from vpo_ray.engines.structured import find_object, schema_fault
 from vpo_ray.recipe.serve import Service
+from vpo_ray.stages.judge import object_schema
 
 MAX_ANSWER_TOKENS = 512
+
+T = TypeVar("T")
 
 
 class ServiceError(RuntimeError):
     """An endpoint that cannot be asked, or did not give an answer that can be read."""
 
 
-def client_of(service: Service, where: str) -> Any:
-    """An `openai.AsyncOpenAI` of an endpoint. Raises ServiceError when its key is not set.
+class Declined(ServiceError):
+    """An endpoint whose model or filter refuses to look at this text."""
+
+
+class ServiceClient:
+    """Asks one service within its time.
 
     Args:
-        where: the section of the recipe, for the error.
+        where: its key in the recipe's `serve` section, for errors.
+
+    Raises:
+        ServiceError: its key is not set.
     """
-    import openai
 
-    endpoint, key = service.endpoint, "none"
-    if endpoint.api_key_env is not None:
-        key = os.environ.get(endpoint.api_key_env, "")
-        if not key:
-            raise ServiceError(
-                f"serve.{where}.endpoint.api_key_env: the variable {endpoint.api_key_env} is not set here"
-            )
-    return openai.AsyncOpenAI(
-        base_url=endpoint.base_url, api_key=key, timeout=endpoint.timeout_s, max_retries=endpoint.retries
-    )
+    def __init__(self, service: Service, where: str) -> None:
+        self.service, self.where = service, where
+        self._client = EndpointClient(service.endpoint, service.model, f"serve.{where}.endpoint")
+        try:
+            self._client.read_key()
+        except EndpointError as error:
+            raise ServiceError(str(error)) from error
 
+    async def ask(self, path: str, request: dict[str, Any]) -> Any:
+        """What a route answers: a JSON value. Raises ServiceError."""
+        return await self._in_time(self._client.ask(path, request))
 
-async def ask_chat(client: Any, model: str, text: str, properties: dict[str, Any]) -> dict[str, Any]:
-    """One question whose answer is a JSON object. Raises ServiceError when there is none."""
-    import openai
+    async def chat(self, text: str, properties: dict[str, Any], needed: str) -> dict[str, Any]:
+        """The JSON object with which the model answers a question; all but the needed property may be
+        missing or of another type. Raises ServiceError."""
+        schema = object_schema(properties)
+        request: dict[str, Any] = {
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": MAX_ANSWER_TOKENS,
+        }
+        if self.service.chat_template_kwargs:
+            request["chat_template_kwargs"] = self.service.chat_template_kwargs
+        tokens = len(text.encode()) // 4 + MAX_ANSWER_TOKENS
+        reply = await self._in_time(self._client.create(request, tokens, schema))
+        if reply.refusal:
+            raise Declined(f"{self.where} declined to answer")
+        least = {"type": "object", "properties": {needed: properties[needed]}, "required": [needed]}
+        found = find_object(reply.text, least)
+        if schema_fault(found, least) is not None:
+            raise ServiceError(f"{self.where} gave no answer that can be read (finish_reason {reply.finish})")
+        answer: dict[str, Any] = json.loads(found, strict=False)
+        return answer
 
-    schema = {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-    answer_format = {
-        "type": "json_schema",
-        "json_schema": {"name": "answer", "strict": True, "schema": schema},
-    }
-    try:
-        reply = await client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": text}],
-            temperature=0,
-            max_tokens=MAX_ANSWER_TOKENS,
-            response_format=answer_format,
-        )
-        answer = json.loads(reply.choices[0].message.content or "", strict=False)
-    except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ServiceError(f"{model} gave no answer that can be read: {type(error).__name__}") from error
-    if not isinstance(answer, dict):
-        raise ServiceError(f"{model} answered something else than an object")
-    return answer
+    async def _in_time(self, asked: Coroutine[Any, Any, T]) -> T:
+        endpoint = self.service.endpoint
+        try:
+            # A budget or a server's Retry-After may ask for longer than a caller waits.
+            async with asyncio.timeout((endpoint.retries + 1) * (endpoint.timeout_s + 1)):
+                return await asked
+        except (EndpointError, RequestError) as error:
+            if error.filtered:
+                raise Declined(f"{self.where} refused this text") from None
+            raise ServiceError(f"{self.where} failed (status {error.status})") from None
+        except TimeoutError:
+            raise ServiceError(f"{self.where} did not answer in time") from None

@@ -12,10 +12,13 @@ from typing import Any, Literal
 import yaml
 
 from vpo_ray import recipe
+from vpo_ray.material import quoted
 from vpo_ray.recipe.file import load_yaml
 from vpo_ray.text_files import TextFileError, lines, read_text
 
 SLOT = "[[prompt]]"
+_QUOTES = "\"'`“”„«»‘’‚「」『』"
+_SLOT = re.compile(rf"[{_QUOTES}]{re.escape(SLOT)}[{_QUOTES}]|{re.escape(SLOT)}")
 Convention = Literal["sum01", "mean_pm1"]
 
 
@@ -32,9 +35,14 @@ class Question:
     dimension: str | None
 
     def ask(self, query: str) -> str:
-        """The question with the user's query in its slot, where it has one. A slot in the query
-        itself stays as text."""
+        """The question with the user's query in its slot, where it has one, as VisionReward was trained
+        on it. A slot in the query itself stays as text."""
         return self.text.replace(SLOT, query)
+
+    def ask_quoted(self, query: str) -> str:
+        """The question with the query as a JSON string, in place of the slot and the quotation marks
+        around it: no text of a query ends it. For models that were not trained on the question."""
+        return _SLOT.sub(lambda _: quoted(query), self.text)
 
 
 @dataclass(frozen=True)
