@@ -23,6 +23,7 @@ from typing import Any
 
 from vpo_ray import model_cache
 from vpo_ray.chains import draft_model
+from vpo_ray.input_files import walk
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.storage import Folder, StorageError
 from vpo_ray.versions import code, versions
@@ -308,7 +309,7 @@ def _unreadable(path: str) -> str | None:
         target = Path(path)
         if target.is_dir():
             # One file of it is opened: a folder may be listed whose files may not be read.
-            target = next((file for file in sorted(target.rglob("*")) if file.is_file()), target)
+            target = next((file for file in walk(target) if file.is_file()), target)
             if target.is_dir():
                 return f"{path} is empty"
         with target.open("rb") as file:

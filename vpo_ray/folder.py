@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from vpo_ray.input_files import walk
+
 T = TypeVar("T")
 
 
@@ -187,12 +189,25 @@ class Folder:
         Raises:
             StorageError: the folder cannot be listed.
         """
-        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        base = len(self.path) + 1
+        return sorted(i.path[base:] for i in self.infos() if i.path.endswith(suffix))
+
+    def infos(self) -> list[pafs.FileInfo]:
+        """Paths, sizes and times of the files here, recursive; none when the folder is absent.
+
+        Links on a local disk are followed, each folder once: pyarrow would go round in a circle of links.
+
+        Raises:
+            StorageError: the folder cannot be listed.
+        """
         try:
-            infos = self.fs.get_file_info(selector)
+            if not self.is_local:
+                selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+                infos = self.fs.get_file_info(selector)
+            elif os.path.exists(self.path):
+                infos = self.fs.get_file_info([str(path) for path in walk(Path(self.path))])
+            else:
+                infos = []
         except OSError as error:
             raise StorageError(f"cannot list {self.uri}: {error}") from error
-        base = len(self.path) + 1
-        return sorted(
-            i.path[base:] for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix)
-        )
+        return [info for info in infos if info.type == pafs.FileType.File]

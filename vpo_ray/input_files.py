@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 # What reading a file raises, its unpacking included. pyarrow's errors are OSError or ValueError, but for one.
 READ_ERRORS = (OSError, EOFError, ValueError, ImportError, NotImplementedError, zlib.error, lzma.LZMAError)
@@ -117,7 +117,9 @@ def find_files(
     files: list[InputFile] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
-            if "://" in pattern:
+            if pattern.startswith("file://"):
+                found = _local_uri(pattern, kinds)
+            elif "://" in pattern:
                 found = _remote(pattern, kinds)
             else:
                 found = _local(os.path.expanduser(pattern), kinds)
@@ -165,18 +167,28 @@ def _walk(
     above: list[tuple[int, int]] | None,
     seen: set[tuple[int, int]],
 ) -> Iterator[Path]:
-    found = folder.stat()
-    this = (found.st_dev, found.st_ino)
-    if this in (seen if above is None else above) or not entered(folder):
-        return
-    seen.add(this)
+    try:
+        found = folder.stat()
+        this = (found.st_dev, found.st_ino)
+        if this in (seen if above is None else above) or not entered(folder):
+            return
+        seen.add(this)
+        with os.scandir(folder) as entries:
+            # Links come last: a folder is given under a name of its own where it has one.
+            inside = sorted((entry.is_symlink(), entry.name, _leads_to_folder(entry)) for entry in entries)
+    except FileNotFoundError:
+        return  # it went meanwhile
     if folders:
         yield folder
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
-        if path.is_dir():
-            yield from _walk(path, entered, folders, None if above is None else [*above, this], seen)
+    for _, name, is_folder in inside:
+        if is_folder:
+            yield from _walk(folder / name, entered, folders, None if above is None else [*above, this], seen)
         else:
-            yield path
+            yield folder / name
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _local(pattern: str, kinds: Container[str]) -> list[InputFile]:
@@ -190,15 +202,26 @@ def _local(pattern: str, kinds: Container[str]) -> list[InputFile]:
     return [file for path in sorted(_matches(pattern)) for file in _local(path, kinds)]
 
 
+def _local_uri(uri: str, kinds: Container[str]) -> list[InputFile]:
+    """As on other filesystems, a glob of a URI matches files only."""
+    path = unquote(uri.removeprefix("file://").partition("?")[0])
+    if Path(path).exists() or not glob.has_magic(path):
+        return _local(path, kinds)
+    return [InputFile(one) for one in sorted(_matches(path)) if os.path.isfile(one)]
+
+
 def _matches(pattern: str) -> list[str]:
     """What a glob matches. `**` is any folders, each once; Python's follows links for ever."""
     absolute = os.path.isabs(pattern)
-    paths = [os.sep if absolute else ""]
-    for part in Path(pattern).parts[absolute:]:
+    paths, parts = [os.sep if absolute else ""], Path(pattern).parts[absolute:]
+    for number, part in enumerate(parts, start=1):
         if part == "**":
             tops = [Path(top or ".") for top in paths if os.path.isdir(top or ".")]
-            below = [path for top in tops for path in walk(top, _is_visible, folders=True) if path.is_dir()]
-            paths = list(dict.fromkeys(map(str, below)))
+            below = [path for top in tops for path in walk(top, _is_visible, folders=True)]
+            last = number == len(parts)
+            paths = list(
+                dict.fromkeys(str(path) for path in below if path.is_dir() or (last and path.is_file()))
+            )
         elif glob.has_magic(part):
             paths = [
                 os.path.join(top, name) for top in paths for name in glob.glob(part, root_dir=top or ".")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vpo_ray.chains import CHAIN_OF, draft_model
 from vpo_ray.engines.video_weights import sampled
-from vpo_ray.input_files import READ_ERRORS, InputError, file_at
+from vpo_ray.input_files import READ_ERRORS, InputError, file_at, walk
 from vpo_ray.policy_prompt import PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Recipe
 from vpo_ray.records import content_id
@@ -171,8 +171,9 @@ def _model(key: str, path: str) -> Iterator[tuple[str, str]]:
 def _files(place: Path) -> Sequence[tuple[str, Path]]:
     if place.is_file():
         return [(place.name, place)]
-    files = (path for path in place.rglob("[!.]*") if path.suffix in _MODEL_FILES and path.is_file())
-    return sorted((str(path.relative_to(place)), path) for path in files)
+    files = (path for path in walk(place, every_name=True) if path.suffix in _MODEL_FILES)
+    visible = (path for path in files if not path.name.startswith(".") and path.is_file())
+    return sorted((str(path.relative_to(place)), path) for path in visible)
 
 
 def _content(value: object) -> str:

@@ -249,12 +249,10 @@ class VideoStore:
         return gone + [Entry(file.base_name, file.size or 0, file.mtime, False) for file in left]
 
     def _listing(self) -> Iterator[pafs.FileInfo]:
-        selector = pafs.FileSelector(self.folder.path, recursive=True, allow_not_found=True)
         try:
-            files = self.folder.fs.get_file_info(selector)
-        except OSError as error:
-            raise StorageError(f"cannot list the video store {self.folder.uri}: {error}") from error
-        yield from (file for file in files if file.type == pafs.FileType.File)
+            yield from self.folder.infos()
+        except StorageError as error:
+            raise StorageError(f"the video store: {error}") from error
 
     def _stat(self, key: str) -> pafs.FileInfo:
         try:

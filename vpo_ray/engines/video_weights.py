@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.input_files import walk
 from vpo_ray.model_cache import fetch
 from vpo_ray.recipe import Lora, Render
 from vpo_ray.records import content_id
@@ -74,7 +75,8 @@ def model_identity(model: str, revision: str | None) -> str:
     """
     folder = Path(model)
     if folder.is_dir():
-        files = sorted(path for path in folder.rglob("[!.]*") if path.suffix in _MODEL_FILES)
+        found = (path for path in walk(folder, every_name=True) if path.suffix in _MODEL_FILES)
+        files = sorted(path for path in found if not path.name.startswith("."))
         return "folder:" + content_id([[str(f.relative_to(folder)), *sampled(f)] for f in files])
     from huggingface_hub import hf_hub_download
 
