@@ -170,10 +170,10 @@ class Serve(Section):
         default=None, description="file or folder (a mounted Secret) that `vpo key` writes for"
     )
     requests_per_minute: Positive | None = Field(
-        default=None, description="of each key that has no own limit"
+        default=None, description="prompts a minute (queries x candidates) of each key without own limit"
     )
     concurrency: Positive | None = Field(
-        default=None, description="requests at once of each key without own limit"
+        default=None, description="prompts at once of each key without own limit"
     )
     max_queued_requests: Positive = 1024
     overload_status: Literal[429, 503] = 429

@@ -27,9 +27,16 @@ from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.http import Events, application, internal, read_body, refused
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
-from vpo_ray.serve.limits import Limits
+from vpo_ray.serve.limits import Admission, Limits
 from vpo_ray.serve.optimiser import build_optimiser, failure, refusal
-from vpo_ray.serve.optimize import Asked, Optimization, OptimizationList, OptimizeRequest, parse_optimize
+from vpo_ray.serve.optimize import (
+    Asked,
+    Optimization,
+    OptimizationList,
+    OptimizeRequest,
+    engine_fields,
+    parse_optimize,
+)
 from vpo_ray.serve.policy import PolicyFailed, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
@@ -68,6 +75,14 @@ def _id(request: Request) -> str:
     return request.headers.get("x-request-id", "")[:128]
 
 
+# What a route calls once it knows how many prompts its request asks for.
+Take = Callable[[int], None]
+
+
+def _nothing(work: int) -> None:
+    """For routes that cost nothing."""
+
+
 def _json(answer: Any) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -94,7 +109,12 @@ class Ingress:
         self.policy, self.metrics = self.optimiser.policy, self.optimiser.policy.metrics
         self.store = settings.videos.store if settings.videos else None
         self.keys = KeyRing(settings.keys) if settings.keys else None
-        self.limits = Limits(settings.requests_per_minute, settings.concurrency, settings.ingress_replicas)
+        self.limits = Limits(
+            settings.requests_per_minute,
+            settings.concurrency,
+            settings.ingress_replicas,
+            least=settings.best_of.n if settings.best_of else 1,
+        )
         self.running = 0
         self.created = int(time.time())
         Cors.origins = settings.cors_origins
@@ -124,14 +144,14 @@ class Ingress:
 
     @http.get("/v1/models")
     async def models(self, request: Request) -> Response:
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             return JSONResponse({"object": "list", "data": [self._card()]})
 
         return await self._admitted(request, "models", None, answer)
 
     @http.get("/v1/models/{model:path}")
     async def model(self, request: Request, model: str) -> Response:
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             if model != self.settings.model_name:
                 message = f"the model {model[:100]!r} does not exist"
                 raise RequestError(404, message, "model", "model_not_found")
@@ -141,9 +161,10 @@ class Ingress:
 
     @http.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat(self, request: Request) -> Response:
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             body = await read_body(request, max_body_bytes(self.settings))
             query, fields = parse_request(body, self.settings)
+            take(self.optimiser.candidates(fields) if self.optimiser.looks_at_prompts else fields["n"])
             self._note(query, key)
             if self.optimiser.looks_at_prompts:
                 return await self._chat_checked(query, fields, key, _id(request))
@@ -157,9 +178,10 @@ class Ingress:
         response_model=Optimization | OptimizationList,
     )
     async def optimize(self, request: Request) -> Response:
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             limit = max_body_bytes(self.settings, self.settings.max_queries)
             asked = parse_optimize(await read_body(request, limit), self.settings)
+            take(len(asked.queries) * self.optimiser.candidates(asked.fields))
             for query in asked.queries:
                 self._note(query, key)
             if asked.stream:
@@ -177,9 +199,10 @@ class Ingress:
         "/v1/videos", status_code=202, openapi_extra=_documented(VideoRequest), response_model=VideoJob
     )
     async def make_video(self, request: Request) -> Response:
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             jobs, _ = self._videos()
             query, seed = parse_video(await read_body(request, max_body_bytes(self.settings)), self.settings)
+            take(self.optimiser.candidates(engine_fields(self.settings, 1, seed, None)))
             self._note(query, key)
             job = await jobs.submit.remote(query, seed, key.name)
             if job is None:
@@ -190,7 +213,7 @@ class Ingress:
 
     @http.get("/v1/videos/{job_id}", response_model=VideoJob)
     async def video(self, request: Request, job_id: str) -> Response:
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             return _json((await self._job(job_id, key)).shown())
 
         return await self._admitted(request, "videos", None, answer)
@@ -199,7 +222,7 @@ class Ingress:
     async def video_content(self, request: Request, job_id: str) -> Response:
         """The mp4 of a job that is completed; 409 while it is not."""
 
-        async def answer(key: Key) -> Response:
+        async def answer(key: Key, take: Take) -> Response:
             job = await self._job(job_id, key)
             if job.video is None:
                 message = f"the job is {job.status}"
@@ -226,18 +249,21 @@ class Ingress:
         request: Request,
         endpoint: str,
         scope: str | None,
-        answer: Callable[[Key], Awaitable[Response]],
+        answer: Callable[[Key, Take], Awaitable[Response]],
     ) -> Response:
         """Answer a caller who may ask, count what came of it, and give its place back at the end."""
         began, hold, key = time.monotonic(), ExitStack(), ANYONE
+        admission: Admission | None = None
         self._run(1)
         hold.callback(self._run, -1)
         try:
             key = self._caller(request, scope)
             if scope is not None:
-                hold.enter_context(self.limits.admit(key))
-            response = await answer(key)
+                admission = hold.enter_context(self.limits.enter(key))
+            response = await answer(key, admission.take if admission else _nothing)
         except RequestError as error:
+            if admission and error.status != 429:
+                admission.spoilt()
             response = refused(error)
         except PolicyFailed as error:
             response = refused(failure(error))

@@ -1,6 +1,7 @@
-"""Limits of a caller: requests a minute as a token bucket, and requests at once.
+"""Limits of a caller: prompts a minute as a token bucket, and prompts at once.
 
-Each ingress replica counts by itself and admits its share of a key's limits.
+What is counted is work, not requests: a request takes as many as the policy writes prompts for it
+(queries x candidates). Each ingress replica counts by itself and admits its share of a key's limits.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ class Limits:
     """Counts callers by name.
 
     Args:
-        requests_per_minute, concurrency: of a key without own ones; None is no limit.
+        requests_per_minute, concurrency: of a key without own ones, in prompts; None is no limit.
         share: replicas that split the limits between them.
         now: a clock in seconds.
+        least: prompts of the smallest request there is (best of n). A caller who has nothing running
+            and a full bucket may always ask for so many, however small its limits.
     """
 
     def __init__(
@@ -37,39 +40,98 @@ class Limits:
         concurrency: int | None,
         share: int = 1,
         now: Callable[[], float] = time.monotonic,
+        least: int = 1,
     ) -> None:
         self.requests_per_minute, self.concurrency, self.share = requests_per_minute, concurrency, share
-        self._now = now
+        self._now, self.least = now, least
         self._callers: dict[str, _Caller] = {}
 
     @contextmanager
-    def admit(self, key: Key) -> Iterator[None]:
-        """Hold one of the caller's places. A burst may take a whole minute's requests at once.
+    def admit(self, key: Key, work: int = 1) -> Iterator[None]:
+        """Hold `work` of the caller's places; see `Admission.take`."""
+        with self.enter(key) as admission:
+            admission.take(work)
+            yield
+
+    @contextmanager
+    def enter(self, key: Key) -> Iterator[Admission]:
+        """Hold one of the caller's places, before it is known what the request asks for.
 
         Raises:
-            RequestError: 429 with `Retry-After`.
+            RequestError: 429 with `Retry-After`: all are taken.
         """
-        rate = self._part(key.requests_per_minute or self.requests_per_minute)
-        places = self._part(key.concurrency or self.concurrency)
+        admission = Admission(self, key)
+        try:
+            yield admission
+        finally:
+            admission.caller.running -= admission.held
+
+    def part(self, limit: int | None) -> int | None:
+        """A replica's share of a limit."""
+        return None if limit is None else math.ceil(limit / self.share)
+
+    def caller(self, key: Key, rate: int | None) -> _Caller:
+        """The caller, its bucket filled up to now."""
         now = self._now()
         caller = self._callers.setdefault(key.name, _Caller(rate or 0, now))
-        if places is not None and caller.running >= places:
-            raise _refusal(f"{caller.running} requests of this key are running, {places} may", 1)
         if rate is not None:
             caller.tokens = min(rate, caller.tokens + (now - caller.filled) * rate / 60)
-            caller.filled = now
-            if caller.tokens < 1:
-                wait = math.ceil((1 - caller.tokens) * 60 / rate)
-                raise _refusal(f"over {rate} requests a minute of this key", wait)
-            caller.tokens -= 1
-        caller.running += 1
-        try:
-            yield
-        finally:
-            caller.running -= 1
+        caller.filled = now
+        return caller
 
-    def _part(self, limit: int | None) -> int | None:
-        return None if limit is None else math.ceil(limit / self.share)
+
+class Admission:
+    """A request that is inside: one place, and more once its work is known."""
+
+    def __init__(self, limits: Limits, key: Key) -> None:
+        self._limits, self._key, self.held, self.taken = limits, key, 0, False
+        self.rate, self.places = (
+            key.requests_per_minute or limits.requests_per_minute,
+            key.concurrency or limits.concurrency,
+        )
+        self.caller = limits.caller(key, limits.part(self.rate))
+        self._hold(1)
+
+    def take(self, work: int) -> None:
+        """Take what the request costs: prompts that are written for it. A burst may take a whole
+        minute's at once; more than a replica's share of it is lent once the share is there.
+
+        Raises:
+            RequestError: 429 with `Retry-After`, in which the bucket has filled far enough for this
+                request; 413 when it asks for more than the whole limit.
+        """
+        for limit, span in ((self.rate, "a minute"), (self.places, "at once")):
+            if limit is not None and work > max(limit, self._limits.least):
+                raise RequestError(
+                    413,
+                    f"this request asks for {work} prompts (queries x candidates), and this key may have "
+                    f"{limit} {span}: send fewer queries, or a smaller n",
+                    code="request_too_large",
+                )
+        rate = self._limits.part(self.rate)
+        if rate is not None:
+            self._limits.caller(self._key, rate)
+            missing = min(work, rate) - self.caller.tokens
+            if missing > 0:
+                wait = math.ceil(missing * 60 / rate - 1e-6)
+                raise _refusal(f"over {rate} prompts a minute of this key, {work} asked for", wait)
+        self._hold(work - self.held)
+        self.taken = True
+        if rate is not None:
+            self.caller.tokens -= work
+
+    def spoilt(self) -> None:
+        """A request that is refused for what it says costs one prompt, so that nobody tries for ever."""
+        if not self.taken and self.rate is not None:
+            self.caller.tokens = max(self.caller.tokens - 1, min(self.caller.tokens, 0))
+
+    def _hold(self, more: int) -> None:
+        """Raises RequestError (429) unless the caller may run so many more, or runs nothing else."""
+        places, others = self._limits.part(self.places), self.caller.running - self.held
+        if places is not None and others and others + self.held + more > places:
+            raise _refusal(f"{others} prompts of this key are being written, {places} may", 1)
+        self.caller.running += more
+        self.held += more
 
 
 def _refusal(message: str, wait_s: int) -> RequestError:

@@ -165,6 +165,10 @@ class Optimiser:
         result.prompt, *rest = prompts
         result.alternatives = rest[: n - 1]
 
+    def candidates(self, fields: Mapping[str, Any]) -> int:
+        """How many prompts the policy writes for one query."""
+        return int(self._asked(fields)["n"])
+
     def _asked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         best_of = self.settings.best_of
         if fields["temperature"] == 0:
