@@ -156,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")
     export.add_argument("--bare", action="store_true", help="leave the task prompt out of the messages")
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
-    serve.add_argument("checkpoint", help="a folder that `vpo run` made, e.g. runs/demo/checkpoints/dpo")
+    serve.add_argument(
+        "checkpoint", help="a folder or URI that `vpo run` made, e.g. runs/demo/checkpoints/dpo"
+    )
     serve.add_argument("--recipe", help="recipe file whose `serve` section to use")
     serve.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. serve.port=9000"
@@ -165,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", action="store_true", help="print a Serve config file for `serve deploy` or a RayService"
     )
     deploy = with_recipe("deploy", "deploy the trained policy on a cluster's Ray Serve, and return", _deploy)
-    deploy.add_argument("--checkpoint", help="another folder than the run's last trained policy")
+    deploy.add_argument("--checkpoint", help="another folder or URI than the run's last trained policy")
     deploy.add_argument(
         "--timeout", type=float, default=1800, metavar="S", help="for the replicas to load (%(default)g s)"
     )
@@ -242,7 +244,7 @@ def _stage(arguments: argparse.Namespace) -> int:
             with loop.accounted(recipe, run):
                 _work(name, recipe, run, arguments)
             loop.write_ledger(recipe, run)
-        where = f"{run.uri}/ledger.json"
+        where = run.at("ledger.json")
     sys.stdout.write(f"{name}: done, see {where}\n")
     return 0
 
@@ -278,12 +280,12 @@ def _work(name: str, recipe: Recipe, run: RunDir, arguments: argparse.Namespace)
 
 def _export(arguments: argparse.Namespace) -> int:
     from vpo_ray.export import export
-    from vpo_ray.storage import RunDir
+    from vpo_ray.storage import RunDir, join
 
     recipe = _load(arguments)
     written = export(recipe, RunDir(recipe.out), arguments.format, arguments.to, arguments.bare)
     for name, rows in written.items():
-        sys.stdout.write(f"{arguments.to}/{name}: {rows} rows\n")
+        sys.stdout.write(f"{join(arguments.to, name)}: {rows} rows\n")
     return 0
 
 

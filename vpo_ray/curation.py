@@ -47,7 +47,7 @@ def curate_run(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
     if not counts["queries"]:
         raise InputError(
             f"queries.path {recipe.queries.path}: all {counts['dropped']} rows were dropped, "
-            f"see the reasons in {run.uri}/dropped"
+            f"see the reasons in {run.at('dropped')}"
         )
     run.write_json(MADE_WITH, _inputs(recipe))
     run.write_json(CURATED, counts)

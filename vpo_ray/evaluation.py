@@ -58,7 +58,9 @@ def evaluate(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[st
 def _evaluate(recipe: Recipe, run: RunDir, retry_errors: bool) -> dict[str, Any]:
     queries = list(run.table("queries").rows(where=pc.field("split") == "eval"))
     if not queries:
-        raise LoopError(f"{run.uri}/queries has no query of the eval split: give queries.splits.eval a share")
+        raise LoopError(
+            f"{run.at('queries')} has no query of the eval split: give queries.splits.eval a share"
+        )
     scores: dict[str, dict[str, float]] = {}
     result: dict[str, Any] = {"queries": len(queries)}
     for name, start in _policies(recipe, run).items():
@@ -106,7 +108,7 @@ def _policies(recipe: Recipe, run: RunDir) -> dict[str, Start]:
     needed = [phase for phase in ("sft", "dpo") if phase == "dpo" or recipe.sft is not None]
     for phase in needed:
         if not run.exists(f"checkpoints/{phase}/vpo.json"):
-            raise LoopError(f"{run.uri}/checkpoints/{phase} is not there: train first (`vpo {phase}`)")
+            raise LoopError(f"{run.at(f'checkpoints/{phase}')} is not there: train first (`vpo {phase}`)")
     if recipe.dpo is not None and recipe.dpo.lora is not None and not recipe.dpo.lora.merge:
         raise LoopError("vpo evaluate needs dpo.lora.merge true: candidates are sampled from a whole model")
     before = starting_policy(recipe, run)

@@ -73,7 +73,7 @@ def open_run(recipe: Recipe) -> RunDir:
                 f"{run.uri} holds a recipe.yaml that no run wrote: give the recipe an `out` of its own"
             )
         # Parsed, so that a key which is newer than the run counts with its default.
-        stored = parse(yaml.safe_load(run.read("recipe.yaml")), f"{run.uri}/recipe.yaml")
+        stored = parse(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
         changed = differences(stored.dump(), recipe.dump())
         if changed:
             raise OtherRecipeError(
@@ -162,7 +162,7 @@ def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
         return list(sft_rows(recipe.sft.data))
     rows = list(draft_rows(run))
     if not rows:
-        raise LoopError(f"{run.uri}/drafts holds nothing to train on: run `vpo draft` first")
+        raise LoopError(f"{run.at('drafts')} holds nothing to train on: run `vpo draft` first")
     return rows
 
 
@@ -193,9 +193,9 @@ def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
     key = identity_key(recipe.sample, recipe.seed)
     if row["candidate_id"] != candidate_id(row["query_id"], row["k"], identity, key):
         raise LoopError(
-            f"{run.uri}/candidates was sampled from another policy than this recipe's: its SFT data or task "
-            "prompt changed since, or it was made by a version of vpo that learnt one prompt of a query only "
-            "or did not look at engine_kwargs. Give the recipe another `out`"
+            f"{run.at('candidates')} was sampled from another policy than this recipe's: its SFT data or "
+            "task prompt changed since, or it was made by a version of vpo that learnt one prompt of a query "
+            "only or did not look at engine_kwargs. Give the recipe another `out`"
         )
 
 
@@ -291,7 +291,7 @@ def train_what_is_due(recipe: Recipe, run: RunDir) -> None:
         return
     if not run.table("feedback").parts():
         if recipe.sft is None:
-            raise LoopError(f"{run.uri}/feedback holds nothing to train on: run `vpo generate` first")
+            raise LoopError(f"{run.at('feedback')} holds nothing to train on: run `vpo generate` first")
         logger.info("SFT is done; DPO waits for `vpo generate`")
         return
     streamed = ("sample", "judge", "render", "score")
@@ -410,7 +410,7 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
         if row["k"] == 0 and row["prompt"]
     }
     if not written:
-        raise StorageError(f"{run.uri}/candidates holds no prompt to compare with")
+        raise StorageError(f"{run.at('candidates')} holds no prompt to compare with")
     first = min(written.values(), key=lambda row: (len(row["query"]), row["query_id"]))
     answer = ask(policy, recipe.serve, first["query"])
     run.write_json("example.json", {"query": first["query"], "sft": first["prompt"], "dpo": answer})

@@ -127,7 +127,8 @@ def fetch_for_engine(model: str) -> str:
     from ray.util import get_current_placement_group, placement_group_table
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    group = get_current_placement_group()
+    # Without a cluster it would start one.
+    group = get_current_placement_group() if ray.is_initialized() else None
     if group is None:
         return path
     here = ray.get_runtime_context().get_node_id()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 
 from vpo_ray.ledger import alarms, funnel
@@ -24,13 +25,11 @@ def summary(run: RunDir) -> str:
     if run.exists("example.json"):
         example = run.read_json("example.json")
         lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]
-    lines += ["", f"report   {run.uri}/report/index.html", f"ledger   {run.uri}/ledger.json"]
+    lines += ["", f"report   {run.at('report/index.html')}", f"ledger   {run.at('ledger.json')}"]
     for phase in ("dpo", "sft"):
         if run.exists(f"checkpoints/{phase}/vpo.json"):
-            lines += [
-                f"policy   {run.uri}/checkpoints/{phase}",
-                f"serve    vpo serve {run.uri}/checkpoints/{phase}",
-            ]
+            policy = run.at(f"checkpoints/{phase}")
+            lines += [f"policy   {policy}", f"serve    vpo serve {shlex.quote(policy)}"]
             break
     return "\n".join(lines) + "\n"
 

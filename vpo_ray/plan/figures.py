@@ -85,10 +85,14 @@ def read_ledger(recipe: Recipe, given: str | None) -> Ledger | None:
     Raises:
         PlanError: the given one is not there or is no ledger.
     """
-    file = given is not None and given.endswith(".json")
-    place, _, name = (given or "").rpartition("/") if file else (given or recipe.out, "", "ledger.json")
-    run = RunDir(place or ".")
+    place, sign, options = (given or recipe.out), "", ""
+    if "://" in place:
+        place, sign, options = place.partition("?")
+    name = "ledger.json"
+    if given is not None and place.endswith(".json"):
+        place, _, name = place.rpartition("/")
     try:
+        run = RunDir(f"{place or '.'}{sign}{options}")
         if given is None and not run.exists(name):
             return None
         stages = json.loads(run.read(name))["stages"]

@@ -67,7 +67,7 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
         policy=_policy(style, script),
     )
     run.write(PAGE, page.encode("utf-8"))
-    return f"{run.uri}/{PAGE}"
+    return run.at(PAGE)
 
 
 def _policy(style: str, script: str) -> str:
