@@ -162,8 +162,8 @@ def test_of_two_that_claim_at_once_one_gets_it(uri: str, monkeypatch: pytest.Mon
     with first.living(), pytest.raises(RunInUseError), driving(uri):
         pass
     first.folder.delete(first.name)
-    listed, answers = RunLock._claims, [[]]
-    monkeypatch.setattr(RunLock, "_claims", lambda lock: answers.pop() if answers else listed(lock))
+    listed, answers = RunLock._names, [[]]
+    monkeypatch.setattr(RunLock, "_names", lambda lock: answers.pop() if answers else listed(lock))
     last = Elsewhere(uri, "00000001-" + "f" * 32, state="waiting")
 
     def gives_up() -> None:

@@ -1,45 +1,29 @@
 """One driver at a time writes to a run directory: a claim in `lock/`, with an owner and a heartbeat.
 
-A driver writes a claim, `lock/<generation>-<id>.json`, then lists the folder, and has the run if
-nobody else's claim is there: of two that claim at once, at least the later one sees the other. This
-asks no more of a store than that it lists what was written, as local disks, S3, GCS and Azure do;
-`pyarrow.fs` has no conditional write. The claim is written again every BEAT_S seconds. Whoever waits
-for it watches whether it changes, by the clock of its own, so the machines' clocks need not agree.
-
-A claim that does not change for STALE_S is taken over, and at once where its process was on this
+A driver writes a claim, `lock/<generation>-<id>.json`, and has the run if nobody else's is there (see
+`claims`). One that has no heartbeat for STALE_S is taken over, and at once where its process was on this
 machine and is gone. A driver that was frozen for so long finds its claim gone, or one of a later
 generation: `check` tells it before it destroys anything, and its heartbeat stops it.
 """
 
 from __future__ import annotations
 
-import getpass
-import json
 import logging
 import os
-import re
 import signal
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from vpo_ray.claims import BEAT_S, STALE_S, Claim, Claims, Seen
 from vpo_ray.folder import Folder, StorageError
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "lock"
-BEAT_S = 5.0
-STALE_S = 60.0
 POLL_S = 0.5
-
-_CLAIM = re.compile(r"([0-9]{8})-[0-9a-f]{32}\.json")
 
 
 class RunInUseError(RuntimeError):
@@ -54,15 +38,6 @@ class RunLostError(RuntimeError):
     stops_run = True  # see pools.STOP
 
 
-@dataclass
-class _Seen:
-    """Another's claim as it was first read, and whether it has changed since."""
-
-    data: bytes
-    at: float
-    alive: bool = False
-
-
 class RunLock:
     """The lock of one run directory. `driving` keeps one for each directory that this process has.
 
@@ -72,14 +47,10 @@ class RunLock:
 
     def __init__(self, uri: str | Path) -> None:
         self.run = Folder(uri)
-        self.folder = self.run / FOLDER
+        self.claims = Claims(self.run / FOLDER)
         self.lost: RunLostError | None = None
         self.pid = os.getpid()
         self.depth = 0
-        self._name = ""
-        self._state = "waiting"
-        self._since = _now()
-        self._beats = 0
         self._writing = threading.Lock()
         self._over = threading.Event()
         # Only there a signal's handler can stop the work.
@@ -93,29 +64,34 @@ class RunLock:
             RunInUseError: its owner lives.
             StorageError: the folder cannot be written or listed.
         """
-        generation = 1 + max((int(name[:8]) for name in self._claims()), default=0)
-        self._name = f"{generation:08d}-{uuid.uuid4().hex}.json"
-        seen: dict[str, _Seen] = {}
+        generation = 1 + max((int(name[:8]) for name in self._names()), default=0)
+        self._own = Claim(self.claims, f"{generation:08d}")
+        told: set[str] = set()
         try:
-            self._write()
+            self._own.write(state="waiting")
             beat = time.monotonic()
-            while others := self._others(seen):
+            while others := self.claims.others(self._names(), self._own.name, STALE_S):
                 for name, other in others.items():
                     # Of two that wait, the first by name goes on, once the other has left.
-                    if other.alive and (_facts(other.data).get("state") == "held" or name < self._name):
-                        raise RunInUseError(self._refusal(other.data))
+                    if other.alive and (other.facts.get("state") == "held" or name < self._own.name):
+                        raise RunInUseError(self._refusal(other))
+                    if name not in told:
+                        told.add(name)
+                        logger.info(
+                            "%s is locked: %s. Without a heartbeat it is taken over in %.0f s",
+                            *(self.run.uri, other, STALE_S),
+                        )
                 time.sleep(POLL_S)
                 if time.monotonic() - beat > BEAT_S:
-                    self._write()
+                    self._own.write(state="waiting")
                     beat = time.monotonic()
-            self._state = "held"
-            self._write()
+            self._own.write(state="held")
             self._verify()
         except RunLostError as error:
-            self._withdraw()
+            self._own.withdraw(STALE_S)
             raise RunInUseError(str(error)) from None
         except BaseException:
-            self._withdraw()
+            self._own.withdraw(STALE_S)
             raise
         self._thread.start()
 
@@ -134,7 +110,7 @@ class RunLock:
         """Let the next driver in."""
         self._over.set()
         with self._writing:
-            self._withdraw()
+            self._own.withdraw(STALE_S)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
@@ -143,87 +119,34 @@ class RunLock:
                     return
                 try:
                     self._verify()
-                    self._write()
+                    self._own.write(state="held")
                 except RunLostError as error:
                     self.lost = error
                     break
                 except (StorageError, OSError) as error:
-                    logger.warning("no heartbeat in %s: %s", self.folder.uri, error)
+                    logger.warning("no heartbeat in %s: %s", self.run.uri, error)
         else:
             return
         logger.error("%s", self.lost)
         if self._in_main and callable(signal.getsignal(signal.SIGTERM)):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
-    def _claims(self) -> list[str]:
-        return [name for name in self.folder.files() if _CLAIM.fullmatch(name)]
-
-    def _others(self, seen: dict[str, _Seen]) -> dict[str, _Seen]:
-        """The claims of others that may be alive; those of the dead are deleted."""
-        now = time.monotonic()
-        others: dict[str, _Seen] = {}
-        for name in self._claims():
-            if name == self._name or (data := self._read(name)) is None:
-                continue
-            first = name not in seen
-            other = seen.setdefault(name, _Seen(data, now))
-            if other.data != data:
-                seen[name] = other = _Seen(data, now, alive=True)
-            if _is_gone(_facts(data)) or now - other.at > STALE_S:
-                logger.warning("taking %s over from a driver that is gone: %s", self.run.uri, _told(data))
-                self.folder.delete(name)
-                continue
-            if first:
-                logger.info(
-                    "%s is locked: %s. Without a heartbeat it is taken over in %.0f s",
-                    *(self.run.uri, _told(data), STALE_S),
-                )
-            others[name] = other
-        return others
+    def _names(self) -> list[str]:
+        return [name for name in self.claims.names() if name[:8].isdecimal() and name[8] == "-"]
 
     def _verify(self) -> None:
-        names = self._claims()
-        if self._name not in names:
+        names = self._names()
+        if self._own.name not in names:
             raise RunLostError(f"{self.run.uri}: the lock of this driver is gone, so another may work there")
         for name in names:
-            if name > self._name and (data := self._read(name)) is not None:
-                facts = _facts(data)
-                if facts.get("state") == "held":
-                    raise RunLostError(f"{self.run.uri} was taken over from this driver: {_told(data)}")
+            if name > self._own.name and (data := self.claims.read(name)) is not None:
+                other = Seen(data, time.monotonic())
+                if other.facts.get("state") == "held":
+                    raise RunLostError(f"{self.run.uri} was taken over from this driver: {other}")
 
-    def _write(self) -> None:
-        self._beats += 1
-        self.folder.write_json(
-            self._name,
-            {
-                "state": self._state,
-                "host": socket.gethostname(),
-                "pid": self.pid,
-                "user": _user(),
-                "since": self._since,
-                "beat": _now(),
-                "beats": self._beats,
-                "process": _process(self.pid),
-            },
-        )
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return self.folder.read(name)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(f"cannot read {self.folder.at(name)}: {error}") from error
-
-    def _withdraw(self) -> None:
-        try:
-            self.folder.delete(self._name)
-        except StorageError as error:
-            logger.warning("the lock is left behind, and is stale in %.0f s: %s", STALE_S, error)
-
-    def _refusal(self, data: bytes) -> str:
+    def _refusal(self, other: Seen) -> str:
         return (
-            f"{self.run.uri} is in use: {_told(data)}. Stop that driver or wait for its end; one that dies "
+            f"{self.run.uri} is in use: {other}. Stop that driver or wait for its end; one that dies "
             f"is taken over {STALE_S:.0f} s after its last heartbeat, on its own machine at once"
         )
 
@@ -275,54 +198,3 @@ def check(folder: Folder) -> None:
         inside = f"{folder.path}/".startswith(f"{lock.run.path}/") and folder.fs.equals(lock.run.fs)
         if inside and lock.pid == os.getpid():
             lock.check()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as containers have
-        return str(os.getuid())
-
-
-def _facts(data: bytes) -> dict[str, Any]:
-    """What a claim says; nothing where it cannot be read: then only its heartbeat counts."""
-    try:
-        found = json.loads(data)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _told(data: bytes) -> str:
-    facts = {name: str(value)[:100] for name, value in _facts(data).items()}
-    names = ("user", "host", "pid", "since", "beat")
-    told = "by {user} on {host}, process {pid}, since {since}, last heartbeat {beat}"
-    return told.format(**{name: facts.get(name, "?") for name in names})
-
-
-def _process(pid: int) -> dict[str, Any] | None:
-    """What tells a process from any other, on this machine and in this namespace of process ids: None
-    where the system does not say, or there is no such process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-        # Its name, which may hold anything, is in parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    state, started = fields[0], int(fields[19])
-    return None if state in "ZX" else {"machine": f"{boot} {namespace}", "started": started}
-
-
-def _is_gone(facts: dict[str, Any]) -> bool:
-    """Whether a claim's process was on this machine and has ended."""
-    process, own = facts.get("process"), _process(os.getpid())
-    if not isinstance(process, dict) or own is None or process.get("machine") != own["machine"]:
-        return False
-    pid = facts.get("pid")
-    # A claim of this very process is one that it could not take back.
-    return isinstance(pid, int) and (pid == os.getpid() or _process(pid) != process)
