@@ -111,6 +111,37 @@ def test_verify(store: VideoStore, vpo: Any) -> None:
     assert vpo("verify", store.folder.uri)[0] == 0
 
 
+def test_what_else_lies_in_a_store_is_no_video(store: VideoStore, vpo: Any) -> None:
+    """The jobs of an endpoint, the leases of renderers, and files of people."""
+    at(store, KEYS[3]).unlink()
+    foreign = {
+        "jobs/video0123.json": b"{}",
+        "jobs/open/video4567.json": b"{",
+        "leases/00ff.json": b"",
+        "notes.tmp": b"mine",
+        "README.json": b"mine",
+        "ab/notes.json": b"mine",
+        f"ab/{KEYS[1]}.mp4": b"in a folder that is not its own",
+        f"deep/{KEYS[0][:2]}/{KEYS[0]}.mp4": b"deeper",
+        f"{KEYS[0][:2]}/{KEYS[0]}.txt": b"of another kind",
+        f"jobs/video0123.json.{'0' * 32}.tmp": b"what an interrupted write left",
+    }
+    for name, data in foreign.items():
+        store.folder.write(name, data)
+        os.utime(Path(store.folder.path, name), (1, 1))
+    for damaged in (b"", b"[" * 100_000, b"\xff"):
+        store.folder.write(f"00/00{KEYS[0]}.json", damaged)
+        assert [entry.key for entry in store.entries() if entry.key not in KEYS] == [f"00{KEYS[0]}"]
+        assert vpo("verify", store.folder.uri)[0] == 1
+    store.folder.delete(f"00/00{KEYS[0]}.json")
+    status, out, _ = vpo("verify", store.folder.uri, "--delete")
+    assert (status, out) == (0, "3 videos read, 0 damaged or incomplete, 0 deleted\n")
+    assert vpo("prune", store.folder.uri, "--older-than", "0m", "--delete")[0] == 0
+    *kept, left = foreign
+    assert {name for name in foreign if store.folder.exists(name)} == set(kept)
+    assert not store.folder.exists(left)
+
+
 def test_verify_deletes_no_write_that_may_be_going_on(store: VideoStore, vpo: Any) -> None:
     at(store, KEYS[2], "json").unlink()
     assert vpo("verify", store.folder.uri, "--delete")[0] == 1

@@ -155,7 +155,7 @@ def _facts(data: bytes) -> dict[str, Any]:
     """What a claim says; nothing where it cannot be read: then only its heartbeat counts."""
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

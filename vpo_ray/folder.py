@@ -40,6 +40,10 @@ class StorageError(RuntimeError):
     stops_run = True  # see pools.STOP
 
 
+class DamagedError(StorageError, ValueError):
+    """A file that does not hold what it should; the message says which."""
+
+
 def join(uri: str, name: str) -> str:
     """The path or URI of `name` in a folder. Options of a URI (`?endpoint_override=...`) stay at its end."""
     place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
@@ -181,7 +185,11 @@ class Folder:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read(name))
+        """Raises FileNotFoundError when there is no such file, DamagedError when it is not JSON."""
+        try:
+            return json.loads(self.read(name))
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(f"{self.at(name)} is damaged, it is not JSON: {error}") from error
 
     def files(self, suffix: str = "") -> list[str]:
         """Sorted names (relative, recursive) of the files here; none when the folder is absent.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -49,6 +49,9 @@ OPERATIONAL = frozenset(
     }
 )
 READERS = 8  # files of a store that are read at once; an object store answers each in tens of ms
+# The files of a video, and what an interrupted write leaves.
+_FILE = re.compile(r"(?P<folder>[0-9a-f]{2})/(?P<key>(?P=folder)[0-9a-f]*)\.(?P<kind>mp4|json)")
+_LEFT = re.compile(r"\.[0-9a-f]+\.tmp$")
 _LIBRARIES = ("diffusers", "torch", "transformers")
 
 
@@ -122,7 +125,7 @@ class VideoStore:
         sidecar = self._read(_name(key, "json"))
         try:
             found = json.loads(sidecar)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise VideoMissing(f"the sidecar of video {key} in {self.folder.uri} is damaged") from error
         if not isinstance(found, dict) or not {"length", "sha256"} <= found.keys():
             raise VideoMissing(f"the sidecar of video {key} in {self.folder.uri} is of another format")
@@ -197,12 +200,12 @@ class VideoStore:
             self.folder.delete(_name(key, kind))
 
     def entries(self) -> Iterator[Entry]:
-        """Every key with a file in the store, complete or not, sorted."""
+        """Every key with a file in the store, complete or not, sorted. Whatever else lies there, such as
+        the jobs of an endpoint, is no video."""
         found: dict[str, dict[str, pafs.FileInfo]] = {}
         for file in self._listing():
-            stem, suffix = os.path.splitext(file.base_name)
-            if suffix in (".mp4", ".json") and stem.isascii() and stem.isalnum():
-                found.setdefault(stem, {})[suffix] = file
+            if match := _FILE.fullmatch(file.path[len(self.folder.path) + 1 :]):
+                found.setdefault(match["key"], {})[match["kind"]] = file
         for key, files in sorted(found.items()):
             size = sum(file.size or 0 for file in files.values())
             yield Entry(key, size, max(file.mtime for file in files.values()), len(files) == 2)
@@ -240,7 +243,7 @@ class VideoStore:
         """
         old = [entry for entry in self.entries() if entry.written < before and entry.key not in keep]
         gone = [entry for entry in old if complete or not entry.complete]
-        left = [file for file in self._listing() if file.extension == "tmp" and file.mtime < before]
+        left = [file for file in self._listing() if _LEFT.search(file.base_name) and file.mtime < before]
         if not dry_run:
             for entry in gone:
                 self.delete(entry.key)

@@ -1,5 +1,7 @@
 """`/v1/videos`: a query in, a video out, on the tiny models; and what a job survives."""
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ from vpo_ray.engines.reward.frames import read_frames
 from vpo_ray.recipe import RecipeError, load, load_serve
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.keys import make_key
-from vpo_ray.serve.video_jobs import JobFolder, StoredJob, parse_video
+from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJobs, parse_video
+from vpo_ray.storage import StorageError
 
 
 def job(**more: Any) -> StoredJob:
@@ -34,6 +37,66 @@ def test_jobs_are_kept_apart_until_they_end(tmp_path: Path) -> None:
     assert not hasattr(found.shown(), "owner")
     for name in ("none", "../video1", "open/video0", "", "é"):
         assert jobs.read(name) is None
+
+
+DAMAGE = {
+    "videoempty": b"",
+    "videocut": b'{"id": "vid',
+    "videobytes": b"\xff\xfe",
+    "videolist": b"[]",
+    "videoother": b'{"length": 3, "sha256": "0"}',
+    "videoname": job(id="videoanother").model_dump_json().encode(),
+    "videodeep": b"[" * 100_000,
+}
+
+
+def test_a_file_that_is_no_job_stops_no_other(tmp_path: Path) -> None:
+    jobs = JobFolder(str(tmp_path))
+    jobs.write(job())
+    for name, data in DAMAGE.items():
+        jobs.folder.write(f"open/{name}.json", data)
+    jobs.folder.write("open/sub/video3.json", b"{}")
+    (tmp_path / "jobs/open/videofolder.json").mkdir()
+    assert [left.id for left in jobs.unfinished()] == ["video1"]
+    for name in DAMAGE:
+        assert jobs.read(name) is None
+    jobs.folder.write("video1.json", b"{")
+    assert jobs.read("video1") == job()
+
+
+def test_a_burst_gets_no_more_places_than_there_are(tmp_path: Path) -> None:
+    """All ask before the first job is in the store."""
+    held = threading.Event()
+
+    class Slow(JobFolder):
+        def write(self, job: StoredJob) -> None:
+            assert held.wait(20)
+            if job.query == "full":
+                raise StorageError("no space left")
+            super().write(job)
+
+    jobs = object.__new__(VideoJobs)
+    jobs.settings, jobs.jobs, jobs.max_waiting, jobs.tasks = SETTINGS, Slow(str(tmp_path)), 3, set()
+
+    async def make(job: StoredJob) -> None:
+        await asyncio.sleep(0.2)
+
+    async def burst() -> list[str | None]:
+        jobs._make = make  # type: ignore[method-assign]
+        asked = [asyncio.create_task(jobs.submit("a cat", n, "web")) for n in range(10)]
+        await asyncio.sleep(0.1)
+        held.set()
+        answers = await asyncio.gather(*asked)
+        await asyncio.gather(*jobs.tasks)
+        with pytest.raises(StorageError, match="no space"):
+            await jobs.submit("full", 0, "web")
+        await asyncio.sleep(0)
+        assert not jobs.tasks, "it holds no place"
+        return answers
+
+    answers = asyncio.run(burst())
+    assert sum(answer is not None for answer in answers) == 3
+    assert len(jobs.jobs.folder.files()) == 3
 
 
 @pytest.mark.parametrize(

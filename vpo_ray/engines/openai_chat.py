@@ -52,13 +52,13 @@ class Answers:
         """Raises StorageError when the folder cannot be read; a damaged file is as none."""
         try:
             kept = json.loads(self.folder.read(self._name(key)))
-            answer = Answer(**kept["answer"])
+            answer, mine = Answer(**kept["answer"]), kept["run"] == self.run
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             logger.warning("%s/%s is damaged, its question is asked again", self.folder.uri, self._name(key))
             return None
-        return answer if kept["run"] == self.run else replace(answer, cost=0.0)
+        return answer if mine else replace(answer, cost=0.0)
 
     def keep(self, key: str, answer: Answer) -> None:
         """Raises StorageError when the folder cannot be written."""

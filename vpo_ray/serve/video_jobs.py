@@ -110,16 +110,22 @@ class JobFolder:
         self.folder = Folder(store) / "jobs"
 
     def read(self, job_id: str) -> StoredJob | None:
-        """None for an unknown id. Raises StorageError."""
+        """None for an unknown id, and for one whose file holds no such job. Raises StorageError."""
         if not job_id.isascii() or not job_id.isalnum():
             return None
         for name in (f"{job_id}.json", f"open/{job_id}.json", f"{job_id}.json"):  # it may end in between
             try:
-                return StoredJob.model_validate_json(self.folder.read(name))
+                job = StoredJob.model_validate_json(self.folder.read(name))
             except FileNotFoundError:
                 continue
             except OSError as error:
                 raise StorageError(f"cannot read job {job_id}: {error}") from error
+            except ValueError as error:
+                logger.error("%s is no job, and left alone: %s", self.folder.at(name), _in_one_line(error))
+                continue
+            if job.id == job_id:
+                return job
+            logger.error("%s is no job, and left alone: it has another id", self.folder.at(name))
         return None
 
     def write(self, job: StoredJob) -> None:
@@ -129,11 +135,24 @@ class JobFolder:
             self.folder.delete(f"open/{job.id}.json")
 
     def unfinished(self) -> list[StoredJob]:
-        """Jobs that an earlier replica left, oldest first."""
-        names = (self.folder / "open").files(".json")
-        jobs = [self.read(name.removesuffix(".json")) for name in names]
-        left = [job for job in jobs if job is not None and job.status in ("queued", "in_progress")]
+        """Jobs that an earlier replica left, oldest first. A file that cannot be read stops none of them."""
+        left = []
+        for name in (self.folder / "open").files(".json"):
+            try:
+                job = self.read(name.removesuffix(".json"))
+            except StorageError as error:
+                logger.error("%s", error)
+                continue
+            if job is not None and job.status in ("queued", "in_progress"):
+                left.append(job)
         return sorted(left, key=lambda job: job.created_at)
+
+
+def _in_one_line(error: ValueError) -> str:
+    """Why a file is no job, without what is in it: it may be a user's."""
+    if not isinstance(error, ValidationError):
+        return type(error).__name__
+    return "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()[:3])
 
 
 class VideoRenderer:
@@ -201,16 +220,26 @@ class VideoJobs:
             created_at=int(time.time()),
             owner=owner,
         )
-        await asyncio.to_thread(self.jobs.write, job)
-        self._start(job)
+        # It takes its place at once, and a caller that leaves meanwhile takes no stored job away.
+        stored = asyncio.get_running_loop().create_future()
+        self._start(job, stored)
+        await asyncio.shield(stored)
         return job.shown().model_dump_json()
 
-    def _start(self, job: StoredJob) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(job))
+    def _start(self, job: StoredJob, stored: asyncio.Future[None] | None = None) -> None:
+        """Begin a job; `stored` is told when a new one is in the store, or why it is not."""
+        task = asyncio.get_running_loop().create_task(self._run(job, stored))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _run(self, job: StoredJob) -> None:
+    async def _run(self, job: StoredJob, stored: asyncio.Future[None] | None = None) -> None:
+        if stored is not None:
+            try:
+                await asyncio.to_thread(self.jobs.write, job)
+            except Exception as error:  # noqa: BLE001  the caller hears it
+                stored.set_exception(error)
+                return
+            stored.set_result(None)
         try:
             await self._make(job)
         except RequestError as error:
@@ -225,7 +254,10 @@ class VideoJobs:
             job.error = RequestError(500, "the job failed").body()["error"]
         job.status = "completed" if job.error is None else "failed"
         job.completed_at = int(time.time())
-        await asyncio.to_thread(self.jobs.write, job)
+        try:
+            await asyncio.to_thread(self.jobs.write, job)
+        except StorageError as error:
+            logger.error("job %s is over, but the next replica does it again: %s", job.id, error)
 
     async def _make(self, job: StoredJob) -> None:
         fields = engine_fields(self.settings, 1, job.seed, None)
