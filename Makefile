@@ -27,7 +27,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Fast tests, two at a time.
+# Fast tests, two at a time. All come in an order by chance; pytest says which --seed repeats it.
 fast: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
 

@@ -3,9 +3,10 @@
 import ctypes
 import logging
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,44 @@ GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/serve", "tests/test_pipeline")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, help="the order of the tests: by chance without it, as they are written with 0"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = random.randrange(1, 10**6)
+    config.option.seed = getattr(config, "workerinput", {}).get("seed", config.option.seed)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """The workers of pytest-xdist have one order."""
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"The tests ran in the order of --seed {config.option.seed}.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    """Folders, their files and these files' tests are shuffled, each within the one above. Behind that,
+    pytest puts those together that share a parameter of a fixture."""
+    if config.option.seed:
+        # A folder, a file or a test has its place by the seed and its name: few tests come in the same
+        # order as many.
+        def places(item: pytest.Item) -> list[float]:
+            names = item.nodeid.replace("::", "/").split("/")
+            above = ["/".join(names[:n]) for n in range(1, len(names) + 1)]
+            return [random.Random(f"{config.option.seed} {name}").random() for name in above]
+
+        items.sort(key=places)
+    yield
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), 99))
 
 
