@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import python, simulated
 from s3_server import bucket, upload
 
 from vpo_ray.cache_folder import VARIABLE
 from vpo_ray.engines.adapter import adapter_of
 from vpo_ray.engines.video_weights import on_node, weights_identity
 from vpo_ray.ledger import build_ledger
+from vpo_ray.made_with import facts
 from vpo_ray.plan.figures import read_ledger
 from vpo_ray.recipe import Lora, Serve, load
 from vpo_ray.serve.config import config
@@ -82,6 +84,16 @@ def test_where_a_run_is_holds_when_it_is_typed(uri: str) -> None:
         assert ledger.uri == run.at("ledger.json")
 
 
+def test_rows_are_not_added_beside_those_of_another_model_under_the_same_uri(uri: str) -> None:
+    Folder(uri).write("config.json", b"{}")
+    recipe = load(TINY, [f"render.model={json.dumps(uri)}"])
+    before = facts(recipe, "render")["render.model"]
+    Folder(uri).write("config.json", b"{}")
+    assert facts(recipe, "render")["render.model"] == before, "the same again is no other model"
+    Folder(uri).write("config.json", b"[]")
+    assert facts(recipe, "render")["render.model"] != before
+
+
 def test_a_serve_config_names_the_uri(uri: str) -> None:
     [application] = config(uri, Serve())["applications"]
     assert application["args"]["checkpoint"] == uri
@@ -120,3 +132,43 @@ def test_a_served_checkpoint(uri: str, tiny_models: Path, cache: Path) -> None:
     assert fingerprint(place) == name
     Folder(uri).write("config.json", (folder / "config.json").read_bytes() + b"\n")
     assert fingerprint(place) != name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_node_of_an_engine_has_the_model(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes here share the cache; that both have been asked shows by who holds the copy."""
+    Folder(uri).write("config.json", b"{}")
+    code = f"""
+import os, ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from vpo_ray.model_cache import fetch_for_engine
+ray.init()
+group = placement_group([{{"CPU": 1}}, {{"CPU": 1}}], strategy="STRICT_SPREAD")
+ray.get(group.ready(), timeout=60)
+@ray.remote(num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+class Engine:
+    def bring(self):
+        path = fetch_for_engine({uri!r})
+        use = os.stat(path + ".use").st_ino
+        holders = [p for p in os.listdir("/proc") if p.isdigit() and any(held(p, use))]
+        return path, len(holders)
+def held(process, inode):
+    folder = f"/proc/{{process}}/fd"
+    try:
+        for name in os.listdir(folder):
+            yield os.stat(f"{{folder}}/{{name}}").st_ino == inode
+    except OSError:
+        return
+path, holders = ray.get(Engine.remote().bring.remote(), timeout=120)
+print(path, holders)
+"""
+    with simulated(monkeypatch, one={"num_cpus": 1}, two={"num_cpus": 1}) as cluster:
+        ended = python(cluster.address, "-c", code, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    path, holders = ended.stdout.split()[-2:]
+    assert Path(path).parent == tmp_path / "cache"
+    assert int(holders) == 2

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from vpo_ray import model_cache
 from vpo_ray.chains import CHAIN_OF, draft_model
 from vpo_ray.engines.video_weights import sampled
 from vpo_ray.input_files import READ_ERRORS, InputError, file_at, walk
@@ -18,7 +20,7 @@ from vpo_ray.policy_prompt import PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Recipe
 from vpo_ray.records import content_id
 from vpo_ray.sft_data import sft_rows
-from vpo_ray.storage import RunDir
+from vpo_ray.storage import RunDir, StorageError
 from vpo_ray.versions import short_version
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,12 @@ def _file(key: str, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _model(key: str, path: str) -> Iterator[tuple[str, str]]:
-    """A local model is its files: names, sizes, and samples of what is in them."""
+    """A local model is its files: names, sizes, and samples of what is in them. One at a URI is what
+    the store says of its files."""
+    if "://" in path:
+        with suppress(StorageError):
+            yield key, f"content {model_cache.version(path)[:12]}"
+        return
     place = Path(path).expanduser()
     if place.exists():
         yield key, _content([[name, *sampled(file)] for name, file in _files(place)])

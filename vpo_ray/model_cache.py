@@ -79,7 +79,9 @@ class _Source:
 
     @property
     def state(self) -> list[list[Any]]:
-        return [[file.name, file.size, file.modified, file.version] for file in self.files]
+        """What decides whether it is still the same: where the store names a content, that same content
+        uploaded again is no other."""
+        return [[file.name, file.size, file.version or file.modified] for file in self.files]
 
 
 def fetch(model: str, weights: bool = True) -> str:
