@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clusters import ROOT, free_port
@@ -32,13 +33,6 @@ SETTINGS = {
     "pair.margin": 0.0,
     "sample.k": 2,
 }
-
-
-@pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    with bucket("vpo") as options:
-        yield options
 
 
 def vpo(*words: str) -> list[str]:
@@ -66,63 +60,88 @@ def made(run: RunDir) -> dict[str, object]:
     }
 
 
-def test_a_run_on_an_object_store_killed_goes_on_and_is_served_from_there(
-    tiny_models: Path, options: str, tmp_path: Path
-) -> None:
-    def uri(place: str) -> str:
-        return f"s3://vpo/{place}?{options}"
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The options of URIs of the store, and a cache of its own for what is fetched from there."""
+    with pytest.MonkeyPatch.context() as environment, bucket("vpo") as options:
+        environment.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache") / "models"))
+        yield options
 
-    queries = tmp_path / "queries.txt"
+
+@pytest.fixture(scope="module")
+def recipe(tiny_models: Path, options: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The tiny recipe with every model at a URI, as words of a command."""
+    queries = tmp_path_factory.mktemp("queries") / "queries.txt"
     animals = ["cat", "dog", "owl", "fox", "hen", "eel", "emu", "yak"]
     queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
-    # Models on a disk give the same rows as those in a store but for what their names decide: ids. The
-    # run that nothing disturbs has them in the store, too, and is itself on a disk.
-    models = {key: upload(tiny_models / name, uri(f"models/{name}")) for key, name in MODELS.items()}
-    models["reward.checklist.file"] = uri("models/reward/checklist.yaml")
-    recipe = [str(ROOT / "jobs/recipes/tiny.yaml"), *sets({**models, **SETTINGS, "queries.path": queries})]
-    undisturbed = RunDir(tmp_path / "undisturbed")
-    done("run", *recipe, "--out", str(undisturbed.path))
+    models = {
+        key: upload(tiny_models / name, f"s3://vpo/models/{name}?{options}") for key, name in MODELS.items()
+    }
+    models["reward.checklist.file"] = f"s3://vpo/models/reward/checklist.yaml?{options}"
+    return [str(ROOT / "jobs/recipes/tiny.yaml"), *sets({**models, **SETTINGS, "queries.path": queries})]
 
-    run = RunDir(uri("runs/one"))
+
+@pytest.fixture(scope="module")
+def run(recipe: list[str], options: str, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A finished run in the store whose driver was killed twice."""
+    run, logs = RunDir(f"s3://vpo/runs/one?{options}"), tmp_path_factory.mktemp("logs")
     start = vpo("run", *recipe, "--out", run.uri)
     # In training, behind a checkpoint, and in the middle of the videos.
-    for what in ("checkpoints/sft-", "feedback/"):
-        with open(tmp_path / "killed.log", "wb") as log:
+    for number, what in enumerate(("checkpoints/sft-[^/]+/step-", "feedback/")):
+        with open(logs / f"{number}.log", "wb") as log:
             driver = subprocess.Popen(start, stdout=log, stderr=log, cwd=ROOT)
         try:
             deadline = time.monotonic() + 500
-            while not any(name.startswith(what) for name in run.files()) and driver.poll() is None:
+            while not any(re.match(what, name) for name in run.files()) and driver.poll() is None:
                 assert time.monotonic() < deadline, f"no {what} in time"
                 time.sleep(0.2)
-            assert driver.poll() is None, (tmp_path / "killed.log").read_text()[-6000:]
+            assert driver.poll() is None, (logs / f"{number}.log").read_text()[-6000:]
         finally:
             driver.send_signal(signal.SIGKILL)
             driver.wait(timeout=30)
     done("run", *recipe, "--out", run.uri)
+    return run
+
+
+def test_it_ends_with_the_rows_of_a_run_on_a_disk_that_nothing_disturbs(
+    run: RunDir, recipe: list[str], tmp_path: Path
+) -> None:
+    undisturbed = RunDir(tmp_path / "undisturbed")
+    done("run", *recipe, "--out", str(undisturbed.path), "--set", "dpo=null")
     assert made(run) == made(undisturbed)
     assert reconcile(run.read_json("ledger.json")) == []
+    assert not [name for name in run.files() if name.startswith("checkpoints/sft-")]
+
+
+def test_what_it_leaves_is_whole(run: RunDir) -> None:
     assert run.metrics("sft")
     assert run.metrics("dpo")
     assert any(name.startswith("metrics/tensorboard/dpo/events") for name in run.files())
     assert isinstance(run.read_json("example.json")["dpo"], str)
-    assert not [name for name in run.files() if name.startswith("checkpoints/sft-")]
 
-    # What follows a run.
-    assert run.uri in done("report", *recipe, "--out", run.uri)
+
+def test_the_commands_behind_it(run: RunDir, recipe: list[str], options: str) -> None:
+    assert run.at("report/index.html") in done("report", *recipe, "--out", run.uri)
     page = run.read("report/index.html").decode()
-    assert "a cat in the rain" in page
     shown = set(re.findall(r'src="\.\./(videos/[^"]+\.mp4)"', page))
     assert shown
     assert shown <= set(run.files())
-    assert "after DPO" in done("evaluate", *recipe, "--out", run.uri)
-    done("export", *recipe, "--out", run.uri, "--format", "trl", "--to", uri("export"))
-    assert json.loads(Folder(uri("export")).read("preference.jsonl").splitlines()[0])["chosen"]
+    exported = f"s3://vpo/export?{options}"
+    done("export", *recipe, "--out", run.uri, "--format", "trl", "--to", exported)
+    assert json.loads(Folder(exported).read("preference.jsonl").splitlines()[0])["chosen"]
     done("plan", *recipe, "--out", run.uri, "--ledger", run.uri)
-    assert len(done("submit", *recipe, "--out", run.uri, "--print-id").strip()) > 10
+    assert done("submit", *recipe, "--out", run.uri, "--print-id").startswith("vpo-tiny-run-")
 
-    # `vpo serve` of the URI, and of a canary beside it that is one, too.
+
+def test_its_policies_are_evaluated(run: RunDir, recipe: list[str]) -> None:
+    assert "before" in done("evaluate", *recipe, "--out", run.uri)
+    assert run.read_json("evaluation.json")["queries"] > 0
+
+
+def test_its_policies_are_served_from_there(run: RunDir, recipe: list[str], tmp_path: Path) -> None:
+    """The one after DPO, and the one before as a canary beside it."""
     port = free_port()
-    beside = f"{{checkpoint: '{run.at('checkpoints/sft')}', share: 0.5}}"
+    beside = json.dumps({"checkpoint": run.at("checkpoints/sft"), "share": 0.5})
     serve = vpo("serve", run.at("checkpoints/dpo"), "--recipe", *recipe, *sets({"serve.port": port}))
     with open(tmp_path / "serve.log", "wb") as log:
         server = subprocess.Popen([*serve, *sets({"serve.canary": beside})], stdout=log, stderr=log, cwd=ROOT)
@@ -136,11 +155,9 @@ def test_a_run_on_an_object_store_killed_goes_on_and_is_served_from_there(
             server.wait(timeout=90)
         finally:
             server.kill()
-    cache = tmp_path / "cache"
-    assert list(cache.glob("*.part")) == []
 
 
-def answered(port: int, server: subprocess.Popen[bytes], log: Path) -> dict[str, object]:
+def answered(port: int, server: subprocess.Popen[bytes], log: Path) -> Any:
     body = {"model": "vpo", "seed": 1, "messages": [{"role": "user", "content": "cat"}]}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
@@ -151,7 +168,7 @@ def answered(port: int, server: subprocess.Popen[bytes], log: Path) -> dict[str,
     while True:
         try:
             with urllib.request.urlopen(request, timeout=120) as reply:
-                return json.load(reply)  # type: ignore[no-any-return]
+                return json.load(reply)
         except OSError:
             assert server.poll() is None, log.read_text()[-6000:]
             assert time.monotonic() < deadline, log.read_text()[-6000:]
