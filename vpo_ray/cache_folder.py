@@ -29,10 +29,11 @@ def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     cache = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"))
     # Containers often run as a user that has no home.
-    with suppress(OSError):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if cache.is_absolute() and os.access(cache, os.W_OK | os.X_OK):
-        return _private(_private(cache / "vpo_ray") / "models")
+    if cache.is_absolute():
+        with suppress(OSError):
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK | os.X_OK):
+            return _private(_private(cache / "vpo_ray") / "models")
     return _private(_private(Path(tempfile.gettempdir(), f"vpo_ray-{os.geteuid()}")) / "models")
 
 

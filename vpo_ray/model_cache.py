@@ -174,10 +174,11 @@ def _source(place: Folder) -> _Source:
         StorageError: nothing, a name that leads out of the folder, or a shard that an index names is absent.
     """
     try:
-        own = place.fs.get_file_info(place.path)
+        path = place.path.rstrip("/")
+        own = place.fs.get_file_info(path)
         lone = own.type == pafs.FileType.File
-        folder = os.path.dirname(place.path) if lone else place.path
-        selector = pafs.FileSelector(place.path, allow_not_found=True, recursive=True)
+        folder = os.path.dirname(path) if lone else path
+        selector = pafs.FileSelector(path, allow_not_found=True, recursive=True)
         infos = [own] if lone else [i for i in place.fs.get_file_info(selector) if i.is_file]
         infos.sort(key=lambda info: info.path)
         with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
