@@ -70,11 +70,21 @@ def _too_large(limit: int) -> RequestError:
 
 
 class Events(StreamingResponse):
-    """Server-sent events; `done` is called however the answer ends, a client that leaves included."""
+    """Server-sent events; `done` is called however the answer ends, a client that leaves included.
 
-    def __init__(self, events: AsyncIterator[str], done: Callable[[], None] | None = None) -> None:
+    Args:
+        events: closed at the end, and so is `source`, from which they are made (a generator that was
+            never begun closes nothing).
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        done: Callable[[], None] | None = None,
+        source: AsyncIterator[str] | None = None,
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.done = done
+        self.done, self._closed_at_end = done, [events, *([source] if source is not None else [])]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -82,3 +92,6 @@ class Events(StreamingResponse):
         finally:
             if self.done is not None:
                 self.done()
+            for events in self._closed_at_end:
+                if (close := getattr(events, "aclose", None)) is not None:
+                    await close()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import Request
@@ -28,7 +29,7 @@ from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.http import Events, application, internal, read_body, refused
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
 from vpo_ray.serve.limits import Admission, Limits
-from vpo_ray.serve.optimiser import build_optimiser, failure, refusal
+from vpo_ray.serve.optimiser import build_optimiser, refusal
 from vpo_ray.serve.optimize import (
     Asked,
     Optimization,
@@ -37,7 +38,7 @@ from vpo_ray.serve.optimize import (
     engine_fields,
     parse_optimize,
 )
-from vpo_ray.serve.policy import PolicyFailed, overloaded
+from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
 from vpo_ray.videos import VideoStore
@@ -303,7 +304,8 @@ class Ingress:
             raise refusal(result.safety)
         try:
             if fields["stream"]:
-                return Events(self._passed(await self.policy.stream(query, fields, request_id), key))
+                parts = await self.policy.stream(query, fields, request_id)
+                return Events(self._passed(parts, key), source=parts)
             answer = await self.policy.answer(query, fields, request_id)
         except PolicyFailed:
             if not self.settings.fallback:
@@ -360,8 +362,9 @@ class Ingress:
             if asked.fields["n"] == 1 and not self.optimiser.looks_at_prompts:
                 result = Optimization(model=self.settings.model_name, flags=asked.flags[0])
                 written = self.optimiser.written(asked.queries[0], asked.fields, request_id, result)
-                async for text in written:
-                    yield event("prompt", {"delta": text})
+                async with aclosing(written):
+                    async for text in written:
+                        yield event("prompt", {"delta": text})
                 self.metrics.optimised(result, key.name)
             else:
                 result = await self._optimised(asked, 0, key, request_id)
@@ -370,6 +373,8 @@ class Ingress:
             yield event("error", error.body())
         except PolicyFailed as error:
             yield event("error", failure(error).body())
+        except Exception as error:  # noqa: BLE001  a stream ends with an answer whatever happens
+            yield event("error", json.loads(bytes(internal(error).body)))
 
     def _note(self, query: str, key: Key) -> None:
         """A line in the log about a query, where the recipe asks for it."""

@@ -6,8 +6,8 @@ Behind both `/v1/optimize` and `/v1/chat/completions`, so that they agree on eve
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
@@ -80,7 +80,7 @@ class Optimiser:
 
     async def written(
         self, query: str, fields: Mapping[str, Any], request_id: str, result: Optimization
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """The prompt as the policy writes it; `result` is filled when it ends. For a gate that does
         not look at prompts, and one candidate. Raises what `__call__` raises."""
         clock = _Clock()
@@ -89,15 +89,17 @@ class Optimiser:
         text = ""
         if result.safety.outcome != "refused":
             try:
-                with clock.part("optimiser"):
-                    asked = {**fields, "stream_options": {"include_usage": True}}
-                    async for part in await self.policy.stream(query, asked, request_id):
+                began = time.perf_counter()
+                asked = {**fields, "stream_options": {"include_usage": True}}
+                async with aclosing(await self.policy.stream(query, asked, request_id)) as parts:
+                    async for part in parts:
                         for chunk in chunks_in(part):
                             _take(chunk, result)
                             for choice in chunk["choices"]:
                                 if delta := choice["delta"].get("content"):
                                     text += delta
                                     yield delta
+                    clock.written(began, parts.ended)
                 result.prompt = text.strip()
             except PolicyFailed:
                 if not self.settings.fallback:
@@ -191,6 +193,13 @@ class _Clock:
         finally:
             self._parts[name] = self._parts.get(name, 0) + time.perf_counter() - began
 
+    def written(self, began: float, ended: float | None) -> None:
+        """Count an answer that was streamed, without what its reader took beyond its end."""
+        now = time.perf_counter()
+        ended = now if ended is None else ended
+        self._parts["optimiser"] = self._parts.get("optimiser", 0) + ended - began
+        self._began += now - ended
+
     def latency(self) -> Latency:
         seconds = {**self._parts, "total": time.perf_counter() - self._began}
         return Latency(**{name: round(value, 4) for name, value in seconds.items()})
@@ -203,19 +212,13 @@ def refusal(safety: Safety) -> RequestError:
     return RequestError(400, f"refused by the safety gate: {safety.reason}", "messages", "content_filter")
 
 
-def failure(error: PolicyFailed) -> RequestError:
-    """What a client is told when there is no answer and no fallback."""
-    status, code = (504, "timeout") if error.timeout else (503, "engine_failed")
-    return RequestError(status, str(error), code=code, headers=LATER)
-
-
 LATER = {"Retry-After": "2"}
 
 
 def _take(reply: Mapping[str, Any], result: Optimization) -> None:
     """What a completion, or a chunk of one, says of itself. Raises PolicyFailed for an error."""
     if "error" in reply:
-        raise PolicyFailed(reply["error"]["message"])
+        raise PolicyFailed(reply["error"]["message"], timeout=reply["error"].get("code") == "timeout")
     if usage := reply.get("usage"):
         result.usage = Usage(**{name: usage.get(name, 0) for name in Usage.model_fields})
     result.system_fingerprint = reply.get("system_fingerprint") or result.system_fingerprint

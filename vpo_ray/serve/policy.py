@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
@@ -23,6 +23,7 @@ from vpo_ray.recipe import Serve
 from vpo_ray.records import share_of
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.metrics import ServeMetrics
+from vpo_ray.serve.stream import Parts
 
 logger = logging.getLogger("ray.serve")
 
@@ -82,11 +83,12 @@ class Policy:
 
         return await self._tried(once)
 
-    async def stream(self, query: str, fields: Mapping[str, Any], request_id: str) -> AsyncIterator[str]:
+    async def stream(self, query: str, fields: Mapping[str, Any], request_id: str) -> Parts:
         """The first part is there when this returns; see `answer` for what it raises. A failure
-        behind the first part ends the stream with an error event."""
+        behind the first part ends the stream with an error event. It has to be closed."""
         handle = self._handle(query).options(stream=True)
         body = {**self._body(query, fields, request_id), "stream": True}
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
 
         async def once() -> tuple[str, Any]:
             parts = handle.stream.remote(body)
@@ -95,20 +97,18 @@ class Policy:
                 raise _refused(first)
             return first, parts
 
-        first, parts = await self._tried(once)
-        return self._rest(first, parts)
+        def read(part: str | dict[str, Any]) -> str:
+            self.answered = time.monotonic()
+            if isinstance(part, str):
+                return part
+            error = _refused(part)
+            raise failure(error) if isinstance(error, PolicyFailed) else error
 
-    async def _rest(self, first: str, parts: Any) -> AsyncIterator[str]:
-        yield first
-        try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                async for part in parts:
-                    self.answered = time.monotonic()
-                    yield part if isinstance(part, str) else _error_event(_refused(part))
-        except (RayError, RayServeException, TimeoutError) as error:
-            parts.cancel()
-            logger.error("an answer broke off: %s", type(error).__name__)
-            yield _error_event(PolicyFailed("the answer broke off; ask again"))
+        first, parts = await self._tried(once)
+        return Parts(first, parts, deadline, read, failure(self._late()))
+
+    def _late(self) -> PolicyFailed:
+        return PolicyFailed(f"no answer within {self.settings.timeout_s:g} s", timeout=True)
 
     async def _tried(self, once: Callable[[], Awaitable[T]]) -> T:
         wait = FIRST_WAIT_S
@@ -130,7 +130,7 @@ class Policy:
                     await asyncio.sleep(wait)
                     wait *= 2
         except TimeoutError as error:
-            raise PolicyFailed(f"no answer within {self.settings.timeout_s:g} s", timeout=True) from error
+            raise self._late() from error
         raise AssertionError("unreachable")
 
     def _handle(self, query: str) -> DeploymentHandle:
@@ -157,6 +157,12 @@ async def _cancelled_with(response: Any, result: Awaitable[Any] | None = None) -
         raise
 
 
+def failure(error: PolicyFailed) -> RequestError:
+    """What a client is told when there is no answer and no fallback."""
+    status, code = (504, "timeout") if error.timeout else (503, "engine_failed")
+    return RequestError(status, str(error), code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
 def overloaded(status: int) -> RequestError:
     return RequestError(
         status,
@@ -170,12 +176,6 @@ def _refused(reply: dict[str, Any]) -> RequestError | PolicyFailed:
     if reply["code"] >= 500:
         return PolicyFailed("the engine failed")
     return RequestError(reply["code"], reply["message"], reply.get("param"))
-
-
-def _error_event(error: RequestError | PolicyFailed) -> str:
-    if isinstance(error, PolicyFailed):
-        error = RequestError(503, str(error), code="engine_failed")
-    return f"data: {json.dumps(error.body())}\n\n"
 
 
 def _kind(error: BaseException) -> str:

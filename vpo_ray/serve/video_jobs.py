@@ -23,9 +23,9 @@ from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
 from vpo_ray.serve.errors import RequestError, explained
-from vpo_ray.serve.optimiser import build_optimiser, failure
+from vpo_ray.serve.optimiser import build_optimiser
 from vpo_ray.serve.optimize import Safety, engine_fields, separate
-from vpo_ray.serve.policy import PolicyFailed
+from vpo_ray.serve.policy import PolicyFailed, failure
 from vpo_ray.serve.request import Body, Text, check_model, check_query, read_json
 from vpo_ray.storage import Folder, StorageError
 
