@@ -263,6 +263,12 @@ def test_what_cannot_be_fetched_is_named(cache: Path, uri: str, server: str) -> 
         fetch(f"s3://nowhere/x?{server}")
     with pytest.raises(StorageError, match=r"ftp://"):
         fetch("ftp://host/model")
+    place, _, options = uri.partition("?")
+    run = Folder(f"{place}/run?{options}")
+    for name in ("recipe.yaml", "versions.json", "checkpoints/dpo/config.json"):
+        run.write(name, b"{}")
+    with pytest.raises(StorageError, match="is a run"):
+        fetch(run.uri)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     Folder(uri).write("model.safetensors.index.json", json.dumps(index).encode())
     with pytest.raises(StorageError, match="lacks model-00001-of-00002"):

@@ -38,6 +38,8 @@ from vpo_ray.storage import Folder, StorageError
 logger = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+# Beside these, what folders of models hold for other libraries.
+_LARGE = (*WEIGHTS, ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 _KEY = re.compile("[0-9a-f]{24}")
 
@@ -64,7 +66,7 @@ class _File:
 
     @property
     def is_weights(self) -> bool:
-        return self.name.endswith(WEIGHTS)
+        return self.name.endswith(_LARGE)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def names(model: str) -> list[str]:
         StorageError: there is none, they cannot be listed, or weights that an index names are absent.
     """
     source = _source(Folder(model))
-    _check_shards(source)
+    _check(source)
     return [file.name for file in source.files]
 
 
@@ -325,7 +327,7 @@ class _Copy(_Place):
 
     def _download(self) -> None:
         uri, size = self.source.uri, sum(file.size for file in self.files)
-        _check_shards(self.source)
+        _check(self.source)
         _make_room(self.root, size, uri)
         logger.info("fetching %s (%.2f GB) to %s", uri.partition("?")[0], size / 1e9, self.folder)
         try:
@@ -362,9 +364,12 @@ class _Copy(_Place):
         return total.hexdigest()
 
 
-def _check_shards(source: _Source) -> None:
-    """Raises StorageError where an index names weights that are not there: an upload that was cut off."""
+def _check(source: _Source) -> None:
+    """Raises StorageError for a whole run, and where an index names weights that are not there: an upload
+    that was cut off."""
     names = {file.name for file in source.files}
+    if {"recipe.yaml", "versions.json"} <= names:
+        raise StorageError(f"{source.uri} is a run, not a model: name one of its checkpoints/")
     for index in sorted(name for name in names if name.endswith(".safetensors.index.json")):
         folder = os.path.dirname(index)
         try:
