@@ -128,6 +128,8 @@ def test_a_copy_without_a_good_manifest_is_fetched_again(cache: Path, uri: str, 
     path = Path(fetch(uri))
     (cache / f"{path.name}.json").write_bytes(manifest)
     (path / "model.safetensors").write_bytes(b"other")
+    place, _, options = uri.partition("?")
+    assert Path(fetch(f"{place}/vae?{options}"), "model.safetensors").exists(), "others are not its matter"
     assert Path(fetch(uri), "model.safetensors").read_bytes() == WEIGHTS
 
 

@@ -212,6 +212,7 @@ class _Place:
     def __init__(self, root: Path, key: str) -> None:
         self.root, self.key = root, key
         self.folder, self.part = root / key, root / f"{key}.part"
+        self.aside = root / f"{key}.json.part"
         self.manifest, self.lock, self.use = (root / f"{key}.{end}" for end in ("json", "lock", "use"))
 
     def told(self) -> dict[str, Any]:
@@ -285,7 +286,8 @@ class _Place:
 
     def remove(self) -> None:
         # The manifest first: without it there is no copy, however much of it is left.
-        self.manifest.unlink(missing_ok=True)
+        for file in (self.manifest, self.aside):
+            file.unlink(missing_ok=True)
         for folder in (self.folder, self.part):
             if folder.exists():
                 shutil.rmtree(folder)
@@ -340,7 +342,7 @@ class _Copy(_Place):
                 for file, total in zip(self.files, sums, strict=True)
             }
             manifest = {"uri": uri, "weights": self.weights, "source": self.source.state, "files": files}
-            _write_durably(self.manifest, json.dumps(manifest, indent=1).encode())
+            _write_durably(self.manifest, self.aside, json.dumps(manifest, indent=1).encode())
         except OSError as error:
             with suppress(OSError):
                 self.remove()
@@ -398,8 +400,7 @@ def _times(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    aside = path.with_suffix(".json.part")
+def _write_durably(path: Path, aside: Path, data: bytes) -> None:
     with open(aside, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -428,7 +429,11 @@ def _unused(root: Path, but: str = "") -> list[tuple[float, _Place, dict[str, An
 
 
 def _size(manifest: dict[str, Any]) -> int:
-    return sum(each["times"][0] for each in manifest.get("files", {}).values())
+    """Bytes of a copy; 0 where its manifest is damaged."""
+    try:
+        return sum(int(each["times"][0]) for each in manifest["files"].values())
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return 0
 
 
 def _make_room(root: Path, size: int, uri: str) -> None:
