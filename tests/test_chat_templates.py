@@ -228,6 +228,30 @@ def test_arguments_go_to_the_default_template(saved: Callable[..., str], tmp_pat
     assert own_template(tokenizer.chat_template, TASK) is not None
 
 
+@pytest.mark.parametrize("task", ["Rewrite: {query}", "Rewrite ( {query} )", "{query}"])
+def test_a_token_that_begins_with_a_space_is_none_behind_one(saved: Callable[..., str], task: str) -> None:
+    folder = saved(PLAIN)
+    tokenizer = load_chat_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [" [go]", "[stop]  ", " [both] "]})
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(folder, task)
+    special = set(tokenizer.convert_tokens_to_ids([" [go]", "[stop]  ", " [both] "]))
+    for query in ("[go]", " [go]", "x [go] y", "[stop]", "[stop]  ", "[both]", " [both] ", "  [go][stop]  "):
+        assert not special & set(prompt_ids(tokenizer, query)), query
+    assert len(special & set(tokenizer.encode("x [go] [both] [stop]  "))) == 3
+
+
+@pytest.mark.parametrize(
+    "task", ["Rewrite <{query}>", "Rewrite <|{query}", "Rewrite {query}end|>", "{query}|>"]
+)
+def test_no_query_completes_a_control_token_of_the_text_around_it(
+    saved: Callable[..., str], task: str
+) -> None:
+    with pytest.raises(PromptError, match="could complete it: put a space"):
+        load_tokenizer(saved(PLAIN), task)
+    assert load_tokenizer(saved(PLAIN), task.replace("{query}", " {query} "))
+
+
 def test_a_checkpoint_folded_by_an_earlier_version_goes_on(saved: Callable[..., str]) -> None:
     earlier = (
         "{#- vpo_ray: the task prompt is part of this template -#}"

@@ -62,10 +62,12 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
     Added tokens that a tokenizer does not call special are among them: `<think>` and `<tool_call>`
     of Qwen and GLM steer a model no less. White space and single characters are none, whatever a
-    tokenizer calls them.
+    tokenizer calls them. Of one with white space around it, what is inside counts too: the white space
+    may stand in front of the text already.
     """
     added = tokenizer.added_tokens_decoder.values()
     tokens = {t.content for t in added} | set(tokenizer.all_special_tokens)
+    tokens |= {token.strip() for token in tokens}
     return tuple(sorted((t for t in tokens if len(t.strip()) > 1), key=lambda t: (-len(t), t)))
 
 
@@ -301,12 +303,29 @@ def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -
                 f"{model}: the chat template refuses a conversation of one user message "
                 f"({type(error).__name__}: {str(error)[:200]}). {_ADVICE}"
             ) from error
+        if probe is _PROBES[0] and safe in text:
+            in_front, _, behind = text.rpartition(safe)
+            _apart(model, in_front, behind, tokens)
         if f"{before}{safe}{after}".strip() not in text:
             shown = "changes or cuts" if safe.split()[0] in text else "leaves out"
             raise PromptError(
                 f"{model}: the chat template {shown} what a user says: {safe[:60]!r} becomes "
                 f"{text[-200:]!r}. {_ADVICE}"
             )
+
+
+def _apart(model: str, before: str, after: str, tokens: Sequence[str]) -> None:
+    """Raises PromptError when a query could make a control token of the text that it stands between."""
+    for token in tokens:
+        for cut in range(1, len(token)):
+            begun, ended = token[:cut], token[cut:]
+            if (begun.strip() and before.endswith(begun)) or (ended.strip() and after.startswith(ended)):
+                side = f"behind {begun!r}" if before.endswith(begun) else f"in front of {ended!r}"
+                raise PromptError(
+                    f"{model}: the query stands {side}, a part of the control token {token!r}, and could "
+                    "complete it: put a space or an end of line between them, in policy.task_prompt or the "
+                    "chat template"
+                )
 
 
 _ADVICE = (

@@ -119,7 +119,7 @@ def end_of_turn(tokenizer: Any, task_prompt: str) -> list[int]:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
     tail = tokenizer.apply_chat_template(turns, chat_template=own, tokenize=False).rpartition(answer)[2]
     ids = tokenizer.encode(tail, add_special_tokens=False)
-    stops = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
+    stops = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))) - {tokenizer.unk_token_id}
     first = next((n for n, token in enumerate(ids) if token in stops), None)
     if first is not None:
         return ids[: first + 1]
