@@ -167,6 +167,15 @@ def test_the_gate_and_curation_agree(tmp_path_factory: pytest.TempPathFactory, t
     assert flagged == (dropped[0] == rules.code("keyword"))
 
 
+@pytest.mark.parametrize(
+    "text", ["a" * 100_000, "裸" * 100_000, "e" + "\u0301\u0323" * 100_000, "\u200b" * 100_000]
+)
+def test_huge_texts_take_time_that_grows_with_them(text: str) -> None:
+    began = time.process_time()
+    assert KeywordList(["a" * 50, "裸体", "gore"]).find(text + " go\u0301re") == "gore"
+    assert time.process_time() - began < 8  # less than a second
+
+
 def test_thousands_of_terms_are_looked_for_in_one_pass() -> None:
     words = KeywordList(
         [f"word{n} phrase{n}" for n in range(10_000)] + [f"裸{chr(0x4E00 + n)}" for n in range(5_000)]
