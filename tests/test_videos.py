@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vpo_ray import videos
 from vpo_ray.recipe import Render
-from vpo_ray.storage import StorageError
+from vpo_ray.storage import Folder, StorageError
 from vpo_ray.videos import OPERATIONAL, VideoDamaged, VideoMissing, VideoStore, video_key
 
 BASE: dict[str, Any] = {"model": "m"}
@@ -174,6 +174,71 @@ def test_damage_is_seen_and_repaired_by_writing_again(
     store.write(KEY, DATA, {})
     assert store.read(KEY) == DATA
     assert list(store.verify()) == []
+
+
+def steps(store: VideoStore, monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
+    """Calls `look` before and after every change that is made to a file of the store."""
+    for name in ("write", "delete"):
+        change = getattr(Folder, name)
+
+        def changed(folder: Folder, *arguments: Any, change: Any = change) -> Any:
+            look()
+            result = change(folder, *arguments)
+            look()
+            return result
+
+        monkeypatch.setattr(Folder, name, changed)
+
+
+@pytest.mark.parametrize("length", [len(DATA), len(DATA) + 1])
+def test_a_reader_meets_the_old_video_or_the_new_one(
+    store: VideoStore, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    new = b"n" * length
+    store.write(KEY, DATA, {"take": 1})
+    seen = []
+
+    def look() -> None:
+        other = VideoStore(store.folder.uri)
+        monkeypatch.undo()  # a look changes nothing, or it is told below
+        info = other.hit(KEY)
+        assert info is not None
+        data = other.read(KEY)
+        seen.append((info["take"], data))
+        assert list(other.verify()) == []
+        assert [entry.key for entry in other.entries()] == [KEY]
+        steps(store, monkeypatch, look)
+
+    steps(store, monkeypatch, look)
+    store.write(KEY, new, {"take": 2})
+    monkeypatch.undo()
+    assert set(seen) == {(1, DATA), (2, new)}
+    assert store.folder.files() == [f"ab/{KEY}.json", f"ab/{KEY}.mp4"]
+
+
+def test_a_replacement_that_is_interrupted_leaves_a_whole_video(
+    store: VideoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at_step in range(8):
+        store.write(KEY, DATA, {"take": 1})
+        left = at_step
+
+        def look() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            steps(store, patch, look)
+            with pytest.raises(KeyboardInterrupt):
+                store.write(KEY, b"new", {"take": 2})
+        info = store.hit(KEY)
+        assert info is not None
+        assert (info["take"], store.read(KEY)) in {(1, DATA), (2, b"new")}
+        store.prune(datetime.now(UTC) + timedelta(minutes=1))
+        if at_step < 2:
+            assert store.folder.files() == [f"ab/{KEY}.json", f"ab/{KEY}.mp4"]
 
 
 def rot(path: Path, data: bytes) -> None:

@@ -3,7 +3,9 @@
 A video's key is a hash of all that decides its pixels: prompt, seed, model, settings and library
 versions. `ab/<key>.mp4` holds the bytes that the reward reads, `ab/<key>.json` beside it says what
 they are. The sidecar is written last: an mp4 without one is an interrupted write and counts as
-absent. A store is a folder on any filesystem of `pyarrow.fs`, shared by runs and recipes.
+absent. Where a video is replaced, the new sidecar lies there before as `ab/<key>.<sha256>.json`, so
+that whichever bytes a reader finds, there is one that belongs to them. A store is a folder on any
+filesystem of `pyarrow.fs`, shared by runs and recipes.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ OPERATIONAL = frozenset(
 READERS = 8  # files of a store that are read at once; an object store answers each in tens of ms
 # The files of a video, and what an interrupted write leaves.
 _FILE = re.compile(r"(?P<folder>[0-9a-f]{2})/(?P<key>(?P=folder)[0-9a-f]*)\.(?P<kind>mp4|json)")
-_LEFT = re.compile(r"\.[0-9a-f]+\.tmp$")
+_LEFT = re.compile(r"\.[0-9a-f]+\.tmp$|^[0-9a-f]+\.[0-9a-f]{64}\.json$|^[0-9a-f]+-[0-9a-f]{32}\.json$")
 _LIBRARIES = ("diffusers", "torch", "transformers")
 
 
@@ -60,7 +62,15 @@ class VideoMissing(LookupError):
 
 
 class VideoDamaged(ValueError):
-    """The bytes under this key are not those that were written; the next render replaces them."""
+    """The bytes under this key are not those that were written; the next render replaces them.
+
+    Args:
+        sha256: of the bytes that are there.
+    """
+
+    def __init__(self, message: str, sha256: str = "") -> None:
+        super().__init__(message)
+        self.sha256 = sha256
 
 
 class Entry(NamedTuple):
@@ -122,7 +132,10 @@ class VideoStore:
 
     def info(self, key: str) -> dict[str, Any]:
         """The sidecar. Raises VideoMissing (none, or unreadable: then nothing tells what the mp4 is)."""
-        sidecar = self._read(_name(key, "json"))
+        return self._sidecar(key, _name(key, "json"))
+
+    def _sidecar(self, key: str, name: str) -> dict[str, Any]:
+        sidecar = self._read(name)
         try:
             found = json.loads(sidecar)
         except (ValueError, RecursionError) as error:
@@ -141,9 +154,8 @@ class VideoStore:
             VideoMissing: there is no complete video under this key.
             VideoDamaged: its bytes are not those that were written.
         """
-        info = self.info(key)
         try:
-            return self._checked(key, info)
+            return self._together(key)[1]
         except VideoDamaged:
             with suppress(StorageError):  # a store that is read only can still say what is wrong
                 self.folder.delete(_name(key, "json"))
@@ -162,20 +174,19 @@ class VideoStore:
         anybody's touch, `read` sees, which hashes always; `verify` reads the whole store.
         """
         try:
-            info = self.info(key)
-            file = self._stat(key)
-            if file.size != info["length"]:
-                return None
-            if file.mtime_ns != info.get("mtime_ns"):
-                self._checked(key, info)
+            info, file = self.info(key), self._stat(key)
+            if (file.size, file.mtime_ns) == (info["length"], info.get("mtime_ns")):
+                return info
+            found, _ = self._together(key)
+            if file.size == found["length"]:
                 with suppress(StorageError):
-                    self.folder.write_json(_name(key, "json"), {**info, "mtime_ns": file.mtime_ns})
-            return info
+                    self.folder.write_json(_name(key, "json"), {**found, "mtime_ns": file.mtime_ns})
+            return found
         except (VideoMissing, VideoDamaged):
             return None
 
     def write(self, key: str, data: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
-        """Store a video and then its sidecar.
+        """Store a video and then its sidecar; a reader finds the old ones or the new ones.
 
         Returns:
             The sidecar, with `key`, `length` and `sha256` of the bytes and the file's `mtime_ns`.
@@ -183,15 +194,17 @@ class VideoStore:
         Raises:
             StorageError: read-only, full, no access.
         """
+        digest = hashlib.sha256(data).hexdigest()
+        sidecar = {**sidecar, "key": key, "length": len(data), "sha256": digest}
+        coming = _name(key, f"{digest}.json")
+        replaces = self.folder.exists(_name(key, "json"))
+        if replaces:
+            self.folder.write_json(coming, sidecar)
         modified = self.folder.write(_name(key, "mp4"), data) or self._stat(key).mtime_ns
-        sidecar = {
-            **sidecar,
-            "key": key,
-            "length": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "mtime_ns": modified,
-        }
+        sidecar["mtime_ns"] = modified
         self.folder.write_json(_name(key, "json"), sidecar)
+        if replaces:
+            self.folder.delete(coming)
         return sidecar
 
     def delete(self, key: str) -> None:
@@ -238,7 +251,7 @@ class VideoStore:
             dry_run: delete nothing.
 
         Returns:
-            What was (or would be) deleted, leftovers of interrupted writes (`*.tmp`) included under
+            What was (or would be) deleted, leftovers of interrupted writes and renders included under
             their names.
         """
         old = [entry for entry in self.entries() if entry.written < before and entry.key not in keep]
@@ -268,7 +281,7 @@ class VideoStore:
 
     def _problem(self, entry: Entry) -> str | None:
         try:
-            self._checked(entry.key, self.info(entry.key))
+            self._together(entry.key)
         except (VideoMissing, VideoDamaged) as error:
             return str(error)
         return None
@@ -279,12 +292,33 @@ class VideoStore:
         except VideoMissing:
             return None
 
+    def _together(self, key: str) -> tuple[dict[str, Any], bytes]:
+        """A sidecar and the bytes that belong to it, also while they are replaced.
+
+        Raises:
+            VideoMissing, VideoDamaged: see `read`.
+        """
+        info = self.info(key)
+        while True:
+            try:
+                return info, self._checked(key, info)
+            except VideoDamaged as damage:
+                try:
+                    after = self._sidecar(key, _name(key, f"{damage.sha256}.json"))
+                except VideoMissing:
+                    after = self.info(key)  # it may be in its place by now
+                if after == info:
+                    raise
+                info = after
+
     def _checked(self, key: str, info: dict[str, Any]) -> bytes:
         data = self._read(_name(key, "mp4"))
+        digest = hashlib.sha256(data).hexdigest()
         if len(data) != info["length"]:
-            raise VideoDamaged(f"{self.uri(key)} has {len(data)} bytes, {info['length']} were written")
-        if hashlib.sha256(data).hexdigest() != info["sha256"]:
-            raise VideoDamaged(f"{self.uri(key)} has other bytes than were written")
+            message = f"{self.uri(key)} has {len(data)} bytes, {info['length']} were written"
+            raise VideoDamaged(message, digest)
+        if digest != info["sha256"]:
+            raise VideoDamaged(f"{self.uri(key)} has other bytes than were written", digest)
         return data
 
     def _read(self, name: str) -> bytes:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from vpo_ray import storage
-from vpo_ray.engines.video import probe
+from vpo_ray import storage, video_leases
+from vpo_ray.engines.video import VideoEngine, probe
 from vpo_ray.engines.video_model import VideoModelError
 from vpo_ray.recipe import Render
 from vpo_ray.records import FEEDBACK, Row, seed_of, table
@@ -156,6 +156,54 @@ def test_threads_share_one_device_and_render_nothing_twice(settings: Render, tmp
         done = list(pool.map(renderer, blocks))
     assert all(renderer.store.has(row["video_key"]) for rows in done for row in rows)
     assert renderer.rendered == 5
+
+
+def test_renderers_of_one_store_render_nothing_twice(settings: Render, tmp_path: Path) -> None:
+    """As replicas of a pool, shards of a run or an endpoint and a run do."""
+    settings = settings.model_copy(update={"batch_size": 1})
+    renderers = [Renderer(settings, str(tmp_path), 7) for _ in range(3)]
+    for renderer in renderers[1:]:
+        renderer._engine = VideoEngine(settings)  # all are ready at the same moment
+    rows = [candidate("shared"), candidate("also shared")]
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda renderer: renderer([candidate("own"), *rows]), renderers))
+    assert done[0] == done[1] == done[2]
+    assert sum(renderer.rendered for renderer in renderers) == 3
+    assert [r.rendered + r.hits for r in renderers] == [3, 3, 3]
+    assert len(renderers[0].store.folder.files()) == 6, "no lease is left"
+
+
+def test_a_video_that_a_dead_renderer_wanted_to_make_is_made(
+    settings: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_leases, "STALE_S", 0.5)
+    renderer = Renderer(settings, str(tmp_path), 7)
+    key = renderer._job(candidate("a cat")).key
+    renderer.store.folder.write_json(f"leases/{key}-{'0' * 32}.json", {"host": "faraway", "beats": 3})
+    (row,) = renderer([candidate("a cat")])
+    assert (row["video_key"], renderer.rendered) == (key, 1)
+
+
+def test_a_render_that_fails_gives_its_lease_back(
+    settings: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+
+    def fails(*_: Any) -> None:
+        raise VideoModelError("no such scheduler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Renderer, "_frames", fails)
+        with pytest.raises(VideoModelError):
+            renderer([candidate("a cat"), candidate("a dog")])
+    assert renderer.store.folder.files() == []
+
+
+def test_a_sidecar_of_somebody_else_is_no_hit(settings: Render, tmp_path: Path) -> None:
+    renderer = Renderer(settings, str(tmp_path), 7)
+    renderer.store.write(renderer._job(candidate("a cat")).key, b"an mp4", {})
+    (row,) = renderer([candidate("a cat")])
+    assert (row["frames"], renderer.rendered) == (9, 1)
 
 
 def test_a_lost_device_ends_the_process(

@@ -9,8 +9,10 @@ prompt is the only difference between their videos.
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ from vpo_ray.engines.video import DeviceLostError, VideoEngine, encode
 from vpo_ray.engines.video_weights import on_node, weights_identity
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
+from vpo_ray.storage import chunks
+from vpo_ray.video_leases import VideoLeases
 from vpo_ray.videos import VideoStore, key_parts, video_key
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,9 @@ log = logging.getLogger(__name__)
 STDERR = 2  # the file itself: a replaced sys.stderr may have none
 WARM_UP_LIMIT_S = 3600  # compiling takes minutes
 GRACE_S = 60.0  # what a render may take beyond twice its time limit before its process is ended
+
+POLL_S = 1.0  # between two looks at a video that another renderer makes
+_SHAPE = ("frames", "fps", "width", "height")
 
 # A video's sidecar, or the reason why there is no video.
 Outcome = dict[str, Any] | str
@@ -54,6 +61,7 @@ class Renderer:
 
     Several threads may call one instance: one of them renders while the others encode, write and
     look up, so a pool that lets two calls into an actor keeps its device busy with one-row blocks.
+    Several instances may share a store: a video that one of them makes the others wait for.
 
     Args:
         settings: the recipe's render section.
@@ -85,6 +93,7 @@ class Renderer:
         self._device = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._writing: dict[str, Future[Outcome]] = {}
+        self._leases = VideoLeases(self.store.folder)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """The rows in their order; those that `wants` refuses are passed on as they are.
@@ -95,7 +104,7 @@ class Renderer:
         """
         jobs = {index: self._job(row) for index, row in enumerate(rows) if wants(row)}
         unique = {job.key: job for job in jobs.values()}
-        outcomes: dict[str, Outcome] = {k: info for k in unique if (info := self.store.hit(k)) is not None}
+        outcomes: dict[str, Outcome] = {k: info for k in unique if (info := self._hit(k)) is not None}
         missing = [job for job in unique.values() if job.key not in outcomes]
         outcomes.update(self._render(missing))
         self.hits += len(jobs) - len(missing)
@@ -112,33 +121,65 @@ class Renderer:
         if isinstance(outcome, str):
             return failed(row, self.name, outcome)
         video = {"video_key": job.key, "video_uri": self.store.uri(job.key), "video_seed": job.seed}
-        return {**row, **video, **{name: outcome[name] for name in ("frames", "fps", "width", "height")}}
+        return {**row, **video, **{name: outcome[name] for name in _SHAPE}}
 
     def _render(self, jobs: list[_Job]) -> Iterator[tuple[str, Outcome]]:
         """Render jobs batch by batch; a batch is written while the next one renders."""
         before: dict[str, Future[Outcome]] = {}
-        for start in range(0, len(jobs), self.settings.batch_size):
-            writing = self._start(jobs[start : start + self.settings.batch_size])
+        started: set[str] = set()
+        for batch in chunks(jobs, self.settings.batch_size):
+            writing = self._start(batch)
+            started |= writing.keys()
             # Waiting for the batch before bounds the frames in memory, and a full store stops the run.
             yield from ((key, future.result()) for key, future in before.items())
             before = writing
         yield from ((key, future.result()) for key, future in before.items())
+        # Nothing of this call's is under way, so no two renderers wait for each other.
+        elsewhere = [job for job in jobs if job.key not in started]
+        while elsewhere:
+            time.sleep(POLL_S * random.uniform(0.5, 1.5))
+            made = {job.key: made for job in elsewhere if (made := self._known(job.key)) is not None}
+            self.hits += len(made)
+            free = (job for job in elsewhere if job.key not in made and not self._leases.taken(job.key))
+            if batch := list(itertools.islice(free, self.settings.batch_size)):
+                made |= self._start(batch)
+            yield from ((key, future.result()) for key, future in made.items())
+            elsewhere = [job for job in elsewhere if job.key not in made]
 
     def _start(self, batch: list[_Job]) -> dict[str, Future[Outcome]]:
-        """Render a batch and hand it to the writer, without what another thread made meanwhile."""
+        """Render a batch and hand it to the writer, without what another thread or renderer made
+        meanwhile, and without what another renderer makes now: that is in none of the futures."""
         with self._device:
             futures = {job.key: known for job in batch if (known := self._known(job.key)) is not None}
-            fresh = [job for job in batch if job.key not in futures]
-            videos, seconds = self._frames(fresh)
+            fresh: list[_Job] = []
+            try:
+                for job in batch:
+                    if job.key in futures or not self._leases.take(job.key):
+                        continue
+                    fresh.append(job)
+                    # The lease may have been free because the video was done.
+                    if (known := self._known(job.key)) is not None:
+                        futures[job.key] = known
+                        self._leases.give_back(fresh.pop().key)
+                videos, seconds = self._frames(fresh)
+            except BaseException:
+                for job in fresh:
+                    self._leases.give_back(job.key)
+                raise
             for job, video in zip(fresh, videos, strict=True):
                 future = self._writer.submit(self._write, job, video, seconds)
                 futures[job.key] = self._writing[job.key] = future
                 future.add_done_callback(partial(self._forget, job.key))
             return futures
 
+    def _hit(self, key: str) -> Outcome | None:
+        """The sidecar of a video in the store that can be used as it is."""
+        info = self.store.hit(key)
+        return None if info is None or not info.keys() >= set(_SHAPE) else info
+
     def _known(self, key: str) -> Future[Outcome] | None:
         """A video that is being written or is in the store."""
-        if (writing := self._writing.get(key)) is not None or (info := self.store.hit(key)) is None:
+        if (writing := self._writing.get(key)) is not None or (info := self._hit(key)) is None:
             return writing
         stored: Future[Outcome] = Future()
         stored.set_result(info)
@@ -165,6 +206,12 @@ class Renderer:
         return videos, (time.perf_counter() - start) / len(batch)
 
     def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> Outcome:
+        try:
+            return self._store(job, video, seconds)
+        finally:
+            self._leases.give_back(job.key)
+
+    def _store(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> Outcome:
         if isinstance(video, Exception):
             log.warning("video %s was not rendered: %s", job.key, video)
             return str(video)
