@@ -43,6 +43,9 @@ _FRAME = re.compile(
 _PART = re.compile(r"(?:<\|[^\n]{0,60}|[<\[◁][^>\]▷\n]{0,40})\Z")
 _BEGINNINGS = ("analysis.", "here is my thought process:", "here's my thought process:")
 
+# Tokens at the end of a prompt in which a template may have opened a thought.
+TAIL = 32
+
 
 class UnclosedThought(ValueError):
     """An answer that ends within a thought."""

@@ -23,7 +23,7 @@ from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS,
 from vpo_ray.engines.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Sampling
 from vpo_ray.engines.structured import find_object
-from vpo_ray.engines.thoughts import marks_among, opened_thought
+from vpo_ray.engines.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.model_cache import fetch, fetch_for_engine
 from vpo_ray.policy_prompt import PromptError, chat_ids
@@ -31,9 +31,6 @@ from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import Engine, Pool
 
 logger = logging.getLogger(__name__)
-
-# Tokens at the end of a prompt in which a template may have opened a thought.
-TAIL = 32
 
 
 class VllmChat:

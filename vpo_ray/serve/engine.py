@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
 from vpo_ray.engines.adapter import Adapter, adapter_of
+from vpo_ray.engines.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.model_cache import fetch_for_engine, version
+from vpo_ray.policy_prompt import load_tokenizer, prompt_ids
 from vpo_ray.recipe import Serve
+from vpo_ray.serve.spoken import marked
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,6 +47,26 @@ class Engine(VLLMEngine):
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, group)
 
 
+@dataclass(frozen=True)
+class Thoughts:
+    """What of a checkpoint's thoughts the text of its answers does not show by itself.
+
+    Attributes:
+        opened: the mark with which its chat template opens one, or nothing.
+        asked: fields of a request with which marks that are special tokens are in the text.
+    """
+
+    opened: str
+    asked: dict[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: str) -> Thoughts:
+        tokenizer = load_tokenizer(checkpoint)
+        prompt = tokenizer.decode(prompt_ids(tokenizer, PROBE["content"])[-TAIL:])
+        marks, _ = marks_among(tokenizer)
+        return cls(opened_thought(prompt), {"skip_special_tokens": False} if marks else {})
+
+
 class PolicyServer(LLMServer):
     """One replica; see the module."""
 
@@ -57,6 +81,7 @@ class PolicyServer(LLMServer):
         # alone take as long as loading a small model.
         self._llm_config.get_or_create_callback().ctx.run_init_node = False
         await super().start()
+        self.thoughts = await asyncio.to_thread(Thoughts.of, self._llm_config.engine_kwargs["tokenizer"])
         self.answered = time.monotonic()
         self.engine._oai_serving_chat.system_fingerprint = name
 
@@ -70,7 +95,8 @@ class PolicyServer(LLMServer):
         """Server-sent events where `stream` is set, and one JSON answer otherwise."""
         from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
 
-        request = ChatCompletionRequest.model_validate(body)
+        request = ChatCompletionRequest.model_validate({**body, **self.thoughts.asked})
+        begun: set[int] = set()
         try:
             async for part in await self.chat(request):
                 for item in part if isinstance(part, list) else [part]:
@@ -79,7 +105,8 @@ class PolicyServer(LLMServer):
                         yield item.error.model_dump()
                         continue
                     self.answered = time.monotonic()
-                    yield item if isinstance(item, str) else item.model_dump_json(exclude_none=True)
+                    part = item if isinstance(item, str) else item.model_dump_json(exclude_none=True)
+                    yield marked(part, self.thoughts.opened, begun) if self.thoughts.opened else part
         except Exception:
             self._leave_if_dead()
             raise

@@ -18,16 +18,22 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from vpo_ray.engines.thoughts import UnclosedThought
 from vpo_ray.policy_prompt import neutralise
 from vpo_ray.recipe import Serve
 from vpo_ray.records import share_of
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.metrics import ServeMetrics
+from vpo_ray.serve.spoken import SpokenParts, spoken
 from vpo_ray.serve.stream import Parts
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 2
+ALL_THOUGHT = (
+    "the policy's answer ends within a thought: raise serve.max_tokens, or turn thinking off "
+    "(policy.chat_template_kwargs)"
+)
 # Between tries, doubled each time: a replica that died is taken off the list meanwhile.
 FIRST_WAIT_S = 0.1
 
@@ -81,7 +87,10 @@ class Policy:
             found: dict[str, Any] = json.loads(reply)
             return found
 
-        return await self._tried(once)
+        try:
+            return spoken(await self._tried(once))
+        except UnclosedThought:
+            raise PolicyFailed(ALL_THOUGHT) from None
 
     async def stream(self, query: str, fields: Mapping[str, Any], request_id: str) -> Parts:
         """The first part is there when this returns; see `answer` for what it raises. A failure
@@ -90,21 +99,31 @@ class Policy:
         body = {**self._body(query, fields, request_id), "stream": True}
         deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
 
-        async def once() -> tuple[str, Any]:
-            parts = handle.stream.remote(body)
-            first = await _cancelled_with(parts, anext(aiter(parts)))
-            if isinstance(first, dict):
-                raise _refused(first)
-            return first, parts
+        async def once() -> tuple[str, Any, SpokenParts]:
+            parts, voice, told = handle.stream.remote(body), SpokenParts(), ""
+            rest = aiter(parts)
+            # Until something of the prompt is there, nothing is sent, and all can be asked again.
+            while not told and (part := await _cancelled_with(parts, anext(rest, None))) is not None:
+                if isinstance(part, dict):
+                    raise _refused(part)
+                told = voice.feed(part)
+            return told, parts, voice
+
+        try:
+            first, parts, voice = await self._tried(once)
+        except UnclosedThought:
+            raise PolicyFailed(ALL_THOUGHT) from None
 
         def read(part: str | dict[str, Any]) -> str:
             self.answered = time.monotonic()
-            if isinstance(part, str):
-                return part
+            try:
+                if isinstance(part, str):
+                    return voice.feed(part)
+            except UnclosedThought:
+                raise failure(PolicyFailed(ALL_THOUGHT)) from None
             error = _refused(part)
             raise failure(error) if isinstance(error, PolicyFailed) else error
 
-        first, parts = await self._tried(once)
         return Parts(first, parts, deadline, read, failure(self._late()))
 
     def _late(self) -> PolicyFailed:

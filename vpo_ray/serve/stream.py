@@ -30,7 +30,7 @@ class Parts(AsyncIterator[str]):
     Args:
         first, parts: the first part, and the handle's response that gives the others.
         deadline: when the answer must be whole, by the event loop's clock.
-        read: makes an event of a part; what it raises as RequestError ends the answer.
+        read: makes an event of a part, or nothing; what it raises as RequestError ends the answer.
         late: what a client is told behind the deadline.
     """
 
@@ -61,7 +61,8 @@ class Parts(AsyncIterator[str]):
         try:
             async with asyncio.timeout_at(deadline):
                 async for part in self._parts:
-                    self._queue.put_nowait(self._read(part))
+                    if event := self._read(part):
+                        self._queue.put_nowait(event)
             whole = True
         except RequestError as error:
             failure = error
