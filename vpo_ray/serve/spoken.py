@@ -27,11 +27,13 @@ def marked(part: str, mark: str, begun: set[int]) -> str:
             choice["message"]["content"] = mark + (choice["message"].get("content") or "")
         return json.dumps(whole)
 
-    def put(choice: dict[str, Any]) -> None:
+    def put(choice: dict[str, Any]) -> bool:
         text = (choice.get("delta") or {}).get("content")
-        if text and choice["index"] not in begun:
-            begun.add(choice["index"])
-            choice["delta"]["content"] = mark + text
+        if not text or choice["index"] in begun:
+            return False
+        begun.add(choice["index"])
+        choice["delta"]["content"] = mark + text
+        return True
 
     return _rewritten(part, put)
 
@@ -71,27 +73,27 @@ class SpokenParts:
         told, self._held = self._held, ""
         return told
 
-    def _take(self, choice: dict[str, Any]) -> None:
+    def _take(self, choice: dict[str, Any]) -> bool:
         delta = choice.get("delta") or {}
         text, voice = delta.get("content") or "", self._voices[choice["index"]]
         said = voice.feed(text)
         if choice.get("finish_reason") is not None:
             said += voice.end()
-        if said != text:
-            choice["delta"] = {**delta, "content": said}
         self._begun = self._begun or bool(said)
+        if said == text:
+            return False
+        choice["delta"] = {**delta, "content": said}
+        return True
 
 
 def _without(text: str | None) -> str | None:
     return text and without_thoughts(text)
 
 
-def _rewritten(part: str, change: Callable[[dict[str, Any]], None]) -> str:
+def _rewritten(part: str, change: Callable[[dict[str, Any]], bool]) -> str:
     """A piece of a stream after a change of its choices; the same text where nothing changed."""
-    before, after = list(chunks_in(part)), list(chunks_in(part))
-    for chunk in after:
-        for choice in chunk.get("choices", []):
-            change(choice)
-    if after == before:
+    chunks = list(chunks_in(part))
+    changed = [change(choice) for chunk in chunks for choice in chunk.get("choices", [])]
+    if not any(changed):
         return part
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in after) + (DONE if "[DONE]" in part else "")
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + (DONE if "[DONE]" in part else "")
