@@ -401,7 +401,10 @@ def drafts_first(recipe: Recipe) -> bool:
 
 
 def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
-    """`example.json`: a query, a candidate of the SFT policy, and what the trained policy serves."""
+    """`example.json`: a query, a candidate of the SFT policy, and what the trained policy serves. A policy
+    that gives no answer (one that thinks past its `max_tokens`, for instance) leaves none."""
+    from openai import APIStatusError
+
     from vpo_ray.serve import ask
 
     written = {
@@ -412,7 +415,11 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
     if not written:
         raise StorageError(f"{run.at('candidates')} holds no prompt to compare with")
     first = min(written.values(), key=lambda row: (len(row["query"]), row["query_id"]))
-    answer = ask(policy, recipe.serve, first["query"])
+    try:
+        answer = ask(policy, recipe.serve, first["query"])
+    except APIStatusError as error:
+        logger.warning("the trained policy gives no example: %s", error)
+        return
     run.write_json("example.json", {"query": first["query"], "sft": first["prompt"], "dpo": answer})
 
 
