@@ -39,8 +39,9 @@ OTHER = json.dumps({"verdict": "no", "why": "an example"})
     ],
 )
 def test_the_object_is_found(form: str) -> None:
-    plain = GOOD.replace("</think>", "")
-    assert json.loads(find_object(form.replace("%s", plain), SCHEMA)) == json.loads(plain)
+    for why in ('it is {so} ["so"]', "the request says </think>", "the request says <think>[THINK]"):
+        good = json.dumps({"verdict": "yes", "why": why})
+        assert json.loads(find_object(form.replace("%s", good), SCHEMA)) == json.loads(good)
 
 
 def test_an_answer_that_is_the_object_is_left_as_it_is() -> None:

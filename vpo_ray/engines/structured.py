@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 
-from vpo_ray.engines.thoughts import UnclosedThought, without_thoughts
+from vpo_ray.engines.thoughts import UnclosedThought, is_spoken, without_thoughts
 
 Schema = dict[str, Any]
 
@@ -36,10 +36,14 @@ def find_object(text: str, schema: Schema) -> str:
     try:
         said = without_thoughts(text)
     except UnclosedThought:
-        return text
+        said = text
     if _is_json(said):
         return said  # and so nothing within it is the answer
-    return next((found for found in _objects(said) if schema_fault(found, schema) is None), said)
+    # Marks within an object are text that it quotes: it is looked for in all of the answer.
+    for start, end in _objects(text):
+        if schema_fault(text[start:end], schema) is None and is_spoken(text[:start], text[end:]):
+            return text[start:end]
+    return said
 
 
 def schema_fault(text: str, schema: Schema) -> str | None:
@@ -80,8 +84,8 @@ def without(schema: Any, keywords: frozenset[str]) -> Any:
     return {k: without(v, keywords) for k, v in schema.items() if k not in keywords}
 
 
-def _objects(text: str) -> Iterator[str]:
-    """The JSON objects in a text, the last one first."""
+def _objects(text: str) -> Iterator[tuple[int, int]]:
+    """Where the JSON objects of a text begin and end, the last one first."""
     at = len(text)
     for _ in range(MAX_STARTS):
         at = text.rfind("{", 0, at)
@@ -91,7 +95,7 @@ def _objects(text: str) -> Iterator[str]:
             _, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError):
             continue
-        yield text[at:end]
+        yield at, end
 
 
 def _no_number(name: str) -> None:

@@ -76,6 +76,16 @@ def without_thoughts(text: str) -> str:
     return _FRAME.sub("", "".join([*kept, text[start:]]))
 
 
+def is_spoken(before: str, after: str) -> bool:
+    """Whether what stands between two pieces of an answer is outside its thoughts."""
+    try:
+        without_thoughts(before)
+    except UnclosedThought:
+        return False
+    mark = _MARKS.search(after) if _may_hold_marks(after) else None
+    return mark is None or mark["close"] is None
+
+
 class Spoken:
     """Takes the thoughts out of an answer that comes in pieces. Text is told as it comes until a mark
     is seen, and then at the end."""
