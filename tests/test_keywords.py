@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.keywords import KeywordFileError, KeywordList, fold
@@ -111,6 +111,7 @@ def test_another_word_is_not(term: str, text: str) -> None:
     assert KeywordList([term]).find(text) is None
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(WORDS), st.data())
 def test_nothing_invisible_hides_a_term_nor_makes_one(term: str, data: st.DataObject) -> None:
     words = KeywordList(WORDS)
@@ -180,7 +181,7 @@ def test_thousands_of_terms_are_looked_for_in_one_pass() -> None:
     words = KeywordList(
         [f"word{n} phrase{n}" for n in range(10_000)] + [f"裸{chr(0x4E00 + n)}" for n in range(5_000)]
     )
-    text = "an ordinary text about word7 and 裸马 " * 5_000
+    text = "an ordinary text about word7 and 裸马 " * 1_000
     began = time.process_time()
     assert words.find(text.replace("裸", "课")) is None
     assert words.find(text + "word9999 \u200bphrase9999") is not None
