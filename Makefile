@@ -39,7 +39,7 @@ engines: $(READY)
 slow: $(READY)
 	$(BIN)/pytest -m slow -v --durations=25
 
-# Every kind of process of real runs is killed, 64 times in all: an hour. CHAOS="--help" tells its options.
+# Every kind of process of real runs is killed, 64 times in all: more than an hour. CHAOS="--help" tells its options.
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 

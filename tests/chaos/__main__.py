@@ -19,9 +19,10 @@ from chaos.scene import ChaosError, Disturbed, Scene
 from chaos.serving import Serving
 from chaos.table import Record, records_of, table
 from chaos.training import Training
+from chaos.two_drivers import TwoDrivers
 
 SCENES: dict[str, type[Scene]] = {
-    scene.name: scene for scene in (Generation, Rendering, Training, Serving, Alone)
+    scene.name: scene for scene in (Generation, Rendering, Training, Serving, Alone, TwoDrivers)
 }
 
 

@@ -55,7 +55,7 @@ class Alone(Generation):
                 continue
             struck = time.monotonic()
             try:
-                family = processes.end(fault.kind.process, driver.pid)
+                family = self._strike(fault, driver, folder, wrong)
             except (psutil.NoSuchProcess, StopIteration):
                 left.append(fault)
                 self._end(driver)
@@ -66,11 +66,18 @@ class Alone(Generation):
         status = self._wait(driver, LIMIT_S)
         differs = Difference((), ())
         if status == 0:
-            differs, wrong = self.compare(folder)
+            differs, found = self.compare(folder)
+            wrong += found
         else:
             self._end(driver)
-            wrong = [f"the last run ended with {status}\n{end_of(self._log(folder))}"]
+            wrong += [f"the last run ended with {status}\n{end_of(self._log(folder))}"]
         return Disturbed(hits, left, differs, 0, left_behind, wrong, time.monotonic() - began)
+
+    def _strike(
+        self, fault: Fault, driver: subprocess.Popen[bytes], folder: Path, wrong: list[str]
+    ) -> list[psutil.Process]:
+        """Bring the fault about, which ends the driver; it and all that was below it."""
+        return processes.end(fault.kind.process, driver.pid)
 
     def _launch(self, folder: Path) -> subprocess.Popen[bytes]:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -10,8 +10,8 @@ class Kind:
     """A kind of fault.
 
     process: what is killed, a key of processes.TITLES, or `driver`; in the scene `alone` also `group`
-    (SIGTERM to the driver and all that shares its process group) and `raylet`. node: not that process itself
-    but the raylet of the node that it runs on. scene: the run that it is done to. share: how many of
+    (SIGTERM to the driver and all that shares its process group) and `raylet`; in `two-drivers` what is
+    done instead (`second driver`, `frozen driver`). node: not that process itself but the raylet of the node that it runs on. scene: the run that it is done to. share: how many of
     64 faults are of this kind. progress: files of the run directory, any newer one of which tells
     that the work which stood still goes on.
     """
@@ -44,6 +44,8 @@ KINDS = (
     Kind("process group, alone", "group", "alone", 2),
     Kind("driver, alone", "driver", "alone", 2),
     Kind("raylet, alone", "raylet", "alone", 2),
+    Kind("second driver", "second driver", "two-drivers", 1),
+    Kind("driver, frozen", "frozen driver", "two-drivers", 2),
 )
 NAMES = tuple(kind.name for kind in KINDS)
 

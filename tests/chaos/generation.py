@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from chaos.command import Command
-from chaos.outcome import Difference, difference, made, stored_twice, unreconciled
+from chaos.outcome import Difference, difference, made, other_videos, stored_twice, unreconciled
 from chaos.scene import RECIPE, ROOT
 from vpo_ray.storage import RunDir
 
@@ -41,8 +41,10 @@ class Generation(Command):
 
     def compare(self, folder: Path) -> tuple[Difference, list[str]]:
         run = RunDir(folder)
-        differs = difference(made(RunDir(self.reference)), made(run), stored_twice(run))
-        return differs, unreconciled(run)
+        reference = RunDir(self.reference)
+        differs = difference(made(reference), made(run), stored_twice(run))
+        lost = (*differs.lost, *other_videos(reference, run))
+        return Difference(lost, differs.duplicated), unreconciled(run)
 
 
 class Rendering(Generation):

@@ -1,20 +1,26 @@
-"""The suite itself, and its short form: a renderer, a scorer and the node of both killed in one run."""
+"""The suite itself, and its short forms: a driver and a renderer killed, and, with more patience, a
+renderer, a scorer and the node of both.
+"""
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from chaos import processes
 from chaos.disturb import Hit
 from chaos.faults import KINDS, NAMES, Fault, draw, share_out
 from chaos.generation import Generation
 from chaos.nodes import Nodes
 from chaos.outcome import Difference, Made, difference, stored_twice
-from chaos.scene import RECIPE, Disturbed
+from chaos.scene import RECIPE, Disturbed, end_of
 from chaos.table import records_of, table
 from vpo_ray.chains import GENERATION
 from vpo_ray.loop import curate_queries, make_pairs, policy_id
@@ -146,3 +152,60 @@ def test_killed_replicas_and_a_lost_node_change_nothing(tiny_models: Path, tmp_p
     assert len(done.hits) >= 2, done.left
     assert (done.difference, done.wrong) == (Difference((), ()), [])
     assert (done.failures, done.left_behind) == (0, [])
+
+
+class Here(Videos):
+    """The same on the session's cluster, which has no kinds of nodes."""
+
+    def sets(self) -> dict[str, object]:
+        pools = {f"{name}.pool": "{num_cpus: 0.3}" for name in ("sample", "judge", "render", "reward")}
+        return {**super().sets(), **pools}
+
+    def rendered(self, folder: Path) -> int:
+        """Videos whose rows are stored already."""
+        return RunDir(folder).table("renders").count()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_killed_driver_and_a_killed_worker_change_no_row(
+    ray_cluster: None, tiny_models: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to the driver in the middle of the videos; the same command again, whose renderer is killed."""
+    import ray
+    from ray._private.worker import _global_node
+
+    raylet = _global_node.all_processes["raylet"][0].process.pid
+    scene = Here(tmp_path, tiny_models, SimpleNamespace(address=ray.get_runtime_context().gcs_address))  # type: ignore[arg-type]
+    scene.prepare()
+    folder, log = tmp_path / "killed", tmp_path / "killed.log"
+    scene.begin(folder)
+    whole = RunDir(folder).table("verdicts").count()
+
+    def goes_on(driver: Any, videos: int) -> int:
+        deadline = time.monotonic() + 240
+        while (done := scene.rendered(folder)) < videos:
+            assert driver.poll() is None, end_of(log)
+            assert time.monotonic() < deadline, end_of(log)
+            time.sleep(0.05)
+        return done
+
+    first = scene.start(scene.command(folder), log)
+    try:
+        done = goes_on(first, 2)
+    finally:
+        first.kill()
+        first.wait(timeout=30)
+    assert done < whole, "it was killed in the middle"
+    second = scene.start(scene.command(folder), log)
+    try:
+        done = goes_on(second, scene.rendered(folder) + 1)
+        renderers = processes.find("renderer", processes.below(raylet))
+        left = processes.kill(renderers[-1].pid)
+        assert done < whole, "it was killed in the middle"
+        assert second.wait(timeout=240) == 0, end_of(log)
+    finally:
+        second.kill()
+        second.wait(timeout=30)
+    assert processes.left([*renderers, *left], patience_s=15) == []
+    assert scene.compare(folder) == (Difference((), ()), [])
