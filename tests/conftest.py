@@ -217,8 +217,6 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster of 4 logical CPUs for the whole session."""
     import ray
 
-    # On a busy machine a node takes longer to start than the half minute that Ray gives it.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     # The paths of Ray's sockets may have 107 characters, so its folder has a short name.
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     ray.init(

@@ -11,9 +11,10 @@ class Kind:
 
     process: what is killed, a key of processes.TITLES, or `driver`; in the scene `alone` also `group`
     (SIGTERM to the driver and all that shares its process group) and `raylet`; in `two-drivers` what is
-    done instead (`second driver`, `frozen driver`). node: not that process itself but the raylet of the node that it runs on. scene: the run that it is done to. share: how many of
-    64 faults are of this kind. progress: files of the run directory, any newer one of which tells
-    that the work which stood still goes on.
+    done instead (`second driver`, `frozen driver`). node: not that process itself but the raylet of the
+    node that it runs on. scene: the run that it is done to. share: how many of 64 faults are of this
+    kind. progress: files of the run directory, any newer one of which tells that the work which stood
+    still goes on.
     """
 
     name: str
