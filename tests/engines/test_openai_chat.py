@@ -281,7 +281,7 @@ def test_a_server_that_stalls_is_asked_again(fault: str, serve_endpoint: Serve, 
     server = serve_endpoint(in_turn(Reply("x" * 5000, fault=fault), completion("a cat")))
     began = time.monotonic()
     assert ask(make(server, timeout_s=0.4))[0].text == "a cat"
-    assert 0.4 <= time.monotonic() - began < 4
+    assert 0.4 <= time.monotonic() - began < 25, "the server stalls for 30 s"
 
 
 @pytest.mark.parametrize(
