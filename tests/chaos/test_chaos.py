@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chaos import processes
@@ -19,10 +20,11 @@ from chaos.disturb import Hit
 from chaos.faults import KINDS, NAMES, Fault, draw, share_out
 from chaos.generation import Generation
 from chaos.nodes import Nodes
-from chaos.outcome import Difference, Made, difference, stored_twice
+from chaos.outcome import Difference, Made, difference, other_videos, stored_twice
 from chaos.scene import RECIPE, Disturbed, end_of
 from chaos.table import records_of, table
 from vpo_ray.chains import GENERATION
+from vpo_ray.engines.video import encode
 from vpo_ray.loop import curate_queries, make_pairs, policy_id
 from vpo_ray.pipeline import Models
 from vpo_ray.recipe import load
@@ -30,6 +32,7 @@ from vpo_ray.stage_pools import located_reward
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.score import Scorer
 from vpo_ray.storage import RunDir
+from vpo_ray.videos import VideoStore
 
 KILLED = ("renderer", "scorer", "raylet, rendering")
 # Half of it loads a model, the other half makes twelve videos.
@@ -74,6 +77,20 @@ def test_a_row_that_is_stored_in_two_parts_is_told(tmp_path: Path) -> None:
     assert stored_twice(run) == []
     run.table("feedback").append(rows[:1])
     assert stored_twice(run) == ["feedback a"]
+
+
+def test_a_video_of_other_frames_is_found_and_rounding_is_not(tmp_path: Path, clip: Any) -> None:
+    runs = [RunDir(tmp_path / name) for name in ("reference", "same", "rounded", "other", "none")]
+    frames = np.random.default_rng(0).integers(8, 248, (9, 64, 96, 3), dtype=np.uint8)
+    same, rounded = encode(frames, 8, 12), encode(frames + (frames % 5 == 0), 8, 12)
+    videos = [same, same, rounded, clip(2), None]
+    row = {"candidate_id": "c", "query_id": "q", "query": "q", "k": 0, "seed": 1, "video_key": "ab" * 16}
+    for run, video in zip(runs, videos, strict=True):
+        run.table("feedback").append([row])
+        if video is not None:
+            VideoStore(run.at("videos")).write(row["video_key"], video, {})
+    told = [other_videos(runs[0], run) for run in runs]
+    assert told == [[], [], [], [f"video {row['video_key']}"], [f"video {row['video_key']}"]]
 
 
 def test_the_table_counts_a_runs_losses_once() -> None:
