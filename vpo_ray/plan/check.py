@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vpo_ray.engines.reward import checklist as checklists
+from vpo_ray.plan import models
 from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe
+from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve
+from vpo_ray.serve.keys import KeyFileError, KeyRing
+from vpo_ray.serve.safety import Keywords, SafetyFileError
 from vpo_ray.sft_data import sft_rows
-from vpo_ray.stages.curate import InputError
+from vpo_ray.stages.curate import InputError, RulesError
+from vpo_ray.stages.curate.rules import check as check_rules
 from vpo_ray.stages.draft import EXAMPLES
 
+TEXT = "{text}"  # the slot of prompts that ask for a verdict on a text
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -52,6 +59,12 @@ def hub_ids(recipe: Recipe) -> list[str]:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
+    told = list(_of_files(recipe))
+    yield from told
+    yield from models.problems(recipe, {line.partition(": ")[0] for line in told})
+
+
+def _of_files(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
     for key, llm in _llms(recipe).items():
         yield from _chat_model(key, llm)
@@ -64,11 +77,13 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield from _folder(f"{key}.model", reward.model, "config.json", "*.safetensors")
         decides = key == ("reward" if recipe.pair.reward is None else f"more_rewards.{recipe.pair.reward}")
         yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
+    label = recipe.queries.unsafe_judge
     for key, slots, name in (
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),
         ("judge.critique_prompt", (SLOT, "{prompt}"), recipe.judge.critique_prompt),
         ("judge.refine_prompt", (SLOT, "{prompt}", "{critique}"), recipe.judge.refine_prompt),
         *([("draft.prompt", (SLOT, EXAMPLES), recipe.draft.prompt)] if recipe.draft is not None else []),
+        *([("queries.unsafe_prompt", (TEXT,), recipe.queries.unsafe_prompt)] if label else []),
     ):
         try:
             text = read_prompt(name)
@@ -77,9 +92,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             continue
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
     if recipe.sft is not None:
-        yield from _file("sft.data", recipe.sft.data)
+        yield from _sft_data(recipe.sft.data)
     if recipe.draft is not None:
         yield from _draft(recipe.draft)
+    yield from _keywords(recipe.queries.rules)
+    yield from _serving(recipe.serve)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
@@ -115,8 +132,46 @@ def _lora(settings: Lora) -> Iterator[str]:
         yield f"render.lora.path: no such file or folder: {settings.path}"
 
 
+def _sft_data(path: str | None) -> Iterator[str]:
+    """Every row is read: one that cannot be would end a run where its training begins."""
+    if path is None or "://" in path:
+        return
+    absent = [] if glob.has_magic(path) or Path(path).is_dir() else list(_file("sft.data", path))
+    yield from absent
+    if absent:
+        return
+    try:
+        if sum(1 for _ in sft_rows(path)) == 0:
+            yield f"sft.data {path}: it holds no rows"
+    except InputError as error:
+        yield str(error)
+
+
+def _keywords(rules: Rules) -> Iterator[str]:
+    if rules.keywords is not None and "://" not in rules.keywords:
+        try:
+            check_rules(Rules(keywords=rules.keywords))
+        except RulesError as error:
+            yield str(error)
+
+
+def _serving(settings: Serve) -> Iterator[str]:
+    """Files of serving that are here; a run does not need them."""
+    uses: list[tuple[str | None, Callable[[str], Any]]] = [
+        (settings.keys, KeyRing),
+        (settings.safety.keywords, Keywords),
+    ]
+    for path, use in uses:
+        if path is not None and "://" not in path and Path(path).exists():
+            try:
+                use(path)
+            except (KeyFileError, SafetyFileError) as error:
+                yield f"serve.{str(error).removeprefix('serve.')}"
+
+
 def _draft(settings: Draft) -> Iterator[str]:
-    absent = list(_file("draft.examples", settings.examples))
+    found = Path(settings.examples).is_dir() or glob.has_magic(settings.examples)
+    absent = [] if found else list(_file("draft.examples", settings.examples))
     yield from absent
     if absent or "://" in settings.examples:
         return

@@ -8,15 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
+from vpo_ray.input_files import InputError
 from vpo_ray.plan.check import PlanError
 from vpo_ray.recipe import Recipe, Render, differences, parse, video_presets
+from vpo_ray.sft_data import sft_rows
 from vpo_ray.storage import Folder, RunDir, StorageError
 from vpo_ray.videos import VideoStore
 
@@ -140,16 +139,13 @@ def _same(settings: Render, preset: dict[str, Any]) -> bool:
 
 
 def count_rows(path: str) -> int | None:
-    """Rows of a JSONL or Parquet file on this machine; None for a URI."""
+    """Rows of SFT data on this machine; None for a URI."""
     if "://" in path:
         return None
     try:
-        if path.endswith(".parquet"):
-            return pq.read_metadata(path).num_rows
-        with Path(path).open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    except (OSError, pa.ArrowInvalid) as error:
-        raise PlanError(f"{path} cannot be read: {error}") from error
+        return sum(1 for _ in sft_rows(path))
+    except InputError as error:
+        raise PlanError(str(error)) from error
 
 
 def bytes_per_video(recipe: Recipe) -> Figure:

@@ -70,7 +70,7 @@ def write_policy(
     from vpo_ray.train.lora import save_adapter
 
     lora = job.settings.lora
-    generation = _generation_config(model, job.end)
+    generation = generation_config(model, job.end)
     if lora is not None:
         adapter = folder.with_name("adapter") if lora.merge else folder
         save_adapter(model, weights, job.model, adapter)
@@ -85,12 +85,12 @@ def write_policy(
         # save_pretrained refuses a generation config for what it only warns of when it loads one.
         model.generation_config = type(generation)()
         model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
-    generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+    write_generation(generation, folder)
     job.tokenizer.save_pretrained(folder)
     return generation
 
 
-def _generation_config(model: Any, end: list[int]) -> Any:
+def generation_config(model: Any, end: list[int]) -> Any:
     """The model's own, which also stops at the last token of `end`."""
     from transformers import GenerationConfig
 
@@ -100,6 +100,11 @@ def _generation_config(model: Any, end: list[int]) -> Any:
     stops = [stops] if isinstance(stops, int) else list(stops)
     generation.eos_token_id = list(dict.fromkeys([end[-1], *stops]))
     return generation
+
+
+def write_generation(generation: Any, folder: Path) -> None:
+    """Write generation_config.json; `save_pretrained` would refuse what it only warns of when it loads."""
+    generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
 
 
 def base_license(folder: str) -> str:

@@ -10,6 +10,8 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from vpo_ray.policy_prompt import chat_ids, load_chat_tokenizer
 from vpo_ray.recipe import Train
 from vpo_ray.storage import Folder, StorageError
 from vpo_ray.train.examples import TrainError
-from vpo_ray.train.export import write_policy
+from vpo_ray.train.export import generation_config, write_generation, write_policy
 from vpo_ray.train.lora import attach, merge
 from vpo_ray.train.model_files import fetch
 
@@ -48,10 +50,10 @@ def rehearse(
         settings=settings, model=model, revision=revision, trust_remote_code=trust_remote_code,
         tokenizer=tokenizer, end=end,
     )  # fmt: skip
-    try:
+    with _explained(model):
         skeleton = _skeleton(model, revision, trust_remote_code)
-        _refuse_quantised(skeleton, model, settings)
         lora = settings.lora
+        _refuse_quantised(skeleton, model, lora is not None and not lora.merge)
         if lora is not None:
             skeleton = attach(skeleton, lora)
         with tempfile.TemporaryDirectory(prefix="vpo-rehearsal-") as name:
@@ -60,6 +62,44 @@ def rehearse(
                 skeleton, {}, job, folder, merged=lambda _: merge(skeleton, check=False)
             )
             _read_back(folder, job, generation, whole=lora is None or lora.merge)
+
+
+def rehearse_texts(
+    model: str,
+    tokenizer: Any,
+    end: list[int],
+    keeps_base: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """What of `rehearse` needs no torch: the tokenizer and the generation config, written and read back.
+
+    Args:
+        keeps_base: adapters alone are exported, so that the base model may be quantised.
+
+    Raises:
+        TrainError: see `rehearse`.
+    """
+    from transformers import AutoConfig
+
+    with _explained(model):
+        local = fetch(model, weights=False)
+        config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
+        own = _generation_of(model, local, revision)
+        like: Any = SimpleNamespace(config=config, **({} if own is None else {"generation_config": own}))
+        _refuse_quantised(like, model, keeps_base)
+        job = SimpleNamespace(model=model, trust_remote_code=trust_remote_code, tokenizer=tokenizer, end=end)
+        with tempfile.TemporaryDirectory(prefix="vpo-rehearsal-") as name:
+            generation = generation_config(like, end)
+            write_generation(generation, Path(name))
+            tokenizer.save_pretrained(name)
+            _read_back(Path(name), job, generation, whole=False)
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    try:
+        yield
     except TrainError:
         raise
     except OSError as error:
@@ -74,7 +114,7 @@ def rehearse(
 def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
     """The model without weights, with the generation config that it loads with."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     local = fetch(model, weights=False)
     config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust)
@@ -83,19 +123,30 @@ def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
             made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except ValueError as error:
         raise TrainError(f"{model} is not a causal language model: {error}") from error
-    try:
-        made.generation_config = GenerationConfig.from_pretrained(local, revision=revision or "main")
-    except ValueError as error:
-        raise TrainError(f"{model}: its generation_config.json does not load: {error}") from error
-    except OSError:  # it has none: the model's config tells
-        pass
+    own = _generation_of(model, local, revision)
+    if own is not None:
+        made.generation_config = own
     return made
 
 
-def _refuse_quantised(skeleton: Any, model: str, settings: Train) -> None:
+def _generation_of(model: str, local: str, revision: str | None) -> Any:
+    """The model's own generation config; None where it has none, and its config.json tells."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(local, revision=revision or "main")
+    except ValueError as error:
+        raise TrainError(f"{model}: its generation_config.json does not load: {error}") from error
+    except OSError as error:
+        if Path(local, "generation_config.json").is_file():
+            raise TrainError(f"{model}: its generation_config.json does not load: {error}") from error
+        return None
+
+
+def _refuse_quantised(skeleton: Any, model: str, keeps_base: bool) -> None:
     given: Any = getattr(skeleton.config, "quantization_config", None)
     given = given.to_dict() if hasattr(given, "to_dict") else given
-    if given and not given.get("dequantize") and (settings.lora is None or settings.lora.merge):
+    if given and not given.get("dequantize") and not keeps_base:
         raise TrainError(
             f"{model} is quantised ({given.get('quant_method', 'by its config.json')}): its weights cannot "
             "be trained, nor adapters be merged into them. Name the model that it was made of"
