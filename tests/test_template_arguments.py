@@ -1,12 +1,18 @@
 """`chat_template_kwargs` of policy and judge: what they are part of, and what is no argument."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_server import completion
 
+from vpo_ray.engines.account import Account
+from vpo_ray.engines.chat import Sampling
+from vpo_ray.engines.endpoint import EndpointClient
+from vpo_ray.engines.openai_chat import Answers, OpenAIChat
 from vpo_ray.loop import policy_id
-from vpo_ray.recipe import Draft, Judge, RecipeError, load
+from vpo_ray.recipe import ChatModel, Draft, Endpoint, Judge, RecipeError, load
 from vpo_ray.stages.draft import draft_key
 from vpo_ray.storage import RunDir
 
@@ -35,3 +41,28 @@ def test_drafts_are_others_with_them() -> None:
 def test_what_is_no_argument_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="no argument that a chat template"):
         load(TINY, [f"judge.chat_template_kwargs={{{name}: 1}}"])
+
+
+def test_an_endpoint_is_sent_them_and_its_answers_are_others(serve_endpoint: Any, tmp_path: Path) -> None:
+    server = serve_endpoint(lambda _: completion("a cat"))
+    endpoint = Endpoint(base_url=server.url, api_key_env=None)
+
+    def ask(arguments: dict[str, Any]) -> str:
+        model = ChatModel(model="m", backend="openai", endpoint=endpoint, chat_template_kwargs=arguments)
+        client = EndpointClient(endpoint, "m", "judge.endpoint")
+        chat = OpenAIChat(model, client, Answers(str(tmp_path), "one"), Account())
+
+        async def once() -> str:
+            async with client:
+                messages = [{"role": "user", "content": "what?"}]
+                return (await chat.complete(messages, Sampling(temperature=0, max_tokens=9, seed=1))).text
+
+        return asyncio.run(once())
+
+    for arguments in ({}, {"enable_thinking": False}, {"enable_thinking": True}, {"enable_thinking": False}):
+        assert ask(arguments) == "a cat"
+    assert [request.get("chat_template_kwargs") for request in server.requests] == [
+        None,
+        {"enable_thinking": False},
+        {"enable_thinking": True},
+    ]
