@@ -100,6 +100,11 @@ def test_drafts_of_an_endpoint(tmp_path: Path, ray_cluster: None, serve_endpoint
     count = len(server.requests)
     loop.draft_sft(recipe, run)
     assert len(server.requests) == count, "a second run asks nothing"
+    loop.draft_sft(recipe, run, retry_errors=True)
+    assert len(server.requests) == count + 3, "the refusal, and the babble with its repair round"
+    drafted = build_ledger(run, recipe)["stages"]["draft"]
+    assert drafted["requests"] == len(server.requests), "rows that failed twice are in no table twice"
+    assert paid(run) == drafted["cost"] == pytest.approx(PRICE * len(server.requests) / 1000)
 
 
 def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
@@ -112,11 +117,11 @@ def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
         loop.draft_sft(limited, run)
     first = len(server.requests)
     assert 20 <= first <= 20 + 2, "what was under way when the limit was reached goes beyond it"
+    assert paid(run) == pytest.approx(PRICE * first / 1000), "also for rows that are in no table yet"
     assert all(row["error"] is None for row in run.table("drafts").rows()), "a limit is no row's error"
     with pytest.raises(GenerationError, match="max_cost"):
         loop.draft_sft(limited, run)
-    # What rows that had not ended paid for is known once they have found it again.
-    assert len(server.requests) <= first + 2, "each request at once may go beyond the limit"
+    assert len(server.requests) == first
     more = recipe_for(tmp_path, server, "limits.max_cost=1")
     loop.draft_sft(more, run)
     assert len(list(run.table("drafts").rows())) == 12

@@ -53,6 +53,14 @@ def curate_run(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
     run.write_json(CURATED, counts)
 
 
+def take_curated(run: RunDir, of: RunDir) -> None:
+    """Fill `queries/` and `dropped/` with those of another run directory of the same recipe; nothing is read
+    or labelled again."""
+    for name in ("queries", "dropped"):
+        _store(run, name, (pa.Table.from_batches([batch]) for batch in of.table(name).batches()))
+    run.write_json(CURATED, of.read_json(CURATED))
+
+
 def warn_of_other_input(recipe: Recipe, run: RunDir) -> None:
     """The queries of a run are those that it was begun with; say so where the input has changed since."""
     if not run.exists(MADE_WITH):

@@ -1,27 +1,27 @@
 """The ledger of a run: rows in, out, dropped, skipped and errored at every stage.
 
-It is computed from the tables of the run directory and from nothing else, so it is right after any
-kill and any resume. At every stage `in == out + dropped + skipped + errored`; `reconcile` names
-the stages where rows are not accounted for (a run that was stopped has some in flight).
+It is computed from the tables of the run directory, and what endpoints took from the run's account
+(`spending`), and from nothing else, so it is right after any kill and any resume. At every stage
+`in == out + dropped + skipped + errored`; `reconcile` names the stages where rows are not accounted
+for (a run that was stopped has some in flight).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vpo_ray.recipe import Pair, Recipe
 from vpo_ray.records import Row
+from vpo_ray.spending import Charges, spent_at
+from vpo_ray.spending import paid as paid
 from vpo_ray.stages.pair import by_reward
-from vpo_ray.storage import RunDir
+from vpo_ray.storage import CANDIDATE_TABLES, RunDir
 
 STAGES = ("curate", "label", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
-# The candidate stages in order, each with the table of the rows that left it. A streaming run may
-# keep only the last: a row there carries all that the stages before it did.
-CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
 # Rows of the SFT data that are not in the table `sft`, by reason.
 SFT_DROPPED = "sft/dropped.json"
 MAX_REASONS = 40
@@ -35,7 +35,8 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     """Count every stage of a run.
 
     Returns:
-        A JSON-able dict: `name`, `fingerprint`, and `stages` (for each of STAGES, `label` and `draft`
+        A JSON-able dict: `name`, `fingerprint`, `paid` where endpoints took anything (see `_money`), and
+        `stages` (for each of STAGES, `label` and `draft`
         only where the recipe has them: `in`, `out`, and `dropped`, `skipped`, `errored` as counts by reason,
         `seconds` of work and `seconds_per_row`, and what is particular to the stage).
     """
@@ -51,20 +52,24 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     stages["pair"] = _pair(run, recipe.pair)
     stages["sft"] = _training(run, "sft", run.table("sft").count())
     stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
-    return {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
+    ledger = {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
+    return ledger | _money(run, stages)
 
 
-def paid(run: RunDir) -> float:
-    """What the run's rows cost at endpoints so far, in their prices' currency."""
-    judged = rows_of_stage(run, "judge", ["usage"])
-    total = _Usage()
-    others = (
-        (stage, run.table(name).rows(["usage"])) for stage, name in (("label", "labels"), ("draft", "drafts"))
-    )
-    for stage, rows in (("judge", judged), *others):
-        for row in rows:
-            total.add(row, stage)
-    return total.cost
+def _money(run: RunDir, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Put what the account says into the stages' entries: it knows of answers that no row tells of (of rows
+    that failed and were tried again, and of the reward's). For a root run directory, the cost of the whole
+    run and of each of its run directories, where anything was paid."""
+    root, place = run.root()
+    spent = spent_at(root, place or None)
+    for stage, sums in spent[place].items():
+        if stage in stages and sums.requests:
+            stages[stage] |= {"requests": sums.requests, **sums.shown()}
+    costs = {name or ".": sum(sums.cost for sums in found.values()) for name, found in sorted(spent.items())}
+    if place or not sum(costs.values()):
+        return {}
+    each = {name: round(cost, 6) for name, cost in costs.items() if cost}
+    return {"paid": {"cost": round(sum(costs.values()), 6), "runs": each}}
 
 
 def reconcile(ledger: Ledger) -> list[str]:
@@ -131,16 +136,6 @@ def _curate(run: RunDir) -> dict[str, Any]:
     return _entry(kept + dropped.total(), kept, dropped=_by_reason(dropped), splits=by_split)
 
 
-def rows_of_stage(run: RunDir, stage: str, columns: list[str]) -> Iterator[Row]:
-    """Rows that left a stage, from its own table or the nearest later one that holds any."""
-    order = list(CANDIDATE_TABLES)
-    for later in order[order.index(stage) :]:
-        table = run.table(CANDIDATE_TABLES[later])
-        if table.parts():
-            yield from table.rows(columns)
-            return
-
-
 def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
     """Count one of the candidate stages in a single pass over its table.
 
@@ -154,9 +149,9 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
     seconds = 0.0
     skipped: Counter[str] = Counter()
     errored: Counter[str] = Counter()
-    usage = _Usage()
+    usage = Charges()
     more = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
-    for row in rows_of_stage(run, stage, [*facts.columns, *more]):
+    for row in run.rows_of_stage(stage, [*facts.columns, *more]):
         failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
         misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
         if failed_at < position or ((misaligned or row["skipped"]) and stage == "score"):
@@ -164,7 +159,7 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
         spent = (row["seconds"] or {}).get(stage)
         if spent is not None:
             seconds, timed = seconds + spent, timed + 1
-        usage.add(row, stage)
+        usage.add_row(row, stage)
         if failed_at == position:
             errored[reason_of(row["error"])] += 1
         elif misaligned and stage == "render":
@@ -181,37 +176,18 @@ def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
         errored=_by_reason(errored),
         seconds=round(seconds, 3) if timed else None,
         seconds_per_row=round(seconds / timed, 4) if timed else None,
-        **(usage.result() if stage == "judge" else {}),
+        **(usage.shown() if stage == "judge" else {}),
         **facts.result(),
     )
 
 
-@dataclass
-class _Usage:
-    """Tokens and cost of a stage's rows, those that failed included."""
-
-    prompt: int = 0
-    completion: int = 0
-    cost: float = 0.0
-
-    def add(self, row: Row, stage: str) -> None:
-        used = (row["usage"] or {}).get(stage) or {}
-        self.prompt += used.get("prompt") or 0
-        self.completion += used.get("completion") or 0
-        self.cost += used.get("cost") or 0.0
-
-    def result(self) -> dict[str, Any]:
-        tokens = {"prompt": self.prompt, "completion": self.completion}
-        return {"tokens": tokens, "cost": round(self.cost, 6)}
-
-
 def _label(run: RunDir) -> dict[str, Any]:
     """Rows here are queries before the subset is chosen; `verdicts` counts what is unsafe and safe."""
-    timed, seconds, usage = 0, 0.0, _Usage()
+    timed, seconds, usage = 0, 0.0, Charges()
     errored: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     for row in run.table("labels").rows(["unsafe", "seconds", "usage", "error"]):
-        usage.add(row, "label")
+        usage.add_row(row, "label")
         spent = (row["seconds"] or {}).get("label")
         if spent is not None:
             seconds, timed = seconds + spent, timed + 1
@@ -226,20 +202,20 @@ def _label(run: RunDir) -> dict[str, Any]:
         seconds=round(seconds, 3) if timed else None,
         seconds_per_row=round(seconds / timed, 4) if timed else None,
         verdicts=_by_reason(verdicts),
-        **usage.result(),
+        **usage.shown(),
     )
 
 
 def _draft(run: RunDir, entered: int) -> dict[str, Any]:
     """Rows here are queries of the sft split; one whose draft has no target is dropped, and told why."""
     out = timed = refined = 0
-    seconds, usage = 0.0, _Usage()
+    seconds, usage = 0.0, Charges()
     dropped: Counter[str] = Counter()
     errored: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     columns = ["verdict", "refined_prompt", "target", "fault", "seconds", "usage", "error"]
     for row in run.table("drafts").rows(columns):
-        usage.add(row, "draft")
+        usage.add_row(row, "draft")
         spent = (row["seconds"] or {}).get("draft")
         if spent is not None:
             seconds, timed = seconds + spent, timed + 1
@@ -260,7 +236,7 @@ def _draft(run: RunDir, entered: int) -> dict[str, Any]:
         seconds_per_row=round(seconds / timed, 4) if timed else None,
         verdicts=_by_reason(verdicts),
         refined=refined,
-        **usage.result(),
+        **usage.shown(),
     )
 
 

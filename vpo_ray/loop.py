@@ -20,7 +20,7 @@ import yaml
 
 from vpo_ray.connection import connect, terminate
 from vpo_ray.curation import CURATED, curate_run, warn_of_other_input
-from vpo_ray.ledger import SFT_DROPPED, build_ledger, rows_of_stage
+from vpo_ray.ledger import SFT_DROPPED, build_ledger
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.progress import spilled_bytes
 from vpo_ray.recipe import Recipe, differences, locate, parse
@@ -31,12 +31,10 @@ from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.stages.sample import identity_key
-from vpo_ray.storage import RunDir, StorageError
+from vpo_ray.storage import ROUND, RunDir, StorageError
 from vpo_ray.versions import versions
 
 logger = logging.getLogger(__name__)
-
-ROUND = "round.json"
 
 
 class OtherRecipeError(ValueError):
@@ -187,7 +185,7 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
 
 def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
     """Raises LoopError where the run has candidates that this policy would not be asked for."""
-    row = next(rows_of_stage(run, "sample", ["candidate_id", "query_id", "k", "policy"]), None)
+    row = next(run.rows_of_stage("sample", ["candidate_id", "query_id", "k", "policy"]), None)
     if row is None or row["policy"] is None:
         return
     key = identity_key(recipe.sample, recipe.seed)

@@ -26,7 +26,6 @@ from ray.data import Dataset
 
 from vpo_ray.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.id_sets import ID, among, id_set, stored_ids, union
-from vpo_ray.ledger import paid
 from vpo_ray.made_with import refuse_other_inputs
 from vpo_ray.placement import look, pool_shapes, problems, require, watched
 from vpo_ray.pools import FULL, STOP, TASK_CPUS, Outcome, progress_handle, split_blocks, stops
@@ -34,6 +33,7 @@ from vpo_ray.progress import StatusTable, spilled_bytes
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row, failed, table
 from vpo_ray.render_rounds import Rounds
+from vpo_ray.spending import paid
 from vpo_ray.stage_pools import POOLS, block_rows
 from vpo_ray.storage import RunDir, Table
 from vpo_ray.videos import VideoStore
@@ -209,7 +209,9 @@ def _stream(
     """The dataset of all rows that some of `stages` still have to see, its progress and the stages that
     have a pool in it, or None if there are no such rows."""
     chain = CHAIN_OF[stages[0]]
-    progress = progress_handle(stages, paid(run))
+    root, place = run.root()
+    spent = paid(run) if recipe.limits.max_cost is not None else 0.0
+    progress = progress_handle(stages, spent, (root.uri, place))
     done = _later_keys(run, stages, retry_errors)
     again = _lost_videos(recipe, run) if retry_errors and "render" in stages else id_set()
     if enter is not None:
@@ -235,7 +237,7 @@ def _stream(
             stream = source if stream is None else stream.union(source)
         if stream is not None:
             flowing = rows
-            outcome = Outcome(stage, chain.table(run, stage), progress, last=stage == stages[-1])
+            outcome = Outcome(stage, chain.table(run, stage), progress, last=stage == stages[-1], spent=spent)
             stream = POOLS[stage](stream, recipe, run, models, outcome, rows, alone)
             busy.append(stage)
     return None if stream is None else (stream, progress, busy)

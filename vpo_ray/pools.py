@@ -144,10 +144,14 @@ class Outcome:
         table: the stage's table.
         progress: handle of the run's `Progress` actor.
         last: the stream ends here; only ids and errors go back to the driver.
+        spent: what the run had paid to endpoints before.
     """
 
-    def __init__(self, stage: str, table: Table, progress: Any, last: bool = False) -> None:
+    def __init__(
+        self, stage: str, table: Table, progress: Any, last: bool = False, spent: float = 0.0
+    ) -> None:
         self.stage, self.table, self.progress, self.last = stage, table, progress, last
+        self.spent = spent
         self.metrics: StageMetrics | None = None
         self.clock: SharedClock | None = None
         self.code = code()
@@ -338,7 +342,7 @@ def split_blocks(dataset: Dataset, rows: int) -> Dataset:
     return Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
 
 
-def progress_handle(stages: Sequence[str], spent: float = 0.0) -> Any:
+def progress_handle(stages: Sequence[str], spent: float = 0.0, book: tuple[str, str] | None = None) -> Any:
     """Start the actor that counts rows and money; it lives as long as the handle, beside the driver:
     anywhere else it could go with a spot node, and the run with it."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -346,4 +350,4 @@ def progress_handle(stages: Sequence[str], spent: float = 0.0) -> Any:
     from vpo_ray.progress import Progress
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote(list(stages), spent)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote(list(stages), spent, book)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpo_ray.records import Row
+from vpo_ray.spending import Book, Charges
 
 logger = logging.getLogger(__name__)
 
@@ -19,19 +20,31 @@ COUNTS = ("started", "done", "errors", "passed", "warm_up_s")
 class Progress:
     """Counts of rows by stage: taken up, finished, failed, and passed on untouched; the seconds that
     its replicas took to warm up; and the money that went to endpoints, `spent` before this execution.
+
+    Args:
+        book: where this execution enters what it pays; see `spending.Book`.
     """
 
-    def __init__(self, stages: Sequence[str], spent: float = 0.0) -> None:
+    def __init__(
+        self, stages: Sequence[str], spent: float = 0.0, book: tuple[str, str] | None = None
+    ) -> None:
         self._spent = spent
+        self._book = Book(*book) if book is not None else None
         self._counts: dict[str, dict[str, float]] = {stage: dict.fromkeys(COUNTS, 0) for stage in stages}
 
     def add(self, stage: str, **counts: float) -> None:
         for name, count in counts.items():
             self._counts[stage][name] += count
 
-    def spend(self, cost: float) -> float:
-        """Add what an endpoint took; returns all that the run has paid so far."""
-        self._spent += cost
+    async def charge(self, stage: str, charge: Charges) -> float:
+        """Enter what an endpoint took; returns all that the run has paid so far.
+
+        Raises:
+            StorageError: the account cannot be written.
+        """
+        self._spent += charge.cost
+        if self._book is not None:
+            await self._book.enter(stage, charge)
         return self._spent
 
     def snapshot(self) -> dict[str, dict[str, float]]:

@@ -1,9 +1,9 @@
 """Rounds: `vpo run --rounds N`. The policy of one round samples the pairs of the next.
 
 Round 1 is the run directory itself, round n lies in `rounds/<n>` of it and is a run directory like
-any other; its `round.json` says which policy it starts from. Videos are shared by all rounds. Every
-round finds out what is done, so the same command goes on where it stopped, and a greater N adds
-rounds.
+any other; its `round.json` says which policy it starts from. Queries, videos, kept answers and the
+account of what was paid are shared by all rounds. Every round finds out what is done, so the same
+command goes on where it stopped, and a greater N adds rounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,18 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 
-from vpo_ray.loop import ROUND, LoopError, Start, dpo_id, opened, run_loop, starting_policy
+from vpo_ray.curation import CURATED, take_curated
+from vpo_ray.loop import (
+    ROUND,
+    LoopError,
+    Start,
+    accounted,
+    dpo_id,
+    opened,
+    run_loop,
+    starting_policy,
+    write_ledger,
+)
 from vpo_ray.recipe import Recipe
 from vpo_ray.run_lock import driving
 from vpo_ray.storage import RunDir, join
@@ -49,10 +60,14 @@ def _rounds(recipe: Recipe, rounds: int, retry_errors: bool) -> RunDir:
                 ),
             }
         )
-        with opened(later) as run:
+        with accounted(recipe, first), opened(later) as run:
             run.write_json(ROUND, {"round": number, "of": first.uri, "start": asdict(start)})
+            if not run.exists(CURATED):
+                take_curated(run, first)
             logger.info("round %d of %d", number, rounds)
             run_loop(later, retry_errors, example=number == rounds)
+        # What the round paid is in the first round's account.
+        write_ledger(recipe, first, first.read_json("ledger.json").get("last_run"))
     return run
 
 

@@ -13,10 +13,10 @@ from ray.data import Dataset
 
 from vpo_ray import policy_prompt
 from vpo_ray.chains import Models, draft_model
-from vpo_ray.ledger import paid
 from vpo_ray.pools import Outcome, batch_pool
 from vpo_ray.recipe import ChatModel, Recipe, Render, Reward, locate
 from vpo_ray.sft_data import sft_rows
+from vpo_ray.spending import RunAccount
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.label import Labeller
@@ -100,9 +100,10 @@ def _chat_pool(
             outcome=outcome,
             batch_size=rows,
             run=run.uri,
-            answers=model.endpoint.answers or run.at("answers"),
+            # Those of the whole run: a round asks nothing that another one asked.
+            answers=model.endpoint.answers or run.root()[0].at("answers"),
             max_cost=recipe.limits.max_cost,
-            spent=paid(run),
+            spent=outcome.spent,
             alone=alone,
         )
     name = locate(model.model)
@@ -150,7 +151,10 @@ def score_pool(
 ) -> Dataset:
     settings = located_reward(recipe.reward)
     more = {name: located_reward(reward) for name, reward in recipe.more_rewards.items()}
-    stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more)
+    account = RunAccount(
+        limit=recipe.limits.max_cost, spent=outcome.spent, progress=outcome.progress, stage=outcome.stage
+    )
+    stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more, account)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
 
 

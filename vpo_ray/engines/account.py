@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from vpo_ray.engines.chat import Usage
+
 
 class CostLimitReached(RuntimeError):
     """`limits.max_cost` is spent; the run goes on when it is raised."""
@@ -30,6 +32,14 @@ class Account:
 
     async def pay(self, cost: float) -> None:
         self.spent = self.spent + cost if self.add is None else await self.add(cost)
+
+    async def charge(self, usage: Usage) -> None:
+        """Pay for an answer."""
+        await self.pay(usage.cost)
+
+    async def found(self, cost: float) -> None:
+        """An answer that this run paid for before is used: this account was not there then."""
+        await self.pay(cost)
 
     def check(self) -> None:
         """Raises CostLimitReached. The answers under way when the limit is reached go beyond it."""

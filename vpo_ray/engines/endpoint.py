@@ -296,9 +296,10 @@ class EndpointClient:
         """The answer with its cost, which is in the account: the one place where money is counted."""
         prompt, completion = reply.usage.prompt, reply.usage.completion
         cost = (prompt * self.endpoint.prompt_price + completion * self.endpoint.completion_price) / 1e6
+        usage = Usage(prompt, completion, cost)
         # Before another request may take its place.
-        await self.account.pay(cost)
-        return replace(reply, usage=Usage(prompt, completion, cost))
+        await self.account.charge(usage)
+        return replace(reply, usage=usage)
 
     async def _post(self, path: str, request: dict[str, Any]) -> bytes:
         # `chat.completions.create` walks through the whole request to transform it, and makes a

@@ -28,6 +28,7 @@ from vpo_ray.material import fill
 from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, of_stage
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id
+from vpo_ray.spending import RunAccount
 from vpo_ray.storage import Folder
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class OpenAIChat:
         files = partial(asyncio.get_running_loop().run_in_executor, self._files)
         kept = await files(self.answers.find, key)
         if kept is not None:
-            await self.account.pay(kept.cost)
+            await self.account.found(kept.cost)
             return kept
         try:
             with self._asking():
@@ -207,13 +208,9 @@ class EndpointActor:
         spent: float,
     ) -> None:
         bind_worker()  # one that nobody waits for would go on paying
-        progress = outcome.progress
-
-        async def add(cost: float) -> float:
-            return await progress.spend.remote(cost)
-
-        client = EndpointClient(model.endpoint, model.model, where)
-        chat = OpenAIChat(model, client, Answers(answers, run), Account(add, max_cost, spent))
+        account = RunAccount(limit=max_cost, spent=spent, progress=outcome.progress, stage=outcome.stage)
+        client = EndpointClient(model.endpoint, model.model, where, account)
+        chat = OpenAIChat(model, client, Answers(answers, run), account)
         self.run = ChatRunner(stage(), chat, outcome)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:

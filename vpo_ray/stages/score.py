@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from vpo_ray.engines.account import Account
 from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
 from vpo_ray.ledger import ALARM_AFTER
 from vpo_ray.recipe import Reward
@@ -31,8 +32,8 @@ class WatchedReward:
         constant: whether all videos so far got the same score.
     """
 
-    def __init__(self, settings: Reward, name: str = "reward") -> None:
-        self.settings, self.name = settings, name
+    def __init__(self, settings: Reward, name: str = "reward", account: Account | None = None) -> None:
+        self.settings, self.name, self.account = settings, name, account
         self.scored = self.neither = 0
         self._scores: set[float] = set()
         self._model: RewardModel | None = None
@@ -43,7 +44,7 @@ class WatchedReward:
 
     def load(self) -> None:
         if self._model is None:
-            self._model = build(self.settings)
+            self._model = build(self.settings, self.account)
 
     def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
         assert self._model is not None, "load() comes first"
@@ -76,15 +77,22 @@ class Scorer:
         store_uri: the video store.
         more: the recipe's `more_rewards`, by name. A video that one of them cannot score is an error
             of its row, as with the first.
+        account: what rewards behind endpoints are paid from.
     """
 
     name = "score"
 
-    def __init__(self, settings: Reward, store_uri: str, more: Mapping[str, Reward] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Reward,
+        store_uri: str,
+        more: Mapping[str, Reward] | None = None,
+        account: Account | None = None,
+    ) -> None:
         self.settings = settings
         self.store = VideoStore(store_uri)
-        self.reward = WatchedReward(settings)
-        self.more = [WatchedReward(reward, name) for name, reward in (more or {}).items()]
+        self.reward = WatchedReward(settings, account=account)
+        self.more = [WatchedReward(reward, name, account) for name, reward in (more or {}).items()]
         self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
         self._loaded = False
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
+from vpo_ray.engines.account import Account
 from vpo_ray.recipe import Reward
 
 # Recipe name -> module; imported when asked for, because they bring torch.
@@ -53,6 +54,11 @@ class RewardModel(Protocol):
         ...
 
 
-def build(settings: Reward) -> RewardModel:
-    """The reward model of a recipe, loaded and ready. Raises ValueError when it cannot be loaded."""
-    return import_module(KINDS[settings.kind]).build(settings)
+def build(settings: Reward, account: Account | None = None) -> RewardModel:
+    """The reward model of a recipe, loaded and ready. Raises ValueError when it cannot be loaded.
+
+    Args:
+        account: what the answers of an endpoint are paid into.
+    """
+    module = import_module(KINDS[settings.kind])
+    return module.build(settings, account) if settings.kind == "openai" else module.build(settings)

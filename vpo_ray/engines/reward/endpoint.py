@@ -12,9 +12,9 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from vpo_ray.engines.structured import find_object, schema_fault
 from vpo_ray.recipe import Reward
 
 __all__ = ["EndpointError", "EndpointReward", "build"]
+
+T = TypeVar("T")
 
 _SYSTEM = (
     "You see the frames of one video in order. Answer the question about it with yes or no. "
@@ -65,13 +67,13 @@ class EndpointReward:
     async def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         async with self._client:
             pairs = zip(videos, queries, strict=True)
-            return await asyncio.gather(*(self._video(*pair) for pair in pairs))
+            return await _all(self._video(*pair) for pair in pairs)
 
     async def _video(self, video: bytes | str, query: str) -> Scored | Exception:
         try:
             images = [_image(frame) for frame in frames.read_frames(video, self.pick)]
             asked = [question.ask_quoted(query) for question in self.checklist.questions]
-            answers = await asyncio.gather(*(self._ask(images, text, i) for i, text in enumerate(asked, 1)))
+            answers = await _all(self._ask(images, text, i) for i, text in enumerate(asked, 1))
         except RewardError as error:
             return error
         score, dimensions = self.checklist.score([a.yes for a in answers], self.settings.convention)
@@ -102,6 +104,14 @@ class EndpointReward:
         if probability is None:
             return Answer(number, yes, float(yes))
         return Answer(number, probability > 0.5 if self.settings.rule == "margin" else yes, probability)
+
+
+async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, or the first error once none is under way any more: what comes then is paid for, too."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    if tasks:
+        await asyncio.wait(tasks)
+    return [task.result() for task in tasks]
 
 
 def build(settings: Reward, account: Account | None = None) -> EndpointReward:
