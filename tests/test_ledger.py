@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vpo_ray.ledger import build_ledger, funnel, paid, reason_of, reconcile
+from vpo_ray.ledger import alarms, build_ledger, funnel, paid, reason_of, reconcile
 from vpo_ray.recipe import Draft, Recipe, load, parse
 from vpo_ray.records import failed
 from vpo_ray.storage import RunDir
@@ -204,6 +204,29 @@ def test_a_retried_error_counts_once(run: RunDir, recipe: Recipe) -> None:
     run.table("candidates").append([sampled("a", 1)])
     sample = build_ledger(run, recipe)["stages"]["sample"]
     assert (sample["in"], sample["out"], sample["errored"]) == (3, 3, {})
+
+
+def test_prompts_that_the_video_model_cut_are_counted_and_explained(run: RunDir, recipe: Recipe) -> None:
+    queries(run, "a")
+    rows = [judged(sampled("a", k)) for k in range(3)]
+    made = [rendered(row) | {"text_cut": cut} for row, cut in zip(rows, (0, 84, 3), strict=True)]
+    write(run, "renders", *made)
+    ledger = build_ledger(run, recipe)
+    assert ledger["stages"]["render"]["text_cut"] == {"videos": 2, "of": 3, "most_tokens": 84}
+    [alarm] = alarms(ledger)
+    assert "2 of 3 rendered prompts (67%) were cut at the video model's text length, by up to 84" in alarm
+    assert "render.max_text_tokens" in alarm
+
+
+@pytest.mark.parametrize("cut", [None, 0])
+def test_nothing_is_said_where_no_prompt_was_cut_or_videos_do_not_tell(
+    run: RunDir, recipe: Recipe, cut: int | None
+) -> None:
+    queries(run, "a")
+    write(run, "renders", rendered(judged(sampled("a", 0))) | {"text_cut": cut})
+    ledger = build_ledger(run, recipe)
+    assert (ledger["stages"]["render"]["text_cut"] is None) == (cut is None)
+    assert alarms(ledger) == []
 
 
 def test_training_counts_examples_steps_and_seconds(run: RunDir, recipe: Recipe) -> None:

@@ -87,13 +87,22 @@ def reconcile(ledger: Ledger) -> list[str]:
 
 def alarms(ledger: Ledger) -> list[str]:
     """What a person should look at before trusting the run: one sentence each."""
-    scored = ledger["stages"]["score"]
+    found = []
+    scored, cut = ledger["stages"]["score"], ledger["stages"]["render"].get("text_cut")
     if scored["score"] and scored["out"] >= ALARM_AFTER and scored["score"]["min"] == scored["score"]["max"]:
-        return [
+        found.append(
             f"all {scored['out']} videos got the score {scored['score']['min']:g}: look at reward.rule, the "
             "template and the tokenizer"
-        ]
-    return []
+        )
+    if cut and cut["videos"]:
+        found.append(
+            f"{cut['videos']} of {cut['of']} rendered prompts ({cut['videos'] / cut['of']:.0%}) were cut at "
+            f"the video model's text length, by up to {cut['most_tokens']} tokens: it never saw their ends, "
+            "so long prompts lose. Lower sample.max_tokens or ask for fewer words in policy.task_prompt; "
+            "raise render.max_text_tokens where the model takes more; or leave such prompts out by "
+            "render.long_prompts: error"
+        )
+    return found
 
 
 def funnel(ledger: Ledger) -> dict[str, int]:
@@ -280,16 +289,22 @@ class _Judged:
 
 
 class _Rendered:
-    columns = ("video_key",)
+    columns = ("video_key", "text_cut")
 
     def __init__(self) -> None:
-        self.keys: set[str] = set()
+        self.cuts: dict[str, int | None] = {}
 
     def add(self, row: Row) -> None:
-        self.keys.add(row["video_key"])
+        self.cuts[row["video_key"]] = row["text_cut"]
 
     def result(self) -> dict[str, Any]:
-        return {"videos": len(self.keys)}
+        known = [cut for cut in self.cuts.values() if cut is not None]
+        cut = {
+            "videos": sum(tokens > 0 for tokens in known),
+            "of": len(known),
+            "most_tokens": max(known, default=0),
+        }
+        return {"videos": len(self.cuts), "text_cut": cut if known else None}
 
 
 class _Scored:

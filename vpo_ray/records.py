@@ -95,6 +95,7 @@ FEEDBACK = pa.schema(
         pa.field("fps", pa.float64()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
+        pa.field("text_cut", pa.int32()),  # tokens of the prompt that the text encoder did not take
         pa.field("skipped", pa.string()),  # why an aligned prompt was not rendered
         # score; then the same columns of every further reward by its name
         *_SCORE_COLUMNS,

@@ -76,6 +76,8 @@ def test_empty_and_endless_prompts(settings: dict[str, Any], caplog: pytest.LogC
     assert isinstance(endless, np.ndarray)
     assert isinstance(normal, np.ndarray)
     assert engine.truncated == 1
+    assert engine.cut("a cat") == 0
+    assert engine.cut("word " * 5000) > 4000
     assert "takes 226" in caplog.text
 
 

@@ -63,8 +63,18 @@ def test_rows_get_their_video(settings: Render, tmp_path: Path) -> None:
         data = renderer.store.read(row["video_key"])
         assert Path(row["video_uri"]).read_bytes() == data
         assert probe(data) == (row["frames"], row["fps"], row["width"], row["height"]) == (9, 8.0, 48, 32)
+    assert all(row["text_cut"] == 0 for row in done)
     info = renderer.store.info(cat)
     assert (info["prompt"], info["seed"], info["settings"]["steps"]) == ("a cat", done[0]["video_seed"], 1)
+
+
+def test_what_the_text_encoder_did_not_take_of_a_prompt_is_told(settings: Render, tmp_path: Path) -> None:
+    long = candidate("word " * 400)
+    rendered = Renderer(settings, str(tmp_path), 7)([long, candidate("a cat")])
+    assert rendered[0]["text_cut"] > 100
+    assert rendered[1]["text_cut"] == 0
+    found = Renderer(settings, str(tmp_path), 7)([long])
+    assert found[0]["text_cut"] == rendered[0]["text_cut"], "also of a video that is in the store"
 
 
 def test_a_second_run_renders_nothing_and_loads_nothing(settings: Render, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vpo_ray.engines.video_model import call_arguments, load, text_tokens
+from vpo_ray.engines.video_model import call_arguments, load, text_limit
 from vpo_ray.engines.video_ranks import Denoise, Order, RankLostError, Ranks, decided, reason
 from vpo_ray.engines.video_weights import on_node
 from vpo_ray.recipe import Render
@@ -74,7 +74,7 @@ class VideoEngine:
         try:
             self.pipeline = load(settings)
             self._call = call_arguments(type(self.pipeline), settings)
-            self._text_tokens = text_tokens(self.pipeline, settings)
+            self._text_tokens = text_limit(self.pipeline, settings)
             if self._ranks is not None:
                 self._ranks.wait_loaded()
         except Exception:
@@ -149,17 +149,23 @@ class VideoEngine:
         """Why this prompt is not rendered; a long one is cut and counted, or refused."""
         if not prompt.strip():
             return RenderError("the prompt is empty")
-        if self._text_tokens is None:
+        cut = self.cut(prompt)
+        if not cut:
             return None
-        length = len(self.pipeline.tokenizer(prompt, verbose=False).input_ids)
-        if length <= self._text_tokens:
-            return None
-        excess = f"{length} tokens, the text encoder takes {self._text_tokens}"
+        assert self._text_tokens is not None
+        excess = f"{self._text_tokens + cut} tokens, the text encoder takes {self._text_tokens}"
         if self.settings.long_prompts == "error":
             return RenderError(f"the prompt has {excess} (render.long_prompts)")
         self.truncated += 1
         log.warning("a prompt of %s, is cut; %d so far", excess, self.truncated)
         return None
+
+    def cut(self, prompt: str) -> int | None:
+        """How many tokens of a prompt the text encoder does not take, special ones included; None where the
+        pipeline does not say."""
+        if self._text_tokens is None:
+            return None
+        return max(0, len(self.pipeline.tokenizer(prompt, verbose=False).input_ids) - self._text_tokens)
 
     def _smaller(self, batch: list[int], error: Exception) -> list[list[int]]:
         """Halves of a batch that ran out of memory, single rows of one that failed otherwise."""

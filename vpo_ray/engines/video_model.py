@@ -135,6 +135,17 @@ def text_tokens(pipeline: Any, settings: Render) -> int | None:
     return wanted
 
 
+def text_limit(pipeline: Any, settings: Render) -> int | None:
+    """Tokens of a prompt that are read: as `text_tokens`, or what the tokenizer of an encoder with a fixed
+    length takes (CLIP: 77). None where nothing says so."""
+    taken = text_tokens(pipeline, settings)
+    if taken is not None:
+        return taken
+    most = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
+    # A tokenizer that has no limit says so by a huge number.
+    return most if isinstance(most, int) and 0 < most < 10**6 else None
+
+
 def _check_index(settings: Render, where: str) -> None:
     """Refuse what is no text-to-video pipeline from its `model_index.json` alone."""
     import diffusers

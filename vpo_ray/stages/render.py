@@ -121,7 +121,9 @@ class Renderer:
         if isinstance(outcome, str):
             return failed(row, self.name, outcome)
         video = {"video_key": job.key, "video_uri": self.store.uri(job.key), "video_seed": job.seed}
-        return {**row, **video, **{name: outcome[name] for name in _SHAPE}}
+        facts = {name: outcome[name] for name in _SHAPE}
+        # Videos of earlier versions do not tell.
+        return {**row, **video, **facts, "text_cut": outcome.get("text_cut")}
 
     def _render(self, jobs: list[_Job]) -> Iterator[tuple[str, Outcome]]:
         """Render jobs batch by batch; a batch is written while the next one renders."""
@@ -167,7 +169,8 @@ class Renderer:
                     self._leases.give_back(job.key)
                 raise
             for job, video in zip(fresh, videos, strict=True):
-                future = self._writer.submit(self._write, job, video, seconds)
+                cut = self._engine.cut(job.prompt) if self._engine is not None else None
+                future = self._writer.submit(self._write, job, video, seconds, cut)
                 futures[job.key] = self._writing[job.key] = future
                 future.add_done_callback(partial(self._forget, job.key))
             return futures
@@ -205,13 +208,13 @@ class Renderer:
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
         return videos, (time.perf_counter() - start) / len(batch)
 
-    def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> Outcome:
+    def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float, cut: int | None) -> Outcome:
         try:
-            return self._store(job, video, seconds)
+            return self._store(job, video, seconds, cut)
         finally:
             self._leases.give_back(job.key)
 
-    def _store(self, job: _Job, video: np.ndarray | Exception, seconds: float) -> Outcome:
+    def _store(self, job: _Job, video: np.ndarray | Exception, seconds: float, cut: int | None) -> Outcome:
         if isinstance(video, Exception):
             log.warning("video %s was not rendered: %s", job.key, video)
             return str(video)
@@ -226,6 +229,7 @@ class Renderer:
             "width": width + width % 2,
             "height": height + height % 2,
             "seconds": round(seconds, 3),
+            "text_cut": cut,
         }
         info = self.store.write(job.key, data, sidecar)
         self.rendered += 1
