@@ -23,6 +23,7 @@ from vpo_ray.storage import RunDir
 pytestmark = pytest.mark.ray
 
 TINY = str(Path(__file__).parents[1] / "jobs/recipes/tiny.yaml")
+SFT = Path(__file__).parents[1] / "vpo_ray/data/sft.jsonl"
 MODELS = Models("nowhere", "test-policy")
 Serve = Callable[[Callable[[Request], Reply]], EndpointServer]
 # 1000 prompt tokens an answer, see endpoint_server.completion.
@@ -54,7 +55,7 @@ def recipe_for(folder: Path, server: EndpointServer, *more: str) -> Recipe:
     }  # fmt: skip
     judge = {"model": "m", "backend": "openai", "endpoint": endpoint, "engine": {"batch_size": 4},
              "pool": {"size": 1, "num_cpus": 0.1}}  # fmt: skip
-    sets = [f"out={folder / 'run'}", f"judge={json.dumps(judge)}", "draft={examples: vpo_ray/data/sft.jsonl}"]
+    sets = [f"out={folder / 'run'}", f"judge={json.dumps(judge)}", f"draft={{examples: {SFT}}}"]
     return load(TINY, [*sets, "sft.data=null", *more])
 
 
