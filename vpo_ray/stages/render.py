@@ -168,6 +168,7 @@ class Renderer:
                 for job in fresh:
                     self._leases.give_back(job.key)
                 raise
+            self.hits += len(futures)
             for job, video in zip(fresh, videos, strict=True):
                 cut = self._engine.cut(job.prompt) if self._engine is not None else None
                 future = self._writer.submit(self._write, job, video, seconds, cut)
