@@ -33,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The servers of the tests are on this machine, where a user's proxy cannot reach them.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
     if config.option.seed is None:
         config.option.seed = random.randrange(1, 10**6)
     config.option.seed = getattr(config, "workerinput", {}).get("seed", config.option.seed)
