@@ -38,7 +38,7 @@ def running(log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "vpo_ray.cli", *words]
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
+            command, stdout=output, stderr=output, env=environment, cwd=ROOT, start_new_session=True
         )
     try:
         yield process

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Serve
 from vpo_ray.serve import playground
 from vpo_ray.serve.answers import completion, completion_events, event, usage_in
@@ -105,6 +106,7 @@ class Ingress:
         settings: Serve,
         control: tuple[str, ...],
     ) -> None:
+        bind_worker()
         self.settings, self.engine, self.jobs = settings, main, jobs
         self.optimiser = build_optimiser(main, canary, settings, control)
         self.policy, self.metrics = self.optimiser.policy, self.optimiser.policy.metrics

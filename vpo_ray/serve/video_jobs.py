@@ -199,6 +199,7 @@ class VideoJobs:
         control: tuple[str, ...],
     ) -> None:
         assert settings.videos is not None
+        bind_worker()
         self.optimiser = build_optimiser(main, canary, settings, control)
         self.settings, self.renderer, self.scorer = settings, renderer, scorer
         self.jobs = JobFolder(settings.videos.store)
