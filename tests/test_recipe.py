@@ -25,6 +25,7 @@ from vpo_ray.recipe import (
     load_serve,
     locate,
     parse,
+    parse_stored,
     video_presets,
 )
 
@@ -206,6 +207,72 @@ def test_a_value_that_cannot_be_is_named(override: str, key: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load(TINY, [override])
     assert f"  {key}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sft.loss=sigmoid", "sft.loss: a key of dpo; sft has no such thing"),
+        ("sft.beta=0.1", "sft.beta: a key of dpo"),
+        ("sft.guard={chosen_drop: 1}", "sft.guard: a key of dpo"),
+        ("dpo.data=x.jsonl", "dpo.data: a key of sft; dpo has no such thing"),
+        ("sft.evaluate={share: 0.1, metric: accuracy}", "sft.evaluate.metric: Input should be 'loss'"),
+        ("sft.evaluate={share: 0.1, metric: margin, patience: 2}", "sft.evaluate.metric: "),
+        ("dpo.evaluate={steps: 5}", "dpo.evaluate: steps has no effect without held-out rows"),
+        ("dpo={epochs: 1, lr: 1.0, global_batch: 1, loss: ipo, label_smoothing: 0.1, length_normalise: true}",
+         "dpo: label_smoothing and length_normalise have no effect with loss: ipo"),
+        ("dpo.keep_checkpoints=5", "dpo: keep_checkpoints has no effect without save_steps"),
+        ("dpo.track={project: mine}", "dpo.track: project has no effect without mlflow or wandb"),
+        ("sft.offload={optimizer: cpu, nvme_path: /n}", "sft.offload: nvme_path has no effect without nvme"),
+        ("queries.diversity={method: self_bleu}", "queries: diversity has no effect without size"),
+        ("queries.diversity.bleu_order=3", "queries.diversity: bleu_order has no effect with method"),
+        ("queries.unsafe_threshold=0.9", "queries: unsafe_threshold has no effect without unsafe_columns"),
+        ("queries.unsafe_prompt=my.txt", "queries: unsafe_prompt has no effect without unsafe_judge"),
+        ("queries.rules.language_confidence=0.9", "queries.rules: language_confidence has no effect without"),
+        ("judge.endpoint.retries=9", "judge: endpoint has no effect with backend: vllm"),
+        ("judge={model: m, backend: openai, revision: r}", "judge: revision has no effect with backend"),
+        ("reward.endpoint.retries=9", "reward: endpoint has no effect with kind: visionreward"),
+        ("reward={model: m, kind: openai, template: vqa, checklist: {file: c}}", "reward: template has no effect"),
+        ("reward.checklist.dimensions={a: '1'}", "reward.checklist: dimensions has no effect with `file`"),
+        ("limits.max_cost=5", "limits.max_cost has no effect: no endpoint"),
+        ("serve.autoscaling.upscale_delay_s=5", "serve: autoscaling has no effect"),
+        ("serve.safety.keywords=words.txt", "serve.safety: keywords has no effect while"),
+        ("serve.safety={query: refuse, keywords: w.txt, on_error: pass}", "on_error has no effect without"),
+        ("serve.best_of={rerank: {model: m}, judge_prompt: p.txt}", "judge_prompt has no effect without judge"),
+    ],
+)  # fmt: skip
+def test_a_key_that_would_do_nothing_is_refused_by_name(override: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(TINY, [override])
+    assert says in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version_goes_on() -> None:
+    """It stored the keys of both phases in each."""
+    stored = load(TINY).dump()
+    stored["sft"] |= {"beta": 0.1, "loss": "sigmoid", "guard": {}, "reference": "updated"}
+    stored["dpo"] |= {"data": None}
+    assert parse_stored(stored, "stored") == load(TINY)
+    with pytest.raises(RecipeError, match="sft"):
+        parse(stored, "stored")
+
+
+def test_the_stored_recipe_names_what_a_section_cannot_have_of_its_own() -> None:
+    recipe = parse(tree(more_rewards={"vlm": tree()["reward"]}, pair={"reward": "vlm"}), "x")
+    assert parse(recipe.dump(), "stored") == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "sft", "dpo"),
+    [
+        ("tiny", "ce433d307970de43", "5e02fef967f61484", "fcaa115280dd6ab3"),
+        ("vpo_cogvideox_2b", "8f0529c56e0039df", "e4ffe56644bf1330", "75e4d68e29cfee3a"),
+        ("vpo_cogvideox_5b", "ab074fd442e6624f", "e4ffe56644bf1330", "75e4d68e29cfee3a"),
+    ],
+)
+def test_fingerprints_of_shipped_recipes_stay(name: str, whole: str, sft: str, dpo: str) -> None:
+    recipe = load(TINY.with_name(f"{name}.yaml"))
+    assert (recipe.fingerprint(), recipe.fingerprint("sft"), recipe.fingerprint("dpo")) == (whole, sft, dpo)
 
 
 def test_a_learning_rate_as_yaml_1_1_reads_it() -> None:

@@ -47,7 +47,7 @@ def test_a_home_in_any_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     phase = {"epochs": 1, "lr": 1e-5, "global_batch": 8}
     service = {"model": "m", "endpoint": {"answers": "~/answers"}}
     tree["out"], tree["queries"]["path"] = "~/out", ["~/q.txt", "~/more/*"]
-    tree["queries"] |= {"rules": {"keywords": "~/k"}, "unsafe_prompt": "~/u"}
+    tree["queries"] |= {"rules": {"keywords": "~/k"}, "unsafe_judge": True, "unsafe_prompt": "~/u"}
     tree["policy"] = {"model": "~/policy", "task_prompt": "~/p"}
     tree["draft"] = {"examples": "~/e", "prompt": "~/d", "llm": {"model": "~/llm"}}
     tree["sft"] = {"data": "~/sft", "offload": {"optimizer": "nvme", "nvme_path": "~/nvme"}, **phase}
@@ -61,7 +61,7 @@ def test_a_home_in_any_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "keys": "~/keys",
         "canary": {"checkpoint": "~/canary", "share": 0.1},
         "videos": {"store": "~/videos"},
-        "safety": {"keywords": "~/words", "judge": service, "judge_prompt": "~/s"},
+        "safety": {"query": "refuse", "keywords": "~/words", "judge": service, "judge_prompt": "~/s"},
         "best_of": {"judge": service, "judge_prompt": "~/b"},
     }
     recipe = parse(tree, "recipe")

@@ -23,7 +23,7 @@ from vpo_ray.curation import CURATED, curate_run, warn_of_other_input
 from vpo_ray.ledger import SFT_DROPPED, build_ledger
 from vpo_ray.policy_prompt import read_prompt
 from vpo_ray.progress import spilled_bytes
-from vpo_ray.recipe import Recipe, differences, locate, parse
+from vpo_ray.recipe import Recipe, differences, locate, parse_stored
 from vpo_ray.records import Row, candidate_id, content_id
 from vpo_ray.run_lock import check, driving
 from vpo_ray.sft_data import distinct, draft_rows, sft_rows, write_chat
@@ -71,7 +71,7 @@ def open_run(recipe: Recipe) -> RunDir:
                 f"{run.uri} holds a recipe.yaml that no run wrote: give the recipe an `out` of its own"
             )
         # Parsed, so that a key which is newer than the run counts with its default.
-        stored = parse(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
+        stored = parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
         changed = differences(stored.dump(), recipe.dump())
         if changed:
             raise OtherRecipeError(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vpo_ray.chains import draft_model
-from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Train
+from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Training
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:
     return Shape(where, {k: v for k, v in amounts.items() if v}, pool.labels, pieces)
 
 
-def worker_shapes(phase: str, settings: Train) -> list[Shape]:
+def worker_shapes(phase: str, settings: Training) -> list[Shape]:
     """The workers of a training phase, which start together or not at all."""
     amounts = dict(settings.resources_per_worker)
     # Ray Train's own defaults.

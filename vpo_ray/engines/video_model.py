@@ -228,6 +228,8 @@ def _set_vae(pipeline: Any, settings: Render) -> None:
 
 def _set_speed(pipeline: Any, settings: Render) -> None:
     """Attention backend, cache and compilation of every network that denoises."""
+    if settings.cache is None and settings.cache_options:
+        raise VideoModelError("render.cache_options has no effect without render.cache: name a cache")
     for model in _denoisers(pipeline):
         name = type(model).__name__
         if settings.attention is not None:

@@ -21,7 +21,7 @@ from vpo_ray.plan.figures import (
     published_seconds,
     read_ledger,
 )
-from vpo_ray.recipe import Engine, Pool, Recipe, Train
+from vpo_ray.recipe import Engine, Pool, Recipe, Training
 from vpo_ray.records import SPLITS
 from vpo_ray.stages.curate import preview
 
@@ -256,7 +256,7 @@ def _sorted(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(labels.items()))
 
 
-def train_replica(settings: Train) -> Replica:
+def train_replica(settings: Training) -> Replica:
     resources = {"CPU": 1.0, "GPU": float(settings.use_gpu), **settings.resources_per_worker}
     return Replica(resources["CPU"], resources["GPU"], labels=_sorted(settings.labels))
 

@@ -14,7 +14,7 @@ import yaml
 
 from vpo_ray.input_files import InputError
 from vpo_ray.plan.check import PlanError
-from vpo_ray.recipe import Recipe, Render, differences, parse, video_presets
+from vpo_ray.recipe import Recipe, Render, differences, parse_stored, video_presets
 from vpo_ray.sft_data import sft_rows
 from vpo_ray.storage import Folder, RunDir, StorageError
 from vpo_ray.videos import VideoStore
@@ -107,7 +107,7 @@ def read_ledger(recipe: Recipe, given: str | None) -> Ledger | None:
 def _recipe_of(run: RunDir) -> Recipe | None:
     if not run.exists("recipe.yaml"):
         return None
-    return parse(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
+    return parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
 
 
 def published_seconds(settings: Render, gpu_type: str | None) -> Figure:

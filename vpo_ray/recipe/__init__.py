@@ -24,18 +24,23 @@ from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.serve import Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
-from vpo_ray.recipe.train import Evaluate, Guard, Offload, Track, Train, TrainLora
+from vpo_ray.recipe.train import Dpo, Evaluate, Guard, Offload, Sft, Track, Train, Training, TrainLora
 from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, Reward, video_presets
 
 __all__ = [
-    "OPERATIONAL", "ChatModel", "Checklist", "Diversity", "Draft", "Endpoint", "Engine", "Evaluate",
+    "OPERATIONAL", "ChatModel", "Checklist", "Diversity", "Dpo", "Draft", "Endpoint", "Engine", "Evaluate",
     "Guard", "Judge", "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries",
-    "Recipe", "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Splits", "Track",
-    "Train", "TrainLora", "computed", "differences", "engine_arguments", "load", "load_serve", "locate",
-    "parse", "serve_of", "sources", "video_presets",
+    "Recipe", "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Sft", "Splits",
+    "Track", "Train", "TrainLora", "Training", "computed", "differences", "engine_arguments", "load",
+    "load_serve", "locate", "parse", "parse_stored", "serve_of", "sources", "video_presets",
 ]  # fmt: skip
 
+# What a further reward cannot have of its own, with the defaults: a stored recipe names them.
+_OF_ALL_REWARDS = {"batch_size": 1, "pool": Pool()}
 _REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
+
+
+_PHASES: dict[str, type[Training]] = {"sft": Sft, "dpo": Dpo}
 
 
 class Limits(Section):
@@ -60,14 +65,14 @@ class Recipe(Section):
     queries: Queries
     policy: Policy
     draft: Draft | None = None
-    sft: Train | None = None
+    sft: Sft | None = None
     sample: Sample
     judge: Judge
     render: Render
     reward: Reward
     more_rewards: dict[str, Reward] = {}
     pair: Pair = Pair()
-    dpo: Train | None = None
+    dpo: Dpo | None = None
     serve: Serve = Serve()
     limits: Limits = Limits()
 
@@ -102,7 +107,7 @@ class Recipe(Section):
         for name, reward in self.more_rewards.items():
             if not _REWARD_NAME.fullmatch(name) or name in OPERATIONAL:
                 raise ValueError(f"more_rewards.{name}: choose another name, of a-z, 0-9 and _")
-            if ignored := sorted(reward.model_fields_set & {"pool", "batch_size"}):
+            if ignored := [key for key, unset in _OF_ALL_REWARDS.items() if getattr(reward, key) != unset]:
                 raise ValueError(
                     f"more_rewards.{name}: {' and '.join(ignored)} cannot be set; all rewards of a video are "
                     "asked in one replica of reward.pool (give each its `device` there)"
@@ -110,6 +115,26 @@ class Recipe(Section):
         if self.pair.reward is not None and self.pair.reward not in self.more_rewards:
             known = ", ".join(self.more_rewards) or "there is none"
             raise ValueError(f"pair.reward: no {self.pair.reward!r} in more_rewards ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_videos_that_it_serves(self) -> Recipe:
+        videos = self.serve.videos
+        if videos is not None and videos.reward is not None and not videos.score:
+            raise ValueError("serve.videos.reward has no effect with score: false")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_a_price(self) -> Recipe:
+        llms = [self.judge, *([self.draft.llm] if self.draft is not None and self.draft.llm else [])]
+        rewards = [self.reward, *self.more_rewards.values()]
+        asked = [llm.endpoint for llm in llms if llm.backend == "openai"]
+        asked += [reward.endpoint for reward in rewards if reward.kind == "openai"]
+        if self.limits.max_cost is not None and not any(e.prompt_price or e.completion_price for e in asked):
+            raise ValueError(
+                "limits.max_cost has no effect: no endpoint that this recipe asks has a prompt_price or a "
+                "completion_price"
+            )
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -149,6 +174,16 @@ def parse(tree: Mapping[str, Any], where: str) -> Recipe:
         ) from None
 
 
+def parse_stored(tree: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe that a run directory holds. Earlier versions wrote the keys of both phases into each."""
+    known = {
+        name: {key: value for key, value in tree[name].items() if key in phase.model_fields}
+        for name, phase in _PHASES.items()
+        if isinstance(tree.get(name), Mapping)
+    }
+    return parse({**tree, **known}, where)
+
+
 def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
     """The `serve` section of a recipe, or its defaults, with `serve.key=value` overrides.
 
@@ -185,6 +220,10 @@ def _explain(error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location) or "recipe"
     if error["type"] == "extra_forbidden":
+        for phase, section in _PHASES.items():
+            given = location[0] in _PHASES and location[0] != phase and len(location) == 2
+            if given and location[1] in section.model_fields:
+                return f"{key}: a key of {phase}; {location[0]} has no such thing"
         close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1)
         hint = (
             f"; did you mean `{close[0]}`?"

@@ -13,6 +13,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def refuse_unused(section: Section, names: str, why: str) -> None:
+    """Refuse keys that would be ignored. One that says its default is let pass: a run's stored recipe names
+    every key.
+
+    Args:
+        names: of keys of the section, with spaces between them.
+        why: ends the message, such as "without cache".
+
+    Raises:
+        ValueError: one of them says anything but its default.
+    """
+    fields = type(section).model_fields
+    given = [
+        name
+        for name in names.split()
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if given:
+        raise ValueError(f"{' and '.join(given)} {'have' if given[1:] else 'has'} no effect {why}")
+
+
 Positive = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

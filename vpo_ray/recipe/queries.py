@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Fraction, Positive, Section, Source
+from vpo_ray.recipe.base import Fraction, Positive, Section, Source, refuse_unused
 
 
 class Splits(Section):
@@ -42,6 +42,12 @@ class Rules(Section):
     languages: Annotated[list[str], Field(min_length=1)] | None = None
     language_confidence: Fraction = 0.5
 
+    @model_validator(mode="after")
+    def _all_used(self) -> Rules:
+        if self.languages is None:
+            refuse_unused(self, "language_confidence", "without languages")
+        return self
+
 
 class NearDuplicates(Section):
     """Queries are near duplicates from `threshold` on: the Jaccard similarity of their sets of
@@ -65,6 +71,12 @@ class Diversity(Section):
 
     method: Literal["farthest_first", "self_bleu"] = "farthest_first"
     bleu_order: Annotated[int, Field(ge=1, le=5)] = 4
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Diversity:
+        if self.method != "self_bleu":
+            refuse_unused(self, "bleu_order", f"with method: {self.method}")
+        return self
 
 
 class Queries(Section):
@@ -111,4 +123,10 @@ class Queries(Section):
             )
         if self.min_chars > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is over max_chars {self.max_chars}")
+        if self.size is None:
+            refuse_unused(self, "diversity", "without size")
+        if not self.unsafe_columns:
+            refuse_unused(self, "unsafe_threshold", "without unsafe_columns")
+        if not self.unsafe_judge:
+            refuse_unused(self, "unsafe_prompt", "without unsafe_judge")
         return self

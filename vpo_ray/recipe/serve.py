@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature
+from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature, refuse_unused
 from vpo_ray.recipe.endpoint import refuse_keys
 from vpo_ray.recipe.text import Engine, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
@@ -99,6 +99,14 @@ class Safety(Section):
             raise ValueError("nothing to check with: name `keywords`, `moderation` or `judge`")
         if self.query == "rewrite" and not self.prompt:
             raise ValueError("query: rewrite needs prompt: true, or a flagged query would go unchecked")
+        if not checks:
+            refuse_unused(
+                self, "keywords moderation judge", "while query is off and prompt false: say what to check"
+            )
+        if self.judge is None:
+            refuse_unused(self, "judge_prompt", "without judge")
+        if self.judge is None and self.moderation is None:
+            refuse_unused(self, "on_error", "without moderation or judge: keywords do not fail")
         return self
 
 
@@ -116,6 +124,8 @@ class BestOf(Section):
         _no_chat(self.rerank, "rerank")
         if (self.judge is None) == (self.rerank is None):
             raise ValueError("name what ranks: either `judge` or `rerank`")
+        if self.judge is None:
+            refuse_unused(self, "judge_prompt", "without judge")
         return self
 
 
@@ -190,3 +200,9 @@ class Serve(Section):
     videos: Videos | None = None
     engine: Engine = Engine()
     pool: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Serve:
+        if self.pool.size[0] == self.pool.size[1]:
+            refuse_unused(self, "autoscaling", "with as many replicas at most as at least: see pool.size")
+        return self

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature, refuse_unused
 from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -80,8 +80,8 @@ class Sample(Section):
 class ChatModel(Section):
     """An LLM that answers chats: vLLM on the cluster, or an OpenAI-compatible endpoint.
 
-    With `backend: openai` the model is one of the endpoint's, and revision, trust_remote_code and
-    the engine's vLLM settings are not used. `chat_template_kwargs` are arguments of the model's chat
+    With `backend: openai` the model is one of the endpoint's; the engine's settings of vLLM wait for
+    `backend: vllm`. `chat_template_kwargs` are arguments of the model's chat
     template, such as `enable_thinking: false`; an endpoint is sent them with every request.
     """
 
@@ -95,8 +95,12 @@ class ChatModel(Section):
     pool: Pool = Pool()
 
     @model_validator(mode="after")
-    def _obeys(self) -> ChatModel:
+    def _all_used(self) -> ChatModel:
         refuse_keys(self.endpoint, ["logprobs"], "a judge or drafts")
+        if self.backend == "vllm":
+            refuse_unused(self, "endpoint", "with backend: vllm")
+        else:
+            refuse_unused(self, "revision trust_remote_code", "with backend: openai")
         return self
 
 

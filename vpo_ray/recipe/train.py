@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Amount, Fraction, Place, Positive, Section, Source
+from vpo_ray.recipe.base import Amount, Fraction, Place, Positive, Section, Source, refuse_unused
 
 
 class TrainLora(Section):
@@ -42,7 +42,15 @@ class Evaluate(Section):
     def _has_rows(self) -> Evaluate:
         if self.share == 0 and (self.patience is not None or self.export == "best"):
             raise ValueError("patience and export: best need held-out rows: give share a value above 0")
+        if self.share == 0:
+            refuse_unused(self, "steps metric", "without held-out rows: give share a value above 0")
         return self
+
+
+class EvaluateSft(Evaluate):
+    """SFT has no pairs, and so neither accuracy nor margin."""
+
+    metric: Literal["loss"] = "loss"
 
 
 class Guard(Section):
@@ -71,6 +79,12 @@ class Track(Section):
     project: Annotated[str, Field(description="MLflow's experiment, W&B's project")] = "vpo_ray"
     run_name: Annotated[str | None, Field(description="the recipe's name and the phase when unset")] = None
 
+    @model_validator(mode="after")
+    def _all_used(self) -> Track:
+        if not (self.mlflow or self.wandb):
+            refuse_unused(self, "project run_name", "without mlflow or wandb")
+        return self
+
 
 class Offload(Section):
     """Where ZeRO keeps what does not fit the accelerator. `nvme` needs `nvme_path` on every node, and
@@ -84,29 +98,18 @@ class Offload(Section):
     def _has_a_path(self) -> Offload:
         if "nvme" in (self.optimizer, self.parameters) and not self.nvme_path:
             raise ValueError("nvme needs nvme_path, a folder on a local disk of every node")
+        if "nvme" not in (self.optimizer, self.parameters):
+            refuse_unused(self, "nvme_path", "without nvme")
         return self
 
 
-class Train(Section):
-    """One training phase. `data` is read by SFT only; `beta`, `loss`, `label_smoothing`, `rpo_alpha`,
-    `length_normalise`, `reference` and `guard` by DPO only."""
+class Training(Section):
+    """What both training phases have."""
 
-    data: Source | None = Field(
-        None, description="SFT data: rows as in queries.path, with `query` and `prompt`"
-    )
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    rpo_alpha: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of an SFT term on chosen")
-    length_normalise: bool = False
-    reference: Literal["updated", "kept"] = Field(
-        "updated", description="of later rounds: the policy that was sampled, or the first round's"
-    )
     lora: TrainLora | None = None
     evaluate: Evaluate = Evaluate()
-    guard: Guard = Guard()
     track: Track = Track()
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1
@@ -132,7 +135,13 @@ class Train(Section):
     labels: dict[str, str] = Field({}, description="of the nodes that workers may run on")
 
     @model_validator(mode="after")
-    def _offloads_what_is_sharded(self) -> Train:
+    def _keeps_what_is_saved(self) -> Training:
+        if self.save_steps is None and self.evaluate.export == "last":
+            refuse_unused(self, "keep_checkpoints", "without save_steps or evaluate.export: best")
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> Training:
         offload, stage = self.offload, self.zero_stage
         if offload.parameters != "none" and stage < 3:
             raise ValueError(f"offload.parameters needs zero_stage 3, it is {stage}")
@@ -141,3 +150,40 @@ class Train(Section):
         if offload.optimizer == "cpu" and stage < 1:
             raise ValueError("offload.optimizer: cpu needs zero_stage 1 or more, it is 0")
         return self
+
+
+class Sft(Training):
+    """Supervised fine-tuning on queries and prompts."""
+
+    data: Source | None = Field(
+        None, description="SFT data: rows as in queries.path, with `query` and `prompt`"
+    )
+    evaluate: EvaluateSft = EvaluateSft()
+
+
+class Dpo(Training):
+    """Direct preference optimisation on the run's pairs."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    rpo_alpha: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of an SFT term on chosen")
+    length_normalise: bool = False
+    reference: Literal["updated", "kept"] = Field(
+        "updated", description="of later rounds: the policy that was sampled, or the first round's"
+    )
+    guard: Guard = Guard()
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Dpo:
+        if self.loss == "ipo":
+            refuse_unused(
+                self, "label_smoothing length_normalise", "with loss: ipo, whose rewards are per token"
+            )
+        return self
+
+
+class Train(Dpo):
+    """Settings for either phase, for those who call `train` without a recipe."""
+
+    data: Source | None = None

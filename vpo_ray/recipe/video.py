@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, refuse_unused
 from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
@@ -128,6 +128,8 @@ class Checklist(Section):
             raise ValueError("give either `file`, or `questions` with `weights`")
         if self.questions is not None and self.weights is None:
             raise ValueError("`questions` needs `weights`, a JSON list with one number per question")
+        if self.file is not None:
+            refuse_unused(self, "weights dimensions strip_newlines", "with `file`, which has all of it")
         return self
 
     def files(self) -> dict[str, str | None]:
@@ -137,7 +139,8 @@ class Checklist(Section):
 class Reward(Section):
     """The reward model. `convention`: sum01 adds the weights of the questions answered yes (VPO);
     mean_pm1 is VisionReward's repository script, sum(w * (+1|-1)) / n. With `kind: openai` the
-    model is one of the endpoint's, and dtype, attention, template and device are not used."""
+    model is one of the endpoint's: dtype waits for `kind: visionreward`, and attention, template, device
+    and tokens are refused."""
 
     kind: Literal["visionreward", "openai"] = "visionreward"
     model: Source
@@ -161,8 +164,15 @@ class Reward(Section):
     pool: Pool = Pool()
 
     @model_validator(mode="after")
-    def _obeys(self) -> Reward:
+    def _all_used(self) -> Reward:
         refuse_keys(self.endpoint, ["answers"], "a reward, whose answers are its scores")
+        if self.kind == "visionreward":
+            refuse_unused(self, "endpoint", "with kind: visionreward")
+            return self
+        local = "attention template device yes_tokens no_tokens"
+        refuse_unused(self, local, "with kind: openai: they are of a model that is loaded here")
+        if not self.endpoint.logprobs:
+            refuse_unused(self, "rule", "with endpoint.logprobs: false")
         return self
 
 

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import ray.train
 import torch.distributed as dist
 
-from vpo_ray.recipe import Evaluate, Train
+from vpo_ray.recipe import Evaluate, Training
 from vpo_ray.records import Row
 from vpo_ray.storage import Folder, RunDir
 from vpo_ray.train.evaluate import best, score
@@ -32,7 +32,7 @@ TAG = "state"
 SCORE = "score"  # by which Ray Train keeps checkpoints, see evaluate.score
 
 
-def config(settings: Train) -> ray.train.CheckpointConfig:
+def config(settings: Training) -> ray.train.CheckpointConfig:
     """What Ray Train keeps: the newest checkpoint always, beside it the best where rows are held
     out, else the newest ones."""
     if not settings.evaluate.share:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Dpo
 from vpo_ray.records import Row
 
 WINDOW = 10
 
 
-def degenerate(curve: Sequence[Row], settings: Train) -> dict[str, str]:
+def degenerate(curve: Sequence[Row], settings: Dpo) -> dict[str, str]:
     """What is wrong at the end of the curve, by kind, with its numbers; empty while nothing is.
 
     Batches differ, so means over WINDOW steps are compared: of the chosen responses' log-probability

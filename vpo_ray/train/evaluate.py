@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from vpo_ray.recipe import Evaluate, Train
+from vpo_ray.recipe import Evaluate, Training
 from vpo_ray.records import Row, share_of
 from vpo_ray.train.examples import Example
 
@@ -37,7 +37,7 @@ def split(
     return [e for e in examples if points[groups[e.id]] >= bound], held_out
 
 
-def is_due(done: int, steps: int, rows: int, settings: Train) -> bool:
+def is_due(done: int, steps: int, rows: int, settings: Training) -> bool:
     """Whether step `done` of `steps` is followed by an evaluation: every `evaluate.steps` (or epoch)
     and at the end."""
     every = settings.evaluate.steps or math.ceil(rows / settings.global_batch)

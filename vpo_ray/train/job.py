@@ -12,7 +12,7 @@ from vpo_ray import run_lock
 from vpo_ray.model_cache import fetch
 from vpo_ray.placement import require, watched, worker_shapes
 from vpo_ray.policy_prompt import load_tokenizer
-from vpo_ray.recipe import Limits, Train, computed
+from vpo_ray.recipe import Limits, Training, computed
 from vpo_ray.records import PAIR, SFT, Row, content_id
 from vpo_ray.storage import ALSO, Folder, Table, join
 from vpo_ray.train.evaluate import split
@@ -44,7 +44,7 @@ class TrainResult:
 
 def train(
     phase: Phase,
-    settings: Train,
+    settings: Training,
     *,
     model: str,
     rows: Iterable[Row] | str,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.model_cache import fetch
-from vpo_ray.recipe import Train, computed
+from vpo_ray.recipe import Dpo, Training, computed
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.storage import Folder, RunDir, join
 from vpo_ray.train import checkpoints, failures, packing, zero
@@ -50,7 +50,7 @@ class Job:
     `reference` is DPO's reference model where it is not `model`."""
 
     phase: Phase
-    settings: Train
+    settings: Training
     model: str
     revision: str | None
     trust_remote_code: bool
@@ -69,6 +69,12 @@ class Job:
     @property
     def steps(self) -> int:
         return packing.total_steps(len(self.examples), self.settings.global_batch, self.settings.epochs)
+
+    @property
+    def dpo(self) -> Dpo:
+        """The settings of a DPO phase."""
+        assert isinstance(self.settings, Dpo)
+        return self.settings
 
     @property
     def name(self) -> str:
@@ -234,7 +240,7 @@ class Worker:
             return sft_loss(token_logps), self._no_sums()[1:]
         assert self.reference is not None
         reference = torch.from_numpy(self.reference[rows].reshape(-1)).to(self.device)
-        return dpo_loss(token_logps, reference, pack.lengths, self.job.settings)
+        return dpo_loss(token_logps, reference, pack.lengths, self.job.dpo)
 
     def _stop_if(self, ids: list[str], step: int, what: str) -> None:
         """Stop every rank when one has ids of a batch with a bad number."""
@@ -258,7 +264,7 @@ class Worker:
         """Tell what the guard finds, each kind once in a run; it stays in the curve."""
         if self.job.phase != "dpo":
             return
-        new = degenerate(self.curve, self.job.settings)
+        new = degenerate(self.curve, self.job.dpo)
         if new:
             told = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
             new = {k: v for k, v in new.items() if k not in told}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Dpo
 
 # What a DPO step reports, as means over its pairs.
 DPO_METRICS = (
@@ -39,7 +39,7 @@ def rounding(logps: Tensor, count: Tensor, dtype: str) -> Tensor:
 
 
 def dpo_loss(
-    token_logps: Tensor, reference: Tensor, lengths: Sequence[int], settings: Train
+    token_logps: Tensor, reference: Tensor, lengths: Sequence[int], settings: Dpo
 ) -> tuple[Tensor, Tensor]:
     """DPO (arXiv 2305.18290, equation 7) and its options, summed over pairs.
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vpo_ray.policy_prompt import chat_ids, load_chat_tokenizer
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Training
 from vpo_ray.storage import Folder, StorageError
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.export import generation_config, write_generation, write_policy
@@ -30,7 +30,7 @@ PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"
 
 def rehearse(
     model: str,
-    settings: Train,
+    settings: Training,
     tokenizer: Any,
     end: list[int],
     revision: str | None = None,

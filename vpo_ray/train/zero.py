@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Training
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.lora import attach
 
@@ -37,7 +37,7 @@ _DECIDED = {
 }
 
 
-def deepspeed_config(settings: Train, workers: int) -> dict[str, Any]:
+def deepspeed_config(settings: Training, workers: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`.
 
     DeepSpeed is told of batches of one per worker: a step's packs, their number and the weight of
@@ -116,7 +116,9 @@ def prepare_process(use_gpu: bool) -> None:
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
 
 
-def load_model(model: str, settings: Train, config: dict[str, Any], revision: str | None, trust: bool) -> Any:
+def load_model(
+    model: str, settings: Training, config: dict[str, Any], revision: str | None, trust: bool
+) -> Any:
     """The policy, with packed attention, and with adapters where the recipe has `lora`. Under ZeRO-3
     its parameters are partitioned as they load, so that no worker ever holds a full copy.
 
@@ -156,7 +158,7 @@ def load_model(model: str, settings: Train, config: dict[str, Any], revision: st
     return loaded if settings.lora is None else attach(loaded, settings.lora)
 
 
-def start_engine(policy: Any, settings: Train, config: dict[str, Any]) -> Any:
+def start_engine(policy: Any, settings: Training, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine with AdamW (or the optimizer that the deepspeed section names)."""
     import deepspeed
     import torch
