@@ -19,6 +19,7 @@ import yaml
 from vpo_ray.model_cache import fetch
 from vpo_ray.records import Row
 from vpo_ray.train.model_files import MARKER, publish
+from vpo_ray.train.portable import for_older_readers
 
 if TYPE_CHECKING:
     from vpo_ray.train.loop import Job
@@ -87,6 +88,7 @@ def write_policy(
         model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     write_generation(generation, folder)
     job.tokenizer.save_pretrained(folder)
+    for_older_readers(folder)
     return generation
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vpo_ray.model_cache import fetch
 from vpo_ray.policy_prompt import chat_ids, load_chat_tokenizer
 from vpo_ray.recipe import Training
 from vpo_ray.storage import Folder, StorageError
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.export import generation_config, write_generation, write_policy
 from vpo_ray.train.lora import attach, merge
-from vpo_ray.train.model_files import fetch
+from vpo_ray.train.portable import for_older_readers
 
 # What a tokenizer has to read alike before and after: case, spaces, accents, other scripts, digits.
 PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"
@@ -61,7 +62,8 @@ def rehearse(
             generation = write_policy(
                 skeleton, {}, job, folder, merged=lambda _: merge(skeleton, check=False)
             )
-            _read_back(folder, job, generation, whole=lora is None or lora.merge)
+            whole = lora is None or lora.merge
+            _read_back(folder, job, generation, skeleton.config if whole else None)
 
 
 def rehearse_texts(
@@ -93,7 +95,8 @@ def rehearse_texts(
             generation = generation_config(like, end)
             write_generation(generation, Path(name))
             tokenizer.save_pretrained(name)
-            _read_back(Path(name), job, generation, whole=False)
+            for_older_readers(Path(name))
+            _read_back(Path(name), job, generation, None)
 
 
 @contextmanager
@@ -153,12 +156,16 @@ def _refuse_quantised(skeleton: Any, model: str, keeps_base: bool) -> None:
         )
 
 
-def _read_back(folder: Path, job: Any, generation: Any, whole: bool) -> None:
+def _read_back(folder: Path, job: Any, generation: Any, config: Any) -> None:
     from transformers import AutoConfig, GenerationConfig
 
     trust = job.trust_remote_code
-    if whole:
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    if config is not None:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        if _rope(own) != _rope(config):
+            raise TrainError(
+                f"{job.model}: its config.json is read otherwise than it was written: {_rope(own)}"
+            )
     read = GenerationConfig.from_pretrained(folder)
     if _meaning(read) != _meaning(generation):
         raise TrainError(f"{job.model}: its generation config is read otherwise than it was written")
@@ -174,6 +181,10 @@ def _read_back(folder: Path, job: Any, generation: Any, whole: bool) -> None:
                 f"{job.model}: its tokenizer is not the same once it is saved and loaded: {name} differs. "
                 "Save it once with transformers (load, save_pretrained), and look at what its folder lacks"
             )
+
+
+def _rope(config: Any) -> Any:
+    return getattr(config.get_text_config(), "rope_parameters", None)
 
 
 def _meaning(generation: Any) -> dict[str, Any]:
