@@ -45,7 +45,7 @@ def test_a_home_in_any_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     tree: dict[str, Any] = yaml.safe_load(TINY.read_text("utf-8"))
     phase = {"epochs": 1, "lr": 1e-5, "global_batch": 8}
-    service = {"model": "m", "endpoint": {"answers": "~/answers"}}
+    service = {"model": "m"}
     tree["out"], tree["queries"]["path"] = "~/out", ["~/q.txt", "~/more/*"]
     tree["queries"] |= {"rules": {"keywords": "~/k"}, "unsafe_judge": True, "unsafe_prompt": "~/u"}
     tree["policy"] = {"model": "~/policy", "task_prompt": "~/p"}

@@ -65,8 +65,8 @@ def _config(tree: dict[str, Any], folder: Path) -> None:
 def _tokenizer(tree: dict[str, Any], folder: Path) -> None:
     for key in _LOCAL:
         tree.pop(key, None)
-    name = tree.get("tokenizer_class")
-    tree["tokenizer_class"] = _CLASSES.get(name, name)
+    if (name := tree.get("tokenizer_class")) in _CLASSES:
+        tree["tokenizer_class"] = _CLASSES[name]
     extra = tree.get("extra_special_tokens")
     if isinstance(extra, list):  # transformers 4 takes a mapping of names under this key
         del tree["extra_special_tokens"]
