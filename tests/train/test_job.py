@@ -150,7 +150,9 @@ def test_a_loss_that_explodes_keeps_the_checkpoint_which_other_workers_refuse(
         run(tmp_path, tiny_models / "policy", chosen, "sft", sft_rows(1))
     assert not (tmp_path / "policy").exists()
     stopped = RunDir(tmp_path).read_json("metrics/sft-stopped.json")
-    assert (stopped["step"], stopped["rows"]) == (2, ["query-00"])
+    [row] = stopped["rows"]
+    assert stopped["step"] == 2
+    assert row.startswith("query-00-")
     assert [path.name for path in (tmp_path / "checkpoints").glob("sft-*/step-*")] == ["step-000001"]
     alone = settings(**values, zero_stage=2, workers=1)
     with pytest.raises(TrainError, match=r"step 1 was written by 2 workers, this run has 1.*workers to 2"):
