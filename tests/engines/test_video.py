@@ -309,6 +309,18 @@ def test_odd_sizes_grow_to_even_ones(clip: np.ndarray) -> None:
     assert probe(encode(clip[:1], 29.97, 17)) == VideoInfo(1, pytest.approx(29.97, abs=1e-3), 64, 48)
 
 
+def test_the_same_frames_give_the_same_bytes_whatever_was_in_memory() -> None:
+    random = np.random.default_rng(1)
+    still = random.integers(0, 256, (18, 24, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    moving = np.stack([np.roll(still, (2 * at, 3 * at), (0, 1))[:128, :192] for at in range(17)])
+    made = set()
+    for _ in range(12):
+        left = [np.full(random.integers(100, 300_000), random.integers(256), np.uint8) for _ in range(30)]
+        del left
+        made.add(encode(moving, 8, 17))
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(
     "frames", [np.zeros((2, 4, 4)), np.zeros((0, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3))]
 )

@@ -285,7 +285,8 @@ def encode(frames: np.ndarray, fps: float, crf: int) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
+        # Else x264's fastest code reads memory that it never wrote, and its choices follow from that.
+        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "cpu-independent=1"}
         stream.thread_count = 1  # x264 divides its work, and so its choices, by the number of threads
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
