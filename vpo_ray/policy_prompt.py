@@ -307,7 +307,7 @@ def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -
             in_front, _, behind = text.rpartition(safe)
             _apart(model, in_front, behind, tokens)
         if f"{before}{safe}{after}".strip() not in text:
-            shown = "changes or cuts" if safe.split()[0] in text else "leaves out"
+            shown = "changes or cuts" if max(safe.split(), key=len) in text else "leaves out"
             raise PromptError(
                 f"{model}: the chat template {shown} what a user says: {safe[:60]!r} becomes "
                 f"{text[-200:]!r}. {_ADVICE}"

@@ -89,6 +89,9 @@ def test_events_of_a_stream_are_an_answer() -> None:
         ({"prompt_tokens": "10", "completion_tokens": "5"}, (10, 5)),
         ({"prompt_tokens": 10, "completion_tokens": None, "total_tokens": 15}, (10, 5)),
         ({"completion_tokens": 5, "total_tokens": 15}, (10, 5)),
+        ({"input_tokens": 2, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 1,
+          "output_tokens": 5}, (10, 5)),
+        ({**USAGE, "cache_read_input_tokens": 7}, (10, 5)),
         ({"prompt_tokens": 10}, (10, 0)),
         ({"total_tokens": 15}, (15, 0)),
         ({"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 15}, (10, 5)),
@@ -101,7 +104,7 @@ def test_events_of_a_stream_are_an_answer() -> None:
         (None, (0, 0)),
         ("15", (0, 0)),
     ],
-)
+)  # fmt: skip
 def test_tokens_are_counted_however_they_are_told(usage: Any, counted: tuple[int, int]) -> None:
     found = read(parse(json.dumps({**body(), "usage": usage}).encode()))
     assert (found.usage.prompt, found.usage.completion, found.text) == (*counted, "a cat")

@@ -73,6 +73,9 @@ OF_INPUT: list[tuple[int, Any]] = [
     (400, {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或敏感内容"}),
     (400, {"code": "InputTextSensitiveContentDetected", "message": "x"}),
     (400, {"status": "INVALID_ARGUMENT", "message": "blocked: PROHIBITED_CONTENT"}),
+    (400, {"message": "Content Exists Risk", "code": "invalid_request_error"}),
+    (400, {"message": "The request was rejected because it was considered high risk"}),
+    (424, {"message": "Prompt blocked due to security configurations", "code": 2016}),
     (422, {"message": "The prompt was rejected by our content moderation"}),
     (451, {"message": "unavailable for legal reasons"}),
     (451, "blocked"),
@@ -104,7 +107,7 @@ def test_other_errors_are_none(status: int, error: Any, subject: str) -> None:
     assert about(status, error, str({"error": error})) == subject
 
 
-@pytest.mark.parametrize(("status", "error"), [OF_INPUT[0], OF_INPUT[3], OF_INPUT[9], OF_INPUT[17]])
+@pytest.mark.parametrize(("status", "error"), [OF_INPUT[0], OF_INPUT[3], OF_INPUT[9], OF_INPUT[20]])
 def test_a_refused_input_is_the_refusal_of_its_row(
     status: int, error: Any, serve_endpoint: Serve, ask: Any
 ) -> None:
@@ -117,9 +120,40 @@ def test_a_refused_input_is_the_refusal_of_its_row(
     assert ask(server, "good")[0].text == "fine"
 
 
-def test_a_refusal_that_comes_as_200(serve_endpoint: Serve, ask: Any) -> None:
-    server = serve_endpoint(lambda _: Reply({"error": {"code": 403, "message": "Your input was flagged"}}))
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (403, {"code": "The caller has no permission", "error": "Content violates usage guidelines. API key "
+               "ID: 1, failed check: SAFETY_CHECK_TYPE_BIO"}),
+        (400, [{"error": {"code": 400, "message": "Blocked: PROHIBITED_CONTENT"}}]),
+        (400, {"detail": "The input was flagged by our content filter"}),
+    ],
+)  # fmt: skip
+def test_all_that_an_error_says_is_looked_at(status: int, body: Any, serve_endpoint: Serve, ask: Any) -> None:
+    server = serve_endpoint(lambda _: Reply(body, status))
+    [refusal] = ask(server, "bad")
+    assert isinstance(refusal, Refusal), refusal
+    assert any(word in str(refusal) for word in ("SAFETY_CHECK", "PROHIBITED", "flagged"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": 403, "message": "Your input was flagged"}},
+        {"error": {"code": "content_filter", "message": "x"}},
+        {"error": "The prompt was blocked by our content policy"},
+        {"choices": None, "base_resp": {"status_code": 1026, "status_msg": "input new_sensitive"}},
+        {"choices": [{"message": {"content": ""}, "finish_reason": "error",
+                      "error": {"code": 403, "message": "x", "metadata": {"flagged_input": "bad"}}}]},
+    ],
+)  # fmt: skip
+def test_a_refusal_that_comes_as_200(body: Any, serve_endpoint: Serve, ask: Any) -> None:
+    server = serve_endpoint(lambda _: Reply(body))
     assert isinstance(ask(server, "bad")[0], Refusal)
+    assert len(server.requests) == 1
+
+
+def test_a_refused_key_that_comes_as_200(serve_endpoint: Serve, ask: Any) -> None:
     server = serve_endpoint(lambda _: Reply({"error": {"code": 401, "message": "No auth credentials found"}}))
     assert isinstance(ask(server, "bad")[0], EndpointError)
 

@@ -111,6 +111,27 @@ def test_an_object_among_other_text_costs_no_repair(form: str, serve_endpoint: S
     assert (again, len(server.requests)) == (said, 1), "what is kept is the object"
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_an_answer_that_stands_where_thoughts_do_is_read(
+    field: str, serve_endpoint: Serve, tmp_path: Path
+) -> None:
+    schema = object_schema({"a": {"enum": ["yes", "no"]}})
+    server = serve_endpoint(lambda _: reply({"content": None, field: '{"a": "yes"}'}))
+    said, account = ask(server, tmp_path, schema)
+    assert (said.text, len(server.requests), account.spent) == ('{"a": "yes"}', 1, pytest.approx(1.1))
+    server = serve_endpoint(lambda _: reply({"content": "", field: 'It may be {"a": "yes"}'}))
+    assert isinstance(ask(server, tmp_path, schema)[0], ChatError)
+
+
+def test_a_server_that_tells_no_usage_is_named(
+    serve_endpoint: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve_endpoint(lambda _: Reply({"choices": [{"message": {"content": "a cat"}}]}))
+    said, account = ask(server, tmp_path)
+    assert (said.text, account.spent) == ("a cat", 0)
+    assert "judge.endpoint tells no usage" in caplog.text
+
+
 def test_an_object_in_a_thought_alone_is_repaired(serve_endpoint: Serve, tmp_path: Path) -> None:
     schema = object_schema({"a": {"enum": ["yes", "no"]}})
     texts = iter(['<think>{"a": "no"}</think> Hm.', '<think>{"a": "no"}</think>{"a": "yes"}'])

@@ -44,6 +44,14 @@ def test_the_object_is_found(form: str) -> None:
         assert json.loads(find_object(form.replace("%s", good), SCHEMA)) == json.loads(good)
 
 
+def test_an_object_that_was_encoded_twice_is_found() -> None:
+    assert find_object(json.dumps(GOOD), SCHEMA) == GOOD
+
+
+def test_a_property_that_was_not_asked_for_is_no_fault() -> None:
+    assert schema_fault(json.dumps({**json.loads(GOOD), "confidence": 0.9}), SCHEMA) is None
+
+
 def test_an_answer_that_is_the_object_is_left_as_it_is() -> None:
     assert find_object(GOOD, SCHEMA) == GOOD
 
@@ -58,7 +66,8 @@ def test_an_answer_that_is_the_object_is_left_as_it_is() -> None:
         f"<think>As in {OTHER}?</think> I cannot tell",
         f"[{OTHER}]",
         json.dumps({"answer": json.loads(OTHER), "more": 1}),
-        json.dumps(OTHER),
+        f"It says {json.dumps(OTHER)}",
+        json.dumps(json.dumps(OTHER)),
         f"Here: {json.dumps(SCHEMA)}",
         '{"verdict": "yes", "why"',
         '```json\n{"verdict": "maybe", "why": ""}\n```',

@@ -27,6 +27,7 @@ THINKING = [
     "analysisWe need a cat.assistantfinal{}",
     "<|channel>thought\na cat<channel|>{}",
     "<think>a cat</think><answer>{}</answer>",
+    "<thinking>a cat</thinking>\n<output>\n{}\n</output><|im_end|>",
     "Here is my thought process:\na cat\nHere is my response:\n{}",
     "The user wants a cat.\n</think>\n\n{}",
     "<think>one</think><think>two</think>{}",

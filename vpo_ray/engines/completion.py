@@ -22,6 +22,8 @@ Body = dict[str, Any]
 
 # Counts beyond these are no counts of tokens.
 MAX_TOKENS = 10**12
+# Of Anthropic's count, which leaves them out of `input_tokens`.
+_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _READ = ("prompt_tokens", "input_tokens", "promptTokenCount", "prompt_token_count", "prompt_eval_count")
 _WROTE = (
     "completion_tokens", "output_tokens", "candidatesTokenCount", "candidates_token_count", "eval_count"
@@ -49,6 +51,7 @@ class Completion:
     Attributes:
         usage: tokens read and written; its cost is set by the client, which knows the prices.
         text: the text without parts that are thoughts; empty where there is none.
+        thoughts: the text of a field that is for thoughts; some servers put all of an answer there.
         finish: why it ended, in lower case.
         refusal: why there is no answer, where the model or a filter says so.
         answered: there is something that was generated, of whatever shape.
@@ -57,6 +60,7 @@ class Completion:
 
     usage: Usage = field(default_factory=Usage)
     text: str = ""
+    thoughts: str = ""
     finish: str = "unknown"
     refusal: str | None = None
     answered: bool = False
@@ -100,9 +104,8 @@ def read(body: Any) -> Completion:
     if not refusal and any(word in finish for word in _FILTERED):
         refusal = f"a content filter stopped the answer ({finish})"
     answered = bool(choice) or bool(body.get("choices"))
-    return Completion(
-        usage, text, finish, refusal or None, answered, _error(body, choice), choice.get("logprobs")
-    )
+    error, logprobs = _error(body, choice), choice.get("logprobs")
+    return Completion(usage, text, _thoughts(message), finish, refusal or None, answered, error, logprobs)
 
 
 def _choice(body: Body) -> Body:
@@ -124,6 +127,9 @@ def _finish(choice: Body) -> str:
 
 def _error(body: Body, choice: Body) -> Body | None:
     error = body.get("error") or choice.get("error") or (body if body.get("object") == "error" else None)
+    base = _dict(body.get("base_resp"))  # MiniMax
+    if not error and base.get("status_code"):
+        return {"message": base.get("status_msg"), "code": base["status_code"]}
     return error if isinstance(error, dict) or not error else {"message": str(error)}
 
 
@@ -147,6 +153,11 @@ def _text(part: Any) -> str:
     return next(
         (_text(part[k]) for k in ("text", "content", "parts", "value") if part.get(k) is not None), ""
     )
+
+
+def _thoughts(message: Any) -> str:
+    told = (_dict(message).get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return next((_clean(value) for value in told if value and isinstance(value, str)), "")
 
 
 def _is_thought(part: Body) -> bool:
@@ -187,6 +198,8 @@ def _usage(body: Body) -> Usage:
         prompt, wrote, total = (_count(counts, names) for names in (_READ, _WROTE, _BOTH))
         if prompt is None and wrote is None and total is None:
             continue
+        if prompt is not None and prompt == _count(counts, ("input_tokens",)) and total is None:
+            prompt += sum(_count(counts, (name,)) or 0 for name in _CACHED)
         if prompt is None:
             prompt = max(0, (total or 0) - (wrote or 0))
         return Usage(prompt, max(wrote or 0, (total or 0) - prompt))

@@ -34,7 +34,7 @@ from vpo_ray.engines.failures import (
     maybe_schema,
 )
 from vpo_ray.engines.pace import ClusterPace, LocalPace, Pace, retry_after
-from vpo_ray.engines.structured import in_words, response_format
+from vpo_ray.engines.structured import in_words, response_format, schema_fault
 from vpo_ray.recipe import Endpoint
 from vpo_ray.records import content_id
 
@@ -75,6 +75,7 @@ class EndpointClient:
         # Whether the server takes JSON schemas; None until one was taken or refused.
         self._schemas = None if endpoint.structured == "auto" else endpoint.structured == "json_schema"
         self._probes = self._with_schema = 0
+        self._priced = endpoint.prompt_price + endpoint.completion_price > 0
         self._limits = (endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._pace = self._make_pace()
         self._client: openai.AsyncOpenAI | None = None
@@ -160,7 +161,7 @@ class EndpointClient:
             async with self._asked_with_schema():
                 reply = await self._completed({**request, "response_format": response_format(schema)}, tokens)
                 self._schemas = True
-                return reply
+                return _found(reply, schema)
         except (EndpointError, RequestError) as error:
             if self.endpoint.structured != "auto" or not (about_schema(error) or maybe_schema(error)):
                 raise
@@ -204,7 +205,8 @@ class EndpointClient:
                 self._schema_news.notify_all()
 
     async def _in_words(self, request: dict[str, Any], tokens: int, schema: dict[str, Any]) -> Completion:
-        return await self._completed({**request, "messages": in_words(request["messages"], schema)}, tokens)
+        told = {**request, "messages": in_words(request["messages"], schema)}
+        return _found(await self._completed(told, tokens), schema)
 
     async def _completed(self, request: dict[str, Any], tokens: int) -> Completion:
         reply = await self._tried("/chat/completions", request, tokens, self._read)
@@ -260,9 +262,8 @@ class EndpointClient:
                     data = await self._post(path, request)
             except openai.APIStatusError as error:
                 self._reached = True
-                told = self._without_key(str(error))
                 raise await self._failure(
-                    error.status_code, error.body, told, error.response.headers
+                    error.status_code, error.body, self._without_key(_said(error)), error.response.headers
                 ) from None
             except (openai.APITimeoutError, TimeoutError) as error:
                 # The client takes every failure to connect for a timeout.
@@ -287,16 +288,21 @@ class EndpointClient:
             return reply
         if reply.error is None:
             raise _Again(RequestError(f"{self.where}: the answer has no choices"))
-        # Some services answer 200 and put the error's status into the body.
+        # Some services answer 200 and put the error's status into the body, or none.
+        text = self._without_key(str(reply.error))
         codes = (str(reply.error.get(name)) for name in ("status", "code"))
-        status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), 500)
-        raise await self._failure(status, reply.error, self._without_key(str(reply.error)), {})
+        told = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
+        status = told or (400 if about(400, reply.error, text) == "input" else 500)
+        raise await self._failure(status, reply.error, text, {})
 
     async def _paid(self, reply: Completion) -> Completion:
         """The answer with its cost, which is in the account: the one place where money is counted."""
         prompt, completion = reply.usage.prompt, reply.usage.completion
         cost = (prompt * self.endpoint.prompt_price + completion * self.endpoint.completion_price) / 1e6
         usage = Usage(prompt, completion, cost)
+        if reply.answered and not prompt + completion and self._priced:
+            logger.warning("%s tells no usage: its answers count as free", self.where)
+            self._priced = False  # told once
         # Before another request may take its place.
         await self.account.charge(usage)
         return replace(reply, usage=usage)
@@ -346,6 +352,24 @@ class EndpointClient:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if len(self._key) > 4 else text
+
+
+def _found(reply: Completion, schema: dict[str, Any]) -> Completion:
+    """An answer that a server took whole for a thought is the answer all the same."""
+    if reply.text.strip() or schema_fault(reply.thoughts, schema) is not None:
+        return reply
+    return replace(reply, text=reply.thoughts)
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """What a server said: the client's message, or all of the body where it took none from it."""
+    told = str(error)
+    if told != f"Error code: {error.status_code}":
+        return told
+    try:
+        return f"{told} - {error.response.text.strip()}"
+    except (RuntimeError, UnicodeError):  # the body was not read
+        return told
 
 
 class _Again(Exception):

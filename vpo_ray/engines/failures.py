@@ -71,6 +71,7 @@ _INPUT = re.compile(
     | (?:usage|acceptable\suse|community|responsible\sai)[\w\s]{0,20}(?:polic|guideline)
     | inappropriate | harmful | \bunsafe | sensitive | prohibited\scontent | objectionable
     | violat\w+[^.]{0,60}(?:polic|guideline|terms) | violence | sexual | nsfw
+    | (?:prompt|input|content)\s(?:(?:was|is|has\sbeen)\s)?blocked | (?:exists|high)\srisk
     | blocked\s(?:by|due|because|for)[^.]{0,60}(?:content|safety|filter|polic)
     | 敏感 | 违规 | 不安全 | 内容安全 | 审核 | 不当内容""",
     re.VERBOSE | re.IGNORECASE,

@@ -22,6 +22,7 @@ from vpo_ray.engines.account import Account, CostLimitReached
 from vpo_ray.engines.chat import Answer, ChatError, ChatStage, Message, Refusal, Sampling
 from vpo_ray.engines.completion import Completion
 from vpo_ray.engines.endpoint import EndpointClient, RequestError
+from vpo_ray.engines.failures import about
 from vpo_ray.engines.structured import find_object, schema_fault
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.material import fill
@@ -187,7 +188,10 @@ class OpenAIChat:
         if reply.cut:
             raise ChatError(f"the answer was cut at max_tokens {sampling.max_tokens}: raise it", usage)
         if reply.finish == "error" or (reply.error and not reply.text):
-            raise ChatError(f"the answer broke off: {str(reply.error)[:300]}", usage)
+            filtered = about(400, reply.error, str(reply.error)) == "input"
+            raise (Refusal if filtered else ChatError)(
+                f"the answer broke off: {str(reply.error)[:300]}", usage
+            )
         if not reply.text:
             raise ChatError(f"the answer has no text (finish_reason {reply.finish})", usage)
         return Answer(reply.text, reply.finish, usage.prompt, usage.completion, usage.cost)

@@ -19,6 +19,8 @@ Schema = dict[str, Any]
 # Places where an object may begin that are tried in one answer, from its end.
 MAX_STARTS = 500
 LENGTHS = frozenset({"maxLength", "maxItems"})
+# What a grammar holds an answer to, and an answer without a grammar need not keep.
+_GRAMMAR = LENGTHS | {"additionalProperties"}
 # What OpenAI's strict mode has refused, now or before.
 REFUSED = LENGTHS | {"minLength", "minItems", "minimum", "maximum", "pattern", "format"}
 _IN_WORDS = (
@@ -33,6 +35,9 @@ def find_object(text: str, schema: Schema) -> str:
     thoughts. Where there is none, the text without thoughts, whose `schema_fault` says why."""
     if schema_fault(text, schema) is None:
         return text
+    inner = _quoted(text)
+    if schema_fault(inner, schema) is None:
+        return inner
     try:
         said = without_thoughts(text)
     except UnclosedThought:
@@ -47,12 +52,13 @@ def find_object(text: str, schema: Schema) -> str:
 
 
 def schema_fault(text: str, schema: Schema) -> str | None:
-    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
+    """Why a text is no JSON of this schema, or None. Lengths, and properties more than were asked
+    for, are a grammar's matter, no fault."""
     try:
         value = json.loads(text, strict=False, parse_constant=_no_number)
         # An escape may hold half a character, which no table takes.
         json.dumps(value, ensure_ascii=False).encode()
-        jsonschema.validate(value, without(schema, LENGTHS))
+        jsonschema.validate(value, without(schema, _GRAMMAR))
     except jsonschema.ValidationError as error:
         return f"{error.json_path}: {error.message[:200]}"
     except (ValueError, RecursionError) as error:
@@ -100,6 +106,17 @@ def _objects(text: str) -> Iterator[tuple[int, int]]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _quoted(text: str) -> str:
+    """The string that a text is in JSON, or nothing: some servers encode an answer twice."""
+    if not text.lstrip().startswith('"'):
+        return ""
+    try:
+        value = json.loads(text, strict=False)
+    except ValueError:
+        return ""
+    return value if isinstance(value, str) else ""
 
 
 def _is_json(text: str) -> bool:

@@ -34,9 +34,9 @@ _OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", _FLAGS)
 # What some models put around the answer behind their thought.
 _FRAME = re.compile(
     r"""\A(?:\s|<\|(?:START_RESPONSE|START_TEXT|begin_of_solution)\|>|<\|open\|>\s*response\s*<\|sep\|>
-        |<(?:answer|response|assistant)>)+
-      | (?:\s|<\|(?:END_RESPONSE|END_TEXT|end_of_solution|return|end|eot|eom)\|>
-        |<\|close\|>\s*\w+\s*<\|sep\|>|</(?:answer|response|assistant)>)+\Z""",
+        |<(?:answer|response|output|assistant)>)+
+      | (?:\s|<\|(?:END_RESPONSE|END_TEXT|end_of_solution|return|end|eot|eom|im_end|eot_id|endoftext)\|>
+        |<\|close\|>\s*\w+\s*<\|sep\|>|</(?:answer|response|output|assistant)>)+\Z""",
     _FLAGS,
 )
 # What at the end of a piece of text may be the beginning of a mark.
