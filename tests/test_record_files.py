@@ -169,11 +169,17 @@ def test_a_column_that_is_needed_may_be_there_once_only(tmp_path: Path) -> None:
         assert queries(tmp_path / f"s.{kind}", column="prompt") == ["b"], "others may be there twice"
 
 
-def test_a_name_given_twice_in_a_line_costs_the_row(tmp_path: Path) -> None:
-    (tmp_path / "s.jsonl").write_text('{"query": "a", "query": "b", "prompt": "c"}\n{"query": "d"}\n')
-    assert queries(tmp_path / "s.jsonl") == ["d"]
-    with pytest.raises(InputError, match=r"row 1 cannot be read: not JSON"):
-        read(tmp_path / "s.jsonl")
+def test_a_name_given_twice_in_an_object_costs_the_row(tmp_path: Path) -> None:
+    twice, beside = (
+        '{"query": "a", "query": "b", "prompt": "c"}',
+        '{"query": "d", "of": {"query": 1, "query": 2}}',
+    )
+    (tmp_path / "s.jsonl").write_text(f"{twice}\n{beside}\n")
+    (tmp_path / "s.json").write_text(f"[{twice}, {beside}]")
+    for kind in ("jsonl", "json"):
+        assert queries(tmp_path / f"s.{kind}") == ["d"]
+        with pytest.raises(InputError, match=r"row 1 cannot be read: not JSON"):
+            read(tmp_path / f"s.{kind}")
 
 
 def test_sft_data_may_be_a_uri_a_folder_or_a_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,16 @@ def test_who_comes_at_the_same_moment_is_refused_by_ray(
     assert "same moment" in capsys.readouterr().err
 
 
+def test_a_recipe_by_a_link_in_the_working_directory(jobs: tuple[Jobs, str], work: Path) -> None:
+    state, address = jobs
+    (work / "recipe.yaml").rename(work.parent / "far.yaml")
+    (work / "mine.yaml").symlink_to("../far.yaml")
+    arguments = ["submit", str(work / "mine.yaml"), "--working-dir", str(work), "--address", address]
+    assert main([*arguments, "--out", "/runs/one"]) == 0
+    (job,) = state.jobs.values()
+    assert job["entrypoint"] == "python -m vpo_ray.cli run mine.yaml --out /runs/one"
+
+
 def test_what_cannot_be_submitted_is_told(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", TINY, "--working-dir", str(work), "--address", "http://127.0.0.1:9"]) == 1
     assert "--working-dir" in capsys.readouterr().err

@@ -152,15 +152,33 @@ def test_a_file_of_the_current_directory_travels_to_where_the_job_looks(
     assert work.pack() == ["data/q.jsonl", "recipe.yaml"]
 
 
+def test_a_working_directory_above_the_current_one(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    work.write("here/data/q.jsonl")
+    work.write("here/.gitignore", "data\n")
+    monkeypatch.chdir(work.folder / "here")
+    work.set("queries", path="data/q.jsonl")
+    assert "data/q.jsonl" in work.pack("here/recipe.yaml")
+
+
+def test_a_glob_of_all_folders_gives_each_file_once(work: Work) -> None:
+    work.write(".gitignore", "data\n")
+    work.write("data/a/q.jsonl")
+    (work.folder / "data/a/up").symlink_to("..")
+    work.set("queries", path="data/**/*.jsonl")
+    assert work.pack() == [".gitignore", "data/a/q.jsonl", "recipe.yaml"]
+
+
 def test_what_cannot_travel_is_refused_by_name(work: Work) -> None:
     outside = work.folder.parent / "sft.jsonl"
     outside.write_text("x")
     inside = work.write("q.jsonl")
-    work.write("words")
+    work.write("blocked words")
     with work.write("large.jsonl").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     work.set(
-        "queries", path=[str(inside), "../sft.jsonl"], rules={"keywords": (work.folder / "words").as_uri()}
+        "queries",
+        path=[str(inside), "../sft.jsonl"],
+        rules={"keywords": (work.folder / "blocked words").as_uri()},
     )
     work.set("sft", data=str(outside))
     work.tree["draft"] = {"examples": "large.jsonl"}
@@ -171,7 +189,7 @@ def test_what_cannot_travel_is_refused_by_name(work: Work) -> None:
     for key, says in {
         f"queries.path: {inside}": "working directory, q.jsonl",
         "queries.path: ../sft.jsonl": "leads out of the working directory",
-        "queries.rules.keywords: file://": "working directory, words",
+        "queries.rules.keywords: file://": "working directory, blocked words",
         f"sft.data: {outside}": "storage that every node has",
         "draft.examples: large.jsonl has 100 MiB": "storage that every node has",
     }.items():

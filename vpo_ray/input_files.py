@@ -199,18 +199,23 @@ def _local(pattern: str, kinds: Container[str]) -> list[InputFile]:
         return [InputFile(path) for path in paths]
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return [InputFile(pattern)]
-    return [file for path in sorted(_matches(pattern)) for file in _local(path, kinds)]
+    return [file for path in sorted(matches(pattern)) for file in _local(path, kinds)]
 
 
 def _local_uri(uri: str, kinds: Container[str]) -> list[InputFile]:
     """As on other filesystems, a glob of a URI matches files only."""
-    path = unquote(uri.removeprefix("file://").partition("?")[0])
+    path = path_of_uri(uri)
     if Path(path).exists() or not glob.has_magic(path):
         return _local(path, kinds)
-    return [InputFile(one) for one in sorted(_matches(path)) if os.path.isfile(one)]
+    return [InputFile(one) for one in sorted(matches(path)) if os.path.isfile(one)]
 
 
-def _matches(pattern: str) -> list[str]:
+def path_of_uri(uri: str) -> str:
+    """The local path that a `file://` URI names."""
+    return unquote(uri.removeprefix("file://").partition("?")[0])
+
+
+def matches(pattern: str) -> list[str]:
     """What a glob matches. `**` is any folders, each once; Python's follows links for ever."""
     absolute = os.path.isabs(pattern)
     paths, parts = [os.sep if absolute else ""], Path(pattern).parts[absolute:]

@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -136,6 +137,8 @@ def _fields(value: Any, columns: Sequence[str]) -> Any:
     """A record's values: the value itself, or its columns; a record without the first is unreadable."""
     if not isinstance(value, dict):
         return value
+    if isinstance(value, _Twice) and not value.names.isdisjoint(columns):
+        return Unreadable("not JSON", json.dumps(value).encode())
     if columns[0] not in value:
         return Unreadable("no such column", json.dumps(value).encode())
     return tuple(value.get(column) for column in columns)
@@ -147,19 +150,25 @@ def _jsonl(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
             yield line
         elif line.strip():
             try:
-                # A name that is given twice has two values, of which the parser would take the last.
                 twice = any(line.count(f'"{column}"') > 1 for column in columns)
-                value = json.loads(line, object_pairs_hook=_once if twice else None)
+                value = json.loads(line, object_pairs_hook=_mapping if twice else None)
             except (ValueError, RecursionError):
                 yield Unreadable("not JSON", line.encode())
             else:
                 yield _fields(value, columns)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Twice(dict[str, Any]):
+    """An object in which names are given twice: each has two values, of which a parser takes the last."""
+
+    names: set[str]
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError("a name is given twice")
+        made = _Twice(made)
+        made.names = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
     return made
 
 
@@ -167,7 +176,9 @@ def _json(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
     raw = stream.read()
     try:
         # Bytes that are no text come as lone surrogates, which `normalise` refuses row by row.
-        values = json.loads(raw.decode(json.detect_encoding(raw), "surrogateescape"))
+        values = json.loads(
+            raw.decode(json.detect_encoding(raw), "surrogateescape"), object_pairs_hook=_mapping
+        )
     except (ValueError, RecursionError) as error:
         if raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             # Many a file of lines is called .json.

@@ -144,8 +144,14 @@ def _warn_of_what_is_lost(recipe: Recipe) -> None:
 
 def _entrypoint(arguments: argparse.Namespace) -> tuple[str, Path, Path]:
     """The job's command, the recipe's file and the working directory."""
-    folder, recipe = (Path(name).expanduser().resolve() for name in (arguments.working_dir, arguments.recipe))
-    if not recipe.is_relative_to(folder):
+    given = [Path(name).expanduser() for name in (arguments.working_dir, arguments.recipe)]
+    folder, recipe = (path.resolve() for path in given)
+    # A link in the working directory travels as what it leads to.
+    named = Path(os.path.relpath(os.path.abspath(given[1]), os.path.abspath(given[0])))
+    linked = folder / named
+    if os.pardir not in named.parts and linked.is_file() and linked.samefile(recipe):
+        recipe = linked
+    elif not recipe.is_file() or not recipe.is_relative_to(folder):
         raise SubmitError(
             f"{arguments.recipe} is not in the working directory {folder}, which is all that travels: "
             "give --working-dir"

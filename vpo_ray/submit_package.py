@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vpo_ray.input_files import walk
+from vpo_ray.input_files import matches, path_of_uri, walk
 from vpo_ray.recipe import Recipe, sources
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _named(key: str, name: str, folder: Path, everywhere: Callable[[str], bool])
     Raises:
         PackageError: they cannot travel.
     """
-    path = name.removeprefix("file://")
+    path = path_of_uri(name) if name.startswith("file://") else name
     if "://" in path:
         return {}
     if os.path.isabs(path):
@@ -137,7 +137,8 @@ def _named(key: str, name: str, folder: Path, everywhere: Callable[[str], bool])
             hint = f"name it by its path in the working directory, {inside.relative_to(folder)}"
         raise PackageError(f"{key}: {name} is a path of this machine; {hint}")
     relative = os.path.normpath(path)
-    found = _files(os.path.join(folder, relative)) or _files(relative)
+    bases = [folder, Path.cwd()]
+    base, found = next(((b, f) for b in bases if (f := _files(os.path.join(b, relative)))), (folder, []))
     if not found:
         may_be_hub_id = key.endswith((".model", ".lora.path")) and name.count("/") < 2
         if not name.startswith("builtin:") and not may_be_hub_id:
@@ -154,8 +155,7 @@ def _named(key: str, name: str, folder: Path, everywhere: Callable[[str], bool])
             f"{key}: {name} has {size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that travel; "
             f"{_ADVICE}"
         )
-    root = folder if Path(found[0]).is_relative_to(folder) else Path.cwd()
-    return {str(file.relative_to(root)): file for file in found}
+    return {str(file.relative_to(base)): file for file in found}
 
 
 def _files(pattern: str) -> list[Path]:
@@ -165,7 +165,7 @@ def _files(pattern: str) -> list[Path]:
         return [file for file in walk(path, every_name=True) if file.is_file()]
     if path.exists() or not glob.has_magic(pattern):
         return [path] if path.is_file() else []
-    return [file for one in glob.glob(str(path), recursive=True) for file in _files(one)]
+    return [file for one in matches(str(path)) for file in _files(one)]
 
 
 def _some(names: list[str]) -> str:
