@@ -98,13 +98,15 @@ def test_ids_of_candidates_and_drafts_follow_the_engine_and_are_as_before_withou
 
 def test_keys_of_others_are_theirs_whatever_ours_are_called() -> None:
     """`device` of a request or a dimension is no pool's."""
-    for change in (
-        "judge.endpoint.request={store: true, retries: 1}",
-        "render.call_options={batch_size: 2}",
-        "render.scheduler_options={offload: 1}",
-        "reward.checklist.dimensions={device: 1-4}",
+    judge = "judge.backend=openai", "judge.endpoint={base_url: 'http://127.0.0.1/v1'}"
+    checklist = "reward.checklist.file=null", "reward.checklist.questions=q.txt", "reward.checklist.weights=w"
+    for plain, change in (
+        (judge, "judge.endpoint.request={store: true, retries: 1}"),
+        ((), "render.call_options={batch_size: 2}"),
+        ((), "render.scheduler_options={offload: 1}"),
+        (checklist, "reward.checklist.dimensions={device: 1-4}"),
     ):
-        assert of_tiny(change).fingerprint() != of_tiny().fingerprint(), change
+        assert of_tiny(*plain, change).fingerprint() != of_tiny(*plain).fingerprint(), change
 
 
 def test_every_mapping_of_free_keys_is_known() -> None:
@@ -183,9 +185,14 @@ def test_another_engine_adds_no_rows_to_a_table(recipe: Recipe, monkeypatch: pyt
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run)
     monkeypatch.setattr(made_with, "short_version", lambda name: "0.29" if name == "vllm" else None)
-    with pytest.raises(OtherInputsError, match=r"verdicts was made with other .*\n  vllm: 0.28 -> 0.29\n"):
+    with pytest.raises(
+        OtherInputsError, match=r"verdicts was made with other .*\n  vllm: 0.28 -> 0.29\n.* delete (.*)"
+    ) as said:
         refuse_other_inputs(recipe, run, ["judge"])
     monkeypatch.setattr(made_with, "short_version", lambda name: None)  # a driver without engines
+    refuse_other_inputs(recipe, run, ["judge"])
+    monkeypatch.setattr(made_with, "short_version", lambda name: "0.29" if name == "vllm" else None)
+    Path(str(said.value).rpartition("delete ")[2]).unlink()
     refuse_other_inputs(recipe, run, ["judge"])
 
 

@@ -56,6 +56,7 @@ def test_options_stay_at_the_end_of_a_uri(uri: str) -> None:
     place, options = uri.split("?")
     assert join(uri, "a/b") == f"{place}/a/b?{options}"
     assert (RunDir(uri) / "a").uri == f"{place}/a?{options}"
+    assert Folder(f"{place}/?{options}").uri == uri
     assert RunDir(uri).table("renders").path.endswith("/renders")
     assert VideoStore(uri).uri(KEY) == f"{place}/ab/{KEY}.mp4?{options}"
     # A local name may hold the sign.

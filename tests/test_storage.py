@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vpo_ray.model_cache import _write_durably
 from vpo_ray.records import FEEDBACK, Row
 from vpo_ray.storage import PARTS_AT_ONCE, TABLES, Folder, RunDir, StorageError, Table, chunks
 
@@ -129,6 +130,23 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     assert last == (str(target.parent), True)
 
 
+def test_a_filesystem_that_flushes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some that are shared over a network do not."""
+    flush = os.fsync
+
+    def files_only(file: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    folder = Folder(tmp_path)
+    folder.write("deep/er/x", b"1")
+    assert folder.read("deep/er/x") == b"1"
+    _write_durably(tmp_path / "y", tmp_path / "y.part", b"2")
+    assert folder.read("y") == b"2"
+
+
 def test_a_disk_that_is_full_when_a_file_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder(tmp_path)
     folder.write("x", b"old")
@@ -155,6 +173,11 @@ def test_a_folder_without_access(tmp_path: Path) -> None:
 def test_a_filesystem_that_nobody_knows(uri: str) -> None:
     with pytest.raises(StorageError, match=f"cannot open {uri}"):
         Folder(uri)
+
+
+def test_the_home_of_nobody() -> None:
+    with pytest.raises(StorageError, match="~nobody-is-called-so/run: nobody here has such a home"):
+        Folder("~nobody-is-called-so/run")
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:

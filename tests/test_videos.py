@@ -294,6 +294,15 @@ def test_a_key_is_never_a_path(store: VideoStore, bad: str) -> None:
         store.read(bad)
 
 
+@pytest.mark.parametrize("key", [KEY, "a", "video1", "A1b2"])
+def test_a_video_is_listed_under_any_key_that_it_can_be_written_under(store: VideoStore, key: str) -> None:
+    store.write(key, DATA, {})
+    at = Path(store.uri(key))
+    at.with_name(f"{key}.txt").write_text("about it")
+    store.folder.write(f"elsewhere/{at.name}", DATA)
+    assert [entry.key for entry in store.entries()] == [key]
+
+
 def test_a_store_that_cannot_be_used_says_where(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     store = VideoStore(tmp_path / "file" / "store")

@@ -72,13 +72,20 @@ class Folder:
             environment, as pyarrow looks for them.
 
     Raises:
-        StorageError: a URI of no known filesystem or with a password in it, or a bucket that cannot
-            be found.
+        StorageError: a URI of no known filesystem or with a password in it, a bucket that cannot be found,
+            or the home of nobody.
     """
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri)
-        self.uri = text.rstrip("/") if "://" in text else str(Path(text).expanduser().resolve())
+        if "://" in text:
+            place, sign, options = text.partition("?")
+            self.uri = f"{place.rstrip('/')}{sign}{options}"
+        else:
+            try:
+                self.uri = str(Path(text).expanduser().resolve())
+            except RuntimeError as error:
+                raise StorageError(f"cannot open {text}: nobody here has such a home folder") from error
         self._open()
 
     def _open(self) -> None:

@@ -8,6 +8,7 @@ made with, and rows are only added with the same. What is finished can be read w
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -56,7 +57,7 @@ def refuse_other_inputs(recipe: Recipe, run: RunDir, stages: Iterable[str]) -> N
                 raise OtherInputsError(
                     f"{CHAIN_OF[stage].table(run, stage).uri} was made with other inputs or engines than are "
                     "here now:\n  " + "\n  ".join(changed) + "\nPut the old ones back, or give the recipe "
-                    "another `out`"
+                    f"another `out`. To have both in one table, delete {run.at(name)}"
                 )
             now = {**now, **then}
         run.write_json(name, now)
@@ -170,7 +171,7 @@ def _model(key: str, path: str) -> Iterator[tuple[str, str]]:
         with suppress(StorageError):
             yield key, f"content {model_cache.version(path)[:12]}"
         return
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.exists():
         yield key, _content([[name, *sampled(file)] for name, file in _files(place)])
 

@@ -32,6 +32,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from vpo_ray.cache_folder import VARIABLE, cache_folder
+from vpo_ray.folder import flush
 from vpo_ray.records import content_id
 from vpo_ray.storage import Folder, StorageError
 
@@ -406,11 +407,7 @@ def _write_durably(path: Path, aside: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 def _opened(path: Path) -> int:

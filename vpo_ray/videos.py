@@ -52,7 +52,7 @@ OPERATIONAL = frozenset(
 )
 READERS = 8  # files of a store that are read at once; an object store answers each in tens of ms
 # The files of a video, and what an interrupted write leaves.
-_FILE = re.compile(r"(?P<folder>[0-9a-f]{2})/(?P<key>(?P=folder)[0-9a-f]*)\.(?P<kind>mp4|json)")
+_FILE = re.compile(r"[^/]+/(?P<key>[0-9A-Za-z]+)\.(?P<kind>mp4|json)")
 _LEFT = re.compile(r"\.[0-9a-f]+\.tmp$|^[0-9a-f]+\.[0-9a-f]{64}\.json$|^[0-9a-f]+-[0-9a-f]{32}\.json$")
 _LIBRARIES = ("diffusers", "torch", "transformers")
 
@@ -217,7 +217,8 @@ class VideoStore:
         the jobs of an endpoint, is no video."""
         found: dict[str, dict[str, pafs.FileInfo]] = {}
         for file in self._listing():
-            if match := _FILE.fullmatch(file.path[len(self.folder.path) + 1 :]):
+            name = file.path[len(self.folder.path) + 1 :]
+            if (match := _FILE.fullmatch(name)) and name == _name(*match.groups()):
                 found.setdefault(match["key"], {})[match["kind"]] = file
         for key, files in sorted(found.items()):
             size = sum(file.size or 0 for file in files.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -212,7 +213,7 @@ def serve_of(recipe: Recipe) -> Serve:
 
 def locate(name: str) -> str:
     """The absolute path of a local folder or file, or the hub id or URI as it is."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return str(path.resolve()) if "://" not in name and path.exists() else name
 
 
