@@ -115,6 +115,11 @@ def check(**values: str) -> None:
         assert filled.count("[") == template.count("[")
 
 
+@pytest.mark.parametrize("quoted", ['"{query}"', "'{query}'", "“{query}”", "{query}"])
+def test_quotation_marks_of_a_prompt_of_ones_own_are_the_strings(quoted: str) -> None:
+    assert fill(f"Is {quoted} in {{prompt}}?", query='a "cat"', prompt="P") == 'Is "a \\"cat\\"" in "P"?'
+
+
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_no_text_leaves_its_place(text: str) -> None:
     check(query=text, prompt="a cat", critique="fine")

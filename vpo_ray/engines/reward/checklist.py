@@ -12,13 +12,12 @@ from typing import Any, Literal
 import yaml
 
 from vpo_ray import recipe
-from vpo_ray.material import quoted
+from vpo_ray.material import in_quotes, quoted
 from vpo_ray.recipe.file import load_yaml
 from vpo_ray.text_files import TextFileError, lines, read_text
 
 SLOT = "[[prompt]]"
-_QUOTES = "\"'`“”„«»‘’‚「」『』"
-_SLOT = re.compile(rf"[{_QUOTES}]{re.escape(SLOT)}[{_QUOTES}]|{re.escape(SLOT)}")
+_SLOT = re.compile(in_quotes(SLOT))
 Convention = Literal["sum01", "mean_pm1"]
 
 
