@@ -102,6 +102,14 @@ BROKEN: list[Reply] = [
 ]
 
 
+@pytest.mark.parametrize("no", [{"categories": {"hate": False}}, {"flagged": False, "categories": None}])
+@pytest.mark.parametrize("yes", [{"categories": {"sexual": False, "hate": True}}, {"flagged": True}])
+def test_moderations_of_other_services_are_read(yes: Any, no: Any, outside: Outside) -> None:
+    for results, flagged in (([no], False), ([yes], True), ([no, yes], True)):
+        service = outside(lambda path, request, results=results: (200, {"results": results})).service()
+        assert checked(Safety(query="refuse", moderation=service, on_error="pass"), "a").flagged == flagged
+
+
 @pytest.mark.parametrize("kind", ["moderation", "judge"])
 @pytest.mark.parametrize("reply", BROKEN, ids=lambda reply: str(reply)[:30])
 def test_a_service_that_fails_decides_by_option(outside: Outside, kind: str, reply: Reply) -> None:

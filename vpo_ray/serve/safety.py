@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.material import fill
@@ -69,24 +69,34 @@ class Keywords:
 
 
 class Moderation:
-    """A classifier behind OpenAI's `/v1/moderations`."""
+    """A classifier behind OpenAI's `/v1/moderations`. Mistral's says no more than its categories."""
 
     def __init__(self, service: Service) -> None:
         self.client = ServiceClient(service, "safety.moderation")
 
     async def check(self, text: str) -> str | None:
         reply = await self.client.ask("/moderations", {"input": text})
-        try:
-            result = reply["results"][0]
-            flagged, categories = result["flagged"], result.get("categories")
-        except (LookupError, TypeError, AttributeError):
-            flagged = None
-        if not isinstance(flagged, bool):
-            raise ServiceError("safety.moderation: no result with `flagged`")
-        if not flagged:
+        results = reply.get("results") if isinstance(reply, dict) else None
+        if not isinstance(results, list) or not results:
+            raise ServiceError("safety.moderation: no results")
+        found = [_flagged(result) for result in results]
+        if not any(flagged for flagged, _ in found):
             return None
-        on = [str(k) for k, v in categories.items() if v is True] if isinstance(categories, dict) else []
-        return f"classified as {', '.join(sorted(on))[:REASON_CHARS] or 'unsafe'}"
+        on = sorted({name for _, names in found for name in names})
+        return f"classified as {', '.join(on)[:REASON_CHARS] or 'unsafe'}"
+
+
+def _flagged(result: Any) -> tuple[bool, list[str]]:
+    """Whether a moderation's result is one of an unsafe text, and its categories."""
+    categories = result.get("categories") if isinstance(result, dict) else None
+    told = categories if isinstance(categories, dict) else {}
+    on = [str(name) for name, value in told.items() if value is True]
+    flagged = result.get("flagged") if isinstance(result, dict) else None
+    if isinstance(flagged, bool):
+        return flagged, on
+    if flagged is not None or not told or not all(isinstance(value, bool) for value in told.values()):
+        raise ServiceError("safety.moderation: a result that does not say whether the text is flagged")
+    return bool(on), on
 
 
 class SafetyJudge:
