@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vpo_ray import video_leases
+from vpo_ray import claims, video_leases
 from vpo_ray.folder import Folder
 from vpo_ray.video_leases import VideoLeases
 
@@ -100,3 +100,22 @@ def test_a_lease_without_a_heartbeat_ends(store: Folder, monkeypatch: pytest.Mon
     assert leases.take(KEY)
     leases.give_back(KEY)
     assert store.files() == []
+
+
+def test_a_store_that_fails_to_read_a_claim_for_a_moment_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "RETRY_S", 0.01)
+    one, other = VideoLeases(Folder(tmp_path)), VideoLeases(Folder(tmp_path))
+    assert one.take(KEY)
+    read, failures = Folder.read, iter([OSError("flush"), OSError("flush")])
+
+    def fails_first(folder: Folder, name: str) -> bytes:
+        for error in failures:
+            raise error
+        return read(folder, name)
+
+    monkeypatch.setattr(Folder, "read", fails_first)
+    assert not other.take(KEY)
+    one.give_back(KEY)
+    assert other.take(KEY)

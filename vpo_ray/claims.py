@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 STALE_S = 60.0
+TRIES, RETRY_S = 4, 0.2
 
 _NAME = re.compile(r"(.+)-[0-9a-f]{32}\.json")
 
@@ -88,11 +89,12 @@ class Claim:
 
     def withdraw(self, stale_s: float = STALE_S) -> None:
         """Delete it. One that cannot be deleted is stale in a while."""
-        _own.discard((self._claims.folder.path, self.name))
         try:
             self._claims.folder.delete(self.name)
         except StorageError as error:
             logger.warning("a claim is left behind, and is stale in %.0f s: %s", stale_s, error)
+        # Not before it is gone: another thread of this process would take it for one that was left behind.
+        _own.discard((self._claims.folder.path, self.name))
 
 
 class Claims:
@@ -132,12 +134,17 @@ class Claims:
 
     def read(self, name: str) -> bytes | None:
         """None for a claim that is no more. Raises StorageError."""
-        try:
-            return self.folder.read(name)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(f"cannot read {self.folder.at(name)}: {error}") from error
+        for again in reversed(range(TRIES)):
+            try:
+                return self.folder.read(name)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                # A store may fail to read an object that is replaced or deleted in this moment.
+                if not again:
+                    raise StorageError(f"cannot read {self.folder.at(name)}: {error}") from error
+            time.sleep(RETRY_S)
+        raise AssertionError("the loop returns or raises")
 
     def _is_gone(self, name: str, facts: dict[str, Any]) -> bool:
         """Whether a claim's process was on this machine and has ended."""

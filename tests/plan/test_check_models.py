@@ -140,6 +140,7 @@ def test_lists_of_words_and_keys_are_read(tiny: dict[str, Any], tmp_path: Path) 
                 queries__unsafe_judge="true",
                 queries__unsafe_prompt=tmp_path / "label.txt",
                 serve__safety__keywords=tmp_path / "words",
+                serve__safety__query="refuse",
                 serve__keys=tmp_path / "words",
             )
         )
