@@ -208,6 +208,23 @@ def test_a_server_that_refuses_schemas_is_asked_in_words(
     assert isinstance(error, ChatError | EndpointError), "as the recipe says"
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_server_that_fails_at_schemas_is_asked_in_words(
+    at_once: bool, serve_endpoint: Serve, ask: Any
+) -> None:
+    server = serve_endpoint(lambda r: failure(502, "x") if "response_format" in r else completion(GOOD))
+    found = ask(server, *map(str, range(6)), schema=SCHEMA, at_once=at_once, retries=1)
+    assert [answer.text for answer in found] == [GOOD] * 6
+    assert at_once or sum("response_format" in request for request in server.requests) == 2 * 2
+
+
+def test_a_server_that_comes_back_is_asked_with_schemas(serve_endpoint: Serve, ask: Any) -> None:
+    replies = iter([failure(500, "x"), failure(500, "x")])
+    server = serve_endpoint(lambda _: next(replies, completion(GOOD)))
+    assert [a.text for a in ask(server, "1", "2", "3", schema=SCHEMA, retries=1)] == [GOOD] * 3
+    assert ["response_format" in r for r in server.requests] == [True, True, False, True, True]
+
+
 def test_many_at_once_agree(serve_endpoint: Serve, ask: Any) -> None:
     def reply(request: Request) -> Reply:
         return failure(400, "no") if "response_format" in request else completion(GOOD)
@@ -226,7 +243,8 @@ def test_many_at_once_agree(serve_endpoint: Serve, ask: Any) -> None:
         (413, "too large", ChatError, 1),
         (400, "temperature must be 1", ChatError, 2),
         (404, "no such model", EndpointError, 2),
-        (500, "out of order", ChatError, 3),
+        (429, "too many", ChatError, 3),
+        (500, "out of order", ChatError, 6),
     ],
 )
 def test_other_errors_are_not_taken_for_it(

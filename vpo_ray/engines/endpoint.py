@@ -31,6 +31,7 @@ from vpo_ray.engines.failures import (
     RequestError,
     about,
     about_schema,
+    may_pass,
     maybe_schema,
 )
 from vpo_ray.engines.pace import ClusterPace, LocalPace, Pace, retry_after
@@ -195,7 +196,8 @@ class EndpointClient:
             self._with_schema += unknown
         try:
             reply = await self._in_words(request, tokens, schema)
-            if self._schemas is None:
+            # A server that was out of order may have come back in between: the second time it is believed.
+            if self._schemas is None and not (may_pass(refused) and self._probes < 2):
                 logger.warning("%s takes no JSON schema (%s): asked in words", self.where, refused.status)
                 self._schemas = False
             return reply

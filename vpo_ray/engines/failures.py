@@ -140,8 +140,13 @@ def about_schema(error: EndpointError | RequestError) -> bool:
 def maybe_schema(error: EndpointError | RequestError) -> bool:
     """Whether an error may come from a JSON schema though it does not say so."""
     status = error.status or 0
-    refused = status == 501 or (400 <= status < 500 and status not in {401, 402, 403, 413, *RETRIED})
+    refused = status >= 400 and status not in {401, 402, 403, 413, *RETRIED}
     return refused and not error.filtered and _LENGTH.search(error.body[:LOOKED_AT]) is None
+
+
+def may_pass(error: EndpointError | RequestError) -> bool:
+    """Whether an error may be of the moment alone, and says nothing of the requests that follow."""
+    return (error.status or 0) >= 500 and error.status != 501 and not about_schema(error)
 
 
 def _leaves(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:

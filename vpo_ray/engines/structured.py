@@ -19,8 +19,6 @@ Schema = dict[str, Any]
 # Places where an object may begin that are tried in one answer, from its end.
 MAX_STARTS = 500
 LENGTHS = frozenset({"maxLength", "maxItems"})
-# What a grammar holds an answer to, and an answer without a grammar need not keep.
-_GRAMMAR = LENGTHS | {"additionalProperties"}
 # What OpenAI's strict mode has refused, now or before.
 REFUSED = LENGTHS | {"minLength", "minItems", "minimum", "maximum", "pattern", "format"}
 _IN_WORDS = (
@@ -52,13 +50,12 @@ def find_object(text: str, schema: Schema) -> str:
 
 
 def schema_fault(text: str, schema: Schema) -> str | None:
-    """Why a text is no JSON of this schema, or None. Lengths, and properties more than were asked
-    for, are a grammar's matter, no fault."""
+    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
     try:
         value = json.loads(text, strict=False, parse_constant=_no_number)
         # An escape may hold half a character, which no table takes.
         json.dumps(value, ensure_ascii=False).encode()
-        jsonschema.validate(value, without(schema, _GRAMMAR))
+        jsonschema.validate(value, without(schema, LENGTHS))
     except jsonschema.ValidationError as error:
         return f"{error.json_path}: {error.message[:200]}"
     except (ValueError, RecursionError) as error:
