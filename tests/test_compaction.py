@@ -50,11 +50,14 @@ class Fuse:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None = None, after: bool = False) -> None:
         self.calls, self.at, self.after = 0, at, after
+        self.thread = threading.get_ident()  # what heartbeats of other tests write is not of this one
         for name in ("write", "delete"):
             monkeypatch.setattr(Folder, name, self._wrapped(getattr(Folder, name)))
 
     def _wrapped(self, method: Any) -> Any:
         def call(folder: Folder, *arguments: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                return method(folder, *arguments)
             self.calls += 1
             if self.calls - 1 == self.at and not self.after:
                 raise Killed

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,38 @@ def test_an_overwrite_that_cannot_be_finished_leaves_the_old_object(
     with pytest.raises(StorageError, match="out of order"):
         folder.write("x", DATA)
     assert (Folder(uri).files(), Folder(uri).read("x")) == (["x"], b"old")
+
+
+class Meanwhile:
+    """A filesystem on which something happens between opening an object and reading it, once."""
+
+    def __init__(self, fs: Any, what: Callable[[], object]) -> None:
+        self._fs, self._what = fs, [what]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        stream = self._fs.open_input_stream(path)
+        if self._what:
+            self._what.pop()()
+        return stream
+
+
+def test_an_object_that_goes_while_it_is_read_is_not_there(uri: str) -> None:
+    folder = RunDir(uri)
+    folder.write("x", b"1")
+    folder.fs = Meanwhile(folder.fs, lambda: Folder(uri).delete("x"))
+    with pytest.raises(FileNotFoundError):
+        folder.read("x")
+
+
+@pytest.mark.parametrize("new", [b"shorter", b"longer" * 100])
+def test_an_object_that_is_replaced_while_it_is_read_is_the_new_one(uri: str, new: bytes) -> None:
+    folder = RunDir(uri)
+    folder.write("x", b"old" * 20)
+    folder.fs = Meanwhile(folder.fs, lambda: Folder(uri).write("x", new))
+    assert folder.read("x") == new
 
 
 def test_a_large_object_is_replaced_whole(uri: str) -> None:

@@ -26,6 +26,8 @@ from vpo_ray.input_files import walk
 
 T = TypeVar("T")
 
+READS = 3  # of an object that changes under its reader
+
 
 def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     """Rows in lists of `size`, the last one shorter."""
@@ -181,9 +183,24 @@ class Folder:
             raise StorageError(f"cannot delete {self.at(name)}: {error}") from error
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when there is no such file."""
-        with self.fs.open_input_stream(f"{self.path}/{name}") as stream:
-            return stream.read()
+        """Raises FileNotFoundError when there is no such file, OSError when it cannot be read."""
+        path = f"{self.path}/{name}"
+        if not self.is_objects:
+            with self.fs.open_input_stream(path) as stream:
+                return stream.read()
+        # An object may be gone, or be another, since it was opened. pyarrow then gives an error, or as many
+        # bytes as there were before, whatever they are.
+        failure: OSError | None = None
+        for _ in range(READS):
+            with self.fs.open_input_stream(path) as stream:
+                try:
+                    data = stream.read()
+                except OSError as error:
+                    failure = error
+                    continue
+            if self.fs.get_file_info(path).size == len(data):
+                return data
+        raise failure or OSError(f"{path} changes whenever it is read")
 
     def exists(self, name: str) -> bool:
         return self.fs.get_file_info(f"{self.path}/{name}").type == pafs.FileType.File
