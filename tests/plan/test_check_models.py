@@ -87,8 +87,11 @@ def test_a_folder_that_a_run_could_not_use_is_told(name: str, broken: dict[str, 
 
 
 def test_the_check_looks_at_them_and_imports_no_torch(
-    tiny: dict[str, Any], tiny_models: Path, tmp_path: Path
+    tiny: dict[str, Any], tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/json.py").write_text("raise SystemExit('a file of the working directory')")
+    monkeypatch.chdir(tmp_path / "work")
     model = tmp_path / "policy"
     shutil.copytree(tiny_models / "policy", model)
     (model / "chat_template.jinja").write_text("hello")
@@ -121,9 +124,11 @@ def test_rows_of_sft_data_are_read(tiny: dict[str, Any], tmp_path: Path) -> None
         "": "it holds no rows",
     }.items():
         data.write_text(text, "utf-8")
-        with pytest.raises(PlanError) as caught:
-            check(recipe(tiny, sft__data=data))
-        assert f"sft.data {data}: {says}" in str(caught.value)
+        for name in (data, data.as_uri()):
+            with pytest.raises(PlanError) as caught:
+                check(recipe(tiny, sft__data=name))
+            told = str(caught.value)
+            assert f"sft.data {data}: {says}" in told or f"sft.data {name}: {says}" in told
     data.write_text(row, "utf-8")
     check(recipe(tiny, sft__data=data))
     check(recipe(tiny, sft__data=f"{tmp_path}/*.jsonl"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_ray.engines.reward import checklist as checklists
+from vpo_ray.input_files import path_of_uri
 from vpo_ray.plan import models
 from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve
@@ -134,9 +135,9 @@ def _lora(settings: Lora) -> Iterator[str]:
 
 def _sft_data(path: str | None) -> Iterator[str]:
     """Every row is read: one that cannot be would end a run where its training begins."""
-    if path is None or "://" in path:
+    if path is None or _elsewhere(path):
         return
-    absent = [] if glob.has_magic(path) or Path(path).is_dir() else list(_file("sft.data", path))
+    absent = [] if glob.has_magic(path) or _here(path).is_dir() else list(_file("sft.data", path))
     yield from absent
     if absent:
         return
@@ -148,7 +149,7 @@ def _sft_data(path: str | None) -> Iterator[str]:
 
 
 def _keywords(rules: Rules) -> Iterator[str]:
-    if rules.keywords is not None and "://" not in rules.keywords:
+    if rules.keywords is not None and not _elsewhere(rules.keywords):
         try:
             check_rules(Rules(keywords=rules.keywords))
         except RulesError as error:
@@ -162,7 +163,7 @@ def _serving(settings: Serve) -> Iterator[str]:
         (settings.safety.keywords, Keywords),
     ]
     for path, use in uses:
-        if path is not None and "://" not in path and Path(path).exists():
+        if path is not None and not _elsewhere(path) and _here(path).exists():
             try:
                 use(path)
             except (KeyFileError, SafetyFileError) as error:
@@ -170,10 +171,10 @@ def _serving(settings: Serve) -> Iterator[str]:
 
 
 def _draft(settings: Draft) -> Iterator[str]:
-    found = Path(settings.examples).is_dir() or glob.has_magic(settings.examples)
+    found = _here(settings.examples).is_dir() or glob.has_magic(settings.examples)
     absent = [] if found else list(_file("draft.examples", settings.examples))
     yield from absent
-    if absent or "://" in settings.examples:
+    if absent or _elsewhere(settings.examples):
         return
     try:
         count = sum(1 for _ in sft_rows(settings.examples, "draft.examples"))
@@ -189,7 +190,7 @@ def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str
     files = settings.files()
     absent = [line for name, path in files.items() for line in _file(f"{key}.{name}", path)]
     yield from absent
-    if absent or any(path is not None and "://" in path for path in files.values()):
+    if absent or any(path is not None and _elsewhere(path) for path in files.values()):
         return
     try:
         questions = checklists.load(settings).questions
@@ -201,8 +202,17 @@ def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str
 
 
 def _file(key: str, path: str | None) -> Iterator[str]:
-    if path is not None and "://" not in path and not Path(path).is_file():
+    if path is not None and not _elsewhere(path) and not _here(path).is_file():
         yield f"{key}: no such file: {path}"
+
+
+def _elsewhere(path: str) -> bool:
+    return "://" in path and not path.startswith("file://")
+
+
+def _here(path: str) -> Path:
+    """A path, or a `file://` URI, on this machine."""
+    return Path(path_of_uri(path) if path.startswith("file://") else path)
 
 
 def _folder(key: str, name: str, marker: str, weights: str) -> Iterator[str]:

@@ -139,8 +139,8 @@ def _same(settings: Render, preset: dict[str, Any]) -> bool:
 
 
 def count_rows(path: str) -> int | None:
-    """Rows of SFT data on this machine; None for a URI."""
-    if "://" in path:
+    """Rows of SFT data on this machine; None for those elsewhere."""
+    if "://" in path and not path.startswith("file://"):
         return None
     try:
         return sum(1 for _ in sft_rows(path))

@@ -97,7 +97,8 @@ def _looked(asked: str, state: str) -> tuple[str, ...]:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONIOENCODING": "utf-8",
     }
-    command = [sys.executable, "-c", "from vpo_ray.plan.models import look; look()"]
+    # -P: no file of the working directory stands in for a module.
+    command = [sys.executable, "-P", "-c", "from vpo_ray.plan.models import look; look()"]
     try:
         done = subprocess.run(
             command,
