@@ -1,8 +1,10 @@
 """Merging a table's parts: whatever it dies at, a reader sees each row once, and the next call ends it."""
 
 import itertools
+import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from vpo_ray.records import Row
 from vpo_ray.storage import Folder, RunDir, StorageError, Table
 
 SMALL = {"fewest": 2, "rows_per_part": 5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_power_cuts() -> Iterator[None]:
+    """Thousands of files are written, of which none has to be on the disk at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 def row(name: str, error: str | None = None) -> Row:
@@ -256,7 +266,7 @@ def test_two_drivers_that_merge_at_once_lose_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appends: bool
 ) -> None:
     """One is frozen after any number of changes, the other goes on as far as it likes, the first thaws."""
-    for first, second in itertools.product((0, 1, 2, 3, 5), (0, 2, 4, 7)):
+    for first, second in itertools.product((0, 1, 2, 3, 5), (0, 3, 7)):
         table = filled(tmp_path / f"{first} {second}", parts=4)
         expected = set(table.keys())
         with monkeypatch.context() as patch:

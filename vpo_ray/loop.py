@@ -112,7 +112,8 @@ def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
         try:
             write_ledger(recipe, run)
         except Exception as failure:
-            logger.warning("%s/ledger.json could not be written: %s", run.uri, failure, exc_info=failure)
+            trace = None if isinstance(failure, StorageError) else failure
+            logger.warning("%s/ledger.json could not be written: %s", run.uri, failure, exc_info=trace)
         raise
 
 
