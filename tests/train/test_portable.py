@@ -124,6 +124,26 @@ def test_a_config_says_it_in_both_ways(tiny_models: Path, tmp_path: Path):
     assert (layered["rope_theta"], layered["rope_local_base_freq"]) == (1000000.0, 10000.0)
 
 
+def test_phi_3_has_the_three_keys_that_transformers_4_takes(tmp_path: Path):
+    from transformers import AutoConfig, Phi3Config
+
+    from vpo_ray.train.portable import for_older_readers
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "original_max_position_embeddings": 64}
+    Phi3Config(**sizes, max_position_embeddings=256, rope_parameters=rope).save_pretrained(tmp_path)
+    before = AutoConfig.from_pretrained(tmp_path)
+    for_older_readers(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert tree["rope_scaling"] == {"type": "longrope", **factors}
+    assert tree["original_max_position_embeddings"] == 64
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == {
+        **before.rope_parameters,
+        "type": "longrope",
+    }
+
+
 def test_a_tokenizer_has_a_name_and_tokens_that_older_readers_know(tiny_models: Path, tmp_path: Path):
     out = exported(tiny_models, tmp_path, "llama")
     tree = json.loads((out / "tokenizer_config.json").read_text())

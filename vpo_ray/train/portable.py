@@ -17,6 +17,8 @@ _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 _LOCAL = ("is_local", "local_files_only")
 # Where layers differ, transformers 4 has keys for two kinds (Gemma 3).
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+# What transformers 4 wants of Phi 3 beside `type`, and nothing else.
+_PHI3 = ("short_factor", "long_factor")
 # What every version of peft has read. Others are written where they are not defaults.
 _ADAPTER = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
@@ -60,6 +62,8 @@ def _config(tree: dict[str, Any], folder: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         own = ("rope_theta", "partial_rotary_factor")
         tree["rope_scaling"] = {key: value for key, value in rope.items() if key not in own}
+        if tree.get("model_type") == "phi3":
+            tree["rope_scaling"] = {"type": rope["rope_type"], **{key: rope.get(key) for key in _PHI3}}
 
 
 def _tokenizer(tree: dict[str, Any], folder: Path) -> None:

@@ -184,7 +184,9 @@ def _read_back(folder: Path, job: Any, generation: Any, config: Any) -> None:
 
 
 def _rope(config: Any) -> Any:
-    return getattr(config.get_text_config(), "rope_parameters", None)
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    # An older name of `rope_type`, which stays where a file has it.
+    return {key: value for key, value in rope.items() if key != "type"} if isinstance(rope, dict) else rope
 
 
 def _meaning(generation: Any) -> dict[str, Any]:
