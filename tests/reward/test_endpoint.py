@@ -196,6 +196,7 @@ def test_an_absent_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         '```json\n{"answer": "yes"}\n```',
         '<think>{"answer": "no"}?</think>{"answer": "yes"}',
+        '{"answer": "Yes.", "why": "it sleeps"}',
         "Yes.",
         "**yes**",
     ],

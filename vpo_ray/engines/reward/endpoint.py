@@ -35,10 +35,12 @@ _SYSTEM = (
 )
 _SCHEMA = {
     "type": "object",
-    "properties": {"answer": {"enum": ["yes", "no"]}},
+    "properties": {"answer": {"type": "string", "enum": ["yes", "no"]}},
     "required": ["answer"],
     "additionalProperties": False,
 }
+# What must be in an answer that no grammar held to the schema.
+_LEAST = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 
 
 class EndpointReward:
@@ -127,8 +129,8 @@ def build(settings: Reward, account: Account | None = None) -> EndpointReward:
 def _parse(text: str, number: int) -> bool:
     """An answer is the JSON object asked for, or its one word; anything else is an error, never a silent
     no."""
-    said = find_object(text, _SCHEMA)
-    word = _word(said) if schema_fault(said, _SCHEMA) is not None else json.loads(said)["answer"]
+    said = find_object(text, _LEAST)
+    word = _word(said if schema_fault(said, _LEAST) is not None else json.loads(said, strict=False)["answer"])
     if word not in ("yes", "no"):
         raise RewardError(f"question {number}: the endpoint answered {text[:100]!r}, not yes or no")
     return bool(word == "yes")
