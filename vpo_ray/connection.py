@@ -83,7 +83,7 @@ def _join(verbose: bool) -> None:
         _check_socket_paths()
     try:
         ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones too, as for a raylet that does not start in time
         whole = str(error).strip() or type(error).__name__
         if address in ("", "local"):
             raise ClusterError(f"no Ray cluster can be started on this machine: {whole}") from error
