@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 import ctypes
+import gc
 import logging
 import os
 import random
@@ -232,3 +233,10 @@ def ray_cluster() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Plugins import modules at the end, and Python 3.11 may fail to parse one (SystemError, "AST constructor
+    recursion depth mismatch") while garbage of the tests is finalised."""
+    gc.collect()
