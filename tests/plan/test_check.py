@@ -42,11 +42,13 @@ def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -
         sft__data=tmp_path / "none.jsonl",
         sample__max_tokens=512,
         sample__engine__max_model_len=512,
+        render__cache_options="{threshold: 0.1}",
     )
     expected = {
         "policy.model": "no such folder",
         "judge.model": "holds no weights",
         "render.model": "has no model_index.json",
+        "render.cache_options has no effect without render.cache": "name a cache",
         "reward.model": "has no config.json",
         "reward.checklist.file": "no such file",
         "policy.task_prompt": "needs the slot {query} once",

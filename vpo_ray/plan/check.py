@@ -72,6 +72,8 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
     yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
     if recipe.render.lora is not None:
         yield from _lora(recipe.render.lora)
+    if recipe.render.cache is None and recipe.render.cache_options:
+        yield "render.cache_options has no effect without render.cache: name a cache"
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
         if reward.kind != "openai":
