@@ -113,6 +113,8 @@ class Alone(Generation):
 
     @staticmethod
     def _end(driver: subprocess.Popen[bytes]) -> None:
+        if driver.poll() is not None:
+            return
         family = processes.kill(driver.pid)
         driver.wait(30)
         processes.left(family, 5)
