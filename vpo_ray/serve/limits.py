@@ -16,6 +16,10 @@ from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.keys import Key
 
 
+# What a bucket may lack by rounding of the clock: whoever comes back when told finds it full enough.
+ROUNDING_S = 1e-6
+
+
 @dataclass
 class _Caller:
     tokens: float
@@ -111,9 +115,9 @@ class Admission:
         rate = self._limits.part(self.rate)
         if rate is not None:
             self._limits.caller(self._key, rate)
-            missing = min(work, rate) - self.caller.tokens
-            if missing > 0:
-                wait = math.ceil(missing * 60 / rate - 1e-6)
+            seconds = (min(work, rate) - self.caller.tokens) * 60 / rate
+            if seconds > ROUNDING_S:
+                wait = math.ceil(seconds - ROUNDING_S / 2)
                 raise _refusal(f"over {rate} prompts a minute of this key, {work} asked for", wait)
         self._hold(work - self.held)
         self.taken = True
