@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.keys import Key
 
-
 # What a bucket may lack by rounding of the clock: whoever comes back when told finds it full enough.
 ROUNDING_S = 1e-6
 
