@@ -50,6 +50,9 @@ def test_adapters_learn_alike_under_every_zero_stage(
     assert curves[stage][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert curves[stage][-1]["loss"] < 0.68
     if stage:
+        if 0 not in curves:  # the tests come in any order
+            plainly = make_worker("dpo", pairs(6), lora(0))
+            curves[0] = [plainly.step(step) for step in range(4)]
         for ours, plain in zip(curves[stage], curves[0], strict=True):
             for name in ("loss", "grad_norm", "chosen_logp"):
                 assert ours[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-5)
