@@ -19,8 +19,8 @@ from typing import Any
 from ray._private.async_compat import get_new_event_loop
 
 from vpo_ray.engines.chat import Sampling
-from vpo_ray.engines.endpoint import EndpointClient
-from vpo_ray.engines.openai_chat import Account, Answers, OpenAIChat
+from vpo_ray.engines.chat.openai_chat import Account, Answers, OpenAIChat
+from vpo_ray.engines.endpoint.client import EndpointClient
 from vpo_ray.recipe import ChatModel, Endpoint
 
 ANSWER = json.dumps(

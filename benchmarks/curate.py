@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from vpo_ray import loop
+from vpo_ray.loop import phases
 from vpo_ray.recipe import Queries, Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.stages.curate import curate
 from vpo_ray.stages.curate.duplicates import first_of_equal
 from vpo_ray.stages.curate.read import find_files, read_batches
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "vpo_ray/data/queries.jsonl"
@@ -167,7 +167,7 @@ def one_size(count: int, source: Path) -> dict[str, Any]:
         run = RunDir(recipe.out)
         with Memory() as memory:
             start = time.perf_counter()
-            loop.curate_queries(recipe, run)
+            phases.curate_queries(recipe, run)
             seconds = time.perf_counter() - start
         counts = run.read_json("queries/curated.json")
         assert sum(counts.values()) == count

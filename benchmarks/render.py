@@ -20,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from vpo_ray.engines.video import VideoEngine
+from vpo_ray.engines.video.engine import VideoEngine
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row
 from vpo_ray.stages.render import Renderer
-from vpo_ray.tiny import make_video
+from vpo_ray.world.tiny import make_video
 
 PROBE_STEPS = 60
 log = logging.getLogger("render")

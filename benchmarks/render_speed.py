@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from vpo_ray.engines.video import VideoEngine
+from vpo_ray.engines.video.engine import VideoEngine
 from vpo_ray.recipe import Render, video_presets
-from vpo_ray.tiny import make_video
+from vpo_ray.world.tiny import make_video
 
 log = logging.getLogger("render_speed")
 

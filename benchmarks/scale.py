@@ -38,7 +38,7 @@ import ray
 import stream
 from ray.data import DataContext
 
-from vpo_ray import pipeline
+from vpo_ray.stream import pipeline
 
 NODES = (1, 2, 4, 8, 16)
 ROWS = (1_000, 10_000, 100_000)

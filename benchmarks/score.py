@@ -30,9 +30,9 @@ import yaml
 
 from vpo_ray.engines.reward import checkpoint, frames, visionreward
 from vpo_ray.engines.reward.checkpoint import Config, VisionConfig
-from vpo_ray.engines.video import encode
+from vpo_ray.engines.video.engine import encode
 from vpo_ray.recipe import Checklist, Reward
-from vpo_ray.tiny import make_reward
+from vpo_ray.world.tiny import make_reward
 
 log = logging.getLogger("score")
 

@@ -38,13 +38,14 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from vpo_ray import pipeline, stage_pools
 from vpo_ray.engines.chat import Answer, ChatStage, Message, Sampling
-from vpo_ray.pools import RESTARTS, ChatRunner, Outcome, batch_pool
+from vpo_ray.files.folder import chunks
 from vpo_ray.recipe import Engine, Pool, Recipe, load
 from vpo_ray.records import Row, query_id, share_of
 from vpo_ray.stages import render
-from vpo_ray.storage import RunDir, chunks
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream import pipeline, stage_pools
+from vpo_ray.stream.actor_pools import RESTARTS, ChatRunner, Outcome, batch_pool
 
 # Seconds of one replica for one row (of the text stages: for one answer), and replicas.
 COSTS = {"sample": 0.2, "judge": 0.3, "render": 90.0, "score": 2.0}

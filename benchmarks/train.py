@@ -181,7 +181,7 @@ def make_policy(folder: Path, shape: str) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from vpo_ray.tiny import make_policy as make_tiny_policy
+    from vpo_ray.world.tiny import make_policy as make_tiny_policy
 
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -219,8 +219,9 @@ def make_worker(chosen: Chosen, pairs: int, rank: int = 0, workers: int = 1, **c
 
     from vpo_ray.recipe import Train
     from vpo_ray.train import zero
-    from vpo_ray.train.loop import Job, Worker
+    from vpo_ray.train.phase import Job
     from vpo_ray.train.policy import PackedPolicy
+    from vpo_ray.train.worker import Worker
 
     gpu = chosen.gpu
     dist.init_process_group(
@@ -411,7 +412,7 @@ def run_checkpoints(chosen: Chosen) -> dict[str, Any]:
     import ray
 
     from vpo_ray.recipe import Train
-    from vpo_ray.storage import RunDir
+    from vpo_ray.storage.run_dir import RunDir
     from vpo_ray.train import train
 
     rows = [

@@ -24,7 +24,13 @@ settings.load_profile("shared")
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 
 # Files that take minutes. They start first, so that none runs alone at the end.
-LONG = ("tests/train/test_job", "tests/test_loop", "tests/test_jobs", "tests/serve", "tests/test_pipeline")
+LONG = (
+    "tests/train/test_job",
+    "tests/loop/test_loop",
+    "tests/test_jobs",
+    "tests/serve",
+    "tests/stream/test_pipeline",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -141,7 +147,7 @@ def s3_options() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny checkpoints `policy`, `judge`, `video` and `reward`; read only."""
-    from vpo_ray.tiny import make_tiny
+    from vpo_ray.world.tiny import make_tiny
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny(folder)
@@ -159,7 +165,7 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def clip() -> Callable[..., bytes]:
     """Makes mp4 bytes of random frames at 8 fps: clip(seed, frames=9, height=64, width=96)."""
-    from vpo_ray.engines.video import encode
+    from vpo_ray.engines.video.engine import encode
 
     def make(seed: int, frames: int = 9, height: int = 64, width: int = 96) -> bytes:
         noise = np.random.default_rng(seed)
@@ -204,7 +210,8 @@ def adapted(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from vpo_ray.policy_prompt import load_tokenizer, read_prompt
+    from vpo_ray.engines.chat.tokenizer import load_tokenizer
+    from vpo_ray.prompts.policy_prompt import read_prompt
 
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained(tiny_models / "policy")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from vpo_ray.storage import Folder
+from vpo_ray.files.folder import Folder
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from vpo_ray import cli
-from vpo_ray.loop import LoopError, curate_queries, open_run, train_what_is_due
+from vpo_ray.loop.phases import LoopError, curate_queries, open_run, train_what_is_due
 from vpo_ray.recipe import load
 from vpo_ray.stages.sample import candidates
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")
@@ -59,7 +59,7 @@ def test_a_job_is_a_command(
 
 def test_the_recipe_may_be_given_in_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "main", lambda argv: seen.append(argv) or 0)
+    monkeypatch.setattr(sys.modules["vpo_ray.cli.main"], "main", lambda argv: seen.append(argv) or 0)
     for given in (["--recipe", "a.yaml"], ["--recipe=a.yaml"], ["a.yaml"]):
         monkeypatch.setattr(sys, "argv", ["job", *given, "--set", "seed=1"])
         assert cli.job("generate") == 0

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from s3_server import bucket
 
-from vpo_ray.cache_folder import VARIABLE
-from vpo_ray.ledger import reconcile
-from vpo_ray.storage import RunDir
+from vpo_ray.loop.ledger import reconcile
+from vpo_ray.storage.cache_folder import VARIABLE
+from vpo_ray.storage.run_dir import RunDir
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 

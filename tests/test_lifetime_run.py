@@ -18,7 +18,8 @@ import psutil
 import pytest
 from chaos import processes
 
-from vpo_ray.policy_prompt import load_tokenizer, read_prompt
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.serve.run import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from vpo_ray.engines.video_weights import model_identity
-from vpo_ray.input_files import InputError, walk
+from vpo_ray.engines.video.weights import model_identity
+from vpo_ray.files.folder import Folder
+from vpo_ray.files.input_files import InputError, walk
 from vpo_ray.recipe import Queries
-from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.curate import curate
-from vpo_ray.storage import Folder
-from vpo_ray.videos import VideoStore
+from vpo_ray.storage.sft_data import sft_rows
+from vpo_ray.storage.videos import VideoStore
 
 
 def counted(path: Path | str | list[str]) -> tuple[list[str], int]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vpo_ray.text_files import TextFileError, read_lines
+from vpo_ray.files.text_files import TextFileError, read_lines
 
 
 class KeywordFileError(ValueError):

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def attack(arguments: argparse.Namespace, work: Path, done: set[tuple[int, int]]) -> Iterator[Record]:
     """Make the runs, leaving out faults that are `done`; yields a record for each that happened."""
-    from vpo_ray.tiny import make_tiny
+    from vpo_ray.world.tiny import make_tiny
 
     make_tiny(work / "models")
     drawn = draw(arguments.seed, arguments.faults, arguments.only or NAMES)

@@ -7,7 +7,7 @@ from pathlib import Path
 from chaos.command import Command
 from chaos.outcome import Difference, difference, made, other_videos, stored_twice, unreconciled
 from chaos.scene import RECIPE, ROOT
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 
 QUERIES = 24
 

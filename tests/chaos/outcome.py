@@ -11,9 +11,9 @@ from typing import Any
 import av
 import numpy as np
 
-from vpo_ray.ledger import reconcile
-from vpo_ray.storage import RunDir
-from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
+from vpo_ray.loop.ledger import reconcile
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 # What a stage computes of a candidate. Places and seconds may differ between two runs.
 COLUMNS = {

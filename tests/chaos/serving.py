@@ -16,7 +16,8 @@ from chaos.disturb import Disturber
 from chaos.faults import Fault
 from chaos.outcome import Difference
 from chaos.scene import LOOK_EVERY_S, RECIPE, ChaosError, Disturbed, Scene, end_of
-from vpo_ray.policy_prompt import load_tokenizer, read_prompt
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.serve.run import free_port
 
 CALLERS = 3

@@ -23,16 +23,16 @@ from chaos.nodes import Nodes
 from chaos.outcome import Difference, Made, difference, other_videos, stored_twice
 from chaos.scene import RECIPE, Disturbed, end_of
 from chaos.table import records_of, table
-from vpo_ray.chains import GENERATION
-from vpo_ray.engines.video import encode
-from vpo_ray.loop import curate_queries, make_pairs, policy_id
-from vpo_ray.pipeline import Models
+from vpo_ray.engines.video.engine import encode
+from vpo_ray.loop.phases import curate_queries, make_pairs, policy_id
 from vpo_ray.recipe import load
-from vpo_ray.stage_pools import located_reward
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.score import Scorer
-from vpo_ray.storage import RunDir
-from vpo_ray.videos import VideoStore
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.videos import VideoStore
+from vpo_ray.stream.chains import GENERATION
+from vpo_ray.stream.pipeline import Models
+from vpo_ray.stream.stage_pools import located_reward
 
 KILLED = ("renderer", "scorer", "raylet, rendering")
 # Half of it loads a model, the other half makes twelve videos.

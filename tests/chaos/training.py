@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from chaos.generation import Generation
 from chaos.outcome import Difference, curve, difference, steps_told_twice
 from chaos.scene import RECIPE
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 
 # Of a few pairs, long enough to be hit.
 DPO = """{epochs: 80, lr: 1.0e-4, schedule: constant, beta: 0.1, global_batch: 2, micro_batch: 1,

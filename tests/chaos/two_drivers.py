@@ -14,7 +14,7 @@ from chaos import processes
 from chaos.alone import GONE_S, Alone
 from chaos.faults import Fault
 from chaos.scene import end_of
-from vpo_ray.run_lock import FOLDER, STALE_S, RunInUseError
+from vpo_ray.storage.run_lock import FOLDER, STALE_S, RunInUseError
 
 # A second driver imports and connects before it asks for the directory.
 START_S = 120.0

@@ -8,8 +8,8 @@ import jsonschema
 import pytest
 import yaml
 
-from vpo_ray.placement import Node, View, pool_shapes, problems, worker_shapes
 from vpo_ray.recipe import load
+from vpo_ray.stream.placement import Node, View, pool_shapes, problems, worker_shapes
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sample", "judge", "render", "score")

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from kustomize import KustomizeError, build
 
-from vpo_ray.placement import Node, View, pool_shapes, problems, worker_shapes
 from vpo_ray.recipe import Recipe, Serve, load
+from vpo_ray.stream.placement import Node, View, pool_shapes, problems, worker_shapes
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster/kuberay"

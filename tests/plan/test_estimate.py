@@ -11,8 +11,8 @@ from vpo_ray import cli
 from vpo_ray.plan import PlanError, plan, show
 from vpo_ray.plan.cluster import Cluster, Node, described
 from vpo_ray.recipe import video_presets
-from vpo_ray.storage import RunDir
-from vpo_ray.videos import VideoStore
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.videos import VideoStore
 
 GPU_POOLS = {f"{name}__pool__num_gpus": 1 for name in ("sample", "judge", "render", "reward", "serve")}
 GPU_TRAINING = {

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from vpo_ray.engines.video import encode
+from vpo_ray.engines.video.engine import encode
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import content_id, failed, query_id
 from vpo_ray.report import build_report
 from vpo_ray.stages.pair import pairs_of_query
-from vpo_ray.storage import RunDir
-from vpo_ray.videos import VideoStore
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.videos import VideoStore
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
 CHROMIUM = Path("/usr/bin/chromium")

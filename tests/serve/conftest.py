@@ -32,7 +32,8 @@ def outside() -> Iterator[Callable[[Callable[[str, dict[str, Any]], Reply]], Ser
 @pytest.fixture(scope="session")
 def checkpoint(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny policy as training leaves it: with the task prompt in its chat template."""
-    from vpo_ray.policy_prompt import load_tokenizer, read_prompt
+    from vpo_ray.engines.chat.tokenizer import load_tokenizer
+    from vpo_ray.prompts.policy_prompt import read_prompt
 
     folder = tmp_path_factory.mktemp("checkpoint")
     for file in (tiny_models / "policy").iterdir():
@@ -55,7 +56,8 @@ def endpoint(url: str, checkpoint: str) -> Callable[..., str]:
     """Puts another ingress, with other settings, in front of the same engine: the URL of its `/v1`."""
     from ray import serve
 
-    from vpo_ray.policy_prompt import control_tokens, load_tokenizer
+    from vpo_ray.engines.chat.tokenizer import load_tokenizer
+    from vpo_ray.prompts.policy_prompt import control_tokens
     from vpo_ray.serve.app import ingress_app
 
     control = control_tokens(load_tokenizer(checkpoint))

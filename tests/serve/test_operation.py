@@ -19,7 +19,7 @@ import yaml
 from tiny_endpoint import SETTINGS, TINY
 
 from vpo_ray.cli import main
-from vpo_ray.policy_prompt import PromptError
+from vpo_ray.prompts.policy_prompt import PromptError
 from vpo_ray.recipe import load_serve
 from vpo_ray.recipe.serve import Autoscaling, Canary
 from vpo_ray.serve.policy import takes_canary
@@ -166,7 +166,8 @@ def test_an_adapter_is_served_on_its_base_model(url: str, adapted: tuple[Path, A
     """What the endpoint answers is what transformers and peft give, and not what the base model gives."""
     import torch
 
-    from vpo_ray.policy_prompt import load_tokenizer, prompt_ids
+    from vpo_ray.engines.chat.tokenizer import load_tokenizer
+    from vpo_ray.prompts.policy_prompt import prompt_ids
     from vpo_ray.serve import deploy
 
     folder, model = adapted

@@ -10,7 +10,7 @@ import pytest
 from endpoint_server import EndpointServer, Reply, Request, completion, failure
 from pydantic import ValidationError
 
-from vpo_ray.engines import endpoint as endpoint_module
+from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.recipe import ChatModel, Checklist, Endpoint, Reward
 from vpo_ray.recipe.serve import BestOf, Safety, Service
 from vpo_ray.serve.ranking import Ranker

@@ -12,11 +12,11 @@ import pytest
 from tiny_endpoint import SETTINGS, TINY
 
 from vpo_ray.engines.reward.frames import read_frames
+from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import RecipeError, load, load_serve
 from vpo_ray.serve.errors import RequestError
 from vpo_ray.serve.keys import make_key
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJobs, parse_video
-from vpo_ray.storage import StorageError
 
 
 def job(**more: Any) -> StoredJob:

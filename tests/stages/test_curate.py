@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.ledger import build_ledger
-from vpo_ray.loop import curate_queries
+from vpo_ray.loop.ledger import build_ledger
+from vpo_ray.loop.phases import curate_queries
 from vpo_ray.recipe import Queries, Splits, load
 from vpo_ray.records import DROPPED, QUERY, Row, table
 from vpo_ray.stages.curate import InputError, curate, split_of
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(__file__).parents[3] / "shared/data/vpo/sft_prompts.json"

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from vpo_ray.engines.chat import Answer, Message, Sampling
-from vpo_ray.loop import LoopError, policy_id, training_rows
+from vpo_ray.loop.phases import LoopError, policy_id, training_rows
 from vpo_ray.recipe import Draft, Judge, RecipeError, load
 from vpo_ray.records import DRAFT, VERDICTS, Row, query_id, table
-from vpo_ray.sft_data import CHAT_FILE, draft_rows, sft_rows, write_chat
 from vpo_ray.stages.curate import InputError
 from vpo_ray.stages.draft import Drafter, draft_key, draft_row
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.sft_data import CHAT_FILE, draft_rows, sft_rows, write_chat
 
 EXAMPLES = [
     {"query_id": query_id(f"example {i}"), "query": f"example {i}", "prompt": f"A long scene {i}."}

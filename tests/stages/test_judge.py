@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Sampling
-from vpo_ray.material import fill
-from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.prompts.material import fill
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge, Pair
 from vpo_ray.records import FEEDBACK, VERDICTS, Row, table
 from vpo_ray.stages.judge import JudgeError, Judgement, Judging, parse_judgement, refined_fault

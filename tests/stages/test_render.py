@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from vpo_ray import storage, video_leases
-from vpo_ray.engines.video import VideoEngine, probe
-from vpo_ray.engines.video_model import VideoModelError
+from vpo_ray.engines.video.engine import VideoEngine, probe
+from vpo_ray.engines.video.model import VideoModelError
+from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import Render
 from vpo_ray.records import FEEDBACK, Row, seed_of, table
 from vpo_ray.stages.render import Renderer, wants
-from vpo_ray.storage import StorageError
+from vpo_ray.storage import tables as storage
+from vpo_ray.storage import video_leases
 
 pytestmark = pytest.mark.engine
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import ray
 
-from vpo_ray.pools import Outcome, batch_pool, progress_handle
 from vpo_ray.recipe import Pool, Render
 from vpo_ray.records import FEEDBACK, Row, table
 from vpo_ray.stages.render import Renderer
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream.actor_pools import Outcome, batch_pool, progress_handle
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 

@@ -6,10 +6,9 @@ import pytest
 
 from vpo_ray import recipe
 from vpo_ray.engines.reward.checklist import load
-from vpo_ray.ledger import ALARM_AFTER
 from vpo_ray.records import FEEDBACK, Row, table
-from vpo_ray.stages.score import Scorer
-from vpo_ray.videos import VideoStore
+from vpo_ray.stages.score import ALARM_AFTER, Scorer
+from vpo_ray.storage.videos import VideoStore
 
 pytestmark = pytest.mark.engine
 

@@ -39,11 +39,12 @@ def make_worker(
     # quantised weights. A worker has its process to itself; here the next test would have it.
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
 
-    from vpo_ray.policy_prompt import load_tokenizer
+    from vpo_ray.engines.chat.tokenizer import load_tokenizer
     from vpo_ray.train import zero
     from vpo_ray.train.examples import end_of_turn, tokenise
-    from vpo_ray.train.loop import Job, Worker
+    from vpo_ray.train.phase import Job
     from vpo_ray.train.policy import PackedPolicy
+    from vpo_ray.train.worker import Worker
 
     def make(
         phase: str,

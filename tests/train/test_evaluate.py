@@ -14,8 +14,8 @@ from vpo_ray.recipe import Evaluate
 from vpo_ray.records import Row
 from vpo_ray.train.checkpoints import choose
 from vpo_ray.train.degenerate import WINDOW, degenerate
-from vpo_ray.train.evaluate import best, enough, is_due, score, split
 from vpo_ray.train.examples import Example
+from vpo_ray.train.held_out import best, enough, is_due, score, split
 
 
 def examples(count: int, per_query: int = 2) -> tuple[list[Example], dict[str, str]]:

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from train_data import TASK_PROMPT, pairs, sft_rows
 
-from vpo_ray.policy_prompt import PromptError, fold_task_prompt, load_tokenizer, prompt_ids
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.prompts.policy_prompt import PromptError, fold_task_prompt, prompt_ids
 from vpo_ray.train.examples import TrainError, end_of_turn, tokenise
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from s3_server import bucket
 
-from vpo_ray.cache_folder import VARIABLE
-from vpo_ray.storage import Folder
+from vpo_ray.files.folder import Folder
+from vpo_ray.storage.cache_folder import VARIABLE
 from vpo_ray.train.model_files import MARKER, fetch, marker, publish
 
 

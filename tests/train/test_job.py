@@ -15,8 +15,9 @@ import pytest
 from safetensors.torch import load_file
 from train_data import OFTEN_SAVED, ROWS, TASK_PROMPT, TWO_WORKERS, pairs, run, settings, sft_rows
 
-from vpo_ray.policy_prompt import load_tokenizer
-from vpo_ray.storage import RunDir, StorageError
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.files.folder import StorageError
+from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.train import TrainError, TrainResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]

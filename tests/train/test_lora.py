@@ -9,11 +9,11 @@ from train_data import FACTS, pairs, settings
 
 from vpo_ray.recipe import TrainLora
 from vpo_ray.records import Row
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.train import TrainError, checkpoints
-from vpo_ray.train.export import export
 from vpo_ray.train.model_files import refuse_adapter
 from vpo_ray.train.packing import pack
+from vpo_ray.train.save_pretrained import export
 from vpo_ray.train.zero import full_weights
 
 pytestmark = pytest.mark.engine

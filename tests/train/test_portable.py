@@ -13,10 +13,10 @@ import pytest
 import torch
 from train_data import FACTS, TASK_PROMPT, settings
 
-from vpo_ray.policy_prompt import load_tokenizer
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.train.examples import end_of_turn
-from vpo_ray.train.export import export
 from vpo_ray.train.lora import attach
+from vpo_ray.train.save_pretrained import export
 
 pytestmark = pytest.mark.engine
 

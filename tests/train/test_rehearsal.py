@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from train_data import FACTS, TASK_PROMPT, run, settings, sft_rows
 
-from vpo_ray.policy_prompt import load_tokenizer
-from vpo_ray.storage import Folder
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.files.folder import Folder
 from vpo_ray.train import TrainError, failures
 from vpo_ray.train.examples import end_of_turn
-from vpo_ray.train.export import export
 from vpo_ray.train.rehearsal import check_room, rehearse
+from vpo_ray.train.save_pretrained import export
 
 pytestmark = pytest.mark.engine
 

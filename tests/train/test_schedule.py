@@ -7,7 +7,7 @@ import torch
 from train_data import pairs, settings, sft_rows
 
 from vpo_ray.train import TrainError
-from vpo_ray.train.loop import lr_factor
+from vpo_ray.train.worker import lr_factor
 from vpo_ray.train.zero import bit_sums
 
 

@@ -13,7 +13,7 @@ import torch
 from train_data import FACTS, settings, sft_rows
 
 from vpo_ray.recipe import TrainLora
-from vpo_ray.train.export import export
+from vpo_ray.train.save_pretrained import export
 from vpo_ray.train.zero import full_weights
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

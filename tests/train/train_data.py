@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Train
 from vpo_ray.records import Row
 from vpo_ray.train import TrainResult, train

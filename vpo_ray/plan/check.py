@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from vpo_ray.engines.reward import checklist as checklists
-from vpo_ray.input_files import path_of_uri
+from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.plan import models
-from vpo_ray.policy_prompt import SLOT, PromptError, read_prompt
+from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.serve.safety import Keywords, SafetyFileError
-from vpo_ray.sft_data import sft_rows
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check as check_rules
 from vpo_ray.stages.draft import EXAMPLES
+from vpo_ray.storage.sft_data import sft_rows
 
 TEXT = "{text}"  # the slot of prompts that ask for a verdict on a text
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from vpo_ray.placement import labelled
+from vpo_ray.stream.placement import labelled
 
 # Placing replicas is a packing problem; after so many tries it is given up.
 TRIES = 20_000

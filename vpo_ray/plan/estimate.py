@@ -7,23 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from vpo_ray.chains import draft_model
-from vpo_ray.loop import drafts_first
-from vpo_ray.placement import engine_of, no_such_labels
+from vpo_ray.loop.phases import drafts_first
 from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, check, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
-from vpo_ray.plan.figures import (
-    Figure,
-    Ledger,
-    bytes_per_video,
-    count_rows,
-    published_seconds,
-    read_ledger,
-)
+from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
 from vpo_ray.recipe import Engine, Pool, Recipe, Training
 from vpo_ray.records import SPLITS
 from vpo_ray.stages.curate import preview
+from vpo_ray.stream.chains import draft_model
+from vpo_ray.stream.placement import engine_of, no_such_labels
 
 MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), then give --ledger PROBE"
 

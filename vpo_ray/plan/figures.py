@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from vpo_ray.input_files import InputError
+from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.files.input_files import InputError
 from vpo_ray.plan.check import PlanError
 from vpo_ray.recipe import Recipe, Render, differences, parse_stored, video_presets
-from vpo_ray.sft_data import sft_rows
-from vpo_ray.storage import Folder, RunDir, StorageError
-from vpo_ray.videos import VideoStore
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.sft_data import sft_rows
+from vpo_ray.storage.videos import VideoStore
 
 # Recipe sections whose settings decide how long a row of the stage takes.
 SECTIONS = {

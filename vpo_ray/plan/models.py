@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vpo_ray.policy_prompt import PromptError, load_chat_tokenizer, load_tokenizer, read_prompt
+from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer, load_tokenizer
+from vpo_ray.prompts.policy_prompt import PromptError, read_prompt
 from vpo_ray.recipe import Recipe, locate
 
 logger = logging.getLogger(__name__)

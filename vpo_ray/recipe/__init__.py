@@ -19,21 +19,60 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, sources
-from vpo_ray.recipe.computed import OPERATIONAL, computed, differences, engine_arguments
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
+from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
 from vpo_ray.recipe.serve import Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import Dpo, Evaluate, Guard, Offload, Sft, Track, Train, Training, TrainLora
 from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, Reward, video_presets
 
 __all__ = [
-    "OPERATIONAL", "ChatModel", "Checklist", "Diversity", "Dpo", "Draft", "Endpoint", "Engine", "Evaluate",
-    "Guard", "Judge", "Limits", "Lora", "NearDuplicates", "Offload", "Pair", "Policy", "Pool", "Queries",
-    "Recipe", "RecipeError", "Render", "Reward", "Rules", "Sample", "Section", "Serve", "Sft", "Splits",
-    "Track", "Train", "TrainLora", "Training", "computed", "differences", "engine_arguments", "load",
-    "load_serve", "locate", "parse", "parse_stored", "serve_of", "sources", "video_presets",
+    "OPERATIONAL",
+    "ChatModel",
+    "Checklist",
+    "Diversity",
+    "Dpo",
+    "Draft",
+    "Endpoint",
+    "Engine",
+    "Evaluate",
+    "Guard",
+    "Judge",
+    "Limits",
+    "Lora",
+    "NearDuplicates",
+    "Offload",
+    "Pair",
+    "Policy",
+    "Pool",
+    "Queries",
+    "Recipe",
+    "RecipeError",
+    "Render",
+    "Reward",
+    "Rules",
+    "Sample",
+    "Section",
+    "Serve",
+    "Sft",
+    "Splits",
+    "Track",
+    "Train",
+    "TrainLora",
+    "Training",
+    "differences",
+    "engine_arguments",
+    "load",
+    "load_serve",
+    "locate",
+    "parse",
+    "parse_stored",
+    "result_keys",
+    "serve_of",
+    "sources",
+    "video_presets",
 ]  # fmt: skip
 
 # What a further reward cannot have of its own, with the defaults: a stored recipe names them.
@@ -147,7 +186,7 @@ class Recipe(Section):
         Keys at their defaults do not count, so that a key which a later version adds leaves the
         fingerprints of older recipes as they are.
         """
-        given = computed(self.model_dump(mode="json", exclude_defaults=True))
+        given = result_keys(self.model_dump(mode="json", exclude_defaults=True))
         chosen = {k: v for k, v in given.items() if not sections or k.split(".")[0] in sections}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from vpo_ray.text_files import NotTextError, TextFileError, read_text
+from vpo_ray.files.text_files import NotTextError, TextFileError, read_text
 
 
 class RecipeError(ValueError):

@@ -62,7 +62,7 @@ class Engine(Section):
         and the two wait for each other by spinning."""
         if self.pieces > 1 or self.env.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
             return {}
-        return {"distributed_executor_backend": "vpo_ray.engines.cpu_executor.CpuExecutor"}
+        return {"distributed_executor_backend": "vpo_ray.engines.chat.cpu_executor.CpuExecutor"}
 
 
 class Sample(Section):

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vpo_ray.ledger import alarms, build_ledger, funnel, reconcile
+from vpo_ray.loop.ledger import alarms, build_ledger, funnel, reconcile
 from vpo_ray.recipe import Recipe
 from vpo_ray.report.chart import charts
 from vpo_ray.report.gallery import cards
-from vpo_ray.storage import RunDir
+from vpo_ray.storage.run_dir import RunDir
 
 _HERE = Path(__file__).parent
 PAGE = "report/index.html"

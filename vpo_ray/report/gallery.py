@@ -17,8 +17,8 @@ from vpo_ray.engines.reward import checklist
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages.pair import by_reward
-from vpo_ray.storage import RunDir
-from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 MAX_PAIRS, MAX_VIDEO_PAIRS, MAX_ANSWERS = 24, 16, 6
 

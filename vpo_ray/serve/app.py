@@ -12,13 +12,14 @@ from ray import serve
 from ray.serve.deployment import Application
 from ray.serve.llm import build_llm_deployment
 
-from vpo_ray.policy_prompt import PromptError, control_tokens, load_tokenizer
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.files.folder import Folder
+from vpo_ray.prompts.policy_prompt import PromptError, control_tokens
 from vpo_ray.recipe import Pool, RecipeError, Section, Serve
 from vpo_ray.serve.engine import PolicyServer, llm_config, operation
 from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
-from vpo_ray.stage_pools import located_render, located_reward
-from vpo_ray.storage import Folder
+from vpo_ray.stream.stage_pools import located_render, located_reward
 
 # Light replicas that mostly wait; what bounds them is the engine's queue.
 INGRESS_REQUESTS = 4096

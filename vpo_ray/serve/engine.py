@@ -19,13 +19,14 @@ from typing import Any
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
-from vpo_ray.engines.adapter import Adapter, adapter_of
-from vpo_ray.engines.thoughts import TAIL, marks_among, opened_thought
+from vpo_ray.engines.chat.adapter import Adapter, adapter_of
+from vpo_ray.engines.chat.thoughts import TAIL, marks_among, opened_thought
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.lifetime import bind_worker
-from vpo_ray.model_cache import fetch_for_engine, version
-from vpo_ray.policy_prompt import load_tokenizer, prompt_ids
+from vpo_ray.prompts.policy_prompt import prompt_ids
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.spoken import marked
+from vpo_ray.storage.model_cache import fetch_for_engine, version
 
 logger = logging.getLogger("ray.serve")
 

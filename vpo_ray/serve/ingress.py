@@ -42,7 +42,7 @@ from vpo_ray.serve.optimize import (
 from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
-from vpo_ray.videos import VideoStore
+from vpo_ray.storage.videos import VideoStore
 
 logger = logging.getLogger("ray.serve")
 http = application()

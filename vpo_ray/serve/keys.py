@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vpo_ray.files.text_files import TextFileError, lines, read_text
 from vpo_ray.serve.errors import RequestError
-from vpo_ray.text_files import TextFileError, lines, read_text
 
 logger = logging.getLogger("ray.serve")
 

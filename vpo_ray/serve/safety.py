@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vpo_ray.keywords import KeywordFileError, KeywordList
-from vpo_ray.material import fill
-from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.prompts.material import fill
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import Safety, Service
 from vpo_ray.serve.services import Declined, ServiceClient, ServiceError
 

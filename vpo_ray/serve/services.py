@@ -11,8 +11,8 @@ import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from vpo_ray.engines.endpoint import EndpointClient, EndpointError, RequestError
-from vpo_ray.engines.structured import find_object, schema_fault
+from vpo_ray.engines.chat.structured import find_object, schema_fault
+from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
 from vpo_ray.recipe.serve import Service
 from vpo_ray.stages.judge import object_schema
 

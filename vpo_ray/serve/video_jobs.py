@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
@@ -27,7 +28,6 @@ from vpo_ray.serve.optimiser import build_optimiser
 from vpo_ray.serve.optimize import Safety, engine_fields, separate
 from vpo_ray.serve.policy import PolicyFailed, failure
 from vpo_ray.serve.request import Body, Text, check_model, check_query, read_json
-from vpo_ray.storage import Folder, StorageError
 
 logger = logging.getLogger("ray.serve")
 

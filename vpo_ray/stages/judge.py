@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
-from vpo_ray.engines.structured import find_object
-from vpo_ray.material import fill
-from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.engines.chat.structured import find_object
+from vpo_ray.prompts.material import fill
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
 from vpo_ray.records import VERDICTS, Row, Verdict, seed_of
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
-from vpo_ray.material import fill
-from vpo_ray.policy_prompt import read_prompt
+from vpo_ray.prompts.material import fill
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
 from vpo_ray.records import Row, seed_of
 from vpo_ray.stages.judge import JudgeError, object_schema, parse_object, string_schema

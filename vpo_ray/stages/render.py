@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpo_ray.engines.video import DeviceLostError, VideoEngine, encode
-from vpo_ray.engines.video_weights import on_node, weights_identity
+from vpo_ray.engines.video.engine import DeviceLostError, VideoEngine, encode
+from vpo_ray.engines.video.weights import on_node, weights_identity
+from vpo_ray.files.folder import chunks
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
-from vpo_ray.storage import chunks
-from vpo_ray.video_leases import VideoLeases
-from vpo_ray.videos import VideoStore, key_parts, video_key
+from vpo_ray.storage.video_leases import VideoLeases
+from vpo_ray.storage.videos import VideoStore, key_parts, video_key
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from vpo_ray.engines.account import Account
+from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
-from vpo_ray.ledger import ALARM_AFTER
 from vpo_ray.recipe import Reward
 from vpo_ray.records import Row, failed
-from vpo_ray.videos import VideoDamaged, VideoMissing, VideoStore
+from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 log = logging.getLogger(__name__)
+
+# After so many videos with one and the same score, something other than the videos is at work.
+ALARM_AFTER = 16
 
 
 class WatchedReward:

@@ -10,20 +10,19 @@ import logging
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.fs as pafs
 import ray.train
 import torch.distributed as dist
 
+from vpo_ray.files.folder import Folder
 from vpo_ray.recipe import Evaluate, Training
 from vpo_ray.records import Row
-from vpo_ray.storage import Folder, RunDir
-from vpo_ray.train.evaluate import best, score
+from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.train.examples import TrainError
-
-if TYPE_CHECKING:
-    from vpo_ray.train.loop import Job, Worker
+from vpo_ray.train.held_out import best, score
+from vpo_ray.train.phase import Job, RankState
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def is_due(done: int, job: Job) -> bool:
     return bool(every) and done % every == 0 and done < job.steps  # type: ignore[operator]
 
 
-def save(worker: Worker, step: int, wait: bool) -> None:
+def save(worker: RankState, step: int, wait: bool) -> None:
     """Write this rank's shard and upload it, while training goes on unless `wait`. With LoRA only the
     adapter is written: the frozen weights are the base model's."""
     folder = Path(tempfile.mkdtemp(prefix="vpo-checkpoint-"))
@@ -94,7 +93,7 @@ def refuse_other_workers(folder: Folder, workers: int) -> None:
         )
 
 
-def resume(worker: Worker) -> int:
+def resume(worker: RankState) -> int:
     """Load the newest checkpoint, if there is one; the step to go on with."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -107,7 +106,7 @@ def resume(worker: Worker) -> int:
     return int(progress["step"])
 
 
-def load_best(worker: Worker) -> Row:
+def load_best(worker: RankState) -> Row:
     """Load the weights of the best evaluation of this run whose checkpoint is there, waiting for its
     upload; its line of the curve. That is the last line, with the weights as they are, where no other is
     better."""
@@ -147,6 +146,6 @@ def _is_there(checkpoint: ray.train.Checkpoint) -> bool:
     return bool(checkpoint.filesystem.get_file_info(path).type == pafs.FileType.File)
 
 
-def load(worker: Worker, folder: str) -> None:
+def load(worker: RankState, folder: str) -> None:
     """Load this rank's shard from a local folder."""
     worker.engine.load_checkpoint(folder, tag=TAG, load_module_strict=worker.job.settings.lora is None)

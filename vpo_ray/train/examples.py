@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vpo_ray.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
+from vpo_ray.prompts.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
 from vpo_ray.records import Row, sft_id
 
 Phase = Literal["sft", "dpo"]

@@ -11,7 +11,7 @@ import contextlib
 
 import pyarrow.fs as pafs
 
-from vpo_ray.storage import Folder, StorageError
+from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.train.examples import TrainError
 
 WORD = "stopped.json"

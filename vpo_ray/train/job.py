@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vpo_ray import run_lock
-from vpo_ray.model_cache import fetch
-from vpo_ray.placement import require, watched, worker_shapes
-from vpo_ray.policy_prompt import load_tokenizer
-from vpo_ray.recipe import Limits, Training, computed
+from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.files.folder import Folder, join
+from vpo_ray.recipe import Limits, Training, result_keys
 from vpo_ray.records import PAIR, SFT, Row, content_id
-from vpo_ray.storage import ALSO, Folder, Table, join
-from vpo_ray.train.evaluate import split
+from vpo_ray.storage import run_lock
+from vpo_ray.storage.model_cache import fetch
+from vpo_ray.storage.run_dir import ALSO
+from vpo_ray.storage.tables import Table
+from vpo_ray.stream.placement import require, watched, worker_shapes
 from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, row_id, tokenise
+from vpo_ray.train.held_out import split
 from vpo_ray.train.model_files import identity, marker, refuse_adapter
 from vpo_ray.train.track import check_trackers
 from vpo_ray.versions import code
@@ -100,7 +102,7 @@ def train(
         "train",
         phase,
         fingerprint,
-        computed(settings.model_dump(mode="json", exclude_defaults=True)),
+        result_keys(settings.model_dump(mode="json", exclude_defaults=True)),
         identity(model, revision),
         *([identity(reference, revision)] if reference else []),
         task_prompt,
@@ -166,7 +168,8 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from vpo_ray.train import checkpoints, failures
-    from vpo_ray.train.loop import Job, train_worker
+    from vpo_ray.train.phase import Job
+    from vpo_ray.train.worker import train_worker
 
     job = Job(id=job_id, **parts)  # type: ignore[arg-type]
     settings, kept = job.settings, job.kept

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from vpo_ray.folder import flush
-from vpo_ray.model_cache import WEIGHTS
-from vpo_ray.model_cache import fetch as fetch
+from vpo_ray.files.folder import Folder, flush
 from vpo_ray.records import Row, content_id
-from vpo_ray.storage import Folder
+from vpo_ray.storage.model_cache import WEIGHTS
+from vpo_ray.storage.model_cache import fetch as fetch
 from vpo_ray.train.examples import TrainError
 
 MARKER = "vpo.json"

@@ -16,14 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vpo_ray.model_cache import fetch
-from vpo_ray.policy_prompt import chat_ids, load_chat_tokenizer
+from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer
+from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.prompts.policy_prompt import chat_ids
 from vpo_ray.recipe import Training
-from vpo_ray.storage import Folder, StorageError
+from vpo_ray.storage.model_cache import fetch
 from vpo_ray.train.examples import TrainError
-from vpo_ray.train.export import generation_config, write_generation, write_policy
 from vpo_ray.train.lora import attach, merge
 from vpo_ray.train.portable import for_older_readers
+from vpo_ray.train.save_pretrained import generation_config, write_generation, write_policy
 
 # What a tokenizer has to read alike before and after: case, spaces, accents, other scripts, digits.
 PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"

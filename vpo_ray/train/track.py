@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import pyarrow.fs as pafs
 
+from vpo_ray.files.folder import Folder
 from vpo_ray.recipe import Track
 from vpo_ray.records import Row
-from vpo_ray.storage import Folder
 from vpo_ray.train.examples import Phase, TrainError
 
 log = logging.getLogger(__name__)

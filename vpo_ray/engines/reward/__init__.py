@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
-from vpo_ray.engines.account import Account
+from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.recipe import Reward
 
 # Recipe name -> module; imported when asked for, because they bring torch.

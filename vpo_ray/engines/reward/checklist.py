@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from vpo_ray import recipe
-from vpo_ray.material import in_quotes, quoted
+from vpo_ray.files.text_files import TextFileError, lines, read_text
+from vpo_ray.prompts.material import in_quotes, quoted
 from vpo_ray.recipe.file import load_yaml
-from vpo_ray.text_files import TextFileError, lines, read_text
 
 SLOT = "[[prompt]]"
 _SLOT = re.compile(in_quotes(SLOT))

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames, model, sequence
 from vpo_ray.engines.reward.checkpoint import CheckpointError
-from vpo_ray.model_cache import fetch
-from vpo_ray.policy_prompt import control_tokens, neutralise
+from vpo_ray.prompts.policy_prompt import control_tokens, neutralise
 from vpo_ray.recipe import Reward
+from vpo_ray.storage.model_cache import fetch
 
 log = logging.getLogger(__name__)
 

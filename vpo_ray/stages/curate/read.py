@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from vpo_ray.input_files import InputError, InputFile
-from vpo_ray.input_files import find_files as find_input_files
+from vpo_ray.files.input_files import InputError, InputFile
+from vpo_ray.files.input_files import find_files as find_input_files
+from vpo_ray.files.record_files import READERS, Unreadable, records
 from vpo_ray.recipe import Queries
-from vpo_ray.record_files import READERS, Unreadable, records
 from vpo_ray.records import normalise
 from vpo_ray.stages.curate.rules import KEPT, code, visible
 

@@ -1,0 +1,181 @@
+"""A job's id names the run; a second submission of it is refused. The cluster here is an HTTP endpoint
+that answers as Ray's job API does; test_jobs.py submits to a real one."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray.cli import main, submit
+from vpo_ray.cli.submit import submission_id
+from vpo_ray.recipe import load
+
+TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
+
+
+def test_the_id_is_a_function_of_what_is_run_and_where(tmp_path: Path) -> None:
+    recipe = load(TINY, [f"out={tmp_path}"])
+    name = submission_id(recipe, "run")
+    assert name == submission_id(load(TINY, [f"out={tmp_path}", "render.pool.num_cpus=0.5"]), "run")
+    assert name.startswith("vpo-tiny-run-")
+    others = [
+        submission_id(load(TINY, [f"out={tmp_path}", "seed=8"]), "run"),
+        submission_id(load(TINY, [f"out={tmp_path / 'b'}"]), "run"),
+        submission_id(recipe, "generate"),
+    ]
+    assert len({name, *others}) == 4
+
+
+def test_a_relative_and_an_absolute_out_are_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    absolute = Path(TINY).resolve()
+    monkeypatch.chdir(tmp_path)
+    ids = {submission_id(load(absolute, [f"out={out}"]), "run") for out in ("a", str(tmp_path / "a"))}
+    assert len(ids) == 1
+
+
+class Jobs:
+    """What the API knows: jobs by submission id."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, status: str, **more: Any) -> None:
+        self.jobs[name] = {
+            "type": "SUBMISSION",
+            "submission_id": name,
+            "status": status,
+            "entrypoint": "x",
+            **more,
+        }
+
+
+@pytest.fixture
+def jobs() -> Iterator[tuple[Jobs, str]]:
+    state = Jobs()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/api/version":
+                body: Any = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "s"}
+            elif self.path == "/api/jobs/":
+                body = list(state.jobs.values())
+            else:
+                body = {} if "/packages/" in self.path else state.jobs[self.path.rsplit("/", 1)[-1]]
+            self._answer(body)
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer({})
+
+        def do_POST(self) -> None:
+            given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            name = given["submission_id"]
+            if name in state.jobs:
+                self._answer(f"Job with submission_id {name} already exists.", 500)
+                return
+            state.add(name, "PENDING", entrypoint=given["entrypoint"], runtime_env=given["runtime_env"])
+            self._answer({"job_id": name, "submission_id": name})
+
+        def _answer(self, body: Any, status: int = 200) -> None:
+            data = json.dumps(body).encode() if not isinstance(body, str) else body.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield state, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A working directory with a recipe in it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(Path(TINY).read_text())
+    return folder
+
+
+def test_a_second_submission_is_refused_until_the_first_is_over(
+    jobs: tuple[Jobs, str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, address = jobs
+    arguments = ["submit", str(work / "recipe.yaml"), "--out", "/runs/o'ne", "--working-dir", str(work)]
+    arguments += ["--address", address, "--set", "seed=3", "--retry-errors"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out.strip()
+    job = state.jobs[first]
+    assert first.endswith("-1")
+    assert job["entrypoint"] == (
+        "python -m vpo_ray.cli run recipe.yaml --out '/runs/o'\"'\"'ne' --set seed=3 --retry-errors"
+    )
+    assert job["runtime_env"]["working_dir"].startswith("gcs://")
+
+    for status in ("PENDING", "RUNNING"):
+        job["status"] = status
+        assert main(arguments) == 3
+        told = capsys.readouterr().err
+        assert first in told
+        assert f"ray job stop {first}" in told
+
+    job["status"] = "FAILED"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == first.removesuffix("1") + "2"
+    assert main([*arguments, "--command", "generate"]) == 0, "another command is another job"
+
+
+def test_who_comes_at_the_same_moment_is_refused_by_ray(
+    jobs: tuple[Jobs, str], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, address = jobs
+    arguments = ["submit", str(work / "recipe.yaml"), "--working-dir", str(work), "--address", address]
+    assert main([*arguments, "--print-id"]) == 0
+    base = capsys.readouterr().out.strip()
+    assert state.jobs == {}
+    # The list that this submission saw is older than the other's job.
+    monkeypatch.setattr(submit, "_next_attempt", lambda client, name: f"{name}-1")
+    state.add(f"{base}-1", "PENDING")
+    assert main(arguments) == 3
+    assert "same moment" in capsys.readouterr().err
+
+
+def test_a_recipe_by_a_link_in_the_working_directory(jobs: tuple[Jobs, str], work: Path) -> None:
+    state, address = jobs
+    (work / "recipe.yaml").rename(work.parent / "far.yaml")
+    (work / "mine.yaml").symlink_to("../far.yaml")
+    arguments = ["submit", str(work / "mine.yaml"), "--working-dir", str(work), "--address", address]
+    assert main([*arguments, "--out", "/runs/one"]) == 0
+    (job,) = state.jobs.values()
+    assert job["entrypoint"] == "python -m vpo_ray.cli run mine.yaml --out /runs/one"
+
+
+def test_what_cannot_be_submitted_is_told(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", TINY, "--working-dir", str(work), "--address", "http://127.0.0.1:9"]) == 1
+    assert "--working-dir" in capsys.readouterr().err
+    nobody = ["submit", str(work / "recipe.yaml"), "--working-dir", str(work)]
+    assert main([*nobody, "--address", "http://127.0.0.1:9"]) == 1
+    assert "does not take the job" in capsys.readouterr().err
+
+
+def test_only_commands_that_exist_can_be_submitted() -> None:
+    from vpo_ray.cli.main import STAGE_COMMANDS
+
+    assert set(submit.COMMANDS) == {"run", "deploy", *STAGE_COMMANDS}
+
+
+def test_an_option_that_the_command_does_not_take(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["submit", str(work / "recipe.yaml"), "--working-dir", str(work), "--retry-errors"]
+    assert main([*arguments, "--command", "train"]) == 2
+    assert "--retry-errors: train has no rows" in capsys.readouterr().err

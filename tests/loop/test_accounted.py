@@ -1,0 +1,103 @@
+"""Whatever ends a run, the ledger counts what it made, and the reason is what the user sees."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vpo_ray import cli
+from vpo_ray import recipe as recipes
+from vpo_ray.files.folder import StorageError
+from vpo_ray.loop import evaluation, phases
+from vpo_ray.recipe import Recipe
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream import connection
+from vpo_ray.stream.pipeline import GenerationError
+from vpo_ray.stream.placement import PlacementError
+
+TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    queries = tmp_path / "q.txt"
+    queries.write_text("\n".join(f"a cat, number {n}" for n in range(20)))
+    given = [f"out={tmp_path / 'run'}", f"queries.path={queries}", "sft=null"]
+    return recipes.load(TINY, [*given, "queries.splits={dpo: 0.5, eval: 0.5}"])
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+ENDS = [
+    GenerationError("18 of 20 rows failed"),
+    PlacementError("no node can take a replica"),
+    StorageError("cannot write"),
+    phases.LoopError("nothing to train on"),
+    ZeroDivisionError("a bug"),
+    KeyboardInterrupt(),
+    connection.Terminated(),
+    SystemExit(3),
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: type(end).__name__)
+def test_the_loop_leaves_its_ledger_whatever_ends_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    monkeypatch.setattr(phases, "generate_feedback", raising(end))
+    with pytest.raises(type(end)) as caught:
+        phases.run_loop(recipe)
+    assert caught.value is end
+    assert RunDir(recipe.out).read_json("ledger.json")["stages"]["curate"]["in"] == 20
+
+
+def test_a_ledger_that_is_older_than_the_failure_is_replaced(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = phases.open_run(recipe)
+    run.write_json("ledger.json", {"stages": {}})
+    monkeypatch.setattr(phases, "generate_feedback", raising(GenerationError("no")))
+    with pytest.raises(GenerationError):
+        phases.run_loop(recipe)
+    assert run.read_json("ledger.json")["stages"]["curate"]["in"] == 20
+
+
+@pytest.mark.parametrize("end", [GenerationError("18 of 20 rows failed"), connection.Terminated()])
+def test_a_ledger_that_cannot_be_written_hides_no_error(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, end: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(phases, "generate_feedback", raising(end))
+    monkeypatch.setattr(phases, "build_ledger", raising(StorageError("the disk is gone")))
+    with pytest.raises(type(end)) as caught:
+        phases.run_loop(recipe)
+    assert caught.value is end
+    assert "ledger.json could not be written: the disk is gone" in caplog.text
+
+
+def test_a_command_of_one_stage_leaves_its_ledger(tmp_path: Path) -> None:
+    """Really failing: all rows dropped, and no feedback to pair."""
+    (tmp_path / "q.txt").write_text("\n\n\n")
+    curate = [TINY, "--out", str(tmp_path / "a"), "--set", f"queries.path={tmp_path / 'q.txt'}"]
+    assert cli.main(["curate", *curate]) == 2
+    assert RunDir(tmp_path / "a").read_json("ledger.json")["stages"]["curate"]["dropped"] == {"empty": 3}
+    assert cli.main(["pair", TINY, "--out", str(tmp_path / "b")]) == 1
+    assert RunDir(tmp_path / "b").read_json("ledger.json")["stages"]["pair"]["out"] == 0
+
+
+def test_an_evaluation_leaves_the_ledgers_of_its_policy(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = phases.open_run(recipe)
+    phases.curate_queries(recipe, run)
+    run.write_json("checkpoints/dpo/vpo.json", {})
+    monkeypatch.setattr(evaluation, "generate_feedback", raising(GenerationError("no")))
+    with pytest.raises(GenerationError):
+        evaluation.evaluate(recipe, run)
+    own = RunDir(run.at(f"evaluation/{phases.starting_policy(recipe, run).identity}"))
+    held_out = sum(row["split"] == "eval" for row in run.table("queries").rows())
+    assert own.read_json("ledger.json")["stages"]["curate"]["out"] == held_out > 0

@@ -1,0 +1,147 @@
+"""The arithmetic of busy time and of the status table; pools themselves are tested with Ray."""
+
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpo_ray.records import Row, table
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream.actor_pools import Outcome, SharedClock, StageActor, stops
+from vpo_ray.stream.progress import status_lines
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_one_row_pays_its_own_time() -> None:
+    time = Time()
+    clock = SharedClock(time)
+    time.now += 5
+    entered = clock.enter()
+    time.now += 3
+    assert clock.leave(entered) == pytest.approx(3)
+
+
+def test_idle_time_is_paid_by_nobody() -> None:
+    time = Time()
+    clock = SharedClock(time)
+    clock.leave(clock.enter())
+    time.now += 1000
+    entered = clock.enter()
+    time.now += 1
+    assert clock.leave(entered) == pytest.approx(1)
+
+
+def test_rows_that_overlap_share_the_time() -> None:
+    time = Time()
+    clock = SharedClock(time)
+    first = clock.enter()
+    time.now += 2
+    second = clock.enter()
+    time.now += 4
+    assert clock.leave(first) == pytest.approx(2 + 4 / 2)
+    time.now += 1
+    assert clock.leave(second) == pytest.approx(4 / 2 + 1)
+
+
+def test_nobody_pays_for_warming_up() -> None:
+    time = Time()
+    clock = SharedClock(time)
+    first = clock.enter()
+    time.now += 2
+    with clock.paused() as warm_up:
+        time.now += 60
+        second = clock.enter()
+        time.now += 30
+    time.now += 4
+    assert warm_up == [pytest.approx(90)]
+    assert clock.leave(first) == pytest.approx(2 + 4 / 2)
+    assert clock.leave(second) == pytest.approx(4 / 2)
+
+
+def test_a_batch_pays_by_row() -> None:
+    time = Time()
+    clock = SharedClock(time)
+    entered = clock.enter(rows=4)
+    time.now += 8
+    assert clock.leave(entered, rows=4) == pytest.approx(2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0, 10), st.floats(0, 10)), max_size=12), st.integers())
+def test_what_rows_pay_adds_up_to_the_busy_time(batches: list[tuple[int, float, float]], seed: int) -> None:
+    """Batches of `rows` rows that begin after a pause and last a while, overlapping as they will."""
+    time = Time()
+    clock = SharedClock(time)
+    begin = 100.0
+    events: list[tuple[float, int, int]] = []
+    for number, (rows, pause, lasts) in enumerate(batches):
+        begin += pause
+        events += [(begin, number, rows), (begin + lasts, number, -rows)]
+    random.Random(seed).shuffle(events)
+    events.sort(key=lambda event: (event[0], -event[2]))
+    entered: dict[int, float] = {}
+    paid = busy = 0.0
+    active = 0
+    for at, number, rows in events:
+        busy += (at - time.now) if active else 0.0
+        time.now = at
+        active += rows
+        if rows > 0:
+            entered[number] = clock.enter(rows)
+        else:
+            seconds = clock.leave(entered[number], -rows)
+            assert seconds >= -1e-9
+            paid += seconds * -rows
+    assert paid == pytest.approx(busy, abs=1e-6)
+
+
+def test_the_status_shows_every_stage() -> None:
+    counts = {
+        "sample": {"started": 12, "done": 10, "errors": 1, "passed": 0},
+        "judge": {"started": 0, "done": 0, "errors": 0, "passed": 3},
+    }
+    head, sample, judge = status_lines(counts, 20.0).splitlines()
+    assert head.split() == ["20", "s", "done", "in", "flight", "rows/s", "errors"]
+    assert sample.split() == ["sample", "10", "2", "0.50", "1"]
+    assert judge.split() == ["judge", "0", "0", "0.00", "0"]
+    assert len({len(line) for line in (sample, judge)}) == 1
+
+
+def test_the_status_before_the_first_second() -> None:
+    counts = {"render": {"started": 0, "done": 1, "errors": 0, "passed": 0}}
+    assert "render" in status_lines(counts, 0.0)
+    assert status_lines({}, 0.0).count("\n") == 0
+
+
+def test_a_replica_with_another_code_makes_nothing(tmp_path: Path) -> None:
+    class Pass:
+        name, warming = "render", nullcontext
+
+        def wants(self, row: Row) -> bool:
+            return True
+
+        def __call__(self, rows: list[Row]) -> list[Row]:
+            return rows
+
+    stored = RunDir(tmp_path).table("renders")
+    ids = {"candidate_id": "c", "query_id": "q", "query": "a cat", "k": 0, "seed": 0}
+    row = dict.fromkeys(stored.schema.names) | ids
+    outcome = Outcome("render", stored, Mock())
+    assert len(StageActor(Pass, outcome)(table([row], stored.schema))) == 1
+    assert stored.count() == 1
+    outcome.code = "another"
+    stopped = StageActor(Pass, outcome)(table([row | {"candidate_id": "d"}], stored.schema)).to_pylist()
+    assert stops(stopped[0]["error_stage"])
+    assert "the driver has another: give every node the same image" in stopped[0]["error"]
+    assert stored.count() == 1, "the next run takes the row again"

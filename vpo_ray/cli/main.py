@@ -1,0 +1,336 @@
+"""`vpo`: one command for the whole loop and one for each of its stages.
+
+vpo run recipe.yaml                 everything, or what is left of it
+vpo plan recipe.yaml                check the recipe and say what it will take
+vpo submit recipe.yaml              the same as a job of a Ray cluster
+vpo doctor recipe.yaml              check every node of the cluster
+vpo sample|judge|render|score ...   one stage, from its table to the next
+vpo videos ls|verify|prune STORE    the store of rendered videos
+vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
+vpo deploy recipe.yaml              the same on a cluster, where it stays
+vpo key NAME                        a key for a caller of that endpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from vpo_ray import recipe as recipes
+from vpo_ray.cli import console
+from vpo_ray.cli import doctor as doctor_command
+from vpo_ray.cli import plan as plan_command
+from vpo_ray.cli import submit as submit_command
+from vpo_ray.cli import videos as videos_command
+from vpo_ray.recipe import Recipe
+
+if TYPE_CHECKING:  # pyarrow takes longer to import than most commands take
+    from vpo_ray.storage.run_dir import RunDir
+
+STAGE_COMMANDS = {
+    "curate": "read raw queries into queries/",
+    "draft": "SFT data for the sft split's queries into drafts/ and sft_data.parquet",
+    "sft": "train the policy on sft.data, or on the drafts, into checkpoints/sft",
+    "generate": "curate what is not yet, then sample, judge, render and score as one stream: to feedback/",
+    "sample": "queries/ to candidates/ with the policy",
+    "judge": "candidates/ to verdicts/ with the judge: critique, refine, judge again",
+    "render": "verdicts/ to renders/ with the video model",
+    "score": "renders/ to feedback/ with the reward model",
+    "pair": "feedback/ to pairs/",
+    "dpo": "train the policy on pairs/ into checkpoints/dpo",
+    "train": "SFT, and once generation is done pairs and DPO",
+    "evaluate": "the policies before and after DPO on the eval split, into evaluation.json",
+    "report": "write ledger.json and report/index.html",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit status: 0 done; 1 the run failed or its limits stopped it; 2 wrong usage or input;
+    3 the run is submitted already, or another driver has its directory; 130 interrupted, 143 terminated
+    (what was made is kept)."""
+    console.forgive()
+    arguments = _parser().parse_args(argv)
+    _log_to_stderr(verbose=arguments.verbose)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt as stop:
+        # connection.Terminated, which is not imported for the commands that need no Ray.
+        terminated = type(stop) is not KeyboardInterrupt
+        what = "terminated" if terminated else "interrupted"
+        return _fail(f"{what}; the same command goes on where this stopped", 143 if terminated else 130)
+    except Exception as error:
+        # Our own errors explain themselves; for any other the trace is what a bug report needs.
+        ours = type(error).__module__.startswith("vpo_ray")
+        if not ours:
+            logging.getLogger(__name__).exception("unexpected failure")
+        status = getattr(error, "exit_status", 2 if ours and isinstance(error, ValueError) else 1)
+        return _fail(str(error) or type(error).__name__, status)
+
+
+def job(command: str) -> int:
+    """`main` for the entry points in jobs/: there the recipe is given as `--recipe`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    given, rest = parser.parse_known_args()
+    return main([command, *filter(None, [given.recipe]), *rest])
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    """Our log lines on stderr, others' only from warnings on. Ray's libraries put handlers of their
+    own on the root logger, so ours does not pass its lines up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    ours = logging.getLogger("vpo_ray")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"vpo: error: {message}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vpo",
+        description="Make a prompt optimiser for your own text-to-video model, on Ray.",
+        epilog="Start with: vpo tiny runs/tiny && vpo run jobs/recipes/tiny.yaml",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show debug logs and the workers' output"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(command=run, name=name)
+        return sub
+
+    def with_recipe(
+        name: str, help: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        sub = command(name, help, run)
+        sub.add_argument("recipe", help="recipe file (YAML)")
+        sub.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a key, e.g. render.steps=30",
+        )
+        return sub
+
+    whole = with_recipe("run", "run the whole loop; again to go on where it stopped", _run)
+    whole.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    whole.add_argument(
+        "--rounds",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="repeat from sampling on with the policy that DPO left, in rounds/2 to rounds/N",
+    )
+    planned = with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
+    plan_command.add(planned)
+    submit_command.add(
+        with_recipe("submit", "hand `run` or another command to a Ray cluster as a job", _submit)
+    )
+    doctor_command.add(
+        command("doctor", "check every node of a cluster, and what a recipe needs of it", _doctor)
+    )
+    tiny = command(
+        "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
+    )
+    tiny.add_argument("folder", metavar="DIR")
+    for name, text in STAGE_COMMANDS.items():
+        sub = with_recipe(name, text, _stage)
+        if name in submit_command.RETRYING:
+            sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    videos_command.add(command("videos", videos_command.HELP, _stage))
+    export = with_recipe("export", "write SFT and preference data for another trainer", _export)
+    export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
+    export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")
+    export.add_argument("--bare", action="store_true", help="leave the task prompt out of the messages")
+    serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
+    serve.add_argument(
+        "checkpoint", help="a folder or URI that `vpo run` made, e.g. runs/demo/checkpoints/dpo"
+    )
+    serve.add_argument("--recipe", help="recipe file whose `serve` section to use")
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. serve.port=9000"
+    )
+    serve.add_argument(
+        "--config", action="store_true", help="print a Serve config file for `serve deploy` or a RayService"
+    )
+    deploy = with_recipe("deploy", "deploy the trained policy on a cluster's Ray Serve, and return", _deploy)
+    deploy.add_argument("--checkpoint", help="another folder or URI than the run's last trained policy")
+    deploy.add_argument(
+        "--timeout", type=float, default=1800, metavar="S", help="for the replicas to load (%(default)g s)"
+    )
+    key = command("key", "make an API key: it is printed once, and the line for the file of keys", _key)
+    key.add_argument("name", metavar="NAME", help="who will use it, as metrics and logs name the caller")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    # As a JSON string, so that no name of a folder is read as another YAML value.
+    out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
+    overrides = [*arguments.set, *out]
+    return recipes.load(arguments.recipe, overrides)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from vpo_ray.cli.summary import summary
+    from vpo_ray.loop import phases
+    from vpo_ray.loop.rounds import run_rounds
+    from vpo_ray.plan import check
+    from vpo_ray.report import build_report
+
+    recipe = _load(arguments)
+    check(recipe)
+    phases.connect(arguments.verbose)
+    run = run_rounds(recipe, arguments.rounds, arguments.retry_errors, build_report)
+
+    sys.stdout.write(summary(run))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    return plan_command.run(_load(arguments), arguments)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    return submit_command.run(_load(arguments), arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vpo_ray.loop import phases
+
+    recipe = _load(arguments) if arguments.recipe else None
+    phases.connect(arguments.verbose)
+    return doctor_command.run(recipe, arguments.json)
+
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from vpo_ray.world.tiny import make_tiny
+
+    make_tiny(arguments.folder)
+    sys.stdout.write(f"tiny checkpoints are in {arguments.folder}\n")
+    return 0
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    from vpo_ray.loop import phases
+
+    recipe = _load(arguments)
+    name: str = arguments.name
+    if name == "report":
+        from vpo_ray.report import build_report
+
+        # It looks on while another driver works, so it takes no lock.
+        run = phases.open_run(recipe)
+        phases.write_ledger(recipe, run)
+        where = build_report(run, recipe)
+    else:
+        with phases.opened(recipe) as run:
+            with phases.accounted(recipe, run):
+                _work(name, recipe, run, arguments)
+            phases.write_ledger(recipe, run)
+        where = run.at("ledger.json")
+    sys.stdout.write(f"{name}: done, see {where}\n")
+    return 0
+
+
+def _work(name: str, recipe: Recipe, run: RunDir, arguments: argparse.Namespace) -> None:
+    """What a stage's command does within its run directory."""
+    from vpo_ray.loop import evaluation, phases
+
+    if name == "curate":
+        phases.curate_queries(recipe, run)
+    elif name == "pair":
+        phases.make_pairs(recipe, run)
+    elif name == "draft":
+        phases.connect(arguments.verbose)
+        phases.draft_sft(recipe, run, arguments.retry_errors)
+    elif name == "train":
+        phases.connect(arguments.verbose)
+        phases.train_what_is_due(recipe, run)
+    elif name == "evaluate":
+        phases.connect(arguments.verbose)
+        sys.stdout.write(evaluation.told(evaluation.evaluate(recipe, run, arguments.retry_errors)))
+    else:
+        phases.connect(arguments.verbose)
+        if name == "generate":
+            phases.curate_queries(recipe, run)
+        start = phases.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))
+        if name == "dpo":
+            phases.train_dpo(recipe, run, start)
+        elif name != "sft":
+            stages = None if name == "generate" else (name,)
+            phases.generate_feedback(recipe, run, start, stages, arguments.retry_errors)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from vpo_ray.files.folder import join
+    from vpo_ray.loop.export import export
+    from vpo_ray.storage.run_dir import RunDir
+
+    recipe = _load(arguments)
+    written = export(recipe, RunDir(recipe.out), arguments.format, arguments.to, arguments.bare)
+    for name, rows in written.items():
+        sys.stdout.write(f"{join(arguments.to, name)}: {rows} rows\n")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from vpo_ray.loop import phases
+    from vpo_ray.serve import serve_forever
+
+    settings = recipes.load_serve(arguments.recipe, arguments.set)
+    if arguments.config:
+        from vpo_ray.serve.config import config_file
+
+        sys.stdout.write(config_file(recipes.locate(arguments.checkpoint), settings))
+        return 0
+    phases.connect(arguments.verbose)
+    serve_forever(recipes.locate(arguments.checkpoint), settings)
+    return 0
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    from vpo_ray.loop import phases
+    from vpo_ray.serve.deploy import roll_out
+    from vpo_ray.storage.run_dir import RunDir
+
+    recipe = _load(arguments)
+    phase = "sft" if recipe.dpo is None else "dpo"
+    checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
+    phases.connect(arguments.verbose)
+    roll_out(recipes.locate(checkpoint), recipes.serve_of(recipe), arguments.timeout)
+    sys.stdout.write(f"deployed {checkpoint} as {recipe.serve.model_name!r}\n")
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from vpo_ray.serve.keys import make_key
+
+    key, line = make_key(arguments.name)
+    sys.stdout.write(f"key (shown this once): {key}\nline for serve.keys:  {line}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""`vpo submit`: hand a command of a recipe to a Ray cluster as a job.
+
+The job's id is a function of the recipe, its run directory and the command: Ray refuses a second job
+of the same id, so that two people who submit the same run get one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import logging
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vpo_ray.cli.submit_package import PackageError, is_node_of, on_shared_storage, pack
+from vpo_ray.recipe import Recipe
+from vpo_ray.records import content_id
+from vpo_ray.storage.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+COMMANDS = (
+    "run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo",
+    "train", "evaluate", "report", "deploy",
+)  # fmt: skip
+
+# Those whose rows can fail, and be taken again.
+RETRYING = frozenset({"run", "draft", "generate", "sample", "judge", "render", "score", "evaluate"})
+
+# Each attempt at a run is a job of its own; the number tells them apart.
+_ATTEMPT = re.compile(r"-(\d+)$")
+
+
+class SubmitError(RuntimeError):
+    """The job cannot be handed over; the message says why."""
+
+
+class OptionError(ValueError):
+    """Options that do not go together."""
+
+
+class AlreadySubmittedError(SubmitError):
+    """This run is submitted or running; the message names the job."""
+
+    exit_status = 3
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of `vpo submit` its options."""
+    parser.add_argument("--command", dest="task", choices=COMMANDS, default="run", help="default: run")
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the cluster's dashboard, e.g. http://127.0.0.1:8265; RAY_API_SERVER_ADDRESS when absent",
+    )
+    parser.add_argument(
+        "--working-dir", metavar="DIR", default=".", help="what travels: the recipe and files that it names"
+    )
+    parser.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+    parser.add_argument("--follow", action="store_true", help="show the job's log, and end as it ends")
+    parser.add_argument("--print-id", action="store_true", help="print the submission id and submit nothing")
+
+
+def submission_id(recipe: Recipe, task: str) -> str:
+    """The id of all attempts at this command of this recipe in this run directory."""
+    name = re.sub("[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:40] or "recipe"
+    where = RunDir(recipe.out).uri
+    return f"vpo-{name}-{task}-{content_id('submission', recipe.fingerprint(), where, task, digits=12)}"
+
+
+def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """Submit the job; with `--follow`, wait for it.
+
+    Returns:
+        0 when submitted, or with `--follow` the exit status of the job's command.
+
+    Raises:
+        OptionError: the command does not take an option that was given.
+        AlreadySubmittedError: an attempt at this run is not over.
+        SubmitError: the recipe is outside the working directory, or the cluster does not answer.
+        PackageError: a file that the recipe names cannot travel.
+    """
+    if arguments.print_id:
+        sys.stdout.write(submission_id(recipe, arguments.task) + "\n")
+        return 0
+    from ray.job_submission import JobSubmissionClient
+
+    if arguments.retry_errors and arguments.task not in RETRYING:
+        raise OptionError(f"--retry-errors: {arguments.task} has no rows that failed to take again")
+    entrypoint, path, folder = _entrypoint(arguments)
+    _warn_of_what_is_lost(recipe)
+    try:
+        client = JobSubmissionClient(arguments.address)
+        name = _next_attempt(client, submission_id(recipe, arguments.task))
+        with tempfile.TemporaryDirectory(prefix="vpo-submit-") as aside:
+            package = Path(aside, "package.zip")
+            pack(recipe, path, folder, package, _everywhere(client))
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=name,
+                runtime_env={"working_dir": str(package)},
+                metadata={"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "out": recipe.out},
+            )
+    except (ConnectionError, RuntimeError) as error:
+        if isinstance(error, SubmitError | PackageError):
+            raise
+        if "already exists" in str(error):
+            raise AlreadySubmittedError(f"somebody submitted this run at the same moment: {name}") from error
+        raise SubmitError(f"the cluster does not take the job: {error}") from error
+    sys.stdout.write(f"{name}\n")
+    sys.stdout.flush()
+    return asyncio.run(_follow(client, name)) if arguments.follow else 0
+
+
+def _everywhere(client: Any) -> Callable[[str], bool]:
+    """Whether an absolute path is the same on the cluster: this machine is a node of it, or the path is
+    on a network filesystem."""
+
+    @functools.cache
+    def here() -> bool:
+        return is_node_of(client._do_request("GET", "/api/version").json().get("session_name") or "none")
+
+    return lambda path: on_shared_storage(path) or here()
+
+
+def _warn_of_what_is_lost(recipe: Recipe) -> None:
+    places = {"out": recipe.out, "render.store": recipe.render.store}
+    for key, place in places.items():
+        if place is not None and "://" not in place and not os.path.isabs(place):
+            logger.warning(
+                "%s: %s is a relative path, which on the cluster is in a copy of the working directory that "
+                "goes with the job; name storage that every node has",
+                key,
+                place,
+            )
+
+
+def _entrypoint(arguments: argparse.Namespace) -> tuple[str, Path, Path]:
+    """The job's command, the recipe's file and the working directory."""
+    given = [Path(name).expanduser() for name in (arguments.working_dir, arguments.recipe)]
+    folder, recipe = (path.resolve() for path in given)
+    # A link in the working directory travels as what it leads to.
+    named = Path(os.path.relpath(os.path.abspath(given[1]), os.path.abspath(given[0])))
+    linked = folder / named
+    if os.pardir not in named.parts and linked.is_file() and linked.samefile(recipe):
+        recipe = linked
+    elif not recipe.is_file() or not recipe.is_relative_to(folder):
+        raise SubmitError(
+            f"{arguments.recipe} is not in the working directory {folder}, which is all that travels: "
+            "give --working-dir"
+        )
+    words = ["python", "-m", "vpo_ray.cli", arguments.task, str(recipe.relative_to(folder))]
+    words += ["--out", arguments.out] if arguments.out else []
+    for item in arguments.set:
+        words += ["--set", item]
+    return shlex.join(words + ["--retry-errors"] * arguments.retry_errors), recipe, folder
+
+
+def _next_attempt(client: Any, base: str) -> str:
+    attempts = {}
+    for job in client.list_jobs():
+        name = job.submission_id or ""
+        number = _ATTEMPT.search(name)
+        if number and name == f"{base}-{number[1]}":
+            attempts[int(number[1])] = job
+    for job in attempts.values():
+        if not job.status.is_terminal():
+            raise AlreadySubmittedError(
+                f"this run is {job.status.lower()} as {job.submission_id}. Look at it with `ray job logs "
+                f"--follow {job.submission_id}`, or end it with `ray job stop {job.submission_id}`"
+            )
+    return f"{base}-{max(attempts, default=0) + 1}"
+
+
+async def _follow(client: Any, name: str) -> int:
+    async for lines in client.tail_job_logs(name):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+    while not (status := client.get_job_status(name)).is_terminal():
+        await asyncio.sleep(1)
+    if status == "SUCCEEDED":
+        return 0
+    info = client.get_job_info(name)
+    logger.error("%s %s: %s", name, status.lower(), info.message)
+    return info.driver_exit_code or 1

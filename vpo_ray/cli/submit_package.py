@@ -1,0 +1,190 @@
+"""What travels to a cluster with `vpo submit`: the working directory as Ray packs it, and every file here
+that the recipe names, whatever `.gitignore` or our own list says of it.
+
+What cannot travel (too large, or named by a path that means nothing elsewhere) is refused by name.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vpo_ray.files.input_files import matches, path_of_uri, walk
+from vpo_ray.recipe import Recipe, sources
+
+logger = logging.getLogger(__name__)
+
+# What does not travel unless the recipe names it (patterns as in .gitignore).
+EXCLUDES = [".git", ".venv", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors", "*.mp4"]
+# All files of one key of the recipe together. A package goes through the memory of the cluster's head.
+MOST_BYTES = 100 * 2**20
+
+_ADVICE = "put it on storage that every node has, and name that path or URI"
+_NETWORK = (
+    "nfs", "cifs", "smb", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs", "fuse", "9p", "virtiofs",
+    "wekafs", "orangefs", "pvfs",
+)  # fmt: skip
+
+
+class PackageError(RuntimeError):
+    """A recipe whose files cannot travel; the message lists them."""
+
+
+def pack(
+    recipe: Recipe, recipe_file: Path, folder: Path, target: Path, everywhere: Callable[[str], bool]
+) -> None:
+    """Write the package: a zip file of the working directory and of what the recipe names.
+
+    Equal files give equal bytes, so that Ray uploads the same package once.
+
+    Args:
+        recipe_file: resolved; in `folder`.
+        folder: the working directory, resolved. A relative path in the recipe is looked for in it, then
+            in the current directory; the job finds it under the same relative path.
+        everywhere: whether an absolute path that is here is the same on the cluster's nodes.
+
+    Raises:
+        PackageError: files that cannot travel, or more than Ray takes.
+    """
+    files = dict(_left_by_ray(folder))
+    named = {str(recipe_file.relative_to(folder)): recipe_file}
+    problems = []
+    for key, name in sources(recipe):
+        try:
+            named |= _named(key, name, folder, everywhere)
+        except PackageError as error:
+            problems.append(str(error))
+    if problems:
+        raise PackageError("these would not reach the cluster:\n  " + "\n  ".join(problems))
+    if forced := sorted(named.keys() - files.keys()):
+        logger.info("named by the recipe, so that they travel, too: %s", _some(forced))
+    files |= named
+    _write(files, target)
+    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+
+    if target.stat().st_size >= GCS_STORAGE_MAX_SIZE:
+        largest = sorted(files, key=lambda name: -files[name].stat().st_size)[:5]
+        raise PackageError(
+            f"{folder} is {target.stat().st_size / 2**20:.0f} MiB when packed, Ray takes less than "
+            f"{GCS_STORAGE_MAX_SIZE / 2**20:.0f}. Its largest files are {', '.join(largest)}: name them in "
+            ".gitignore or .rayignore, or put them on storage that every node has"
+        )
+
+
+def on_shared_storage(path: str) -> bool:
+    """Whether a path lies on a network filesystem of this machine."""
+    import psutil
+
+    real = os.path.realpath(path)
+    mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    while real not in mounts and real != os.path.dirname(real):
+        real = os.path.dirname(real)
+    return mounts.get(real, "").lower().startswith(_NETWORK)
+
+
+def is_node_of(session: str) -> bool:
+    """Whether this machine runs a process of the Ray session of that name."""
+    import psutil
+
+    mark = f"--session-name={session}"
+    return any(mark in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+
+
+def _left_by_ray(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files and empty folders of the working directory by their relative names, as Ray would pack them:
+    .gitignore and .rayignore of every folder are obeyed, links are followed."""
+    from ray._private import ray_constants
+    from ray._private.runtime_env import packaging
+
+    obeyed = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    patterns = [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES]
+    rules: dict[Path, list[Any]] = {folder.parent: [packaging._get_excludes(folder, patterns)]}
+
+    def entered(path: Path) -> bool:
+        inherited = rules[path.parent]
+        rules[path] = [*inherited, *packaging.get_excludes_from_ignore_files(path, obeyed)]
+        return not any(excluded(path) for excluded in rules[path])
+
+    for path in walk(folder, entered, every_name=True, folders=True):
+        if not path.is_dir():
+            if path.is_file() and not any(excluded(path) for excluded in rules[path.parent]):
+                yield str(path.relative_to(folder)), path
+        elif path != folder and next(path.iterdir(), None) is None:
+            yield str(path.relative_to(folder)), path
+
+
+def _named(key: str, name: str, folder: Path, everywhere: Callable[[str], bool]) -> dict[str, Path]:
+    """The files here of one path of the recipe, by their names in the package.
+
+    Raises:
+        PackageError: they cannot travel.
+    """
+    path = path_of_uri(name) if name.startswith("file://") else name
+    if "://" in path:
+        return {}
+    if os.path.isabs(path):
+        found = _files(path)
+        if not found or everywhere(path):
+            return {}
+        inside = Path(os.path.normpath(path))
+        hint = _ADVICE
+        if inside.is_relative_to(folder):
+            hint = f"name it by its path in the working directory, {inside.relative_to(folder)}"
+        raise PackageError(f"{key}: {name} is a path of this machine; {hint}")
+    relative = os.path.normpath(path)
+    bases = [folder, Path.cwd()]
+    base, found = next(((b, f) for b in bases if (f := _files(os.path.join(b, relative)))), (folder, []))
+    if not found:
+        may_be_hub_id = key.endswith((".model", ".lora.path")) and name.count("/") < 2
+        if not name.startswith("builtin:") and not may_be_hub_id:
+            logger.warning("%s: %s is not here; the job will look for it as it is", key, name)
+        return {}
+    if relative.split(os.sep)[0] == os.pardir:
+        raise PackageError(
+            f"{key}: {name} leads out of the working directory, which is all that travels; "
+            f"give --working-dir and a path in it, or {_ADVICE}"
+        )
+    size = sum(file.stat().st_size for file in found)
+    if size > MOST_BYTES:
+        raise PackageError(
+            f"{key}: {name} has {size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that travel; "
+            f"{_ADVICE}"
+        )
+    return {str(file.relative_to(base)): file for file in found}
+
+
+def _files(pattern: str) -> list[Path]:
+    """The files of a path: a file, all of a folder, or what a glob matches; none where nothing is."""
+    path = Path(os.path.abspath(pattern))
+    if path.is_dir():
+        return [file for file in walk(path, every_name=True) if file.is_file()]
+    if path.exists() or not glob.has_magic(pattern):
+        return [path] if path.is_file() else []
+    return [file for one in matches(str(path)) for file in _files(one)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _write(files: dict[str, Path], target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as package:
+        for name, path in sorted(files.items()):
+            try:
+                info = zipfile.ZipInfo(name + "/" * path.is_dir())
+                info.compress_type = zipfile.ZIP_DEFLATED
+                info.external_attr = path.stat().st_mode << 16
+                if path.is_dir():
+                    package.writestr(info, b"")
+                    continue
+                info.file_size = path.stat().st_size
+                with path.open("rb") as source, package.open(info, "w") as stream:
+                    while piece := source.read(1 << 20):
+                        stream.write(piece)
+            except OSError as error:
+                raise PackageError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,40 @@
+"""What `vpo run` leaves on the screen: the funnel, one example, and where to look."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+
+from vpo_ray.loop.ledger import alarms, funnel
+from vpo_ray.storage.run_dir import RunDir
+
+WIDTH = 96
+
+
+def summary(run: RunDir) -> str:
+    """The end of a run as text. Text of users and models is shown without control characters."""
+    ledger = run.read_json("ledger.json")
+    lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
+    lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
+    pair = ledger["stages"]["pair"]
+    if "videos" in pair and pair["kinds"].get("video"):
+        told = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())
+        lines.append(f"videos for a video pair, by render.strategy: {told}")
+    if spilled := ledger.get("last_run", {}).get("spilled_bytes"):
+        lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
+    if run.exists("example.json"):
+        example = run.read_json("example.json")
+        lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]
+    lines += ["", f"report   {run.at('report/index.html')}", f"ledger   {run.at('ledger.json')}"]
+    for phase in ("dpo", "sft"):
+        if run.exists(f"checkpoints/{phase}/vpo.json"):
+            policy = run.at(f"checkpoints/{phase}")
+            lines += [f"policy   {policy}", f"serve    vpo serve {shlex.quote(policy)}"]
+            break
+    return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, text: str) -> list[str]:
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    wrapped = textwrap.wrap(printable, WIDTH - 9) or [""]
+    return [f"{name if i == 0 else '':<8} {line}" for i, line in enumerate(wrapped)]

@@ -1,0 +1,58 @@
+"""A policy that is a LoRA adapter (arXiv 2106.09685): files, as peft saves them, that name their base."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vpo_ray.files.folder import Folder
+from vpo_ray.recipe import locate
+from vpo_ray.storage.model_cache import fetch_for_engine
+
+_SETTINGS = "adapter_config.json"
+# The ranks that vLLM makes room for.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class AdapterError(ValueError):
+    """A folder with an adapter that cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as peft saves it: its folder or URI, the model that it is for, and its rank."""
+
+    folder: str
+    base: str
+    rank: int
+
+    def engine_kwargs(self) -> dict[str, Any]:
+        room = next((rank for rank in _RANKS if rank >= self.rank), _RANKS[-1])
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+
+    def on_node(self) -> Adapter:
+        """The same where this node's engine reads it: a URI is fetched."""
+        return replace(self, folder=fetch_for_engine(self.folder), base=fetch_for_engine(self.base))
+
+
+def adapter_of(model: str) -> Adapter | None:
+    """The adapter in a local folder or at a URI, or None where there is a whole model.
+
+    Raises:
+        AdapterError: its `adapter_config.json` cannot be used.
+        StorageError: the URI cannot be opened.
+    """
+    if "://" not in model and not os.path.isdir(model):
+        return None
+    place = Folder(model)
+    if not place.exists(_SETTINGS):
+        return None
+    path = place.at(_SETTINGS)
+    try:
+        config = json.loads(place.read(_SETTINGS))
+        base, rank = locate(config["base_model_name_or_path"]), int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: not the settings of a LoRA adapter: {error}") from error
+    return Adapter(place.uri, base, rank)

@@ -1,0 +1,124 @@
+"""Answers that are to be a JSON object of a schema: how they are asked for, found and checked.
+
+A grammar that holds a model to the schema is not to be had everywhere. An object in a fence, behind a
+thought or between sentences is the answer all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jsonschema
+
+from vpo_ray.engines.chat.thoughts import UnclosedThought, is_spoken, without_thoughts
+
+Schema = dict[str, Any]
+
+# Places where an object may begin that are tried in one answer, from its end.
+MAX_STARTS = 500
+LENGTHS = frozenset({"maxLength", "maxItems"})
+# What OpenAI's strict mode has refused, now or before.
+REFUSED = LENGTHS | {"minLength", "minItems", "minimum", "maximum", "pattern", "format"}
+_IN_WORDS = (
+    "\n\nAnswer with one JSON object alone, without any text or code fence around it. It must be of this "
+    "JSON schema: "
+)
+_DECODER = json.JSONDecoder(strict=False)
+
+
+def find_object(text: str, schema: Schema) -> str:
+    """The JSON object of a schema in an answer: the whole of it, or the last such object outside its
+    thoughts. Where there is none, the text without thoughts, whose `schema_fault` says why."""
+    if schema_fault(text, schema) is None:
+        return text
+    inner = _quoted(text)
+    if schema_fault(inner, schema) is None:
+        return inner
+    try:
+        said = without_thoughts(text)
+    except UnclosedThought:
+        said = text
+    if _is_json(said):
+        return said  # and so nothing within it is the answer
+    # Marks within an object are text that it quotes: it is looked for in all of the answer.
+    for start, end in _objects(text):
+        if schema_fault(text[start:end], schema) is None and is_spoken(text[:start], text[end:]):
+            return text[start:end]
+    return said
+
+
+def schema_fault(text: str, schema: Schema) -> str | None:
+    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
+    try:
+        value = json.loads(text, strict=False, parse_constant=_no_number)
+        # An escape may hold half a character, which no table takes.
+        json.dumps(value, ensure_ascii=False).encode()
+        jsonschema.validate(value, without(schema, LENGTHS))
+    except jsonschema.ValidationError as error:
+        return f"{error.json_path}: {error.message[:200]}"
+    except (ValueError, RecursionError) as error:
+        return f"it does not parse ({str(error)[:200]})"
+    return None
+
+
+def response_format(schema: Schema) -> dict[str, Any]:
+    """What asks a server for a JSON schema, without the limits that some refuse: an answer is checked."""
+    json_schema = {"name": "answer", "strict": True, "schema": without(schema, REFUSED)}
+    return {"type": "json_schema", "json_schema": json_schema}
+
+
+def in_words(messages: Sequence[Any], schema: Schema) -> list[Any]:
+    """The messages, the last of which says the schema: for a server that takes none."""
+    *before, last = messages
+    told = _IN_WORDS + json.dumps(without(schema, REFUSED), ensure_ascii=False)
+    if isinstance(last["content"], str):
+        return [*before, {**last, "content": last["content"] + told}]
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": told.strip()}]}]
+
+
+def without(schema: Any, keywords: frozenset[str]) -> Any:
+    """A schema without some of its keywords."""
+    if isinstance(schema, list):
+        return [without(item, keywords) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: without(v, keywords) for k, v in schema.items() if k not in keywords}
+
+
+def _objects(text: str) -> Iterator[tuple[int, int]]:
+    """Where the JSON objects of a text begin and end, the last one first."""
+    at = len(text)
+    for _ in range(MAX_STARTS):
+        at = text.rfind("{", 0, at)
+        if at < 0:
+            return
+        try:
+            _, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            continue
+        yield at, end
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _quoted(text: str) -> str:
+    """The string that a text is in JSON, or nothing: some servers encode an answer twice."""
+    if not text.lstrip().startswith('"'):
+        return ""
+    try:
+        value = json.loads(text, strict=False)
+    except ValueError:
+        return ""
+    return value if isinstance(value, str) else ""
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,182 @@
+"""Tokenizers of policies and judges, loaded with a proof that what a user says survives the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vpo_ray.prompts.policy_prompt import (
+    SLOT,
+    PromptError,
+    control_tokens,
+    fold_task_prompt,
+    is_folded,
+    neutralise,
+)
+from vpo_ray.prompts.template_arguments import has_arguments, unknown_arguments, with_arguments
+from vpo_ray.storage.model_cache import fetch
+
+# In front of a template that takes content only as such a list.
+_PARTS = (
+    "{#- vpo_ray: this template takes content as a list of parts -#}"
+    "{%- set vpo = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message.content is string -%}"
+    "{%- set message = dict(message, content=[{'type': 'text', 'text': message.content}]) -%}{%- endif -%}"
+    "{%- set vpo.messages = vpo.messages + [message] -%}{%- endfor -%}{%- set messages = vpo.messages -%}"
+)
+
+
+def load_chat_tokenizer(
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> Any:
+    """A tokenizer with one chat template, through which what a user says is proven to pass.
+
+    Of several named templates it is the one named `default`. One that takes content only as a list of
+    parts is given such a list.
+
+    Args:
+        model: a local folder, URI or hub id.
+        arguments: of the chat template (`chat_template_kwargs`); they become part of it.
+
+    Raises:
+        PromptError: no chat template, one that takes no such argument, or one that changes or leaves out
+            a user's message.
+        StorageError: nothing can be read at the URI.
+    """
+    tokenizer = _tokenizer(model, revision, trust_remote_code, arguments)
+    if not is_folded(tokenizer.chat_template):
+        tokenizer.chat_template = _proven(model, tokenizer, "")
+    return tokenizer
+
+
+def load_tokenizer(
+    model: str,
+    task_prompt: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> Any:
+    """The policy's tokenizer with the task prompt folded in (kept as it is when it already is).
+
+    Args:
+        model: a local folder, URI or hub id.
+        task_prompt: text with a `{query}` slot; None asks for a checkpoint that carries its own.
+        arguments: of the chat template; a checkpoint that carries its own task prompt has them in it.
+
+    Raises:
+        PromptError: no chat template, no task prompt to be had, or a template that does not show a
+            query, or the task prompt around it, as it is.
+    """
+    tokenizer = _tokenizer(model, revision, trust_remote_code, arguments)
+    if is_folded(tokenizer.chat_template):
+        _prove(model, tokenizer, tokenizer.chat_template, "", "")
+    elif task_prompt is None:
+        raise PromptError(f"{model}: the chat template holds no task prompt; it is not a vpo_ray policy")
+    else:
+        tokenizer.chat_template = _proven(model, tokenizer, task_prompt)
+    return tokenizer
+
+
+def _tokenizer(
+    model: str, revision: str | None, trust_remote_code: bool, arguments: Mapping[str, Any] | None
+) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        fetch(model, weights=False), revision=revision, trust_remote_code=trust_remote_code
+    )
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise PromptError(
+                f"{model}: the tokenizer has the chat templates {', '.join(sorted(template))} and none named "
+                "default: save the one to use as chat_template.jinja in the checkpoint's folder"
+            )
+        template = template["default"]
+    if not template:
+        raise PromptError(f"{model}: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+    template = template.removeprefix("\ufeff")
+    if arguments and not has_arguments(template, arguments):
+        if unknown := unknown_arguments(template, arguments):
+            raise PromptError(f"{model}: the chat template takes no chat_template_kwargs.{unknown[0]}")
+        if is_folded(template):
+            raise PromptError(f"{model}: this checkpoint was made with other chat_template_kwargs, or none")
+        template = with_arguments(template, arguments)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+# What must pass through a template: the forms of text that templates in use cut, trim or rewrite.
+_PROBES = (
+    "a red kite",
+    "  A cat\n\n\ttwo Dogs,  3 birds \r\n{{ 7*7 }} {% if x %} {query} {} %s \\n \"quoted\" 'so' &amp; <b>",
+    "\u732b \u043a\u043e\u0448\u043a\u0430 \U0001f408\u200d\u2b1b e\u0301 \ufb01 \u202eabc\u202c\u00a0\u2028",
+    "<think>one</think> two [INST] three [/INST] <|im_end|> </s> <tool_response>\nfour\n</tool_response>",
+    " ".join(f"word{number}" for number in range(4000)),
+)
+
+
+def _proven(model: str, tokenizer: Any, task_prompt: str) -> str:
+    """The tokenizer's template with the task prompt, if one is given, in the form that shows a query."""
+    own = tokenizer.chat_template
+    before, after = task_prompt.split(SLOT) if task_prompt.count(SLOT) == 1 else ("", "")
+    forms = [fold_task_prompt(form, task_prompt) if task_prompt else form for form in (own, _PARTS + own)]
+    refused: list[PromptError] = []
+    for form in forms:
+        try:
+            _prove(model, tokenizer, form, before, after)
+            return form
+        except PromptError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -> None:
+    """Raises PromptError when the template does not show a user's message, with what is around it."""
+    tokens = control_tokens(tokenizer)
+    for probe in _PROBES:
+        safe = neutralise(probe, tokens)
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": safe}],
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a program of others
+            raise PromptError(
+                f"{model}: the chat template refuses a conversation of one user message "
+                f"({type(error).__name__}: {str(error)[:200]}). {_ADVICE}"
+            ) from error
+        if probe is _PROBES[0] and safe in text:
+            in_front, _, behind = text.rpartition(safe)
+            _apart(model, in_front, behind, tokens)
+        if f"{before}{safe}{after}".strip() not in text:
+            shown = "changes or cuts" if max(safe.split(), key=len) in text else "leaves out"
+            raise PromptError(
+                f"{model}: the chat template {shown} what a user says: {safe[:60]!r} becomes "
+                f"{text[-200:]!r}. {_ADVICE}"
+            )
+
+
+def _apart(model: str, before: str, after: str, tokens: Sequence[str]) -> None:
+    """Raises PromptError when a query could make a control token of the text that it stands between."""
+    for token in tokens:
+        for cut in range(1, len(token)):
+            begun, ended = token[:cut], token[cut:]
+            if (begun.strip() and before.endswith(begun)) or (ended.strip() and after.startswith(ended)):
+                side = f"behind {begun!r}" if before.endswith(begun) else f"in front of {ended!r}"
+                raise PromptError(
+                    f"{model}: the query stands {side}, a part of the control token {token!r}, and could "
+                    "complete it: put a space or an end of line between them, in policy.task_prompt or the "
+                    "chat template"
+                )
+
+
+_ADVICE = (
+    "Give the checkpoint's folder a chat_template.jinja that shows the one user message as it is, or use "
+    "another checkpoint"
+)

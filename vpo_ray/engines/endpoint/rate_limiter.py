@@ -1,0 +1,94 @@
+"""The budget of requests and tokens a minute that all replicas of an endpoint's clients share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from vpo_ray.engines.endpoint.failures import RequestError
+
+
+class Pace:
+    """Spaces requests so that a minute has no more of them, and of their tokens, than it may.
+
+    Requests are spread evenly: there is no burst at the start of a minute, nor after this object
+    was lost with its process and made again. Whoever calls gives the limits, so that two runs may
+    share one object.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._request_at = self._tokens_at = 0.0
+
+    def reserve(self, tokens: int, per_minute: tuple[int | None, int | None]) -> float:
+        """Seconds to wait before a request of so many tokens is sent.
+
+        Args:
+            tokens: an estimate of what it reads and writes; see `settle`.
+            per_minute: how many requests, how many tokens.
+        """
+        now = self._now()
+        request_at, tokens_at = max(now, self._request_at), max(now, self._tokens_at)
+        requests_limit, tokens_limit = per_minute
+        self._request_at = request_at + (60 / requests_limit if requests_limit else 0)
+        if tokens_limit:
+            self._tokens_at = tokens_at + 60 * tokens / tokens_limit
+        return max(request_at, tokens_at) - now
+
+    def settle(self, unused: int, tokens_per_minute: int) -> None:
+        """Give back tokens that were reserved and not used (or, negative, take those that were)."""
+        self._tokens_at -= 60 * unused / tokens_per_minute
+
+    def pause(self, seconds: float) -> None:
+        """Let no request pass for so long: the server asked for it."""
+        self._request_at = max(self._request_at, self._now() + seconds)
+
+
+class ClusterPace:
+    """One `Pace` for the whole cluster: a named Ray actor, made by whoever comes first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._actor: Any = None
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        for _ in range(5):
+            # It dies with the process that made it; the next caller makes another.
+            if self._actor is None:
+                options = {"name": self._name, "namespace": "vpo_ray", "get_if_exists": True, "num_cpus": 0}
+                self._actor = await asyncio.to_thread(ray.remote(Pace).options(**options).remote)
+            try:
+                return await getattr(self._actor, method).remote(*arguments)
+            except ray.exceptions.RayActorError:
+                self._actor = None
+        raise RequestError("the cluster's budget of requests cannot be had: its actor died five times")
+
+
+class LocalPace:
+    """A pace of this process only, where no budget is shared."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._pace, method)(*arguments)
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that a server asks to wait, from `retry-after-ms` or `Retry-After` (seconds or a date)."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            seconds = float(headers[name]) / unit
+        except (KeyError, ValueError):
+            continue
+        if seconds >= 0:  # not NaN
+            return seconds
+    try:
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (KeyError, ValueError, TypeError):
+        return None

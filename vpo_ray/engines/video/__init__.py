@@ -1,0 +1,1 @@
+"""Video engines: a prompt becomes a video."""

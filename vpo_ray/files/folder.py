@@ -1,0 +1,245 @@
+"""A folder of files, on a local disk or in an object store, in which a file appears whole or not at all.
+
+Everything goes through `pyarrow.fs`, so a folder is a local one or a URI (`s3://bucket/runs/a`,
+`gs://...`). On a local disk a file is written beside its place, flushed and renamed, so that a power cut
+leaves the old file or the new one too. Object stores publish an object when its upload is complete; one
+that is there already is replaced by a copy within the store.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from vpo_ray.files.input_files import walk
+
+T = TypeVar("T")
+
+READS = 3  # of an object that changes under its reader
+
+
+def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Rows in lists of `size`, the last one shorter."""
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+class StorageError(RuntimeError):
+    """A folder or object that cannot be read or written; the message says which and why."""
+
+    stops_run = True  # see pools.STOP
+
+
+class DamagedError(StorageError, ValueError):
+    """A file that does not hold what it should; the message says which."""
+
+
+def join(uri: str, name: str) -> str:
+    """The path or URI of `name` in a folder. Options of a URI (`?endpoint_override=...`) stay at its end."""
+    place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{place.rstrip('/')}/{name}{sign}{options}"
+
+
+def flush(path: str | Path) -> None:
+    """Bring a local file, or the names in a folder, to the disk. Raises OSError (full)."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some shared filesystems cannot do so for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(file)
+
+
+class Folder:
+    """A folder on any filesystem that `pyarrow.fs` opens. Picklable; cheap to make.
+
+    Args:
+        uri: a local path or a URI, with options as pyarrow takes them, such as
+            `s3://bucket/path?endpoint_override=host:port&scheme=http`. Credentials come from the
+            environment, as pyarrow looks for them.
+
+    Raises:
+        StorageError: a URI of no known filesystem or with a password in it, a bucket that cannot be found,
+            or the home of nobody.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        text = str(uri)
+        if "://" in text:
+            place, sign, options = text.partition("?")
+            self.uri = f"{place.rstrip('/')}{sign}{options}"
+        else:
+            try:
+                self.uri = str(Path(text).expanduser().resolve())
+            except RuntimeError as error:
+                raise StorageError(f"cannot open {text}: nobody here has such a home folder") from error
+        self._open()
+
+    def _open(self) -> None:
+        remote = "://" in self.uri
+        uri = self.uri if remote else Path(self.uri).as_uri()
+        if uri.startswith("s3://"):
+            # A small object is then one request, not an upload of one part.
+            uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+        if remote and urlsplit(self.uri).password is not None:
+            # It would stand in tables, logs and the report.
+            raise StorageError("a URI must not hold a password: give credentials by the environment")
+        try:
+            self.fs, self.path = pafs.FileSystem.from_uri(uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"cannot open {self.uri}: {error}") from error
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        return (type(self), (self.uri,))
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.at(name))
+
+    def at(self, name: str) -> str:
+        """The path or URI of a file or folder in this one."""
+        return join(self.uri, name)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
+    @property
+    def is_objects(self) -> bool:
+        """An object store: it has no folders, and an object appears when its upload is complete."""
+        return self.fs.type_name in ("s3", "gcs", "abfs")
+
+    def write(self, name: str, data: bytes) -> int | None:
+        """Write one file whole or not at all. Raises StorageError (read-only, full, no access).
+
+        Returns:
+            The file's modification time in ns; None on an object store, which would have to be asked.
+        """
+        target = f"{self.path}/{name}"
+        written = f"{target}.{uuid.uuid4().hex}.tmp"
+        opened = whole = False
+        modified: int | None = None
+        try:
+            if not self.is_objects:
+                self._make_folder(os.path.dirname(target))
+            elif self.fs.get_file_info(target).type != pafs.FileType.File:
+                # Leaving the block below closes the stream, and with that the store publishes what it has
+                # got so far: an object that is there is replaced by a whole one only.
+                written = target
+            with self.fs.open_output_stream(written) as stream:
+                opened = True
+                stream.write(data)
+                whole = True
+            if not self.is_objects:
+                if self.is_local:
+                    flush(written)
+                modified = self.fs.get_file_info(written).mtime_ns
+                self.fs.move(written, target)
+                if self.is_local:
+                    flush(os.path.dirname(target))
+            elif written != target:
+                self.fs.copy_file(written, target)
+                self.fs.delete_file(written)
+        except BaseException as error:
+            if written != target or (opened and not whole):
+                with suppress(OSError):
+                    self.fs.delete_file(written)
+            if isinstance(error, OSError):
+                raise StorageError(f"cannot write {self.at(name)}: {error}") from error
+            raise
+        return modified
+
+    def _make_folder(self, path: str) -> None:
+        """Make a folder, and those above it, so that a power cut does not take them away."""
+        if not self.is_local:
+            self.fs.create_dir(path, recursive=True)
+        elif not os.path.isdir(path):
+            above = os.path.dirname(path)
+            self._make_folder(above)
+            self.fs.create_dir(path, recursive=False)
+            flush(above)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; one that is gone is fine. Raises StorageError."""
+        try:
+            self.fs.delete_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(f"cannot delete {self.at(name)}: {error}") from error
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError when there is no such file, OSError when it cannot be read."""
+        path = f"{self.path}/{name}"
+        if not self.is_objects:
+            with self.fs.open_input_stream(path) as stream:
+                return stream.read()
+        # An object may be gone, or be another, since it was opened. pyarrow then gives an error, or as many
+        # bytes as there were before, whatever they are.
+        failure: OSError | None = None
+        for _ in range(READS):
+            with self.fs.open_input_stream(path) as stream:
+                try:
+                    data = stream.read()
+                except OSError as error:
+                    failure = error
+                    continue
+            if self.fs.get_file_info(path).size == len(data):
+                return data
+        raise failure or OSError(f"{path} changes whenever it is read")
+
+    def exists(self, name: str) -> bool:
+        return self.fs.get_file_info(f"{self.path}/{name}").type == pafs.FileType.File
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        """Raises FileNotFoundError when there is no such file, DamagedError when it is not JSON."""
+        try:
+            return json.loads(self.read(name))
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(f"{self.at(name)} is damaged, it is not JSON: {error}") from error
+
+    def files(self, suffix: str = "") -> list[str]:
+        """Sorted names (relative, recursive) of the files here; none when the folder is absent.
+
+        Raises:
+            StorageError: the folder cannot be listed.
+        """
+        base = len(self.path) + 1
+        return sorted(i.path[base:] for i in self.infos() if i.path.endswith(suffix))
+
+    def infos(self) -> list[pafs.FileInfo]:
+        """Paths, sizes and times of the files here, recursive; none when the folder is absent.
+
+        Links on a local disk are followed, each folder once: pyarrow would go round in a circle of links.
+
+        Raises:
+            StorageError: the folder cannot be listed.
+        """
+        try:
+            if not self.is_local:
+                selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+                infos = self.fs.get_file_info(selector)
+            elif os.path.exists(self.path):
+                infos = self.fs.get_file_info([str(path) for path in walk(Path(self.path))])
+            else:
+                infos = []
+        except OSError as error:
+            raise StorageError(f"cannot list {self.uri}: {error}") from error
+        return [info for info in infos if info.type == pafs.FileType.File]

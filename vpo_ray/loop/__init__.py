@@ -1,0 +1,1 @@
+"""The phases of the loop in order, rounds, evaluation, export and the ledger."""

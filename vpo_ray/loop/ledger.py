@@ -1,0 +1,431 @@
+"""The ledger of a run: rows in, out, dropped, skipped and errored at every stage.
+
+It is computed from the tables of the run directory, and what endpoints took from the run's account
+(`spending`), and from nothing else, so it is right after any kill and any resume. At every stage
+`in == out + dropped + skipped + errored`; `reconcile` names the stages where rows are not accounted
+for (a run that was stopped has some in flight).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vpo_ray.recipe import Pair, Recipe
+from vpo_ray.records import Row
+from vpo_ray.stages.pair import by_reward
+from vpo_ray.stages.score import ALARM_AFTER
+from vpo_ray.storage.run_dir import CANDIDATE_TABLES, RunDir
+from vpo_ray.stream.spending import Charges, spent_at
+
+STAGES = ("curate", "label", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
+# Rows of the SFT data that are not in the table `sft`, by reason.
+SFT_DROPPED = "sft/dropped.json"
+MAX_REASONS = 40
+
+Ledger = dict[str, Any]
+
+
+def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
+    """Count every stage of a run.
+
+    Returns:
+        A JSON-able dict: `name`, `fingerprint`, `paid` where endpoints took anything (see `_money`), and
+        `stages` (for each of STAGES, `label` and `draft`
+        only where the recipe has them: `in`, `out`, and `dropped`, `skipped`, `errored` as counts by reason,
+        `seconds` of work and `seconds_per_row`, and what is particular to the stage).
+    """
+    stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
+    if recipe.queries.unsafe_judge:
+        stages["label"] = _label(run)
+    if recipe.draft is not None:
+        stages["draft"] = _draft(run, stages["curate"]["splits"].get("sft", 0))
+    entered = stages["curate"]["splits"].get("dpo", 0) * recipe.sample.k
+    for stage in CANDIDATE_TABLES:
+        stages[stage] = _candidates(run, stage, entered)
+        entered = stages[stage]["out"]
+    stages["pair"] = _pair(run, recipe.pair)
+    stages["sft"] = _training(run, "sft", run.table("sft").count())
+    stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
+    ledger = {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
+    return ledger | _money(run, stages)
+
+
+def _money(run: RunDir, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Put what the account says into the stages' entries: it knows of answers that no row tells of (of rows
+    that failed and were tried again, and of the reward's). For a root run directory, the cost of the whole
+    run and of each of its run directories, where anything was paid."""
+    root, place = run.root()
+    spent = spent_at(root, place or None)
+    for stage, sums in spent[place].items():
+        if stage in stages and sums.requests:
+            stages[stage] |= {"requests": sums.requests, **sums.shown()}
+    costs = {name or ".": sum(sums.cost for sums in found.values()) for name, found in sorted(spent.items())}
+    if place or not sum(costs.values()):
+        return {}
+    each = {name: round(cost, 6) for name, cost in costs.items() if cost}
+    return {"paid": {"cost": round(sum(costs.values()), 6), "runs": each}}
+
+
+def reconcile(ledger: Ledger) -> list[str]:
+    """One sentence for every stage whose rows do not add up; empty when all do."""
+    problems = []
+    for stage, entry in ledger["stages"].items():
+        counts = {kind: sum(entry[kind].values()) for kind in ("dropped", "skipped", "errored")}
+        missing = entry["in"] - entry["out"] - sum(counts.values())
+        if missing:
+            told = " + ".join(f"{n} {kind}" for kind, n in {"out": entry["out"], **counts}.items())
+            what = f"{missing} not accounted for" if missing > 0 else f"{-missing} too many"
+            problems.append(f"{stage}: {entry['in']} in, but {told}: {what}")
+    return problems
+
+
+def alarms(ledger: Ledger) -> list[str]:
+    """What a person should look at before trusting the run: one sentence each."""
+    found = []
+    scored, cut = ledger["stages"]["score"], ledger["stages"]["render"].get("text_cut")
+    if scored["score"] and scored["out"] >= ALARM_AFTER and scored["score"]["min"] == scored["score"]["max"]:
+        found.append(
+            f"all {scored['out']} videos got the score {scored['score']['min']:g}: look at reward.rule, the "
+            "template and the tokenizer"
+        )
+    if cut and cut["videos"]:
+        found.append(
+            f"{cut['videos']} of {cut['of']} rendered prompts ({cut['videos'] / cut['of']:.0%}) were cut at "
+            f"the video model's text length, by up to {cut['most_tokens']} tokens: it never saw their ends, "
+            "so long prompts lose. Lower sample.max_tokens or ask for fewer words in policy.task_prompt; "
+            "raise render.max_text_tokens where the model takes more; or leave such prompts out by "
+            "render.long_prompts: error"
+        )
+    return found
+
+
+def funnel(ledger: Ledger) -> dict[str, int]:
+    """What became of the queries that were sampled: candidates, aligned ones, videos, pairs."""
+    stages = ledger["stages"]
+    return {
+        "queries": stages["curate"]["splits"].get("dpo", 0),
+        "candidates": stages["sample"]["out"],
+        "aligned": stages["judge"]["verdicts"].get("aligned", 0),
+        "videos": stages["render"]["videos"],
+        "pairs": stages["pair"]["pairs"],
+    }
+
+
+def reason_of(error: str) -> str:
+    """An error's first line without what differs from row to row, to count errors of one kind."""
+    line = next((part.strip() for part in error.splitlines() if part.strip()), "no message")
+    line = re.sub(r"(?<![\w.])(?:[a-z]+://|/)[^\s'\",;)]+", "PATH", line)
+    line = re.sub(r"\b(?:0x[0-9a-f]+|(?=[a-f]*\d)[0-9a-f]{8,})\b", "ID", line, flags=re.IGNORECASE)
+    line = re.sub(r"\d+(?:[.,]\d+)*", "N", line)
+    return line if len(line) <= 120 else line[:119] + "…"
+
+
+def _entry(entered: int, left: int, **more: Any) -> dict[str, Any]:
+    reasons: dict[str, Any] = {"dropped": {}, "skipped": {}, "errored": {}}
+    return {"in": entered, "out": left, **reasons, "seconds": None, "seconds_per_row": None, **more}
+
+
+def _by_reason(counts: Counter[str]) -> dict[str, int]:
+    """Counts, most frequent first; the tail is summed up so that a ledger stays small."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    tail = sum(n for _, n in ordered[MAX_REASONS:])
+    return dict(ordered[:MAX_REASONS]) | ({"other reasons": tail} if tail else {})
+
+
+def _curate(run: RunDir) -> dict[str, Any]:
+    splits = Counter(row["split"] for row in run.table("queries").rows(["split"]))
+    dropped = Counter(row["reason"] for row in run.table("dropped").rows(["reason"]))
+    kept, by_split = splits.total(), dict(sorted(splits.items()))
+    return _entry(kept + dropped.total(), kept, dropped=_by_reason(dropped), splits=by_split)
+
+
+def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
+    """Count one of the candidate stages in a single pass over its table.
+
+    A row that failed before this stage only passed through and is not counted; one that failed
+    after it (seen where a later table stands in) left this stage well.
+    """
+    order = list(CANDIDATE_TABLES)
+    position = order.index(stage)
+    facts = _FACTS[stage]()
+    out = timed = 0
+    seconds = 0.0
+    skipped: Counter[str] = Counter()
+    errored: Counter[str] = Counter()
+    usage = Charges()
+    more = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
+    for row in run.rows_of_stage(stage, [*facts.columns, *more]):
+        failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
+        misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
+        if failed_at < position or ((misaligned or row["skipped"]) and stage == "score"):
+            continue
+        spent = (row["seconds"] or {}).get(stage)
+        if spent is not None:
+            seconds, timed = seconds + spent, timed + 1
+        usage.add_row(row, stage)
+        if failed_at == position:
+            errored[reason_of(row["error"])] += 1
+        elif misaligned and stage == "render":
+            skipped[f"not aligned: {row['verdict']}"] += 1
+        elif row["skipped"] and stage == "render":
+            skipped[row["skipped"]] += 1
+        else:
+            out += 1
+            facts.add(row)
+    return _entry(
+        entered,
+        out,
+        skipped=_by_reason(skipped),
+        errored=_by_reason(errored),
+        seconds=round(seconds, 3) if timed else None,
+        seconds_per_row=round(seconds / timed, 4) if timed else None,
+        **(usage.shown() if stage == "judge" else {}),
+        **facts.result(),
+    )
+
+
+def _label(run: RunDir) -> dict[str, Any]:
+    """Rows here are queries before the subset is chosen; `verdicts` counts what is unsafe and safe."""
+    timed, seconds, usage = 0, 0.0, Charges()
+    errored: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    for row in run.table("labels").rows(["unsafe", "seconds", "usage", "error"]):
+        usage.add_row(row, "label")
+        spent = (row["seconds"] or {}).get("label")
+        if spent is not None:
+            seconds, timed = seconds + spent, timed + 1
+        if row["error"] is not None:
+            errored[reason_of(row["error"])] += 1
+        else:
+            verdicts["unsafe" if row["unsafe"] else "safe"] += 1
+    return _entry(
+        run.table("unlabelled").count(),
+        sum(verdicts.values()),
+        errored=_by_reason(errored),
+        seconds=round(seconds, 3) if timed else None,
+        seconds_per_row=round(seconds / timed, 4) if timed else None,
+        verdicts=_by_reason(verdicts),
+        **usage.shown(),
+    )
+
+
+def _draft(run: RunDir, entered: int) -> dict[str, Any]:
+    """Rows here are queries of the sft split; one whose draft has no target is dropped, and told why."""
+    out = timed = refined = 0
+    seconds, usage = 0.0, Charges()
+    dropped: Counter[str] = Counter()
+    errored: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    columns = ["verdict", "refined_prompt", "target", "fault", "seconds", "usage", "error"]
+    for row in run.table("drafts").rows(columns):
+        usage.add_row(row, "draft")
+        spent = (row["seconds"] or {}).get("draft")
+        if spent is not None:
+            seconds, timed = seconds + spent, timed + 1
+        verdicts[row["verdict"] or "none"] += 1
+        refined += row["refined_prompt"] is not None
+        if row["error"] is not None:
+            errored[reason_of(row["error"])] += 1
+        elif row["target"] is None:
+            dropped[row["fault"] or "no target"] += 1
+        else:
+            out += 1
+    return _entry(
+        entered,
+        out,
+        dropped=_by_reason(dropped),
+        errored=_by_reason(errored),
+        seconds=round(seconds, 3) if timed else None,
+        seconds_per_row=round(seconds / timed, 4) if timed else None,
+        verdicts=_by_reason(verdicts),
+        refined=refined,
+        **usage.shown(),
+    )
+
+
+class _Sampled:
+    columns = ("prompt_tokens", "completion_tokens")
+
+    def __init__(self) -> None:
+        self.prompt = self.completion = 0
+
+    def add(self, row: Row) -> None:
+        self.prompt += row["prompt_tokens"] or 0
+        self.completion += row["completion_tokens"] or 0
+
+    def result(self) -> dict[str, Any]:
+        return {"tokens": {"prompt": self.prompt, "completion": self.completion}}
+
+
+class _Judged:
+    columns = ("refined_prompt", "refined_fault", "refined_verdict")
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.refined = self.refined_aligned = 0
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["verdict"] or "none"] += 1
+        self.refined += row["refined_prompt"] is not None
+        if row["refined_fault"] is not None:
+            self.faults[row["refined_fault"]] += 1
+        self.refined_aligned += row["refined_verdict"] == "aligned"
+
+    def result(self) -> dict[str, Any]:
+        verdicts = _by_reason(self.verdicts)
+        return {
+            "verdicts": verdicts,
+            "refined": self.refined,
+            "refined_aligned": self.refined_aligned,
+            "refined_faults": _by_reason(self.faults),
+        }
+
+
+class _Rendered:
+    columns = ("video_key", "text_cut")
+
+    def __init__(self) -> None:
+        self.cuts: dict[str, int | None] = {}
+
+    def add(self, row: Row) -> None:
+        self.cuts[row["video_key"]] = row["text_cut"]
+
+    def result(self) -> dict[str, Any]:
+        known = [cut for cut in self.cuts.values() if cut is not None]
+        cut = {
+            "videos": sum(tokens > 0 for tokens in known),
+            "of": len(known),
+            "most_tokens": max(known, default=0),
+        }
+        return {"videos": len(self.cuts), "text_cut": cut if known else None}
+
+
+class _Scored:
+    columns = ("score",)
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+        self.low, self.high = float("inf"), float("-inf")
+
+    def add(self, row: Row) -> None:
+        score = row["score"]
+        self.count, self.total = self.count + 1, self.total + score
+        self.low, self.high = min(self.low, score), max(self.high, score)
+
+    def result(self) -> dict[str, Any]:
+        if not self.count:
+            return {"score": None}
+        return {"score": {"mean": self.total / self.count, "min": self.low, "max": self.high}}
+
+
+_FACTS: dict[str, Callable[[], Any]] = {
+    "sample": _Sampled,
+    "judge": _Judged,
+    "render": _Rendered,
+    "score": _Scored,
+}
+
+
+@dataclass
+class _Tally:
+    """What decides whether a query can have a pair, kept small: one for every query."""
+
+    candidates: int = 0
+    failed: int = 0
+    refined: int = 0
+    skipped: str | None = None
+    scores: tuple[float, ...] = ()
+    prompts: frozenset[int] = frozenset()
+
+    def add(self, row: Row) -> None:
+        self.candidates += 1
+        if row["error"] is not None:
+            self.failed += 1
+        elif row["refined_verdict"] == "aligned":
+            self.refined += 1
+        elif row["skipped"] is not None:
+            self.skipped = row["skipped"]
+        elif row["score"] is not None:
+            self.scores += (row["score"],)
+            self.prompts |= {hash(row["prompt"])}
+
+    def why_no_pair(self, settings: Pair) -> str:
+        if self.failed == self.candidates:
+            return "every candidate failed"
+        if self.refined and not settings.text_per_query:
+            return "text pairs are off (pair.text_per_query)"
+        if self.refined:
+            return "the refined prompt equals the original"
+        if not self.scores and self.skipped:
+            return f"no video: {self.skipped}"
+        if not self.scores:
+            return "no aligned candidate, no aligned refinement"
+        if len(self.scores) == 1:
+            return "one scored video only, no aligned refinement"
+        if not settings.video_per_query:
+            return "video pairs are off (pair.video_per_query)"
+        if len(self.prompts) == 1:
+            return "all scored prompts are the same"
+        if max(self.scores) - min(self.scores) <= settings.margin:
+            return f"all scores within the margin of {settings.margin:g}"
+        return f"no candidate both over the margin and dominant by {settings.dominance}"
+
+
+def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
+    """Rows here are queries: one with a pair is out, one without is dropped and told why."""
+    kinds: Counter[str] = Counter()
+    paired: set[str] = set()
+    for row in run.table("pairs").rows(["query_id", "kind"]):
+        kinds[row["kind"]] += 1
+        paired.add(row["query_id"])
+    ran = bool(kinds) or run.exists("pairs/reasons.json")
+    tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
+    columns = ["query_id", "prompt", "refined_verdict", "skipped", "score", "error"]
+    if settings.reward is not None:
+        columns.append("more_rewards")
+    for row in run.table("feedback").rows(columns):
+        tallies[row["query_id"]].add(by_reward(row, settings.reward))
+    more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+    if run.exists("pairs/videos.json"):
+        more["videos"] = {
+            strategy: {
+                "videos": videos,
+                "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
+            }
+            for strategy, videos in run.read_json("pairs/videos.json").items()
+        }
+    if not ran:
+        return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)
+    dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
+    return _entry(len(tallies), len(paired & tallies.keys()), dropped=_by_reason(dropped), **more)
+
+
+def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:
+    """Rows here are training examples; what the finished checkpoint says of them is what counts."""
+    curve = run.metrics(phase)
+    made = f"checkpoints/{phase}/vpo.json"
+    before: Counter[str] = Counter()
+    if phase == "sft" and run.exists(SFT_DROPPED):
+        before.update(run.read_json(SFT_DROPPED))
+    entered = examples + before.total()
+    if not run.exists(made):
+        why = "training has not ended" if curve else "not trained"
+        waiting = {why: examples} if examples else {}
+        return _entry(entered, 0, dropped=dict(before), skipped=waiting, steps=len(curve))
+    facts = run.read_json(made)
+    seconds = sum(line["seconds"] for line in curve)
+    held_out = facts.get("held_out", 0)
+    return _entry(
+        entered,
+        facts["rows"],
+        dropped=dict(before + Counter(facts["dropped"])),
+        skipped={"held out for evaluation": held_out} if held_out else {},
+        steps=facts["steps"],
+        seconds=round(seconds, 3),
+        seconds_per_row=round(seconds / facts["rows"], 4) if facts["rows"] else None,
+    )

@@ -1,0 +1,1 @@
+"""The package's prompts (`*.txt`), and what makes a user's text safe in them."""

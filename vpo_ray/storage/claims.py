@@ -1,0 +1,192 @@
+"""Claims: who is at work on something, as files with a heartbeat in a folder that all machines reach.
+
+Whoever wants to be the only one writes a claim, then lists the folder, and is it if nobody else's claim
+is there: of two that claim at once, at least the later one sees the other. This asks no more of a store
+than that it lists what was written, as local disks, S3, GCS and Azure do; `pyarrow.fs` has no conditional
+write. A claim is written again every few seconds while its owner lives. Others watch whether it
+changes, by a clock of their own, so the machines' clocks need not agree. One that does not change for
+long enough is deleted, and at once where its process was on this machine and is gone.
+
+`run_lock` has one for a run directory, `stages.render` one for a video that it makes.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vpo_ray.files.folder import Folder, StorageError
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 5.0
+STALE_S = 60.0
+TRIES, RETRY_S = 4, 0.2
+
+_NAME = re.compile(r"(.+)-[0-9a-f]{32}\.json")
+
+# Folder and name of the claims that this process has.
+_own: set[tuple[str, str]] = set()
+
+
+@dataclass
+class Seen:
+    """Another's claim as it was last read, since when it is so, and whether it has changed before."""
+
+    data: bytes
+    at: float
+    alive: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return _facts(self.data)
+
+    def __str__(self) -> str:
+        told = {name: str(value)[:100] for name, value in self.facts.items()}
+        names = ("user", "host", "pid", "since", "beat")
+        text = "by {user} on {host}, process {pid}, since {since}, last heartbeat {beat}"
+        return text.format(**{name: told.get(name, "?") for name in names})
+
+
+class Claim:
+    """One's own claim.
+
+    Args:
+        claims: of the folder.
+        subject: what it is for.
+    """
+
+    def __init__(self, claims: Claims, subject: str) -> None:
+        self._claims = claims
+        self.name = f"{subject}-{uuid.uuid4().hex}.json"
+        self._since, self._beats, self._pid = _now(), 0, os.getpid()
+
+    def write(self, **facts: Any) -> None:
+        """Write it, again as a heartbeat. Raises StorageError."""
+        self._beats += 1
+        _own.add((self._claims.folder.path, self.name))
+        owner = {
+            "host": socket.gethostname(),
+            "pid": self._pid,
+            "user": _user(),
+            "since": self._since,
+            "beat": _now(),
+            "beats": self._beats,
+            "process": _process(self._pid),
+        }
+        self._claims.folder.write_json(self.name, {**owner, **facts})
+
+    def withdraw(self, stale_s: float = STALE_S) -> None:
+        """Delete it. One that cannot be deleted is stale in a while."""
+        try:
+            self._claims.folder.delete(self.name)
+        except StorageError as error:
+            logger.warning("a claim is left behind, and is stale in %.0f s: %s", stale_s, error)
+        # Not before it is gone: another thread of this process would take it for one that was left behind.
+        _own.discard((self._claims.folder.path, self.name))
+
+
+class Claims:
+    """The claims in a folder. One object watches them: it remembers what it has seen."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._seen: dict[str, Seen] = {}
+
+    def names(self, subject: str | None = None) -> list[str]:
+        """The claims for one thing, or all; sorted. Raises StorageError."""
+        found = ((name, _NAME.fullmatch(name)) for name in self.folder.files())
+        return [name for name, match in found if match and subject in (None, match[1])]
+
+    def others(self, names: Iterable[str], own: str | None, stale_s: float) -> dict[str, Seen]:
+        """Those of the named claims that are another's who may be alive; those of the dead are deleted.
+
+        Raises:
+            StorageError: a claim cannot be read or deleted.
+        """
+        now, names = time.monotonic(), list(names)
+        others: dict[str, Seen] = {}
+        for name in names:
+            if name == own or (data := self.read(name)) is None:
+                continue
+            seen = self._seen.get(name)
+            if seen is None or seen.data != data:
+                seen = Seen(data, now, alive=seen is not None)
+            if self._is_gone(name, seen.facts) or now - seen.at > stale_s:
+                logger.warning("taking over from one that is gone: %s: %s", self.folder.at(name), seen)
+                self.folder.delete(name)
+            else:
+                others[name] = seen
+        kept = {name: seen for name, seen in self._seen.items() if now - seen.at <= stale_s}
+        self._seen = {name: seen for name, seen in kept.items() if name not in names} | others
+        return others
+
+    def read(self, name: str) -> bytes | None:
+        """None for a claim that is no more. Raises StorageError."""
+        for again in reversed(range(TRIES)):
+            try:
+                return self.folder.read(name)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                # A store may fail to read an object that is replaced or deleted in this moment.
+                if not again:
+                    raise StorageError(f"cannot read {self.folder.at(name)}: {error}") from error
+            time.sleep(RETRY_S)
+        raise AssertionError("the loop returns or raises")
+
+    def _is_gone(self, name: str, facts: dict[str, Any]) -> bool:
+        """Whether a claim's process was on this machine and has ended."""
+        process, here, pid = facts.get("process"), _process(os.getpid()), facts.get("pid")
+        if not isinstance(process, dict) or not isinstance(pid, int) or here is None:
+            return False
+        if process.get("machine") != here["machine"]:
+            return False
+        if process == here and pid == os.getpid():
+            return (self.folder.path, name) not in _own  # one that could not be withdrawn
+        return _process(pid) != process
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    """What a claim says; nothing where it cannot be read: then only its heartbeat counts."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as containers have
+        return str(os.getuid())
+
+
+def _process(pid: int) -> dict[str, Any] | None:
+    """What tells a process from any other, on this machine and in this namespace of process ids: None
+    where the system does not say, or there is no such process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        # Its name, which may hold anything, is in parentheses.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, started = fields[0], int(fields[19])
+    return None if state in "ZX" else {"machine": f"{boot} {namespace}", "started": started}

@@ -1,0 +1,76 @@
+"""The run directory: every table of a run, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from vpo_ray.files.folder import Folder
+from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row
+from vpo_ray.storage.tables import Table
+
+# Tables of a run directory: schema and key. The four stage tables share one schema; a candidate's
+# row moves from `candidates` to `feedback` and gains columns on the way.
+TABLES: dict[str, tuple[pa.Schema, str]] = {
+    "queries": (QUERY, "query_id"),
+    "dropped": (DROPPED, "row_id"),
+    "unlabelled": (QUERY, "query_id"),
+    "labels": (LABEL, "query_id"),
+    "drafts": (DRAFT, "draft_id"),
+    "sft": (SFT, "query_id"),  # with the prompt: see ALSO
+    "candidates": (FEEDBACK, "candidate_id"),
+    "verdicts": (FEEDBACK, "candidate_id"),
+    "renders": (FEEDBACK, "candidate_id"),
+    "feedback": (FEEDBACK, "candidate_id"),
+    "pairs": (PAIR, "pair_id"),
+}
+# The candidate stages in order, each with the table of the rows that left it. A streaming run may
+# keep only the last: a row there carries all that the stages before it did.
+CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
+# Columns that tell rows of one key apart: a query may be taught with several prompts.
+ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
+
+# In the run directory of a round or an evaluation: which policy it samples.
+ROUND = "round.json"
+
+
+class RunDir(Folder):
+    """One run: `recipe.yaml`, `versions.json`, the tables, `videos/`, `checkpoints/`, `metrics/`,
+    `report/` and `ledger.json`."""
+
+    def root(self) -> tuple[RunDir, str]:
+        """The run directory that this one is a round or an evaluation of, directly or not, and its place
+        in there; itself and "" where it is none."""
+        run, place = self, ""
+        while run.exists(ROUND):
+            path, sign, options = run.uri.partition("?") if "://" in run.uri else (run.uri, "", "")
+            *above, kind, name = path.split("/")
+            if kind not in ("rounds", "evaluation"):
+                break
+            run = RunDir(f"{'/'.join(above)}{sign}{options}")
+            place = f"{kind}/{name}/{place}".rstrip("/")
+        return run, place
+
+    def table(self, name: str) -> Table:
+        schema, key = TABLES[name]
+        return Table(self.at(name), schema, key, ALSO.get(name, ()))
+
+    def rows_of_stage(self, stage: str, columns: Sequence[str]) -> Iterator[Row]:
+        """Rows that left a candidate stage, from its own table or the nearest later one that holds any."""
+        order = list(CANDIDATE_TABLES)
+        for later in order[order.index(stage) :]:
+            table = self.table(CANDIDATE_TABLES[later])
+            if table.parts():
+                yield from table.rows(columns)
+                return
+
+    def write_metrics(self, phase: str, lines: Sequence[Row]) -> None:
+        """Store a training curve: `metrics/<phase>.jsonl`, one JSON object a step."""
+        self.write(f"metrics/{phase}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def metrics(self, phase: str) -> list[Row]:
+        if not self.exists(f"metrics/{phase}.jsonl"):
+            return []
+        return [json.loads(line) for line in self.read(f"metrics/{phase}.jsonl").splitlines()]

@@ -1,0 +1,95 @@
+"""SFT data: read from the file that a recipe names, or taken from the run's own drafts.
+
+Either way the policy learns rows of `query` and `prompt`. Drafts are also written as chat-format
+Parquet, `sft_data.parquet` of the run directory, which another recipe's `sft.data` may name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vpo_ray.files.input_files import InputError, find_files
+from vpo_ray.files.record_files import READERS, Unreadable, records
+from vpo_ray.records import Row, normalise, query_id, table
+from vpo_ray.storage.run_dir import RunDir
+
+CHAT_FILE = "sft_data.parquet"
+COLUMNAR = {kind for kind in READERS if kind != ".txt"}  # kinds of files whose rows have columns
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+CHAT = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("messages", pa.list_(_MESSAGE), nullable=False),
+    ]
+)
+
+
+def sft_rows(path: str, key: str = "sft.data") -> Iterator[Row]:
+    """Examples of a file or folder with `query` and `prompt`, of any kind that queries may have.
+
+    Args:
+        path: see `input_files`; a file whose name says nothing of its kind is read as JSONL.
+        key: the recipe's key that names the file, for messages.
+
+    Raises:
+        InputError: no such file, another kind, or a row without both texts (named by its number).
+    """
+    for file in find_files(path, key, COLUMNAR, any_kind=True):
+        kind = file.kind if file.kind in COLUMNAR else ".jsonl"
+        for number, values in enumerate(records(file, ["query", "prompt"], key, kind), start=1):
+            where = f"{key} {file}: row {number}"
+            if isinstance(values, Unreadable) and values.reason != "no such column":
+                raise InputError(f"{where} cannot be read: {values.reason}")
+            texts = (
+                [normalise(text) for text in values if _is_text(text)] if isinstance(values, tuple) else []
+            )
+            if len(texts) != 2:
+                raise InputError(f"{where} needs a text `query` and a text `prompt`")
+            yield {"query_id": query_id(texts[0]), "query": texts[0], "prompt": texts[1]}
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(normalise(value).strip())
+    except UnicodeEncodeError:
+        return False
+
+
+def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """The rows in their order, each query with each of its prompts once, and how many came again."""
+    every = list(rows)
+    once = list({(row["query_id"], row["prompt"]): row for row in every}.values())
+    return once, len(every) - len(once)
+
+
+def draft_rows(run: RunDir) -> Iterator[Row]:
+    """The run's drafts that have a target, as SFT rows in the order of their ids."""
+    columns = ["draft_id", "query_id", "query", "target", "error"]
+    rows = sorted(run.table("drafts").rows(columns), key=lambda row: row["query_id"])
+    for row in rows:
+        if row["target"] is not None and row["error"] is None:
+            yield {"query_id": row["query_id"], "query": row["query"], "prompt": normalise(row["target"])}
+
+
+def write_chat(run: RunDir) -> int:
+    """Write CHAT_FILE from the drafts; returns how many rows it has."""
+    rows = [
+        {
+            **row,
+            "messages": [
+                {"role": "user", "content": row["query"]},
+                {"role": "assistant", "content": row["prompt"]},
+            ],
+        }
+        for row in draft_rows(run)
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(table(rows, CHAT), sink, compression="zstd")
+    run.write(CHAT_FILE, sink.getvalue().to_pybytes())
+    return len(rows)

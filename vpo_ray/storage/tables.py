@@ -1,0 +1,284 @@
+"""Tables of Parquet parts, in a folder each (see `files.folder`).
+
+A part appears whole or not at all. Its name comes from the ids in it and from which of its rows failed
+or were skipped, so that writing the same rows twice leaves one file, and a failure replaces no good row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from vpo_ray.files.folder import Folder, StorageError, chunks
+from vpo_ray.records import Row, content_id, table
+from vpo_ray.storage import run_lock
+
+logger = logging.getLogger(__name__)
+
+# Beside a merged part, until its sources are deleted: their names.
+_SOURCES = ".sources.json"
+# What an earlier version left where it was killed while merging: names of parts that do not count.
+_COMPACTING = "compacting.json"
+_MERGED = re.compile(r"[0-9a-f]+-([0-9]+)\.parquet")  # a merged part has its number of rows in its name
+# Columns that say why a row is not what it could be, the worse the later.
+_POOR = ("skipped", "error")
+# Parts that are read at once, with threads: the footer of each stays in memory meanwhile, 200 kB.
+PARTS_AT_ONCE = 256
+
+
+class Table(Folder):
+    """A folder of Parquet parts with one schema and one key column.
+
+    Args:
+        also: columns that make an identity together with the key, where a key may have several rows.
+    """
+
+    def __init__(self, uri: str | Path, schema: pa.Schema, key: str, also: Sequence[str] = ()) -> None:
+        super().__init__(uri)
+        self.schema, self.key, self.also = schema, key, tuple(also)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.uri, self.schema, self.key, self.also))
+
+    def _identities(self, rows: pa.Table | pa.RecordBatch) -> list[Any]:
+        """What tells a row apart from all others: its key, or the tuple of it and what is `also` in it."""
+        keys: list[Any] = rows.column(self.key).to_pylist()
+        if not self.also:
+            return keys
+        return list(zip(keys, *(rows.column(name).to_pylist() for name in self.also), strict=True))
+
+    def append(self, rows: Sequence[Row] | pa.Table) -> str:
+        """Write rows as one part, and return its name ("" for no rows).
+
+        The name is a function of the rows' keys and of which of them are poor (see `_ranks`): a part
+        with the same name has no row that is better than this one's.
+
+        Raises:
+            ValueError: a row does not fit the schema.
+            StorageError: the part cannot be written.
+        """
+        if not len(rows):
+            return ""
+        whole = rows.cast(self.schema) if isinstance(rows, pa.Table) else table(list(rows), self.schema)
+        keys = self._identities(whole)
+        poor = sorted([key, int(rank)] for key, rank in zip(keys, self._ranks(whole), strict=True) if rank)
+        name = f"{content_id(sorted(keys), *([poor] if poor else []))}.parquet"
+        self._write_part(name, whole)
+        return name
+
+    def _write_part(self, name: str, rows: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression="zstd")
+        self.write(name, sink.getvalue().to_pybytes())
+
+    def parts(self) -> list[str]:
+        """Names of the parts that hold the table, without those whose rows are in a merged one."""
+        files, hidden = self.files(), set[str]()
+        while hiding := _hiding(files):
+            hidden = set().union(*(self._hidden_by(name, set(files)) for name in hiding))
+            # Files come and go while they are listed. A list counts if no part was merged until after it.
+            before, files = files, self.files()
+            if _merging(files) == _merging(before):
+                files = before
+                break
+        return [name for name in files if name.endswith(".parquet") and name not in hidden]
+
+    def compact(self, fewest: int = 16, rows_per_part: int = 5000) -> int:
+        """Merge the parts that single batches left into larger ones; returns how many were merged.
+
+        A stage writes a part a batch, so a finished table of renders has one for each row. Readers see
+        the old parts or the merged one, never both and never neither, whenever this is killed: beside
+        a merged part, and before it, lies a file with the names of its sources, which do not count from
+        the moment on at which the merged part is there. Then they are deleted; what a kill leaves of
+        them, `settle` clears away. A reader that listed the parts before may find one gone; that is a
+        StorageError, and reading again goes well.
+
+        No row is lost whoever else writes meanwhile, another that merges included: a part is deleted
+        only while one that holds its rows is there, and whatever comes back under its name holds no
+        better ones (see `append`). A row may be there twice then.
+
+        Args:
+            fewest: fewer single parts than this are left as they are.
+            rows_per_part: of a merged part.
+
+        Raises:
+            RunLostError: another driver has the run directory.
+            StorageError: a part cannot be read, written or deleted; nothing is lost.
+        """
+        run_lock.check(self)
+        self.settle()
+        parts = self.parts()
+        merged_rows = {name: int(found[1]) for name in parts if (found := _MERGED.fullmatch(name))}
+        small = [name for name in parts if merged_rows.get(name, 0) < rows_per_part]
+        if sum(name not in merged_rows for name in small) < fewest:
+            return 0
+        merged: list[str] = []
+        for group, rows in self._groups(small, rows_per_part):
+            # Parts may have come back under the names of ones that were merged before.
+            names = (f"{content_id(group, again)}-{len(rows)}.parquet" for again in itertools.count())
+            name = next(name for name in names if name not in parts and name not in merged)
+            merged.append(name)
+            self.write_json(name + _SOURCES, group)
+            self._write_part(name, rows)
+        self.settle()
+        logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
+        return len(small)
+
+    def settle(self) -> None:
+        """Delete the parts that do not count: what a compaction leaves to be done, one that was killed too.
+
+        Raises:
+            RunLostError: another driver has the run directory.
+            StorageError: a part cannot be deleted.
+        """
+        files = set(self.files())
+        hiding = _hiding(files)
+        if not hiding:
+            return
+        run_lock.check(self)
+        for name in hiding:
+            for part in self._hidden_by(name, files) & files:
+                self.delete(part)
+            self.delete(name)
+
+    def _hidden_by(self, name: str, files: Set[str]) -> set[str]:
+        """The parts that do not count because of one of the files that say so."""
+        if name != _COMPACTING and name.removesuffix(_SOURCES) not in files:
+            return set()  # the merged part is not there yet, or no more
+        try:
+            return set(self.read_json(name))
+        except FileNotFoundError:
+            return set()
+        except (ValueError, TypeError) as error:
+            # Without it parts may be there twice, which `rows` sees to.
+            raise StorageError(f"{self.at(name)} is damaged: delete it") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {self.at(name)}: {error}") from error
+
+    def _groups(self, parts: Sequence[str], rows_per_part: int) -> Iterator[tuple[list[str], pa.Table]]:
+        """The rows of parts, about `rows_per_part` together, each key once, with the parts they are of."""
+        group: list[str] = []
+        held: list[pa.RecordBatch] = []
+        for some in chunks(parts, PARTS_AT_ONCE):
+            group += some
+            # A batch of one row takes as much memory as one of a hundred.
+            held += pa.Table.from_batches(self.batches(parts=some), self.schema).combine_chunks().to_batches()
+            if sum(batch.num_rows for batch in held) >= rows_per_part:
+                yield group, self._each_key_once(held)
+                group, held = [], []
+        if group:
+            yield group, self._each_key_once(held)
+
+    def _each_key_once(self, batches: Sequence[pa.RecordBatch]) -> pa.Table:
+        """The batches as one table; of a key that is there twice, the first of the best rows."""
+        rows = pa.Table.from_batches(batches, self.schema)
+        keys, ranks = self._identities(rows), self._ranks(rows)
+        best: dict[Any, int] = {}
+        for position, key in enumerate(keys):
+            if key not in best or ranks[position] < ranks[best[key]]:
+                best[key] = position
+        return rows if len(best) == len(keys) else rows.take(list(best.values()))
+
+    def _ranks(self, rows: pa.Table | pa.RecordBatch) -> np.ndarray:
+        """How poor each row is: 0, 1 where it was skipped, 2 or more where it failed."""
+        ranks = np.zeros(rows.num_rows, int)
+        for rank, name in enumerate(_POOR, start=1):
+            if name in rows.schema.names:
+                ranks += rank * rows.column(name).is_valid().to_numpy(zero_copy_only=False)
+        return ranks
+
+    def replace(self, rows: Iterable[Row], rows_per_part: int = 1000) -> int:
+        """Make the table hold exactly these rows; returns how many. A kill in between leaves old
+        and new parts together, which the next call mends.
+
+        Raises:
+            RunLostError: another driver has the run directory.
+        """
+        run_lock.check(self)
+        self.settle()
+        old, count = set(self.parts()), 0
+        for chunk in chunks(rows, rows_per_part):
+            old.discard(self.append(chunk))
+            count += len(chunk)
+        run_lock.check(self)
+        for name in old:
+            self.delete(name)
+        return count
+
+    def batches(
+        self,
+        columns: Sequence[str] | None = None,
+        where: pads.Expression | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Stored batches of all parts (or of some). A key may occur twice (see `rows`).
+
+        Raises:
+            StorageError: a part is damaged or has another schema.
+        """
+        required = {field.name for field in self.schema if not field.nullable}
+        for some in chunks(self.parts() if parts is None else parts, PARTS_AT_ONCE):
+            paths = [f"{self.path}/{part}" for part in some]
+            try:
+                dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
+                for batch in dataset.to_batches(columns=list(columns) if columns else None, filter=where):
+                    batch.validate(full=True)
+                    # A column that a part lacks comes as nulls.
+                    absent = [n for n in batch.schema.names if n in required and batch[n].null_count]
+                    if absent:
+                        lacks = f"no {', '.join(absent)}"
+                        raise StorageError(f"{self.uri} holds a part of another table: {lacks}")
+                    yield batch
+            except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+                raise StorageError(f"{self.uri} holds a part that cannot be read: {error}") from error
+
+    def rows(
+        self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
+    ) -> Iterator[Row]:
+        """Rows, each key once. Where a key is stored twice (a retried error, a candidate that was
+        skipped at first), the best row wins: one that failed only where there is no other."""
+        wanted = list(columns) if columns else self.schema.names
+        marks = [name for name in _POOR if name in self.schema.names]
+        read = list(dict.fromkeys([*wanted, self.key, *self.also, *marks]))
+        poor: dict[Any, tuple[int, Row]] = {}
+        seen: set[Any] = set()
+        for batch in self.batches(read, where):
+            ranks = self._ranks(batch).tolist()
+            for key, rank, row in zip(self._identities(batch), ranks, batch.to_pylist(), strict=True):
+                if key in seen:
+                    continue
+                if rank:
+                    poor[key] = min(poor.get(key, (rank, row)), (rank, row), key=lambda known: known[0])
+                    continue
+                seen.add(key)
+                yield {name: row[name] for name in wanted}
+        for key, (_, row) in poor.items():
+            if key not in seen:
+                yield {name: row[name] for name in wanted}
+
+    def keys(self, where: pads.Expression | None = None) -> set[str]:
+        return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}
+
+    def count(self) -> int:
+        """How many rows there are, each identity once."""
+        columns = [self.key, *self.also]
+        return len({row for batch in self.batches(columns) for row in self._identities(batch)})
+
+
+def _hiding(files: Iterable[str]) -> list[str]:
+    """Those of a table's files that name parts which do not count."""
+    return [name for name in files if name.endswith(_SOURCES) or name == _COMPACTING]
+
+
+def _merging(files: Sequence[str]) -> list[str]:
+    """Those of a table's files that merging makes."""
+    return [*_hiding(files), *(name for name in files if _MERGED.fullmatch(name))]

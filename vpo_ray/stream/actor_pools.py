@@ -1,0 +1,354 @@
+"""Actor pools: run a stage over a dataset of FEEDBACK rows, publish what it makes, count it.
+
+A stage is plain Python over rows. Here it gets its replicas, its resources and its bookkeeping:
+every batch that leaves a stage is first stored as one part of the stage's table, so that a killed
+run goes on behind its last finished batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import StreamingRepartition
+
+from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
+from vpo_ray.files.folder import StorageError
+from vpo_ray.lifetime import bind_worker
+from vpo_ray.recipe import Pool
+from vpo_ray.records import Row, failed, table
+from vpo_ray.storage.tables import Table
+from vpo_ray.stream.progress import StageMetrics
+from vpo_ray.versions import check_code, code
+
+# What small tasks (reading, splitting) reserve: with whole CPUs, a dozen operators of one stream
+# would starve each other and the pools on a small node.
+TASK_CPUS = 0.1
+
+# An actor that dies is always replaced; its batch is tried once more, then left to the next pass.
+RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
+
+# `error_stage` of rows whose stage cannot work at all (`stops_run` of the exception): a full disk or
+# a model that does not load is no property of a row.
+STOP = "stop"
+# The same where a node has no room left on a disk, with the node's id behind it: another node may have.
+FULL = "full:"
+
+
+def _stopped(row: Row, reason: str, error: BaseException) -> Row:
+    """The model, disk or variable that is missing may be so on one node only: which, is told."""
+    stage = f"{FULL}{ray.get_runtime_context().get_node_id()}" if no_room(error) else STOP
+    return failed(row, stage, f"{reason} (on node {socket.gethostname()})")
+
+
+def stops(row_stage: str | None) -> bool:
+    """Whether an `error_stage` ends the run, or the use of a node: no table has such rows."""
+    return row_stage is not None and (row_stage == STOP or row_stage.startswith(FULL))
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether a full disk or a used up quota is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_of_run(error: BaseException) -> bool:
+    """Whether an error says nothing of the rows that it met."""
+    return getattr(error, "stops_run", False) or no_room(error)
+
+
+def result_schema(table: Table) -> pa.Schema:
+    """What goes back to the driver of a row: its id and its error."""
+    return pa.schema([table.schema.field(name) for name in (table.key, "error", "error_stage")])
+
+
+class Stage(Protocol):
+    """A stage of whole batches (render, score): which rows it takes, and what it makes of them.
+
+    Attributes:
+        warming: a stage loads and compiles its model within `with self.warming():`. The pool puts
+            `Outcome.warming` there, so that no row pays for it.
+    """
+
+    name: str
+    warming: Callable[[], AbstractContextManager[None]]
+
+    def wants(self, row: Row) -> bool: ...
+
+    def __call__(self, rows: list[Row]) -> list[Row]: ...
+
+
+class SharedClock:
+    """Charges a replica's busy time to the rows in it: with n rows at once, each pays 1/n, so that
+    the rows' seconds add up to the replica's however much they overlap. Threads may share one."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now, self._last = now, now()
+        self._active, self._paid, self._paused = 0, 0.0, 0
+        self._lock = threading.Lock()
+
+    def enter(self, rows: int = 1) -> float:
+        with self._lock:
+            self._tick()
+            self._active += rows
+            return self._paid
+
+    def leave(self, entered: float, rows: int = 1) -> float:
+        """Seconds that each of these rows pays."""
+        with self._lock:
+            self._tick()
+            self._active -= rows
+            return self._paid - entered
+
+    @contextmanager
+    def paused(self) -> Iterator[list[float]]:
+        """Time for which no row pays; the list that it yields holds its seconds afterwards."""
+        seconds: list[float] = []
+        with self._lock:
+            self._tick()
+            self._paused += 1
+            began = self._last
+        try:
+            yield seconds
+        finally:
+            with self._lock:
+                self._tick()
+                self._paused -= 1
+                seconds.append(self._last - began)
+
+    def _tick(self) -> None:
+        now = self._now()
+        if self._active and not self._paused:
+            self._paid += (now - self._last) / self._active
+        self._last = now
+
+
+class Outcome:
+    """Where a stage's rows go: its table, the progress of the run, the metrics of the node.
+
+    Args:
+        stage: the stage's name.
+        table: the stage's table.
+        progress: handle of the run's `Progress` actor.
+        last: the stream ends here; only ids and errors go back to the driver.
+        spent: what the run had paid to endpoints before.
+    """
+
+    def __init__(
+        self, stage: str, table: Table, progress: Any, last: bool = False, spent: float = 0.0
+    ) -> None:
+        self.stage, self.table, self.progress, self.last = stage, table, progress, last
+        self.spent = spent
+        self.metrics: StageMetrics | None = None
+        self.clock: SharedClock | None = None
+        self.code = code()
+
+    def check_code(self) -> None:
+        """Raises CodeError in a replica whose node has another code than the driver."""
+        check_code(self.code)
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """Time in which the replica loads and compiles: reported apart, and paid by no row."""
+        assert self.clock is not None
+        with self.clock.paused() as seconds:
+            yield
+        self._metrics().warmed(seconds[0])
+        self.progress.add.remote(self.stage, warm_up_s=seconds[0])
+
+    @contextmanager
+    def timed(self, rows: int) -> Iterator[list[float]]:
+        """Time `rows` rows; the list that it yields holds the seconds of each afterwards."""
+        self.clock = self.clock or SharedClock()
+        self.progress.add.remote(self.stage, started=rows)
+        seconds: list[float] = []
+        entered = self.clock.enter(rows)
+        try:
+            yield seconds
+        finally:
+            seconds.append(self.clock.leave(entered, rows))
+
+    def publish(self, rows: Sequence[Row], done: Sequence[Row]) -> pa.Table:
+        """Store the batch with its done rows in place, count them, and pass it on.
+
+        When storage fails, the rows go on as STOP errors that no table keeps: the driver stops the
+        run at the first, and the next run takes them again.
+        """
+        key = self.table.key
+        made = {row[key]: row for row in done}
+        out = [made.get(row[key], row) for row in rows]
+        try:
+            self.table.append([row for row in out if not stops(row["error_stage"])])
+        except StorageError as error:
+            out = [_stopped(row, str(error), error) for row in out]
+        errors = sum(row["error"] is not None for row in done)
+        self._metrics().count(done)
+        self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
+        if not self.last:
+            return table(out, self.table.schema)
+        result = result_schema(self.table)
+        return table([{name: row[name] for name in result.names} for row in out], result)
+
+    def _metrics(self) -> StageMetrics:
+        self.metrics = self.metrics or StageMetrics(self.stage)
+        return self.metrics
+
+    def charge(self, row: Row, seconds: float, usage: Usage | None = None) -> Row:
+        row = {**row, "seconds": {**(row["seconds"] or {}), self.stage: seconds}}
+        if usage is not None:
+            row["usage"] = {**(row["usage"] or {}), self.stage: asdict(usage)}
+        return row
+
+
+class ChatRunner:
+    """A text stage in an async actor: all rows of all its batches at once, a failure to its row.
+
+    Args:
+        fatal: errors that leave the engine dead; `leave` is called for them.
+    """
+
+    def __init__(
+        self,
+        stage: ChatStage,
+        chat: Chat,
+        outcome: Outcome,
+        fatal: tuple[type[BaseException], ...] = (),
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.stage, self.chat, self.outcome = stage, chat, outcome
+        self.fatal, self.leave = fatal, leave
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        done = await asyncio.gather(*(self._run(row) for row in rows if self.stage.wants(row)))
+        return await asyncio.to_thread(self.outcome.publish, rows, done)
+
+    async def _run(self, row: Row) -> Row:
+        chat = Metered(self.chat)
+        with self.outcome.timed(1) as seconds:
+            done = await self._answer(row, chat)
+        return self.outcome.charge(done, seconds[0], chat.usage)
+
+    async def _answer(self, row: Row, chat: Chat) -> Row:
+        try:
+            self.outcome.check_code()
+            return await self.stage(row, chat)
+        except self.fatal:
+            self.leave()
+            raise
+        except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
+            if _is_of_run(error):
+                return _stopped(row, str(error), error)
+            return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
+
+
+class StageActor:
+    """One replica of a batch stage."""
+
+    def __init__(self, stage: Callable[[], Stage], outcome: Outcome) -> None:
+        bind_worker()
+        self.stage, self.outcome = stage(), outcome
+        # Made here and not at first use: the first calls of a replica may come at the same time.
+        self.outcome.clock = SharedClock()
+        self.stage.warming = self.outcome.warming
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        wanted = [row for row in rows if self.stage.wants(row)]
+        done: list[Row] = []
+        if wanted:
+            with self.outcome.timed(len(wanted)) as seconds:
+                try:
+                    self.outcome.check_code()
+                    done = self.stage(wanted)
+                except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
+                    reason = f"{type(error).__name__}: {error}"
+                    stopped = _is_of_run(error)
+                    done = [
+                        _stopped(row, reason, error) if stopped else failed(row, self.stage.name, reason)
+                        for row in wanted
+                    ]
+            done = [self.outcome.charge(row, seconds[0]) for row in done]
+        return self.outcome.publish(rows, done)
+
+
+def of_stage(actor: type, stage: str) -> type:
+    """An actor's class under its stage's name, as `ps`, `ray list actors` and dashboards show it."""
+    return type(stage, (actor,), {})
+
+
+def batch_pool(
+    dataset: Dataset,
+    pool: Pool,
+    *,
+    stage: Callable[[], Stage],
+    outcome: Outcome,
+    batch_size: int,
+    alone: bool = False,
+    calls: int = 1,
+) -> Dataset:
+    """Run a batch stage over a dataset of FEEDBACK rows whose blocks have `batch_size` rows.
+
+    Args:
+        alone: give a replica one batch at a time, so that one that kills it kills no other.
+        calls: batches that one replica works on at once, for stages whose calls may overlap.
+    """
+    calls = 1 if alone else calls
+    return dataset.map_batches(
+        of_stage(StageActor, outcome.stage),
+        fn_constructor_kwargs={"stage": stage, "outcome": outcome},
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        # One more than are worked on: the replica never waits for the driver, and none hoards rows.
+        compute=ActorPoolStrategy(
+            min_size=pool.size[0],
+            max_size=pool.size[1],
+            max_tasks_in_flight_per_actor=calls if alone else calls + 1,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=calls > 1,
+        ),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+        accelerator_type=pool.accelerator_type,
+        resources=pool.resources or None,
+        label_selector=pool.labels or None,
+        **RESTARTS,
+    )
+
+
+def split_blocks(dataset: Dataset, rows: int) -> Dataset:
+    """Blocks of at most `rows` rows, so that a slow stage's replicas share the work evenly.
+
+    `Dataset.repartition` does the same but reserves a whole CPU for it.
+    """
+    operator = StreamingRepartition(
+        target_num_rows_per_block=rows,
+        input_dependencies=[dataset._logical_plan.dag],
+        ray_remote_args={"num_cpus": TASK_CPUS},
+    )
+    return Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
+
+
+def progress_handle(stages: Sequence[str], spent: float = 0.0, book: tuple[str, str] | None = None) -> Any:
+    """Start the actor that counts rows and money; it lives as long as the handle, beside the driver:
+    anywhere else it could go with a spot node, and the run with it."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from vpo_ray.stream.progress import Progress
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote(list(stages), spent, book)

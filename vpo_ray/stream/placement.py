@@ -1,0 +1,314 @@
+"""Whether the cluster has nodes that a recipe's replicas and training workers fit on.
+
+Ray waits for ever, and silently, for a node that does not exist. Here a run asks first, and goes on
+asking while it streams: what no node has, and none that an autoscaler could add, ends it with the
+missing resource named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Training
+from vpo_ray.stream.chains import draft_model
+
+logger = logging.getLogger(__name__)
+
+Amounts = Mapping[str, float]
+
+# How often a waiting or streaming run looks at the cluster, in seconds.
+LOOK_EVERY_S = 2.0
+
+
+class PlacementError(RuntimeError):
+    """No node of the cluster can take a replica or worker; the message says which, what it asks for
+    and what there is."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one replica or worker reserves, in one piece on one node.
+
+    where: the recipe's key. count: how many of them must fit at the same time for the work to go on.
+    """
+
+    where: str
+    resources: Amounts
+    labels: Mapping[str, str] = field(default_factory=dict)
+    count: int = 1
+
+    def __str__(self) -> str:
+        amounts = ", ".join(f"{name} {amount:g}" for name, amount in self.resources.items())
+        labels = ", ".join(f"{name}={value}" for name, value in self.labels.items())
+        return f"{amounts or 'no resource'}" + (f" on a node labelled {labels}" if labels else "")
+
+
+@dataclass(frozen=True)
+class Node:
+    resources: Amounts
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """The cluster now. `autoscaled`: an autoscaler runs, so that nodes may come; it names requests
+    that none of its node types fits as `infeasible`."""
+
+    nodes: Sequence[Node]
+    autoscaled: bool = False
+    infeasible: Sequence[Amounts] = ()
+
+
+def pool_shapes(recipe: Recipe, stages: Sequence[str]) -> list[Shape]:
+    """The replicas of these stages; the stream moves once there is one of each."""
+    drafter, llm = draft_model(recipe)
+    pools: dict[str, tuple[str, Pool, Engine | None]] = {
+        "label": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),
+        "draft": (f"{drafter}.pool", llm.pool, engine_of(llm)),
+        "sample": ("sample.pool", recipe.sample.pool, recipe.sample.engine),
+        "judge": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),
+        "render": ("render.pool", recipe.render.pool, None),
+        "score": ("reward.pool", recipe.reward.pool, None),
+    }
+    return [_pool_shape(*pools[stage]) for stage in stages]
+
+
+def engine_of(model: ChatModel) -> Engine | None:
+    """The engine of a replica's own. One that asks an endpoint has none, and is one piece."""
+    return model.engine if model.backend == "vllm" else None
+
+
+def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:
+    amounts = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    if pool.accelerator_type:
+        amounts[f"accelerator_type:{pool.accelerator_type}"] = 0.001
+    # The pieces of a tensor-parallel engine may lie on several nodes.
+    pieces = 1 if engine is None else engine.pieces
+    return Shape(where, {k: v for k, v in amounts.items() if v}, pool.labels, pieces)
+
+
+def worker_shapes(phase: str, settings: Training) -> list[Shape]:
+    """The workers of a training phase, which start together or not at all."""
+    amounts = dict(settings.resources_per_worker)
+    # Ray Train's own defaults.
+    if settings.use_gpu or not amounts:
+        amounts.setdefault("GPU" if settings.use_gpu else "CPU", 1.0)
+    return [
+        Shape(f"{phase}.workers", {k: v for k, v in amounts.items() if v}, settings.labels, settings.workers)
+    ]
+
+
+def problems(shapes: Sequence[Shape], view: View) -> list[str]:
+    """What cannot be placed, a line each; empty where everything may be.
+
+    An autoscaler may add nodes of which nothing is known here: then only what it calls infeasible
+    is a problem.
+    """
+    if view.autoscaled:
+        return [
+            f"{shape.where}: a replica needs {shape}, and no node type of the autoscaler has that"
+            for shape in shapes
+            # Another job may ask for the same with other labels: what a node here has is no problem.
+            if any(_same(shape.resources, request) for request in view.infeasible)
+            and any(_homeless(shape, view.nodes))
+        ]
+    found = [line for shape in shapes for line in _homeless(shape, view.nodes)]
+    return found or list(_crowded(shapes, view.nodes))
+
+
+def _homeless(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
+    right = [node for node in nodes if labelled(shape.labels, node.labels)]
+    if any(_fits(shape.resources, node.resources) for node in right):
+        return
+    line = f"{shape.where}: a replica needs {shape}, and "
+    if not right:
+        yield line + no_such_labels(shape.labels, [node.labels for node in nodes])
+        return
+    most = {name: max(node.resources.get(name, 0) for node in right) for name in shape.resources}
+    lacking = [name for name, amount in shape.resources.items() if most[name] < amount]
+    if lacking:
+        yield line + "; ".join(
+            f"no node has {name}" if not most[name] else f"no node has more {name} than {most[name]:g}"
+            for name in lacking
+        )
+    else:
+        yield line + "no node has all of these at once"
+
+
+def _crowded(shapes: Sequence[Shape], nodes: Sequence[Node]) -> Iterator[str]:
+    needed: Counter[str] = Counter()
+    for shape in shapes:
+        for name, amount in shape.resources.items():
+            needed[name] += amount * shape.count  # type: ignore[assignment]
+    for name, amount in needed.items():
+        there = sum(node.resources.get(name, 0) for node in nodes)
+        # Ray counts in ten-thousandths.
+        if round(amount - there, 4) > 0:
+            users = ", ".join(
+                f"{shape.where} {shape.resources[name] * shape.count:g}"
+                for shape in shapes
+                if name in shape.resources
+            )
+            yield f"{users}: together {amount:g} {name}, and the cluster has {there:g}"
+
+
+def _fits(wanted: Amounts, has: Amounts) -> bool:
+    return all(has.get(name, 0) >= amount for name, amount in wanted.items())
+
+
+def _same(a: Amounts, b: Amounts) -> bool:
+    return {k: round(v, 4) for k, v in a.items()} == {k: round(v, 4) for k, v in b.items()}
+
+
+def labelled(wanted: Mapping[str, str], has: Mapping[str, str]) -> bool:
+    """Whether a node has the labels, as Ray reads them: `a`, `!a`, `in(a,b)`, `!in(a,b)`."""
+    return all(_is_label(has.get(name), value) for name, value in wanted.items())
+
+
+def _is_label(has: str | None, wanted: str) -> bool:
+    if wanted.startswith("!"):
+        return not _is_label(has, wanted[1:])
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        return has in [value.strip() for value in wanted[3:-1].split(",")]
+    return has == wanted
+
+
+def no_such_labels(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, str]]) -> str:
+    """What is told where no node has the labels."""
+    names = {f"{name}={labels[name]}" for labels in nodes for name in wanted.keys() & labels.keys()}
+    return f"no node has these labels (there are {', '.join(sorted(names)) or 'none of these names'})"
+
+
+def look() -> View:
+    """The nodes that are up in the connected cluster, and what its autoscaler says."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    nodes = [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+    gcs = ray._private.worker.global_worker.gcs_client
+    reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=10))
+    state = reply.autoscaling_state
+    autoscaled = _autoscaled(nodes, state.autoscaler_state_version, _internal_kv_get("__autoscaling_status"))
+    infeasible = [dict(request.resources_bundle) for request in state.infeasible_resource_requests]
+    infeasible += [
+        dict(request.resources_bundle)
+        for gang in state.infeasible_gang_resource_requests
+        for request in gang.requests
+    ]
+    return View(nodes, autoscaled, infeasible)
+
+
+def _autoscaled(nodes: Sequence[Node], version: int, report: bytes | None) -> bool:
+    """Whether the monitor of the head may add nodes. Every head has one that reports; without worker
+    groups it only looks on: the first version then names node types `node_ID`, the second gives the
+    nodes no group."""
+    try:
+        kinds = json.loads(report or b"{}").get("autoscaler_report", {}).get("active_nodes", {})
+    except ValueError:
+        kinds = {}
+    if any(not kind.startswith("node_") for kind in kinds):
+        return True
+    return version > 0 and any("ray.io/node-group" in node.labels for node in nodes)
+
+
+def require(shapes: Sequence[Shape], timeout_s: float) -> None:
+    """Return once everything can be placed.
+
+    Raises:
+        PlacementError: it still cannot after `timeout_s`: nodes of a cluster that starts join late.
+    """
+    deadline = time.monotonic() + timeout_s
+    told = False
+    while True:
+        view = look()
+        found = problems(shapes, view)
+        if not found:
+            return
+        if time.monotonic() >= deadline:
+            raise PlacementError(_message(found, view))
+        if not told:
+            logger.warning("waiting up to %g s for nodes: %s", timeout_s, "; ".join(found))
+            told = True
+        time.sleep(min(LOOK_EVERY_S, timeout_s / 4))
+
+
+@contextmanager
+def watched(shapes: Sequence[Shape], timeout_s: float) -> Iterator[None]:
+    """Interrupt the work within when something has had no place for `timeout_s`: a spot node went,
+    and none comes. Only a main thread can be interrupted; any other is not watched.
+
+    Raises:
+        PlacementError: from within, as `require`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main = threading.get_ident()
+    over = threading.Event()
+    reason: list[str] = []
+
+    def interrupt(*_: Any) -> None:
+        if not over.is_set():
+            # Of all exceptions, a wait inside `ray.get` lets only this one through.
+            raise KeyboardInterrupt
+
+    def watch() -> None:
+        since: float | None = None
+        while not over.wait(LOOK_EVERY_S):
+            try:
+                view = look()
+            except Exception:
+                # The next look tells more; the work itself finds out when the cluster is gone.
+                logger.debug("the cluster could not be looked at", exc_info=True)
+                continue
+            found = problems(shapes, view)
+            since = (since or time.monotonic()) if found else None
+            if since is not None and time.monotonic() - since > timeout_s:
+                reason[:] = [_message(found, view)]
+                # A real signal also ends a wait inside Ray.
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=watch, name="placement", daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if reason:
+            raise PlacementError(reason[0]) from None
+        raise
+    finally:
+        over.set()
+        thread.join(timeout=15)
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _message(found: Sequence[str], view: View) -> str:
+    lines = "\n  ".join(found)
+    return (
+        f"the cluster cannot run this:\n  {lines}\nIts nodes: {_nodes(view.nodes)}\n"
+        "Add such a node, or change the recipe's pools (`vpo plan --address auto` helps)"
+    )
+
+
+def _nodes(nodes: Sequence[Node]) -> str:
+    kinds = Counter(
+        ", ".join(
+            f"{name} {amount:g}"
+            for name, amount in sorted(node.resources.items())
+            # Every node has one of its own, and bytes of memory are no one's request here.
+            if not name.startswith("node:") and name not in ("memory", "object_store_memory")
+        )
+        for node in nodes
+    )
+    return "; ".join(f"{count} x ({kind or 'no CPU'})" for kind, count in kinds.most_common(8)) or "none"

@@ -1,0 +1,391 @@
+"""What every worker runs: reference log-probabilities, steps, evaluations, export.
+
+Everything a step does follows from its number: its rows, its learning rate, its seed. So a
+restarted worker needs only the last checkpoint and the step it stands for, and ends with the same
+weights as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vpo_ray.files.folder import Folder, join
+from vpo_ray.lifetime import bind_worker
+from vpo_ray.recipe import result_keys
+from vpo_ray.records import Row, content_id, seed_of
+from vpo_ray.storage.model_cache import fetch
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.train import checkpoints, failures, packing, zero
+from vpo_ray.train.degenerate import degenerate
+from vpo_ray.train.examples import TrainError
+from vpo_ray.train.held_out import best, enough, is_due
+from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
+from vpo_ray.train.model_files import digest
+from vpo_ray.train.phase import Job, RankState
+from vpo_ray.train.policy import PackedPolicy, check_packing
+from vpo_ray.train.rehearsal import check_room
+from vpo_ray.train.save_pretrained import export
+from vpo_ray.train.track import Trackers, values_of
+from vpo_ray.versions import check_code
+
+log = logging.getLogger(__name__)
+
+# Mean difference per token that packing may make: rounding of float32 and of bfloat16.
+PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+class Stopped(TrainError):
+    """Training that no retry can mend (a loss that is not a number); every rank raises it alike."""
+
+
+class Worker(RankState):
+    """One rank at work."""
+
+    def run(self) -> None:
+        job, settings = self.job, self.job.settings
+        untrained = zero.bit_sums(self.engine)
+        first = checkpoints.resume(self)
+        if self.rank == 0:
+            self.trackers = Trackers(
+                settings.track, job.phase, job.run_uri, job.id, job.run_name, _parameters(job), self.curve
+            )
+        try:
+            self._train(first)
+            self._finish(untrained)
+        except BaseException:
+            if self.trackers:
+                self.trackers.close(failed=True)
+            raise
+        if self.trackers:
+            self.trackers.close()
+
+    def _train(self, first: int) -> None:
+        job, settings = self.job, self.job.settings
+        leaving: list[str] = []
+        if enough(self.curve, settings.evaluate):  # it was stopped, and ended before the export was there
+            return
+        for step in range(first, job.steps):
+            line, done = self.step(step), step + 1
+            notice = ray.train.get_preemption_info() if settings.save_steps else None
+            preempted = notice is not None and notice.preempted_node_ids != leaving
+            leaving = notice.preempted_node_ids if notice else leaving
+            save = preempted or checkpoints.is_due(done, job)
+            evaluated = job.held_out and (save or is_due(done, job.steps, len(job.examples), settings))
+            if evaluated:
+                line |= self.evaluate()
+            self.curve.append(line)
+            self._warn(line)
+            if evaluated and settings.evaluate.export == "best":
+                save |= best(self.curve, settings.evaluate) is line
+            if self.trackers:
+                self.trackers.log(line)
+            # Ray Train takes a report every 2 seconds: one a step would hold quick steps up.
+            if save and done < job.steps:
+                # A node that is about to go may not live until an upload in the background is through.
+                checkpoints.save(self, done, wait=preempted)
+            if evaluated and enough(self.curve, settings.evaluate):
+                log.info("no better %s for a while: stopped after step %d", settings.evaluate.metric, done)
+                return
+
+    def step(self, step: int) -> Row:
+        """One optimizer step over a global batch; its metrics, the same on every rank.
+
+        Raises:
+            Stopped: the loss or the gradient is not a finite number.
+        """
+        started = time.perf_counter()
+        job, settings = self.job, self.job.settings
+        rows = packing.batch(step, len(job.examples), settings.global_batch, job.seed)
+        mine = self._packs(rows)
+        learnt = sum(job.examples[r].response_tokens for r in rows)
+        items = len(rows) if job.phase == "dpo" else learnt
+        lr = settings.lr * lr_factor(step, job.steps, settings.schedule, settings.warmup_ratio)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seed_of("step", job.seed, step, self.rank))
+        self.engine.train()
+        sums = self._no_sums()
+        bad: list[str] = []
+        for n, members in enumerate(mine):
+            self.engine.set_gradient_accumulation_boundary(n == len(mine) - 1)
+            # ZeRO needs every rank in every micro step: one without rows does a row's work for nothing.
+            loss, metrics = self._loss(members or rows[:1])
+            if not members:
+                loss, metrics = loss * 0, metrics * 0
+            elif not torch.isfinite(loss):
+                bad += [job.examples[r].id for r in members]
+            # DeepSpeed averages gradients over workers; the loss is a mean over the global batch.
+            self.engine.backward(loss * (self.workers / items))
+            sums += torch.cat([loss.detach().double()[None], metrics])
+        dist.all_reduce(sums)
+        self._stop_if(bad, step, "loss")
+        norm = zero.step(self.engine)
+        self._stop_if([] if math.isfinite(norm) else [job.examples[r].id for r in rows], step, "gradient")
+        seconds = time.perf_counter() - started
+        line: Row = {"step": step + 1, "epoch": (step + 1) * settings.epochs / job.steps}
+        line |= self._means(sums, items)
+        line |= {"lr": lr, "grad_norm": norm, "rows": len(rows), "tokens": learnt}
+        if job.phase == "dpo":
+            for place, side in enumerate(("chosen", "rejected")):
+                tokens = sum(len(job.examples[r].responses[place]) for r in rows)
+                line[f"{side}_tokens"] = tokens / len(rows)
+        return line | {"seconds": seconds, "time": time.time()}
+
+    @torch.no_grad()
+    def evaluate(self) -> Row:
+        """Metrics of the held-out rows, as `eval_<name>`; the same on every rank."""
+        job = self.job
+        self.engine.eval()
+        rows = list(range(len(job.examples), len(job.rows)))
+        sums = self._no_sums()
+        for members in self._held_out_packs:
+            loss, metrics = self._loss(members or rows[:1])
+            if members:
+                sums += torch.cat([loss.double()[None], metrics])
+        dist.all_reduce(sums)
+        items = len(rows) if job.phase == "dpo" else sum(job.rows[r].response_tokens for r in rows)
+        return {f"eval_{name}": value for name, value in self._means(sums, items).items()}
+
+    @cached_property
+    def _held_out_packs(self) -> list[list[int]]:
+        return self._packs(list(range(len(self.job.examples), len(self.job.rows))))
+
+    def _packs(self, rows: list[int]) -> list[list[int]]:
+        """This rank's packs of the rows."""
+        sizes, settings = [self.job.rows[r].tokens for r in rows], self.job.settings
+        shares = packing.spread(rows, sizes, self.workers, settings.micro_batch, settings.micro_tokens)
+        return shares[self.rank]
+
+    def _no_sums(self) -> torch.Tensor:
+        return torch.zeros(1 + len(DPO_METRICS), dtype=torch.float64, device=self.device)
+
+    def _means(self, sums: torch.Tensor, items: int) -> Row:
+        names = ("loss", *DPO_METRICS) if self.job.phase == "dpo" else ("loss",)
+        return dict(zip(names, (sums / items).tolist(), strict=False))
+
+    def _loss(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over these rows: the loss, and the metrics of DPO."""
+        pack = packing.pack([self.job.rows[r] for r in rows]).to(self.device)
+        token_logps = self.engine(pack)
+        if self.job.phase == "sft":
+            return sft_loss(token_logps), self._no_sums()[1:]
+        assert self.reference is not None
+        reference = torch.from_numpy(self.reference[rows].reshape(-1)).to(self.device)
+        return dpo_loss(token_logps, reference, pack.lengths, self.job.dpo)
+
+    def _stop_if(self, ids: list[str], step: int, what: str) -> None:
+        """Stop every rank when one has ids of a batch with a bad number."""
+        everywhere: list[list[str]] = [[] for _ in range(self.workers)]
+        dist.all_gather_object(everywhere, ids)
+        found = sorted({i for part in everywhere for i in part})
+        if found:
+            name = f"metrics/{self.job.phase}-stopped.json"
+            if self.rank == 0:
+                run = RunDir(self.job.run_uri)
+                run.write_json(name, {"step": step + 1, "what": what, "rows": found, "job": self.job.id})
+                run.write_metrics(self.job.phase, self.curve)
+            raise Stopped(
+                f"the {what} is not a finite number in step {step + 1}; "
+                f"rows in that batch: {', '.join(found[:16])}{', ...' * (len(found) > 16)} "
+                f"(all in {name}). Look at these rows, or lower the learning rate; the last "
+                "checkpoint is kept"
+            )
+
+    def _warn(self, line: Row) -> None:
+        """Tell what the guard finds, each kind once in a run; it stays in the curve."""
+        if self.job.phase != "dpo":
+            return
+        new = degenerate(self.curve, self.job.dpo)
+        if new:
+            told = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
+            new = {k: v for k, v in new.items() if k not in told}
+        if new:
+            line["warnings"] = new
+        for text in new.values() if self.rank == 0 else ():
+            log.warning("dpo, step %d: %s", line["step"], text)
+
+    @torch.no_grad()
+    def compute_reference(self, name: str) -> None:
+        """Log-probabilities of all responses under this engine's model, [rows, 2] float32, stored in
+        the run under `name` (see reference_name) so that they are computed once."""
+        job = self.job
+        self.engine.eval()
+        table = torch.zeros(len(job.rows), 2, device=self.device)
+        rows = list(range(len(job.rows)))
+        for members in self._packs(rows):
+            pack = packing.pack([job.rows[r] for r in members or rows[:1]]).to(self.device)
+            sums = response_sums(self.engine(pack), pack.lengths)
+            if members:
+                table[members] = sums.view(-1, 2)
+        dist.all_reduce(table)
+        self.reference = table.cpu().numpy()
+        if not np.isfinite(self.reference).all():
+            ids = [job.rows[r].id for r in np.flatnonzero(~np.isfinite(self.reference).all(axis=1))]
+            raise Stopped(f"the reference gives no finite log-probability for rows {', '.join(ids)}")
+        if self.rank == 0:
+            _references(job).write(name, self.reference.tobytes())
+
+    def _finish(self, untrained: Tensor) -> None:
+        """Export what was trained; `untrained` are the bit sums of the weights before the first step.
+
+        Raises:
+            Stopped: the weights are those that training began with.
+        """
+        job, settings = self.job, self.job.settings
+        line = self.curve[-1]
+        if settings.evaluate.export == "best":
+            line = checkpoints.load_best(self)
+        if torch.equal(zero.bit_sums(self.engine), untrained):
+            raise Stopped(
+                f"{line['step']} steps changed no weight, so that there is nothing to export: the learning "
+                f"rate ({settings.lr:g}) or the gradients (norm {line['grad_norm']:.3g} in step "
+                f"{line['step']}) are too small for {settings.dtype}. Raise lr, or look at the rows"
+            )
+        weights = zero.full_weights(self.engine, self.rank, trained_only=settings.lora is not None)
+        if self.rank == 0:
+            RunDir(job.run_uri).write_metrics(job.phase, self.curve)
+            metrics = {k: line[k] for k, v in values_of(line).items() if k != "seconds" and math.isfinite(v)}
+            facts = {
+                **job.facts,
+                "steps": len(self.curve),
+                "exported_step": line["step"],
+                "metrics": metrics,
+                "resumed_after": self.resumed_after,
+                "warnings": [text for x in self.curve for text in x.get("warnings", {}).values()],
+            }
+            export(self.engine.module.model, weights, job, facts)
+        ray.train.report(line)
+        dist.barrier()
+
+
+def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
+    """Share of the peak learning rate in step `step` (from 0).
+
+    With w steps of warm-up, step i of 1..w has i / w: the last of them is at full rate, and none is
+    without effect. (transformers' first step has rate 0.) Behind them it is as in transformers' schedules
+    with as many steps of warm-up: linear or cosine down towards 0, or constant.
+    """
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
+        schedule
+    ]
+
+
+def train_worker(config: dict[str, Any]) -> Row:
+    """What Ray Train runs on each worker; on a problem that no retry mends, returns its message."""
+    check_code(config["code"])
+    bind_worker()
+    job: Job = ray.get(config["job"])
+    message = failures.told(job.kept)
+    if message is None:
+        try:
+            _work(job)
+        except Stopped as error:
+            message = str(error)
+        except Exception as error:
+            # Raised, so that the other ranks, which may wait for this one, are stopped too.
+            if failures.is_permanent(error):
+                failures.tell(job.kept, error)
+            raise
+    return {} if message is None else {"stopped": message}
+
+
+def _work(job: Job) -> None:
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    zero.prepare_process(job.settings.use_gpu)
+    device = ray.train.torch.get_device()
+    models = list(dict.fromkeys([job.reference or job.model, job.model]))
+    if context.get_local_rank() == 0:
+        for model in models:
+            fetch(model)
+    dist.barrier()
+
+    def start(model: str) -> Worker:
+        torch.manual_seed(job.seed)
+        settings = zero.deepspeed_config(job.settings, workers)
+        loaded = zero.load_model(fetch(model), job.settings, settings, job.revision, job.trust_remote_code)
+        engine = zero.start_engine(PackedPolicy(loaded), job.settings, settings)
+        return Worker(job, engine, rank, workers, device)
+
+    reference = None
+    if job.phase == "dpo":
+        name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank))
+        reference = stored_reference(job, name, rank)
+        if reference is None and len(models) == 2:
+            # One after the other: there are never two models in memory.
+            other = start(models[0])
+            other.compute_reference(name)
+            reference = other.reference
+            zero.forget(other.engine)
+            del other
+    worker = start(job.model)
+    if rank == 0:
+        lora = job.settings.lora
+        check_room(job.out, zero.bytes_of(worker.engine, trained_only=lora is not None and not lora.merge))
+    worker.engine.eval()
+    check_packing(
+        worker.engine,
+        max(job.rows, key=lambda e: e.tokens),
+        device,
+        PACKING_TOLERANCE[job.settings.dtype],
+    )
+    worker.reference = reference
+    if job.phase == "dpo" and reference is None:
+        worker.compute_reference(name)
+    worker.run()
+
+
+def reference_name(job: Job, weights: str) -> str:
+    """Name of stored reference log-probabilities: a function of the weights and of the rows."""
+    data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.rows]
+    return f"{content_id('reference', weights, job.settings.dtype, data)}.npy"
+
+
+def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:
+    """Reference log-probabilities that an earlier start has stored; all ranks agree on it."""
+    found = [_references(job).exists(name) if rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    if not found[0]:
+        return None
+    return np.frombuffer(_references(job).read(name), dtype=np.float32).reshape(-1, 2).copy()
+
+
+def _references(job: Job) -> Folder:
+    return Folder(join(job.run_uri, "checkpoints/reference"))
+
+
+def _parameters(job: Job) -> Row:
+    """What trackers show beside a curve: the settings that are not defaults."""
+    shown = result_keys(job.settings.model_dump(mode="json", exclude_defaults=True))
+    return {**shown, "phase": job.phase, "model": job.model, "fingerprint": job.facts.get("fingerprint")}
+
+
+def _weights_id(model: str, revision: str | None, rank: int) -> str:
+    """Names the weights by content, the same on every rank: from rank 0's files."""
+    from transformers.utils import cached_file
+
+    names: list[str | None] = [None]
+    if rank == 0:
+        folder = (
+            model
+            if Path(model).is_dir()
+            else Path(cached_file(model, "config.json", revision=revision)).parent
+        )
+        names = [digest(str(folder))]
+    dist.broadcast_object_list(names, src=0)
+    return str(names[0])
