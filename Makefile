@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/vpo tiny runs/tiny
 	$(BIN)/vpo run jobs/recipes/tiny.yaml
 
-# Every part runs whatever became of those before it; which have failed is told at the end.
+# Every part runs even if an earlier one failed; the last line names those that failed.
 PARTS = failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
   [ -z "$$failed" ] || { echo "make $@: failed:$$failed"; exit 1; }
 
@@ -31,8 +31,8 @@ types: $(READY)
 fast: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
 
-# Those that run real engines, one after the other, in one shuffled order, so that a red run tells of the
-# change and not of the order: `make engines ENGINE_SEED=7` takes another, 0 the written one.
+# Tests with real engines, one after the other, in one shuffled order, so that a failure comes from the
+# change and not from the order: `make engines ENGINE_SEED=7` takes another, 0 the written one.
 ENGINE_SEED ?= 255101
 engines: $(READY)
 	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25 --seed $(ENGINE_SEED)
@@ -41,7 +41,7 @@ engines: $(READY)
 slow: $(READY)
 	$(BIN)/pytest -m slow -v --durations=25
 
-# Every kind of process of real runs is killed, 64 times in all: more than an hour. CHAOS="--help" tells its options.
+# Every kind of process of real runs is killed, 64 times in all: more than an hour. CHAOS="--help" lists its options.
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
