@@ -152,8 +152,7 @@ class EndpointClient:
             RequestError: this request has no answer after all retries.
             CostLimitReached: the account may pay no more; nothing was sent.
         """
-        if self._client is None or self._loop is not asyncio.get_running_loop():
-            self.open()
+        self._opened()
         if schema is None:
             return await self._completed(request, tokens)
         if self._schemas is False:
@@ -216,24 +215,57 @@ class EndpointClient:
             await self._pace.call("settle", tokens - used, self._limits[1])
         return reply
 
-    async def ask(self, path: str, request: dict[str, Any]) -> Any:
-        """What a route answers that is no chat completion: a JSON value. Raises what `create` raises."""
-        if self._client is None or self._loop is not asyncio.get_running_loop():
-            self.open()
+    async def ask(
+        self, path: str, request: dict[str, Any], *, form: bool = False, idempotency_key: str | None = None
+    ) -> Any:
+        """What a route answers that is no chat completion: a JSON value. Raises what `create` raises.
+
+        Args:
+            form: send the request as a multipart form in place of JSON.
+            idempotency_key: of all tries of this request; one of each try when None.
+        """
+        self._opened()
 
         async def read_body(body: Any) -> Any:
             return body
 
-        return await self._tried(path, request, 0, read_body)
+        options: dict[str, Any] = {"idempotency_key": idempotency_key} if idempotency_key else {}
+        if form:
+            options["headers"] = {"Content-Type": "multipart/form-data"}
+        return await self._tried(path, request, 0, read_body, options)
+
+    async def get(self, path: str) -> bytes:
+        """The body of what is at a path. It costs nothing, so it waits for no budget and no slot.
+
+        Raises:
+            EndpointError: as `create`; also where nothing is at the path (`status` 404).
+            RequestError: no answer after all retries.
+        """
+        client = self._opened()
+        return await self._retried(lambda: self._explained(client.get(path, cast_to=bytes)))
+
+    def _opened(self) -> openai.AsyncOpenAI:
+        if self._client is None or self._loop is not asyncio.get_running_loop():
+            self.open()
+        assert self._client is not None
+        return self._client
 
     async def _tried(
-        self, path: str, request: dict[str, Any], tokens: int, reader: Callable[[Any], Awaitable[T]]
+        self,
+        path: str,
+        request: dict[str, Any],
+        tokens: int,
+        reader: Callable[[Any], Awaitable[T]],
+        options: dict[str, Any] | None = None,
     ) -> T:
         merged = {"model": self.model, **request, **self.endpoint.request}
         known = {name: value for name, value in merged.items() if value is not None}
+        return await self._retried(lambda: self._once(path, known, tokens, reader, options or {}))
+
+    async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
         for tries in range(self.endpoint.retries + 1):
             try:
-                found = await self._once(path, known, tokens, reader)
+                found = await once()
                 self._answered, self._forbidden = True, 0
                 return found
             except _Again as again:
@@ -246,42 +278,48 @@ class EndpointClient:
         raise AssertionError("the loop returns or raises")
 
     async def _once(
-        self, path: str, request: dict[str, Any], tokens: int, reader: Callable[[Any], Awaitable[T]]
+        self,
+        path: str,
+        request: dict[str, Any],
+        tokens: int,
+        reader: Callable[[Any], Awaitable[T]],
+        options: dict[str, Any],
     ) -> T:
         async with self._slots:
             self.account.check()  # not only after the wait: it may be a long one for nothing
             if wait := await self._pace.call("reserve", tokens, self._limits):
                 await asyncio.sleep(wait)
                 self.account.check()
-            try:
-                # The client's own limit is on every read: a server that sends a byte now and then
-                # would hold this slot for ever.
-                async with asyncio.timeout(self.endpoint.timeout_s):
-                    # Answers that come together are worked on together, and the first next request
-                    # leaves when the last is built. One at a time, each leaves when it is built.
-                    async with self._turn:
-                        await asyncio.sleep(0)
-                    data = await self._post(path, request)
-            except openai.APIStatusError as error:
-                self._reached = True
-                raise await self._failure(
-                    error.status_code, error.body, self._without_key(_said(error)), error.response.headers
-                ) from None
-            except (openai.APITimeoutError, TimeoutError) as error:
-                # The client takes every failure to connect for a timeout.
-                if lost := _lost_connection(error):
-                    raise _Again(self._unreachable(lost)) from None
-                message = f"{self.where}: no answer in {self.endpoint.timeout_s:g} s"
-                raise _Again(RequestError(message)) from None
-            except openai.APIConnectionError as error:
-                raise _Again(self._unreachable(error.__cause__ or error)) from None
-            self._reached = True
+            data = await self._explained(self._post(path, request, options))
             try:
                 body = parse(data)
             except ValueError as error:
                 message = f"{self.where}: the answer is not readable: {self._told(error)}"
                 raise _Again(RequestError(message)) from None
             return await reader(body)
+
+    async def _explained(self, sent: Awaitable[bytes]) -> bytes:
+        """The body of an answer. Raises `_Again` for a failure that another try may not have."""
+        try:
+            # The client's own limit is on every read: a server that sends a byte now and then
+            # would hold this slot for ever.
+            async with asyncio.timeout(self.endpoint.timeout_s):
+                data = await sent
+        except openai.APIStatusError as error:
+            self._reached = True
+            raise await self._failure(
+                error.status_code, error.body, self._without_key(_said(error)), error.response.headers
+            ) from None
+        except (openai.APITimeoutError, TimeoutError) as error:
+            # The client takes every failure to connect for a timeout.
+            if lost := _lost_connection(error):
+                raise _Again(self._unreachable(lost)) from None
+            message = f"{self.where}: no answer in {self.endpoint.timeout_s:g} s"
+            raise _Again(RequestError(message)) from None
+        except openai.APIConnectionError as error:
+            raise _Again(self._unreachable(error.__cause__ or error)) from None
+        self._reached = True
+        return data
 
     async def _read(self, body: Any) -> Completion:
         """The completion, which is in the account, or the failure that stands in its place."""
@@ -309,14 +347,16 @@ class EndpointClient:
         await self.account.charge(usage)
         return replace(reply, usage=usage)
 
-    async def _post(self, path: str, request: dict[str, Any]) -> bytes:
+    async def _post(self, path: str, request: dict[str, Any], options: dict[str, Any]) -> bytes:
+        # Answers that come together are worked on together, and the first next request leaves when the
+        # last is built. One at a time, each leaves when it is built.
+        async with self._turn:
+            await asyncio.sleep(0)
         # `chat.completions.create` walks through the whole request to transform it, and makes a
         # random key for each: a third of all that the client does. A plain dict needs none of that.
         assert self._client is not None
-        number = f"{id(self)}-{next(self._numbers)}"
-        return await self._client.post(
-            path, body=dict(request), cast_to=bytes, options={"idempotency_key": number}
-        )
+        known: Any = {"idempotency_key": f"{id(self)}-{next(self._numbers)}", **options}
+        return await self._client.post(path, body=dict(request), cast_to=bytes, options=known)
 
     async def _failure(self, status: int, body: Any, text: str, headers: Any) -> Exception:
         told = f"{self.where}: {text[:500]}"
