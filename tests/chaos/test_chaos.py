@@ -32,7 +32,6 @@ from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
 from vpo_ray.stream.chains import GENERATION
 from vpo_ray.stream.pipeline import Models
-from vpo_ray.stream.stage_pools import located_reward
 
 KILLED = ("renderer", "scorer", "raylet, rendering")
 # Half of it loads a model, the other half makes twelve videos.
@@ -138,7 +137,7 @@ class Videos(Generation):
         run.table("verdicts").append(judged)
         with one_thread():
             rendered = Renderer(recipe.render, run.at("videos"), recipe.seed)(judged)
-            run.table("feedback").append(Scorer(located_reward(recipe.reward), run.at("videos"))(rendered))
+            run.table("feedback").append(Scorer(recipe.reward.located(), run.at("videos"))(rendered))
         make_pairs(recipe, run)
         self.lives = dict.fromkeys(("renderer", "scorer"), LIFE_S)
 

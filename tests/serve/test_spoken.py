@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vpo_ray.engines.chat.thoughts import UnclosedThought
+from vpo_ray.prompts.thoughts import UnclosedThought
 from vpo_ray.serve.answers import DONE, chunks_in
 from vpo_ray.serve.spoken import SpokenParts, marked, spoken
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Sampling
+from vpo_ray.prompts.answers import AnswerError
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge, Pair
 from vpo_ray.records import FEEDBACK, VERDICTS, Row, table
-from vpo_ray.stages.judge import JudgeError, Judgement, Judging, parse_judgement, refined_fault
+from vpo_ray.stages.judge import Judgement, Judging, parse_judgement, refined_fault
 from vpo_ray.stages.pair import pairs_of_query
 
 CRITIQUE = read_prompt("builtin:critique")
@@ -199,7 +200,7 @@ def test_line_breaks_that_a_grammar_lets_through() -> None:
     ],
 )
 def test_an_answer_that_is_no_verdict_is_an_error_not_a_no(text: str) -> None:
-    with pytest.raises(JudgeError) as caught:
+    with pytest.raises(AnswerError) as caught:
         parse_judgement(text)
     assert len(str(caught.value)) < 500
 
@@ -207,7 +208,7 @@ def test_an_answer_that_is_no_verdict_is_an_error_not_a_no(text: str) -> None:
 @quick
 @given(TEXT)
 def test_any_other_answer_is_an_error_of_its_own(text: str) -> None:
-    with suppress(JudgeError):
+    with suppress(AnswerError):
         assert parse_judgement(text).verdict in VERDICTS
 
 
@@ -355,7 +356,7 @@ def test_an_aligned_refinement_is_a_chosen_and_a_misaligned_one_is_not() -> None
     ],
 )
 def test_a_malformed_answer_at_any_turn_is_an_error(answers: list[Any]) -> None:
-    with pytest.raises(JudgeError):
+    with pytest.raises(AnswerError):
         judge(*answers)
 
 

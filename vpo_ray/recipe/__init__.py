@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, sources
+from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, sources
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
@@ -248,12 +247,6 @@ def serve_of(recipe: Recipe) -> Serve:
         return recipe.serve
     filled = {"render": videos.render or recipe.render, "reward": videos.reward or recipe.reward}
     return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
-
-
-def locate(name: str) -> str:
-    """The absolute path of a local folder or file, or the hub id or URI as it is."""
-    path = Path(os.path.expanduser(name))
-    return str(path.resolve()) if "://" not in name and path.exists() else name
 
 
 def _explain(error: Mapping[str, Any]) -> str:

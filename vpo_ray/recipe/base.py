@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -67,6 +68,12 @@ class Pool(Section):
         if self.size[0] > self.size[1]:
             raise ValueError(f"size {list(self.size)}: write [min, max] with min <= max, or one number")
         return self
+
+
+def locate(name: str) -> str:
+    """The absolute path of a local folder or file, or the hub id or URI as it is."""
+    path = Path(os.path.expanduser(name))
+    return str(path.resolve()) if "://" not in name and path.exists() else name
 
 
 def sources(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, refuse_unused
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused
 from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
@@ -92,6 +92,11 @@ class Render(Section):
             raise ValueError(f"preset {given['preset']!r} is not known; there are {', '.join(presets)}")
         return {**presets[given["preset"]]["settings"], **given}
 
+    def located(self) -> Render:
+        """The settings with absolute paths, which hold on every node that mounts them."""
+        lora = self.lora and self.lora.model_copy(update={"path": locate(self.lora.path)})
+        return self.model_copy(update={"model": locate(self.model), "lora": lora})
+
     @model_validator(mode="after")
     def _one_gpu_a_rank(self) -> Render:
         if self.context_parallel == 1:
@@ -162,6 +167,12 @@ class Reward(Section):
     batch_size: Positive = 1
     device: str = "auto"
     pool: Pool = Pool()
+
+    def located(self) -> Reward:
+        """The settings with absolute paths, which hold on every node that mounts them."""
+        files = {key: value and locate(value) for key, value in self.checklist.files().items()}
+        checklist = self.checklist.model_copy(update=files)
+        return self.model_copy(update={"model": locate(self.model), "checklist": checklist})
 
     @model_validator(mode="after")
     def _all_used(self) -> Reward:

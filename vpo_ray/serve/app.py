@@ -19,7 +19,6 @@ from vpo_ray.recipe import Pool, RecipeError, Section, Serve
 from vpo_ray.serve.engine import PolicyServer, llm_config, operation
 from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
-from vpo_ray.stream.stage_pools import located_render, located_reward
 
 # Light replicas that mostly wait; what bounds them is the engine's queue.
 INGRESS_REQUESTS = 4096
@@ -89,11 +88,11 @@ def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...])
     if videos.render is None or (videos.score and videos.reward is None):
         missing = "render" if videos.render is None else "reward"
         raise RecipeError(f"serve.videos.{missing} is missing: give it, or a recipe with a {missing} section")
-    render = located_render(videos.render)
+    render = videos.render.located()
     renderer = serve.deployment(VideoRenderer, **_pool(render.pool)).bind(render, videos.store)
     scorer = None
     if videos.score and videos.reward is not None:
-        reward = located_reward(videos.reward)
+        reward = videos.reward.located()
         scorer = serve.deployment(VideoScorer, **_pool(reward.pool)).bind(reward, videos.store)
     jobs = serve.deployment(
         VideoJobs, max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0}

@@ -20,10 +20,10 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
 
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
-from vpo_ray.engines.chat.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.prompts.policy_prompt import prompt_ids
+from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.spoken import marked
 from vpo_ray.storage.model_cache import fetch_for_engine, version

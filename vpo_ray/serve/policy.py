@@ -18,8 +18,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from vpo_ray.engines.chat.thoughts import UnclosedThought
 from vpo_ray.prompts.policy_prompt import neutralise
+from vpo_ray.prompts.thoughts import UnclosedThought
 from vpo_ray.recipe import Serve
 from vpo_ray.records import share_of
 from vpo_ray.serve.errors import RequestError

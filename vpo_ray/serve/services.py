@@ -11,10 +11,9 @@ import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from vpo_ray.engines.chat.structured import find_object, schema_fault
 from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
+from vpo_ray.prompts.answers import find_object, object_schema, schema_fault
 from vpo_ray.recipe.serve import Service
-from vpo_ray.stages.judge import object_schema
 
 MAX_ANSWER_TOKENS = 512
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from vpo_ray.engines.chat.thoughts import Spoken, UnclosedThought, without_thoughts
+from vpo_ray.prompts.thoughts import Spoken, UnclosedThought, without_thoughts
 from vpo_ray.serve.answers import DONE, chunks_in
 
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.prompts.answers import object_schema, string_schema
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Draft, Judge, engine_arguments
 from vpo_ray.records import Row, content_id, seed_of
-from vpo_ray.stages.judge import Judgement, Judging, form_fault, object_schema, parse_prompt, string_schema
+from vpo_ray.stages.judge import Judgement, Judging, form_fault, parse_prompt
 
 EXAMPLES = "{examples}"
 _EXAMPLE = "<request>{query}</request>\n<prompt>{prompt}</prompt>"

@@ -8,7 +8,6 @@ never a silent "no".
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
-from vpo_ray.engines.chat.structured import find_object
+from vpo_ray.prompts.answers import AnswerError, object_schema, parse_object, string_schema
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
@@ -37,10 +36,6 @@ _INTRODUCTION = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-
-
-class JudgeError(ValueError):
-    """An answer of the judge that is no verdict."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class Judging:
             first: what is known of the prompt already; the LLM is not asked for it then.
 
         Raises:
-            JudgeError: an answer is no verdict, or no refined prompt.
+            AnswerError: an answer is no verdict, or no refined prompt.
             ChatError: the LLM gives no answer.
         """
         ask = partial(self._ask, chat, identity)
@@ -137,7 +132,7 @@ class Judging:
 
 
 def parse_judgement(text: str) -> Judgement:
-    """Raises JudgeError for anything but an object with a known verdict, a critique and the lists
+    """Raises AnswerError for anything but an object with a known verdict, a critique and the lists
     of missing and added details."""
     value = parse_object(text, _JUDGEMENT)
     critique, missing, added = (value.get(name) for name in ("critique", "missing", "added"))
@@ -145,17 +140,17 @@ def parse_judgement(text: str) -> Judgement:
         if value.get("verdict") == verdict and isinstance(critique, str):
             if _texts(missing) and _texts(added):
                 return Judgement(verdict, critique, missing, added)  # type: ignore[arg-type]
-            raise JudgeError(f"the judge's answer names no missing and added details: {text[:200]!r}")
-    raise JudgeError(
+            raise AnswerError(f"the judge's answer names no missing and added details: {text[:200]!r}")
+    raise AnswerError(
         f"the judge's answer has no critique and verdict of {', '.join(VERDICTS)}: {text[:200]!r}"
     )
 
 
 def parse_prompt(text: str) -> str:
-    """The text `prompt` of an answer. Raises JudgeError where there is none."""
+    """The text `prompt` of an answer. Raises AnswerError where there is none."""
     value = parse_object(text, {"prompt": {"type": "string"}}).get("prompt")
     if not isinstance(value, str):
-        raise JudgeError(f"the answer has no text `prompt`: {text[:200]!r}")
+        raise AnswerError(f"the answer has no text `prompt`: {text[:200]!r}")
     return value.strip()
 
 
@@ -179,37 +174,8 @@ def refined_fault(refined: str, original: str, word_limit: int) -> str | None:
     return form_fault(refined, word_limit)
 
 
-def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of an object with exactly these properties."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def string_schema(max_chars: int) -> dict[str, Any]:
-    return {"type": "string", "maxLength": max_chars}
-
-
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def parse_object(text: str, properties: dict[str, Any]) -> dict[str, Any]:
-    """An answer that is a JSON object, found by its properties where there is more in the answer. Raises
-    JudgeError for any other."""
-    try:
-        # Grammars let raw control characters into strings; they do no harm to a verdict.
-        value = json.loads(find_object(text, object_schema(properties)), strict=False)
-        # An escape may hold half a character, which no table and no tokenizer takes.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise JudgeError(f"the judge's answer is not JSON ({str(error)[:200]}): {text[:200]!r}") from error
-    if not isinstance(value, dict):
-        raise JudgeError(f"the judge's answer is not an object: {text[:200]!r}")
-    return value
 
 
 _TEXTS = {"type": "array", "items": {"type": "string"}}

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.prompts.answers import AnswerError, object_schema, parse_object, string_schema
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge
 from vpo_ray.records import Row, seed_of
-from vpo_ray.stages.judge import JudgeError, object_schema, parse_object, string_schema
 
 
 def label_row(query: Row) -> Row:
@@ -37,7 +37,7 @@ class Labeller:
         return row["unsafe"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        """Raises JudgeError for an answer without a verdict, ChatError where there is none."""
+        """Raises AnswerError for an answer without a verdict, ChatError where there is none."""
         text = fill(self.prompt, text=row["query"])
         sampling = Sampling(
             temperature=self.settings.temperature,
@@ -53,5 +53,5 @@ class Labeller:
         answer = parse_object(text, properties)
         unsafe, reason = answer.get("unsafe"), answer.get("reason")
         if not isinstance(unsafe, bool) or not isinstance(reason, str):
-            raise JudgeError(f"the judge's answer has no reason and `unsafe`: {str(answer)[:200]}")
+            raise AnswerError(f"the judge's answer has no reason and `unsafe`: {str(answer)[:200]}")
         return {**row, "unsafe": unsafe, "reason": reason}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
-from vpo_ray.engines.chat.thoughts import UnclosedThought, without_thoughts
+from vpo_ray.prompts.thoughts import UnclosedThought, without_thoughts
 from vpo_ray.recipe import Sample, engine_arguments
 from vpo_ray.records import Row, candidate_id, failed, seed_of
 

@@ -13,7 +13,7 @@ from ray.data import Dataset
 
 from vpo_ray.engines.chat import tokenizer
 from vpo_ray.prompts.policy_prompt import read_prompt
-from vpo_ray.recipe import ChatModel, Recipe, Render, Reward, locate
+from vpo_ray.recipe import ChatModel, Recipe, locate
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.label import Labeller
@@ -139,7 +139,7 @@ def _vllm_pool(*args: Any, **kwargs: Any) -> Dataset:
 def render_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    settings = located_render(recipe.render)
+    settings = recipe.render.located()
     stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed)
     # While one video is encoded and stored, the next renders.
     return batch_pool(
@@ -150,26 +150,13 @@ def render_pool(
 def score_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
-    settings = located_reward(recipe.reward)
-    more = {name: located_reward(reward) for name, reward in recipe.more_rewards.items()}
+    settings = recipe.reward.located()
+    more = {name: reward.located() for name, reward in recipe.more_rewards.items()}
     account = RunAccount(
         limit=recipe.limits.max_cost, spent=outcome.spent, progress=outcome.progress, stage=outcome.stage
     )
     stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more, account)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
-
-
-def located_render(render: Render) -> Render:
-    """The settings with paths that hold on every node that mounts them."""
-    lora = render.lora and render.lora.model_copy(update={"path": locate(render.lora.path)})
-    return render.model_copy(update={"model": locate(render.model), "lora": lora})
-
-
-def located_reward(reward: Reward) -> Reward:
-    """The settings with paths that hold on every node that mounts them."""
-    files = {key: value and locate(value) for key, value in reward.checklist.files().items()}
-    checklist = reward.checklist.model_copy(update=files)
-    return reward.model_copy(update={"model": locate(reward.model), "checklist": checklist})
 
 
 POOLS = {

@@ -17,8 +17,8 @@ from vpo_ray.engines.chat import Answer, ChatError, Metered, Refusal, Sampling
 from vpo_ray.engines.chat.openai_chat import Account, Answers, CostLimitReached, OpenAIChat
 from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, retry_after
+from vpo_ray.prompts.answers import object_schema, string_schema
 from vpo_ray.recipe import ChatModel, Endpoint
-from vpo_ray.stages.judge import object_schema, string_schema
 
 ASK = [{"role": "user", "content": "what is it?"}]
 SAMPLING = Sampling(temperature=0.5, max_tokens=50, seed=3, top_p=0.9)

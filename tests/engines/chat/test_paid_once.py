@@ -13,8 +13,8 @@ from vpo_ray.engines.chat.openai_chat import Answers, OpenAIChat
 from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.client import EndpointClient
+from vpo_ray.prompts.answers import object_schema
 from vpo_ray.recipe import ChatModel, Endpoint
-from vpo_ray.stages.judge import object_schema
 
 SAMPLING = Sampling(temperature=0.5, max_tokens=50, seed=3)
 Serve = Callable[[Callable[[Request], Reply]], EndpointServer]

@@ -14,8 +14,8 @@ from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.client import MAX_FORBIDDEN, EndpointClient, EndpointError
 from vpo_ray.engines.endpoint.failures import about
+from vpo_ray.prompts.answers import object_schema
 from vpo_ray.recipe import ChatModel, Endpoint
-from vpo_ray.stages.judge import object_schema
 
 SAMPLING = Sampling(temperature=0.5, max_tokens=50, seed=3)
 SCHEMA = object_schema({"a": {"type": "string", "enum": ["yes", "no"]}})

@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Refusal, Sampling
-from vpo_ray.engines.chat.structured import find_object, schema_fault
 from vpo_ray.engines.endpoint.account import Account, CostLimitReached
 from vpo_ray.engines.endpoint.client import EndpointClient, RequestError
 from vpo_ray.engines.endpoint.completion import Completion
 from vpo_ray.engines.endpoint.failures import about
 from vpo_ray.files.folder import Folder
+from vpo_ray.prompts.answers import find_object, schema_fault
 from vpo_ray.prompts.material import fill
 from vpo_ray.recipe import ChatModel
 from vpo_ray.records import content_id

@@ -9,9 +9,9 @@ from typing import Any
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Sampling
 from vpo_ray.engines.chat.adapter import Adapter
-from vpo_ray.engines.chat.structured import find_object
-from vpo_ray.engines.chat.thoughts import TAIL, marks_among, opened_thought
+from vpo_ray.prompts.answers import find_object
 from vpo_ray.prompts.policy_prompt import PromptError, chat_ids
+from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
 
 logger = logging.getLogger(__name__)
 

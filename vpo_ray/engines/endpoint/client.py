@@ -22,7 +22,6 @@ import aiohttp
 import openai
 
 from vpo_ray.engines.chat import Usage
-from vpo_ray.engines.chat.structured import in_words, response_format, schema_fault
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.completion import Completion, parse, read
 from vpo_ray.engines.endpoint.failures import (
@@ -36,6 +35,7 @@ from vpo_ray.engines.endpoint.failures import (
     maybe_schema,
 )
 from vpo_ray.engines.endpoint.rate_limiter import ClusterPace, LocalPace, Pace, retry_after
+from vpo_ray.prompts.answers import in_words, response_format, schema_fault
 from vpo_ray.recipe import Endpoint
 from vpo_ray.records import content_id
 

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vpo_ray.engines.chat.structured import find_object, schema_fault
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
 from vpo_ray.engines.endpoint.completion import TokenLogprob
 from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames
+from vpo_ray.prompts.answers import find_object, schema_fault
 from vpo_ray.recipe import Reward
 
 __all__ = ["EndpointError", "EndpointReward", "build"]

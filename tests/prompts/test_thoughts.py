@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.engines.chat.thoughts import (
+from vpo_ray.prompts.thoughts import (
     Spoken,
     UnclosedThought,
     marks_among,

@@ -1,7 +1,7 @@
-"""Answers that are to be a JSON object of a schema: how they are asked for, found and checked.
+"""Answers in JSON: the schemas that ask for them, and how an answer is found and checked.
 
-A grammar that holds a model to the schema is not to be had everywhere. An object in a fence, behind a
-thought or between sentences is the answer all the same.
+Not every server can hold a model to a schema. An object in a code fence, after a thought or between
+sentences is an answer too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 
-from vpo_ray.engines.chat.thoughts import UnclosedThought, is_spoken, without_thoughts
+from vpo_ray.prompts.thoughts import UnclosedThought, is_spoken, without_thoughts
 
 Schema = dict[str, Any]
 
@@ -26,6 +26,45 @@ _IN_WORDS = (
     "JSON schema: "
 )
 _DECODER = json.JSONDecoder(strict=False)
+
+
+class AnswerError(ValueError):
+    """An answer of an LLM without what it was asked for."""
+
+
+def object_schema(properties: dict[str, Any]) -> Schema:
+    """The JSON schema of an object with exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def string_schema(max_chars: int) -> Schema:
+    """The JSON schema of a string of at most so many characters."""
+    return {"type": "string", "maxLength": max_chars}
+
+
+def parse_object(text: str, properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object in an answer, found by these properties where there is other text around it.
+
+    Its values may still be of other types.
+
+    Raises:
+        AnswerError: the answer is not a JSON object.
+    """
+    try:
+        # Grammars let raw control characters into strings, where they do no harm.
+        value = json.loads(find_object(text, object_schema(properties)), strict=False)
+        # An escape may hold half of a surrogate pair, which no table and no tokenizer takes.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise AnswerError(f"the answer is not JSON ({str(error)[:200]}): {text[:200]!r}") from error
+    if not isinstance(value, dict):
+        raise AnswerError(f"the answer is not a JSON object: {text[:200]!r}")
+    return value
 
 
 def find_object(text: str, schema: Schema) -> str:

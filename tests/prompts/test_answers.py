@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.engines.chat.structured import find_object, in_words, schema_fault
+from vpo_ray.prompts.answers import find_object, in_words, schema_fault
 
 SCHEMA = {
     "type": "object",
