@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Row = dict[str, Any]
 Verdict = Literal["aligned", "unsafe", "imprecise", "refusal"]
@@ -206,6 +208,49 @@ def seed_of(*parts: Any) -> int:
 def share_of(*parts: Any) -> float:
     """A uniform number in [0, 1) from content; splits and choices are made with it."""
     return int(content_id("share", *parts)[:13], 16) / 16**13
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a run's queries that a driver of its own takes: one of `of` ranges of their ids.
+
+    Ids are hashes, so the shards of a run are of about one size. Every query is in exactly one of them.
+
+    Args:
+        index: from 1 to `of`.
+
+    Raises:
+        ValueError: there is no such shard.
+    """
+
+    index: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.of:
+            raise ValueError(f"there is no shard {self}: the first of {self.of} is 1/{self.of}")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From a text such as `3/8`. Raises ValueError."""
+        index, _, of = text.partition("/")
+        if not (index.isdecimal() and of.isdecimal()):
+            raise ValueError(f"{text!r} is not a shard such as 3/8")
+        return cls(int(index), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+    @property
+    def rows(self) -> pc.Expression:
+        """Selects the rows of the shard's queries, in any table with a `query_id`."""
+        query = pc.field("query_id")
+        above = pc.scalar(True) if self.index == 1 else query >= self._start(self.index)
+        return above if self.index == self.of else above & (query < self._start(self.index + 1))
+
+    def _start(self, index: int) -> str:
+        """Where the ids of a shard begin."""
+        return f"{(index - 1) * 16**16 // self.of:016x}"
 
 
 def table(rows: list[Row], schema: pa.Schema) -> pa.Table:

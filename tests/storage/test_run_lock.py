@@ -16,6 +16,7 @@ import pytest
 from vpo_ray import cli
 from vpo_ray.files.folder import Folder
 from vpo_ray.loop import phases
+from vpo_ray.records import Shard
 from vpo_ray.storage import run_lock
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import RunInUseError, RunLock, RunLostError, driving
@@ -179,6 +180,58 @@ def test_of_two_that_claim_at_once_one_gets_it(uri: str, monkeypatch: pytest.Mon
     with driving(uri):
         assert not thread.is_alive() or last.name not in last.folder.files()
     thread.join()
+
+
+def test_drivers_of_different_shards_work_at_one_time(uri: str) -> None:
+    other = Elsewhere(uri, "00000001-2of4-" + "0" * 32)
+    with other.living(), driving(uri, Shard(1, 4)), driving(uri, Shard(3, 4)), driving(uri, Shard(3, 4)):
+        assert len(claims(uri)) == 3
+    assert claims(uri) == [f"lock/{other.name}"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ("-3of8", Shard(3, 8), r"^shard 3/8 of \S+ is in use: by mia .* at once$"),
+        ("-3of8", Shard(1, 4), r"^shard 3/8 of .*Shards that run at one time are of one number: of 8 here$"),
+        ("-3of8", None, r"^shard 3/8 of \S+ is in use"),
+        ("", Shard(3, 8), r"^\S+ is in use: by mia .* at once$"),
+    ],
+)
+def test_a_driver_is_refused_what_overlaps_anothers(
+    tmp_path: Path, theirs: str, ours: Shard | None, message: str
+) -> None:
+    other = Elsewhere(str(tmp_path), f"00000001{theirs}-" + "0" * 32)
+    with other.living(), pytest.raises(RunInUseError, match=message), driving(tmp_path, ours):
+        pass
+    assert claims(tmp_path) == [f"lock/{other.name}"]
+
+
+def test_a_whole_driver_takes_over_from_shards_that_are_dead(tmp_path: Path) -> None:
+    for shard in ("1of2", "2of2"):
+        Elsewhere(str(tmp_path), f"00000001-{shard}-" + "0" * 32)
+    with driving(tmp_path):
+        assert len(claims(tmp_path)) == 1
+
+
+def test_a_shard_that_was_taken_over_is_lost_and_its_neighbour_is_not(tmp_path: Path) -> None:
+    def work(taken: str) -> None:
+        Elsewhere(str(tmp_path), f"00000002-{taken}-" + "0" * 32)
+        run_lock.check(Folder(tmp_path))
+
+    with pytest.raises(RunLostError, match="mia"), driving(tmp_path, Shard(1, 2)):
+        work("1of2")
+    Folder(tmp_path).delete(claims(tmp_path)[0])
+    with pytest.raises(RunInUseError, match="deletes nothing"), driving(tmp_path, Shard(1, 2)):
+        work("2of2")
+
+
+def test_a_driver_of_a_shard_destroys_nothing(tmp_path: Path) -> None:
+    table = RunDir(tmp_path).table("pairs")
+    with driving(tmp_path, Shard(1, 2)):
+        for destroy in (table.compact, lambda: table.replace([])):
+            with pytest.raises(RunInUseError, match="a driver of shard 1/2 deletes nothing there"):
+                destroy()
 
 
 DRIVER = """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from vpo_ray.files.folder import Folder
-from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row
+from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row, Shard
 from vpo_ray.storage.tables import Table
 
 # Tables of a run directory: schema and key. The four stage tables share one schema; a candidate's
@@ -38,12 +40,23 @@ ROUND = "round.json"
 
 class RunDir(Folder):
     """One run: `recipe.yaml`, `versions.json`, the tables, `videos/`, `checkpoints/`, `metrics/`,
-    `report/` and `ledger.json`."""
+    `report/` and `ledger.json`.
+
+    Args:
+        shard: its tables show the queries and candidates of this shard only.
+    """
+
+    def __init__(self, uri: str | Path, shard: Shard | None = None) -> None:
+        super().__init__(uri)
+        self.shard = shard
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.uri, self.shard))
 
     def root(self) -> tuple[RunDir, str]:
         """The run directory that this one is a round or an evaluation of, directly or not, and its place
         in there; itself and "" where it is none."""
-        run, place = self, ""
+        run, place = RunDir(self.uri), ""
         while run.exists(ROUND):
             path, sign, options = run.uri.partition("?") if "://" in run.uri else (run.uri, "", "")
             *above, kind, name = path.split("/")
@@ -55,7 +68,7 @@ class RunDir(Folder):
 
     def table(self, name: str) -> Table:
         schema, key = TABLES[name]
-        return Table(self.at(name), schema, key, ALSO.get(name, ()))
+        return Table(self.at(name), schema, key, ALSO.get(name, ()), self.shard)
 
     def rows_of_stage(self, stage: str, columns: Sequence[str]) -> Iterator[Row]:
         """Rows that left a candidate stage, from its own table or the nearest later one that holds any."""

@@ -4,12 +4,16 @@ A driver writes a claim, `lock/<generation>-<id>.json`, and has the run if nobod
 `claims`). One that has no heartbeat for STALE_S is taken over, and at once where its process was on this
 machine and is gone. A driver that was frozen for so long finds its claim gone, or one of a later
 generation: `check` tells it before it destroys anything, and its heartbeat stops it.
+
+The driver of a shard writes `lock/<generation>-3of8-<id>.json`. It excludes all others but those of other
+shards of the same number, and it deletes and replaces nothing in the run directory.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -18,12 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.records import Shard
 from vpo_ray.storage.claims import BEAT_S, STALE_S, Claim, Claims, Seen
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "lock"
 POLL_S = 0.5
+_NAME = re.compile(r"\d{8}(?:-(\d+)of(\d+))?-[0-9a-f]{32}\.json")
 
 
 class RunInUseError(RuntimeError):
@@ -43,10 +49,11 @@ class RunLock:
 
     Args:
         uri: of the run directory.
+        shard: what this driver takes of it; the whole when unset.
     """
 
-    def __init__(self, uri: str | Path) -> None:
-        self.run = Folder(uri)
+    def __init__(self, uri: str | Path, shard: Shard | None = None) -> None:
+        self.run, self.shard = Folder(uri), shard
         self.claims = Claims(self.run / FOLDER)
         self.lost: RunLostError | None = None
         self.pid = os.getpid()
@@ -58,14 +65,15 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the run directory; waits while the last owner may be dead.
+        """Take the run directory or its shard; waits while the last owner may be dead.
 
         Raises:
             RunInUseError: its owner lives.
             StorageError: the folder cannot be written or listed.
         """
         generation = 1 + max((int(name[:8]) for name in self._names()), default=0)
-        self._own = Claim(self.claims, f"{generation:08d}")
+        shard = f"-{self.shard.index}of{self.shard.of}" if self.shard else ""
+        self._own = Claim(self.claims, f"{generation:08d}{shard}")
         told: set[str] = set()
         try:
             self._own.write(state="waiting")
@@ -74,7 +82,7 @@ class RunLock:
                 for name, other in others.items():
                     # Of two that wait, the first by name goes on, once the other has left.
                     if other.alive and (other.facts.get("state") == "held" or name < self._own.name):
-                        raise RunInUseError(self._refusal(other))
+                        raise RunInUseError(self._refusal(name, other))
                     if name not in told:
                         told.add(name)
                         logger.info(
@@ -132,7 +140,14 @@ class RunLock:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _names(self) -> list[str]:
-        return [name for name in self.claims.names() if name[:8].isdecimal() and name[8] == "-"]
+        """The claims that exclude this driver's, and its own."""
+        return [name for name in self.claims.names() if _NAME.fullmatch(name) and self._excludes(name)]
+
+    def _excludes(self, name: str) -> bool:
+        other = _shard_of(name)
+        if self.shard is None or other is None:
+            return True
+        return other.of != self.shard.of or other.index == self.shard.index
 
     def _verify(self) -> None:
         names = self._names()
@@ -144,20 +159,36 @@ class RunLock:
                 if other.facts.get("state") == "held":
                     raise RunLostError(f"{self.run.uri} was taken over from this driver: {other}")
 
-    def _refusal(self, other: Seen) -> str:
-        return (
-            f"{self.run.uri} is in use: {other}. Stop that driver or wait for its end; one that dies "
+    def _refusal(self, name: str, other: Seen) -> str:
+        shard = _shard_of(name)
+        what = f"shard {shard} of {self.run.uri}" if shard else self.run.uri
+        text = (
+            f"{what} is in use: {other}. Stop that driver or wait for its end; one that dies "
             f"is taken over {STALE_S:.0f} s after its last heartbeat, on its own machine at once"
         )
+        if shard and self.shard and shard.of != self.shard.of:
+            text += f". Shards that run at one time are of one number: of {shard.of} here"
+        return text
 
 
-_held: dict[tuple[str, str], RunLock] = {}  # by filesystem and path, as a URI may have options
+def _shard_of(name: str) -> Shard | None:
+    """The shard that a claim is for, None for the whole run."""
+    found = _NAME.fullmatch(name)
+    try:
+        return Shard(int(found[1]), int(found[2])) if found and found[1] else None
+    except ValueError:
+        return None
+
+
+# By filesystem and path, as a URI may have options, and by shard.
+_held: dict[tuple[str, str, Shard | None], RunLock] = {}
 _changing = threading.RLock()
 
 
 @contextmanager
-def driving(uri: str | Path) -> Iterator[None]:
-    """Have a run directory to oneself for the work within; one process may do so again inside.
+def driving(uri: str | Path, shard: Shard | None = None) -> Iterator[None]:
+    """Have a run directory, or a shard of it, to oneself for the work within; one process may do so again
+    inside.
 
     Raises:
         RunInUseError: another driver has it.
@@ -165,11 +196,11 @@ def driving(uri: str | Path) -> Iterator[None]:
         StorageError: the folder cannot be written or listed.
     """
     folder = Folder(uri)
-    place = folder.fs.type_name, folder.path
+    place = folder.fs.type_name, folder.path, shard
     with _changing:
         lock = _held.get(place)
         if lock is None or lock.pid != os.getpid():
-            lock = RunLock(uri)
+            lock = RunLock(uri, shard)
             lock.acquire()
             _held[place] = lock
         lock.depth += 1
@@ -192,9 +223,12 @@ def check(folder: Folder) -> None:
 
     Raises:
         RunLostError: this process had the directory that the folder lies in, and lost it.
+        RunInUseError: this process has a shard of it only: drivers of other shards may use what is there.
         StorageError: that cannot be found out.
     """
     for lock in list(_held.values()):
         inside = f"{folder.path}/".startswith(f"{lock.run.path}/") and folder.fs.equals(lock.run.fs)
         if inside and lock.pid == os.getpid():
             lock.check()
+            if lock.shard is not None:
+                raise RunInUseError(f"{folder.uri}: a driver of shard {lock.shard} deletes nothing there")

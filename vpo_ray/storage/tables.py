@@ -19,7 +19,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from vpo_ray.files.folder import Folder, StorageError, chunks
-from vpo_ray.records import Row, content_id, table
+from vpo_ray.records import Row, Shard, content_id, table
 from vpo_ray.storage import run_lock
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,22 @@ class Table(Folder):
 
     Args:
         also: columns that make an identity together with the key, where a key may have several rows.
+        shard: read the rows of this shard only, and leave the merging of parts to the whole run's driver.
     """
 
-    def __init__(self, uri: str | Path, schema: pa.Schema, key: str, also: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        uri: str | Path,
+        schema: pa.Schema,
+        key: str,
+        also: Sequence[str] = (),
+        shard: Shard | None = None,
+    ) -> None:
         super().__init__(uri)
-        self.schema, self.key, self.also = schema, key, tuple(also)
+        self.schema, self.key, self.also, self.shard = schema, key, tuple(also), shard
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.uri, self.schema, self.key, self.also))
+        return (type(self), (self.uri, self.schema, self.key, self.also, self.shard))
 
     def _identities(self, rows: pa.Table | pa.RecordBatch) -> list[Any]:
         """What tells a row apart from all others: its key, or the tuple of it and what is `also` in it."""
@@ -114,6 +122,8 @@ class Table(Folder):
             RunLostError: another driver has the run directory.
             StorageError: a part cannot be read, written or deleted; nothing is lost.
         """
+        if self.shard is not None:
+            return 0
         run_lock.check(self)
         self.settle()
         parts = self.parts()
@@ -142,7 +152,7 @@ class Table(Folder):
         """
         files = set(self.files())
         hiding = _hiding(files)
-        if not hiding:
+        if not hiding or self.shard is not None:
             return
         run_lock.check(self)
         for name in hiding:
@@ -226,6 +236,8 @@ class Table(Folder):
             StorageError: a part is damaged or has another schema.
         """
         required = {field.name for field in self.schema if not field.nullable}
+        if self.shard is not None:
+            where = self.shard.rows if where is None else self.shard.rows & where
         for some in chunks(self.parts() if parts is None else parts, PARTS_AT_ONCE):
             paths = [f"{self.path}/{part}" for part in some]
             try:
