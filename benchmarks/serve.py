@@ -38,9 +38,8 @@ import ray
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Serve, load
-from vpo_ray.serve import serving
 from vpo_ray.serve.keys import make_key
-from vpo_ray.serve.run import free_port
+from vpo_ray.serve.run import free_port, serving
 from vpo_ray.world.tiny import make_policy
 
 TINY = Path(__file__).parents[1] / "jobs/recipes/tiny.yaml"

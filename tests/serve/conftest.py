@@ -45,7 +45,7 @@ def checkpoint(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 @pytest.fixture(scope="package")
 def url(ray_cluster: None, checkpoint: str) -> Iterator[str]:
     """The endpoint on the tiny policy, open to all."""
-    from vpo_ray.serve import serving
+    from vpo_ray.serve.run import serving
 
     with serving(checkpoint, SETTINGS) as url:
         yield url

@@ -116,7 +116,7 @@ def test_no_request_fails_while_a_checkpoint_is_rolled_out_killed_and_rolled_bac
 ) -> None:
     from ray import serve
 
-    from vpo_ray.serve import deploy
+    from vpo_ray.serve.run import deploy
 
     other = shutil.copytree(checkpoint, tmp_path / "other")
     with load(brief) as seen:
@@ -141,7 +141,7 @@ def test_no_request_fails_while_a_checkpoint_is_rolled_out_killed_and_rolled_bac
 @pytest.mark.ray
 @pytest.mark.engine
 def test_a_canary_answers_its_share_of_the_queries(url: str, checkpoint: str, tmp_path: Path) -> None:
-    from vpo_ray.serve import deploy
+    from vpo_ray.serve.run import deploy
 
     other = shutil.copytree(checkpoint, tmp_path / "other")
     canary = Canary(checkpoint=str(other), share=0.5)
@@ -168,7 +168,7 @@ def test_an_adapter_is_served_on_its_base_model(url: str, adapted: tuple[Path, A
 
     from vpo_ray.engines.chat.tokenizer import load_tokenizer
     from vpo_ray.prompts.policy_prompt import prompt_ids
-    from vpo_ray.serve import deploy
+    from vpo_ray.serve.run import deploy
 
     folder, model = adapted
     tokenizer, query = load_tokenizer(str(folder)), "the sea at night"
@@ -196,7 +196,7 @@ def test_an_adapter_is_served_on_its_base_model(url: str, adapted: tuple[Path, A
 def test_replicas_follow_the_load(brief: str, checkpoint: str) -> None:
     from ray import serve
 
-    from vpo_ray.serve import deploy
+    from vpo_ray.serve.run import deploy
 
     def running() -> int:
         return serve.status().applications["vpo"].deployments["PolicyServer:vpo"].replica_states["RUNNING"]

@@ -6,7 +6,6 @@ and the storage of a recipe can be used from there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -63,14 +62,6 @@ class Ask:
     writable: Mapping[str, str]
     variables: Sequence[str]
     marker: str = ""
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of `vpo doctor` its options."""
-    parser.add_argument("recipe", nargs="?", help="recipe file, whose models, storage and secrets to check")
-    parser.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
-    parser.add_argument("--json", action="store_true", help="a JSON list of findings instead of a table")
 
 
 def run(recipe: Recipe | None, as_json: bool) -> int:
@@ -236,11 +227,10 @@ def _recipe_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def _placement(recipe: Recipe) -> Iterator[Finding]:
-    from vpo_ray.loop.phases import drafts_first
     from vpo_ray.stream.placement import look, pool_shapes, problems, worker_shapes
 
     view = look()
-    shapes = {"drafting": pool_shapes(recipe, ("draft",))} if drafts_first(recipe) else {}
+    shapes = {"drafting": pool_shapes(recipe, ("draft",))} if recipe.drafts_first else {}
     shapes |= {"pools": pool_shapes(recipe, ("sample", "judge", "render", "score"))}
     for phase in ("sft", "dpo"):
         if (settings := getattr(recipe, phase)) is not None:

@@ -20,15 +20,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vpo_ray import recipe as recipes
 from vpo_ray.cli import console
-from vpo_ray.cli import doctor as doctor_command
 from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
-from vpo_ray.recipe import Recipe
 
-if TYPE_CHECKING:  # pyarrow takes longer to import than most commands take
+if TYPE_CHECKING:
+    from vpo_ray.recipe import Recipe
     from vpo_ray.storage.run_dir import RunDir
 
 STAGE_COMMANDS = {
@@ -141,9 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     submit_command.add(
         with_recipe("submit", "hand `run` or another command to a Ray cluster as a job", _submit)
     )
-    doctor_command.add(
-        command("doctor", "check every node of a cluster, and what a recipe needs of it", _doctor)
-    )
+    doctor = command("doctor", "check every node of a cluster, and what a recipe needs of it", _doctor)
+    doctor.add_argument("recipe", nargs="?", help="recipe file, whose models, storage and secrets to check")
+    doctor.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")
+    doctor.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    doctor.add_argument("--json", action="store_true", help="a JSON list of findings instead of a table")
     tiny = command(
         "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
     )
@@ -186,6 +186,8 @@ def _count(text: str) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
+    from vpo_ray import recipe as recipes
+
     # As a JSON string, so that no name of a folder is read as another YAML value.
     out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
     overrides = [*arguments.set, *out]
@@ -217,11 +219,12 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from vpo_ray.cli import doctor
     from vpo_ray.loop import phases
 
     recipe = _load(arguments) if arguments.recipe else None
     phases.connect(arguments.verbose)
-    return doctor_command.run(recipe, arguments.json)
+    return doctor.run(recipe, arguments.json)
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
@@ -296,8 +299,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from vpo_ray import recipe as recipes
     from vpo_ray.loop import phases
-    from vpo_ray.serve import serve_forever
+    from vpo_ray.serve.run import serve_forever
 
     settings = recipes.load_serve(arguments.recipe, arguments.set)
     if arguments.config:
@@ -311,6 +315,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _deploy(arguments: argparse.Namespace) -> int:
+    from vpo_ray import recipe as recipes
     from vpo_ray.loop import phases
     from vpo_ray.serve.deploy import roll_out
     from vpo_ray.storage.run_dir import RunDir

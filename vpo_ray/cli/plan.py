@@ -6,8 +6,10 @@ import argparse
 import json
 import math
 import sys
+from typing import TYPE_CHECKING
 
-from vpo_ray.recipe import Recipe
+if TYPE_CHECKING:
+    from vpo_ray.recipe import Recipe
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -7,22 +7,18 @@ of the same id, so that two people who submit the same run get one.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import functools
 import logging
 import os
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vpo_ray.cli.submit_package import PackageError, is_node_of, on_shared_storage, pack
-from vpo_ray.recipe import Recipe
-from vpo_ray.records import content_id
-from vpo_ray.storage.run_dir import RunDir
+if TYPE_CHECKING:
+    from vpo_ray.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +66,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def submission_id(recipe: Recipe, task: str) -> str:
     """The id of all attempts at this command of this recipe in this run directory."""
+    from vpo_ray.records import content_id
+    from vpo_ray.storage.run_dir import RunDir
+
     name = re.sub("[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:40] or "recipe"
     where = RunDir(recipe.out).uri
     return f"vpo-{name}-{task}-{content_id('submission', recipe.fingerprint(), where, task, digits=12)}"
@@ -90,7 +89,12 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.print_id:
         sys.stdout.write(submission_id(recipe, arguments.task) + "\n")
         return 0
+    import asyncio
+    import tempfile
+
     from ray.job_submission import JobSubmissionClient
+
+    from vpo_ray.cli.submit_package import PackageError, pack
 
     if arguments.retry_errors and arguments.task not in RETRYING:
         raise OptionError(f"--retry-errors: {arguments.task} has no rows that failed to take again")
@@ -122,6 +126,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 def _everywhere(client: Any) -> Callable[[str], bool]:
     """Whether an absolute path is the same on the cluster: this machine is a node of it, or the path is
     on a network filesystem."""
+    from vpo_ray.cli.submit_package import is_node_of, on_shared_storage
 
     @functools.cache
     def here() -> bool:
@@ -180,6 +185,8 @@ def _next_attempt(client: Any, base: str) -> str:
 
 
 async def _follow(client: Any, name: str) -> int:
+    import asyncio
+
     async for lines in client.tail_job_logs(name):
         sys.stdout.write(lines)
         sys.stdout.flush()

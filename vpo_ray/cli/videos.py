@@ -18,9 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpo_ray import recipe as recipes
-
-if TYPE_CHECKING:  # pyarrow takes longer to import than most commands take
+if TYPE_CHECKING:
     from vpo_ray.storage.videos import Entry, VideoStore
 
 HELP = "list, check or tidy a store of rendered videos"
@@ -137,6 +135,8 @@ def _store(name: str) -> VideoStore:
     from vpo_ray.storage.videos import VideoStore
 
     if name.endswith((".yaml", ".yml")):
+        from vpo_ray import recipe as recipes
+
         recipe = recipes.load(name)
         name = recipe.render.store or Folder(recipe.out).at("videos")
     store = VideoStore(name)

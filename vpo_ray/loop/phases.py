@@ -382,7 +382,7 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     _say("curate", run)
     curate_queries(recipe, run, retry_errors)
     later_round = run.exists(ROUND)
-    if drafts_first(recipe) and not later_round:
+    if recipe.drafts_first and not later_round:
         _say("draft", run)
         draft_sft(recipe, run, retry_errors)
     if recipe.sft is not None and not later_round:
@@ -406,17 +406,12 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
         logger.warning("the ledger does not add up: %s", problem)
 
 
-def drafts_first(recipe: Recipe) -> bool:
-    """Whether the loop needs drafts: SFT without a file of its own, or a recipe that is for them."""
-    return recipe.draft is not None and (recipe.sft is None or recipe.sft.data is None)
-
-
 def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
     """`example.json`: a query, a candidate of the SFT policy, and what the trained policy serves. A policy
     that gives no answer (one that thinks past its `max_tokens`, for instance) leaves none."""
     from openai import APIStatusError
 
-    from vpo_ray.serve import ask
+    from vpo_ray.serve.run import ask
 
     written = {
         row["query_id"]: row

@@ -13,11 +13,11 @@ from typing import Any
 
 from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.files.input_files import path_of_uri
+from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve
 from vpo_ray.serve.keys import KeyFileError, KeyRing
-from vpo_ray.serve.safety import Keywords, SafetyFileError
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check as check_rules
 from vpo_ray.stages.draft import EXAMPLES
@@ -160,16 +160,16 @@ def _keywords(rules: Rules) -> Iterator[str]:
 
 def _serving(settings: Serve) -> Iterator[str]:
     """Files of serving that are here; a run does not need them."""
-    uses: list[tuple[str | None, Callable[[str], Any]]] = [
-        (settings.keys, KeyRing),
-        (settings.safety.keywords, Keywords),
-    ]
-    for path, use in uses:
+    uses: dict[str, tuple[str | None, Callable[[str], Any]]] = {
+        "": (settings.keys, KeyRing),
+        "serve.safety.keywords: ": (settings.safety.keywords, KeywordList.read),
+    }
+    for key, (path, use) in uses.items():
         if path is not None and not _elsewhere(path) and _here(path).exists():
             try:
                 use(path)
-            except (KeyFileError, SafetyFileError) as error:
-                yield f"serve.{str(error).removeprefix('serve.')}"
+            except (KeyFileError, KeywordFileError) as error:
+                yield f"{key}{error}"
 
 
 def _draft(settings: Draft) -> Iterator[str]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from vpo_ray.loop.phases import drafts_first
 from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, check, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
@@ -190,7 +189,7 @@ def _labelling(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[St
 
 
 def _drafting(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
-    if not drafts_first(recipe):
+    if not recipe.drafts_first:
         return
     _, llm = draft_model(recipe)
     seconds = (past.seconds("draft") if past else None) or Figure(None, MEASURE)

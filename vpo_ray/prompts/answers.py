@@ -10,8 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jsonschema
-
 from vpo_ray.prompts.thoughts import UnclosedThought, is_spoken, without_thoughts
 
 Schema = dict[str, Any]
@@ -90,6 +88,8 @@ def find_object(text: str, schema: Schema) -> str:
 
 def schema_fault(text: str, schema: Schema) -> str | None:
     """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
+    import jsonschema
+
     try:
         value = json.loads(text, strict=False, parse_constant=_no_number)
         # An escape may hold half a character, which no table takes.

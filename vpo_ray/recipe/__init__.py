@@ -176,6 +176,11 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def drafts_first(self) -> bool:
+        """Whether the loop needs drafts: SFT without a file of its own, or a recipe that is for them."""
+        return self.draft is not None and (self.sft is None or self.sft.data is None)
+
     def dump(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 

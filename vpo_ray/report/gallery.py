@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.dataset as pads
+import pyarrow.compute as pc
 
 from vpo_ray.engines.reward import checklist
 from vpo_ray.recipe import Recipe
@@ -53,7 +53,7 @@ def cards(run: RunDir, recipe: Recipe) -> list[Card]:
     """At most MAX_PAIRS cards, video pairs first, widest margin first."""
     pairs = _sample(run)
     wanted = {pair[side] for pair in pairs for side in ("chosen_id", "rejected_id")}
-    where = pads.field("candidate_id").isin(sorted(wanted))
+    where = pc.field("candidate_id").isin(sorted(wanted))
     rows = run.table("feedback").rows(where=where) if wanted else ()
     feedback = {row["candidate_id"]: by_reward(row, recipe.pair.reward) for row in rows}
     questions = _questions(recipe)
@@ -63,7 +63,7 @@ def cards(run: RunDir, recipe: Recipe) -> list[Card]:
 
 def _sample(run: RunDir) -> list[Row]:
     def smallest(kind: str, count: int) -> list[Row]:
-        rows = run.table("pairs").rows(where=pads.field("kind") == kind)
+        rows = run.table("pairs").rows(where=pc.field("kind") == kind)
         return heapq.nsmallest(count, rows, key=lambda row: row["pair_id"])
 
     video, text = smallest("video", MAX_PAIRS), smallest("text", MAX_PAIRS)

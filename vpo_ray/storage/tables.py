@@ -11,16 +11,18 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from vpo_ray.files.folder import Folder, StorageError, chunks
 from vpo_ray.records import Row, Shard, content_id, table
 from vpo_ray.storage import run_lock
+
+if TYPE_CHECKING:
+    from pyarrow.compute import Expression
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +229,7 @@ class Table(Folder):
     def batches(
         self,
         columns: Sequence[str] | None = None,
-        where: pads.Expression | None = None,
+        where: Expression | None = None,
         parts: Sequence[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Stored batches of all parts (or of some). A key may occur twice (see `rows`).
@@ -235,6 +237,8 @@ class Table(Folder):
         Raises:
             StorageError: a part is damaged or has another schema.
         """
+        import pyarrow.dataset as pads  # it imports pandas
+
         required = {field.name for field in self.schema if not field.nullable}
         if self.shard is not None:
             where = self.shard.rows if where is None else self.shard.rows & where
@@ -253,9 +257,7 @@ class Table(Folder):
             except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
                 raise StorageError(f"{self.uri} holds a part that cannot be read: {error}") from error
 
-    def rows(
-        self, columns: Sequence[str] | None = None, where: pads.Expression | None = None
-    ) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str] | None = None, where: Expression | None = None) -> Iterator[Row]:
         """Rows, each key once. Where a key is stored twice (a retried error, a candidate that was
         skipped at first), the best row wins: one that failed only where there is no other."""
         wanted = list(columns) if columns else self.schema.names
@@ -277,7 +279,7 @@ class Table(Folder):
             if key not in seen:
                 yield {name: row[name] for name in wanted}
 
-    def keys(self, where: pads.Expression | None = None) -> set[str]:
+    def keys(self, where: Expression | None = None) -> set[str]:
         return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}
 
     def count(self) -> int:

@@ -174,6 +174,6 @@ def test_quantisation_without_torchao_is_refused(
 
 
 def test_an_installed_torchao_says_nothing_at_import() -> None:
-    code = "import vpo_ray, torchao.quantization, diffusers; diffusers.CogVideoXPipeline"
+    code = "import vpo_ray.engines, torchao.quantization, diffusers; diffusers.CogVideoXPipeline"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (ran.stdout, ran.stderr) == ("", "")
