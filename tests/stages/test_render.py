@@ -205,7 +205,7 @@ def test_a_render_that_fails_gives_its_lease_back(
         raise VideoModelError("no such scheduler")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Renderer, "_frames", fails)
+        patch.setattr(Renderer, "_videos", fails)
         with pytest.raises(VideoModelError):
             renderer([candidate("a cat"), candidate("a dog")])
     assert renderer.store.folder.files() == []

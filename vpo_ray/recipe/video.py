@@ -34,12 +34,13 @@ class Lora(Section):
 
 
 class Render(Section):
-    """The team's own text-to-video model, any diffusers pipeline.
+    """The team's own text-to-video model: any diffusers pipeline.
 
     `preset` fills the keys that are not given with a published model's own recommended settings
     (`vpo_ray/data/video_presets.yaml`). `cache=first_block` needs `batch_size=1`.
     """
 
+    kind: Literal["diffusers"] = "diffusers"
     preset: str | None = None
     model: Source
     revision: str | None = None

@@ -15,7 +15,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpo_ray.engines.video.engine import DeviceLostError, VideoEngine, encode
-from vpo_ray.engines.video.weights import on_node, weights_identity
+from vpo_ray.engines.endpoint.account import Account
+from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
+from vpo_ray.engines.video.engine import VideoInfo, encode, probe
 from vpo_ray.files.folder import chunks
 from vpo_ray.recipe import Render
 from vpo_ray.records import Row, failed, seed_of
@@ -67,6 +68,7 @@ class Renderer:
         settings: the recipe's render section.
         store_uri: the video store.
         seed: the recipe's seed.
+        account: what videos of a service are paid from.
 
     Attributes:
         rendered: videos made so far.
@@ -81,15 +83,14 @@ class Renderer:
     name = "render"
     wants = staticmethod(wants)
 
-    def __init__(self, settings: Render, store_uri: str, seed: int) -> None:
+    def __init__(self, settings: Render, store_uri: str, seed: int, account: Account | None = None) -> None:
         self.settings, self.seed = settings, seed
         self.store = VideoStore(store_uri)
-        # Once: a store whose model changes later changes neither what renders here nor its identity.
-        self._here = on_node(settings)
-        self.model = weights_identity(self._here)
+        self._prepared = prepare(settings, account)
+        self.model = self._prepared.identity
         self.rendered = self.hits = 0
         self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
-        self._engine: VideoEngine | None = None
+        self._engine: VideoModel | None = None
         self._device = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._writing: dict[str, Future[Outcome]] = {}
@@ -163,7 +164,7 @@ class Renderer:
                     if (known := self._known(job.key)) is not None:
                         futures[job.key] = known
                         self._leases.give_back(fresh.pop().key)
-                videos, seconds = self._frames(fresh)
+                videos, seconds = self._videos(fresh)
             except BaseException:
                 for job in fresh:
                     self._leases.give_back(job.key)
@@ -192,13 +193,13 @@ class Renderer:
     def _forget(self, key: str, written: Future[Outcome]) -> None:
         self._writing.pop(key, None)
 
-    def _frames(self, batch: list[_Job]) -> tuple[list[np.ndarray | Exception], float]:
-        """Frames or an error for each job, and the seconds of the device that each took."""
+    def _videos(self, batch: list[_Job]) -> tuple[Sequence[np.ndarray | bytes | Exception], float]:
+        """A video or an error for each job, and the seconds of the device that each took."""
         if not batch:
             return [], 0.0
         if self._engine is None:
             with self.warming():
-                engine = VideoEngine(self._here)
+                engine = self._prepared.load()
                 with _guarded(WARM_UP_LIMIT_S):
                     engine.warm_up()
                 self._engine = engine
@@ -209,26 +210,34 @@ class Renderer:
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
         return videos, (time.perf_counter() - start) / len(batch)
 
-    def _write(self, job: _Job, video: np.ndarray | Exception, seconds: float, cut: int | None) -> Outcome:
+    def _write(
+        self, job: _Job, video: np.ndarray | bytes | Exception, seconds: float, cut: int | None
+    ) -> Outcome:
         try:
             return self._store(job, video, seconds, cut)
         finally:
             self._leases.give_back(job.key)
 
-    def _store(self, job: _Job, video: np.ndarray | Exception, seconds: float, cut: int | None) -> Outcome:
+    def _store(
+        self, job: _Job, video: np.ndarray | bytes | Exception, seconds: float, cut: int | None
+    ) -> Outcome:
         if isinstance(video, Exception):
             log.warning("video %s was not rendered: %s", job.key, video)
             return str(video)
-        data = encode(video, self.settings.fps, self.settings.crf)
-        frames, height, width, _ = video.shape
+        try:
+            if isinstance(video, bytes):
+                data, encoder, shape = video, None, probe(video)
+            else:
+                data, encoder = encode(video, self.settings.fps, self.settings.crf), f"av {version('av')}"
+                frames, height, width, _ = video.shape
+                shape = VideoInfo(frames, float(self.settings.fps), width + width % 2, height + height % 2)
+        except ValueError as error:
+            return f"the video model returned what is no video: {error}"
         sidecar = {
             **key_parts(self.settings, job.prompt, job.seed, self.model),
             "generator": self.settings.model,
-            "encoder": f"av {version('av')}",
-            "frames": frames,
-            "fps": float(self.settings.fps),
-            "width": width + width % 2,
-            "height": height + height % 2,
+            "encoder": encoder,
+            **shape._asdict(),
             "seconds": round(seconds, 3),
             "text_cut": cut,
         }

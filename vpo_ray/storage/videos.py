@@ -28,11 +28,12 @@ from vpo_ray.files.folder import Folder, StorageError, chunks
 from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
 
-# Keys of the render section that change how a video is made but not its pixels. `model`, `revision`
-# and `lora` stand in the key as the identity of the weights. Every other key of the section is a setting
+# Keys of the render section that change how a video is made but not its pixels. `kind`, `model`, `revision`
+# and `lora` are in the key as the model's identity. Every other key of the section is a setting
 # that changes pixels, a new one too.
 OPERATIONAL = frozenset(
     {
+        "kind",
         "preset",
         "model",
         "revision",
@@ -86,14 +87,16 @@ def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str,
     """All that decides the pixels of a video, as JSON-able parts.
 
     Args:
-        model: what `engines.video_weights.weights_identity` says of the settings.
+        model: the video model's identity, see `engines.video.Prepared`.
 
     Settings that are off (null, false, empty) are left out, so that an option which a later version
     adds does not change the keys of the videos that exist.
     """
     chosen = settings.model_dump(mode="json", exclude=set(OPERATIONAL))
     on = {name: value for name, value in chosen.items() if value not in (None, False, [], {})}
-    versions = library_versions() | (_versions("torchao") if settings.quantize else {})
+    versions: dict[str, str] = {}
+    if settings.kind == "diffusers":
+        versions = library_versions() | (_versions("torchao") if settings.quantize else {})
     return {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": versions}
 
 

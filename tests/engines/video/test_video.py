@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from vpo_ray.engines.video.engine import RenderError, RenderTimeout, VideoEngine, VideoInfo, encode, probe
+from vpo_ray.engines.video import RenderError
+from vpo_ray.engines.video.engine import RenderTimeout, VideoEngine, VideoInfo, encode, probe
 from vpo_ray.engines.video.model import VideoModelError
 from vpo_ray.engines.video.weights import model_identity
 from vpo_ray.recipe import Render

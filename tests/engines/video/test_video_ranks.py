@@ -24,7 +24,8 @@ LIMIT_S = 120
 # Prints the process id of rank 1, then renders until something happens to it.
 ENDLESS = """
 import json, sys, psutil
-from vpo_ray.engines.video.engine import DeviceLostError, VideoEngine
+from vpo_ray.engines.video import DeviceLostError
+from vpo_ray.engines.video.engine import VideoEngine
 from vpo_ray.recipe import Render
 
 if __name__ == "__main__":

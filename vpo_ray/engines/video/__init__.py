@@ -1,1 +1,82 @@
-"""Video engines: a prompt becomes a video."""
+"""Video models: a prompt becomes a video.
+
+Every video model has one interface, `VideoModel`, and is chosen by `render.kind` of the recipe. A new kind
+of the package is a module with a `prepare(settings, account)`, and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
+
+from vpo_ray.engines.endpoint.account import Account
+from vpo_ray.recipe import Render
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Recipe name -> module; imported when asked for, because they bring torch.
+KINDS = {"diffusers": "vpo_ray.engines.video.engine"}
+
+
+class RenderError(RuntimeError):
+    """One prompt could not be rendered; the message is the reason that its row carries."""
+
+
+class DeviceLostError(RuntimeError):
+    """The accelerator is in a state that only a new process clears (an illegal access, an ECC error)."""
+
+
+class VideoModel(Protocol):
+    """Renders prompts. A class that inherits from this has to define `render` only."""
+
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Sequence[np.ndarray | bytes | Exception]:
+        """One result for every prompt, in order.
+
+        Returns:
+            Frames, uint8 of shape (frames, height, width, 3), which are encoded with `render.fps` and
+            `render.crf`; or the bytes of a whole mp4, which are kept as they are; or the exception that
+            says why there is no video.
+
+        Raises:
+            DeviceLostError: the process must end.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Called once before the first render; its time is in no row's seconds."""
+
+    def cut(self, prompt: str) -> int | None:
+        """How many tokens of a prompt the model does not take; None where it does not say."""
+        return None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A video model that is not loaded yet: videos in the store need none.
+
+    Args:
+        identity: all that changes its videos beside the settings; part of every video's key.
+        load: makes the model.
+    """
+
+    identity: str
+    load: Callable[[], VideoModel]
+
+
+def prepare(settings: Render, account: Account | None = None) -> Prepared:
+    """The video model of a recipe.
+
+    Args:
+        account: what the videos of a service are paid into.
+
+    Raises:
+        ValueError: the model cannot be used.
+        StorageError: the model is a URI that cannot be read.
+    """
+    prepared: Prepared = import_module(KINDS[settings.kind]).prepare(settings, account)
+    return prepared

@@ -17,13 +17,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vpo_ray.engines.endpoint.account import Account
+from vpo_ray.engines.video import DeviceLostError, Prepared, RenderError
 from vpo_ray.engines.video.model import call_arguments, load, text_limit
 from vpo_ray.engines.video.ranks import Denoise, Order, RankLostError, Ranks, decided, reason
-from vpo_ray.engines.video.weights import on_node
+from vpo_ray.engines.video.weights import on_node, weights_identity
 from vpo_ray.recipe import Render
 
 log = logging.getLogger(__name__)
@@ -31,16 +34,8 @@ log = logging.getLogger(__name__)
 _WARM_UP = "a cat"
 
 
-class RenderError(RuntimeError):
-    """One prompt could not be rendered; the message is the reason that its row carries."""
-
-
 class RenderTimeout(RenderError):
     """A render went over its time limit and was ended between two denoising steps."""
-
-
-class DeviceLostError(RuntimeError):
-    """The accelerator is in a state that only a new process clears (an illegal access, an ECC error)."""
 
 
 class VideoInfo(NamedTuple):
@@ -50,6 +45,18 @@ class VideoInfo(NamedTuple):
     fps: float
     width: int
     height: int
+
+
+def prepare(settings: Render, account: Account | None = None) -> Prepared:
+    """The model of a recipe with `kind: diffusers`, on this node.
+
+    Raises:
+        VideoModelError: its folder is not there.
+        StorageError: it is a URI that cannot be read.
+    """
+    # Once: a store whose model changes later changes neither what renders here nor its identity.
+    here = on_node(settings)
+    return Prepared(weights_identity(here), partial(VideoEngine, here))
 
 
 class VideoEngine:
