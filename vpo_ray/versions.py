@@ -13,7 +13,7 @@ from pathlib import Path
 class CodeError(RuntimeError):
     """This process has another code of vpo_ray than the driver: what it makes would not be the same."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 def versions() -> dict[str, str]:

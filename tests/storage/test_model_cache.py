@@ -255,7 +255,7 @@ def test_room_is_made_or_a_full_disk_is_told(cache: Path, uri: str, monkeypatch:
     assert copies(cache) == []
     cause = caught.value.__cause__
     assert isinstance(cause, OSError)
-    assert cause.errno == errno.ENOSPC, "as pools.no_room looks for it: another node may have room"
+    assert cause.errno == errno.ENOSPC, "as stops.no_room looks for it: another node may have room"
 
 
 def test_what_cannot_be_fetched_is_named(cache: Path, uri: str, server: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vpo_ray.records import Row, table
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.actor_pools import Outcome, SharedClock, StageActor, stops
+from vpo_ray.stream.actor_pools import Outcome, SharedClock, StageActor
 from vpo_ray.stream.progress import status_lines
 
 
@@ -141,7 +141,7 @@ def test_a_replica_with_another_code_makes_nothing(tmp_path: Path) -> None:
     assert len(StageActor(Pass, outcome)(table([row], stored.schema))) == 1
     assert stored.count() == 1
     outcome.code = "another"
-    stopped = StageActor(Pass, outcome)(table([row | {"candidate_id": "d"}], stored.schema)).to_pylist()
-    assert stops(stopped[0]["error_stage"])
-    assert "the driver has another: give every node the same image" in stopped[0]["error"]
+    [stopped] = StageActor(Pass, outcome)(table([row | {"candidate_id": "d"}], stored.schema)).to_pylist()
+    assert stopped["error"] is None
+    assert "the driver has another: give every node the same image" in stopped["stop"]["reason"]
     assert stored.count() == 1, "the next run takes the row again"

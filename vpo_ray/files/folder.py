@@ -39,7 +39,7 @@ def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
 class StorageError(RuntimeError):
     """A folder or object that cannot be read or written; the message says which and why."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 class DamagedError(StorageError, ValueError):

@@ -43,7 +43,7 @@ POLL_S = 1.0  # between two looks at a video that another renderer makes
 _SHAPE = ("frames", "fps", "width", "height")
 
 # A video's sidecar, or the reason why there is no video.
-Outcome = dict[str, Any] | str
+Made = dict[str, Any] | str
 
 
 class _Job(NamedTuple):
@@ -89,11 +89,11 @@ class Renderer:
         self._prepared = prepare(settings, account)
         self.model = self._prepared.identity
         self.rendered = self.hits = 0
-        self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
+        self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see actor_pools.Stage
         self._engine: VideoModel | None = None
         self._device = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._writing: dict[str, Future[Outcome]] = {}
+        self._writing: dict[str, Future[Made]] = {}
         self._leases = VideoLeases(self.store.folder)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
@@ -105,7 +105,7 @@ class Renderer:
         """
         jobs = {index: self._job(row) for index, row in enumerate(rows) if wants(row)}
         unique = {job.key: job for job in jobs.values()}
-        outcomes: dict[str, Outcome] = {k: info for k in unique if (info := self._hit(k)) is not None}
+        outcomes: dict[str, Made] = {k: info for k in unique if (info := self._hit(k)) is not None}
         missing = [job for job in unique.values() if job.key not in outcomes]
         outcomes.update(self._render(missing))
         self.hits += len(jobs) - len(missing)
@@ -118,7 +118,7 @@ class Renderer:
         seed = seed_of("video", self.seed, row["query_id"])
         return _Job(video_key(self.settings, row["prompt"], seed, self.model), row["prompt"], seed)
 
-    def _filled(self, row: Row, job: _Job, outcome: Outcome) -> Row:
+    def _filled(self, row: Row, job: _Job, outcome: Made) -> Row:
         if isinstance(outcome, str):
             return failed(row, self.name, outcome)
         video = {"video_key": job.key, "video_uri": self.store.uri(job.key), "video_seed": job.seed}
@@ -126,9 +126,9 @@ class Renderer:
         # Videos of earlier versions do not tell.
         return {**row, **video, **facts, "text_cut": outcome.get("text_cut")}
 
-    def _render(self, jobs: list[_Job]) -> Iterator[tuple[str, Outcome]]:
+    def _render(self, jobs: list[_Job]) -> Iterator[tuple[str, Made]]:
         """Render jobs batch by batch; a batch is written while the next one renders."""
-        before: dict[str, Future[Outcome]] = {}
+        before: dict[str, Future[Made]] = {}
         started: set[str] = set()
         for batch in chunks(jobs, self.settings.batch_size):
             writing = self._start(batch)
@@ -149,7 +149,7 @@ class Renderer:
             yield from ((key, future.result()) for key, future in made.items())
             elsewhere = [job for job in elsewhere if job.key not in made]
 
-    def _start(self, batch: list[_Job]) -> dict[str, Future[Outcome]]:
+    def _start(self, batch: list[_Job]) -> dict[str, Future[Made]]:
         """Render a batch and hand it to the writer, without what another thread or renderer made
         meanwhile, and without what another renderer makes now: that is in none of the futures."""
         with self._device:
@@ -177,20 +177,20 @@ class Renderer:
                 future.add_done_callback(partial(self._forget, job.key))
             return futures
 
-    def _hit(self, key: str) -> Outcome | None:
+    def _hit(self, key: str) -> Made | None:
         """The sidecar of a video in the store that can be used as it is."""
         info = self.store.hit(key)
         return None if info is None or not info.keys() >= set(_SHAPE) else info
 
-    def _known(self, key: str) -> Future[Outcome] | None:
+    def _known(self, key: str) -> Future[Made] | None:
         """A video that is being written or is in the store."""
         if (writing := self._writing.get(key)) is not None or (info := self._hit(key)) is None:
             return writing
-        stored: Future[Outcome] = Future()
+        stored: Future[Made] = Future()
         stored.set_result(info)
         return stored
 
-    def _forget(self, key: str, written: Future[Outcome]) -> None:
+    def _forget(self, key: str, written: Future[Made]) -> None:
         self._writing.pop(key, None)
 
     def _videos(self, batch: list[_Job]) -> tuple[Sequence[np.ndarray | bytes | Exception], float]:
@@ -212,7 +212,7 @@ class Renderer:
 
     def _write(
         self, job: _Job, video: np.ndarray | bytes | Exception, seconds: float, cut: int | None
-    ) -> Outcome:
+    ) -> Made:
         try:
             return self._store(job, video, seconds, cut)
         finally:
@@ -220,7 +220,7 @@ class Renderer:
 
     def _store(
         self, job: _Job, video: np.ndarray | bytes | Exception, seconds: float, cut: int | None
-    ) -> Outcome:
+    ) -> Made:
         if isinstance(video, Exception):
             log.warning("video %s was not rendered: %s", job.key, video)
             return str(video)

@@ -95,7 +95,7 @@ class Scorer:
         self.store = VideoStore(store_uri)
         self.reward = WatchedReward(settings, account=account)
         self.more = [WatchedReward(reward, name, account) for name, reward in (more or {}).items()]
-        self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see pools.Stage
+        self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see actor_pools.Stage
         self._loaded = False
 
     def wants(self, row: Row) -> bool:

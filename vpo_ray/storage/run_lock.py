@@ -41,7 +41,7 @@ class RunInUseError(RuntimeError):
 class RunLostError(RuntimeError):
     """This driver had the run directory, and another has it now: nothing more may be written there."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 class RunLock:

@@ -8,8 +8,6 @@ run goes on behind its last finished batch.
 from __future__ import annotations
 
 import asyncio
-import errno
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +25,10 @@ from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
 from vpo_ray.files.folder import StorageError
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Pool
-from vpo_ray.records import Row, failed, table
+from vpo_ray.records import Row, failed
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.progress import StageMetrics
+from vpo_ray.stream.stops import STOP, ends_run, is_stopped, stopped, stored, stream_block
 from vpo_ray.versions import check_code, code
 
 # What small tasks (reading, splitting) reserve: with whole CPUs, a dozen operators of one stream
@@ -39,41 +38,10 @@ TASK_CPUS = 0.1
 # An actor that dies is always replaced; its batch is tried once more, then left to the next pass.
 RESTARTS = {"max_restarts": -1, "max_task_retries": 1}
 
-# `error_stage` of rows whose stage cannot work at all (`stops_run` of the exception): a full disk or
-# a model that does not load is no property of a row.
-STOP = "stop"
-# The same where a node has no room left on a disk, with the node's id behind it: another node may have.
-FULL = "full:"
-
-
-def _stopped(row: Row, reason: str, error: BaseException) -> Row:
-    """The model, disk or variable that is missing may be so on one node only: which, is told."""
-    stage = f"{FULL}{ray.get_runtime_context().get_node_id()}" if no_room(error) else STOP
-    return failed(row, stage, f"{reason} (on node {socket.gethostname()})")
-
-
-def stops(row_stage: str | None) -> bool:
-    """Whether an `error_stage` ends the run, or the use of a node: no table has such rows."""
-    return row_stage is not None and (row_stage == STOP or row_stage.startswith(FULL))
-
-
-def no_room(error: BaseException | None) -> bool:
-    """Whether a full disk or a used up quota is behind an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _is_of_run(error: BaseException) -> bool:
-    """Whether an error says nothing of the rows that it met."""
-    return getattr(error, "stops_run", False) or no_room(error)
-
 
 def result_schema(table: Table) -> pa.Schema:
-    """What goes back to the driver of a row: its id and its error."""
-    return pa.schema([table.schema.field(name) for name in (table.key, "error", "error_stage")])
+    """What goes back to the driver of a row: its id, its error, and why the run stops there."""
+    return pa.schema([table.schema.field(name) for name in (table.key, "error")])
 
 
 class Stage(Protocol):
@@ -185,23 +153,23 @@ class Outcome:
     def publish(self, rows: Sequence[Row], done: Sequence[Row]) -> pa.Table:
         """Store the batch with its done rows in place, count them, and pass it on.
 
-        When storage fails, the rows go on as STOP errors that no table keeps: the driver stops the
-        run at the first, and the next run takes them again.
+        When storage fails, the rows go on as ones that stop the run.
         """
         key = self.table.key
         made = {row[key]: row for row in done}
         out = [made.get(row[key], row) for row in rows]
         try:
-            self.table.append([row for row in out if not stops(row["error_stage"])])
+            self.table.append([stored(row) for row in out if not is_stopped(row)])
         except StorageError as error:
-            out = [_stopped(row, str(error), error) for row in out]
+            out = [stopped(row, str(error), error) for row in out]
         errors = sum(row["error"] is not None for row in done)
         self._metrics().count(done)
         self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
         if not self.last:
-            return table(out, self.table.schema)
+            return stream_block(out, self.table.schema)
         result = result_schema(self.table)
-        return table([{name: row[name] for name in result.names} for row in out], result)
+        names = [*result.names, STOP.name]
+        return stream_block([{name: row.get(name) for name in names} for row in out], result)
 
     def _metrics(self) -> StageMetrics:
         self.metrics = self.metrics or StageMetrics(self.stage)
@@ -234,7 +202,7 @@ class ChatRunner:
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        done = await asyncio.gather(*(self._run(row) for row in rows if self.stage.wants(row)))
+        done = await asyncio.gather(*(self._run(row) for row in rows if _takes(self.stage, row)))
         return await asyncio.to_thread(self.outcome.publish, rows, done)
 
     async def _run(self, row: Row) -> Row:
@@ -251,8 +219,8 @@ class ChatRunner:
             self.leave()
             raise
         except Exception as error:  # noqa: BLE001  any other failure belongs to its row alone
-            if _is_of_run(error):
-                return _stopped(row, str(error), error)
+            if ends_run(error):
+                return stopped(row, str(error), error)
             return failed(row, self.stage.name, f"{type(error).__name__}: {error}")
 
 
@@ -268,7 +236,7 @@ class StageActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        wanted = [row for row in rows if self.stage.wants(row)]
+        wanted = [row for row in rows if _takes(self.stage, row)]
         done: list[Row] = []
         if wanted:
             with self.outcome.timed(len(wanted)) as seconds:
@@ -277,13 +245,17 @@ class StageActor:
                     done = self.stage(wanted)
                 except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
                     reason = f"{type(error).__name__}: {error}"
-                    stopped = _is_of_run(error)
+                    ends = ends_run(error)
                     done = [
-                        _stopped(row, reason, error) if stopped else failed(row, self.stage.name, reason)
+                        stopped(row, reason, error) if ends else failed(row, self.stage.name, reason)
                         for row in wanted
                     ]
             done = [self.outcome.charge(row, seconds[0]) for row in done]
         return self.outcome.publish(rows, done)
+
+
+def _takes(stage: Stage | ChatStage, row: Row) -> bool:
+    return not is_stopped(row) and stage.wants(row)
 
 
 def of_stage(actor: type, stage: str) -> type:

@@ -25,12 +25,12 @@ import ray
 from ray.data import Dataset
 
 from vpo_ray.recipe import Recipe
-from vpo_ray.records import Row, failed, table
+from vpo_ray.records import Row, failed
 from vpo_ray.storage.id_sets import ID, among, id_set, stored_ids, union
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.tables import Table
 from vpo_ray.storage.videos import VideoStore
-from vpo_ray.stream.actor_pools import FULL, STOP, TASK_CPUS, Outcome, progress_handle, split_blocks, stops
+from vpo_ray.stream.actor_pools import TASK_CPUS, Outcome, progress_handle, split_blocks
 from vpo_ray.stream.adaptive_rounds import Rounds
 from vpo_ray.stream.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.stream.made_with import refuse_other_inputs
@@ -38,6 +38,7 @@ from vpo_ray.stream.placement import look, pool_shapes, problems, require, watch
 from vpo_ray.stream.progress import StatusTable, spilled_bytes
 from vpo_ray.stream.spending import paid
 from vpo_ray.stream.stage_pools import POOLS, block_rows
+from vpo_ray.stream.stops import first_stop, stream_block
 
 __all__ = ["STAGES", "GenerationError", "Models", "generate"]
 
@@ -57,7 +58,7 @@ class GenerationError(RuntimeError):
 
 
 class StoppedError(GenerationError):
-    """A row of STOP came out. `node`: the id of a node whose disk is full, where that is why."""
+    """A row came out that stops the run. `node`: the id of a node whose disk is full, where that is why."""
 
     def __init__(self, reason: str, node: str | None) -> None:
         super().__init__(f"{reason}\nFix this and run the same command again: what was made is kept")
@@ -329,7 +330,7 @@ def _read_parts(
             rows = expand(stored.to_pylist())
             found = among(np.array([row[chain.key] for row in rows], ID), known)
             mine = [row for row, is_in in zip(rows, found, strict=True) if is_in == chosen]
-            yield table(mine, chain.schema)
+            yield stream_block(mine, chain.schema)
 
 
 def _rows_as_they_are(rows: list[Row]) -> list[Row]:
@@ -345,11 +346,8 @@ def _drain(dataset: Dataset, progress: Any, recipe: Recipe) -> None:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count
-            for at, stage in enumerate(batch["error_stage"].to_pylist()):
-                if stops(stage):
-                    raise StoppedError(
-                        batch["error"][at].as_py(), None if stage == STOP else stage.removeprefix(FULL)
-                    )
+            if (stop := first_stop(batch)) is not None:
+                raise StoppedError(stop["reason"], stop["node"])
             if finished >= limits.min_rows and errors > limits.max_error_share * finished:
                 reasons = batch["error"].drop_null().unique().to_pylist()[:3]
                 raise GenerationError(

@@ -11,7 +11,7 @@ from vpo_ray.engines.chat import Usage
 class CostLimitReached(RuntimeError):
     """`limits.max_cost` is spent; the run goes on when it is raised."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 @dataclass

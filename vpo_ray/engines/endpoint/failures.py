@@ -24,7 +24,7 @@ class EndpointError(ValueError):
         body: the error that the server sent, as text.
     """
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
     filtered = False
 
     def __init__(self, message: str, status: int | None = None, body: str = "") -> None:

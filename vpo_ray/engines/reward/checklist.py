@@ -24,7 +24,7 @@ Convention = Literal["sum01", "mean_pm1"]
 class ChecklistError(ValueError):
     """A checklist that cannot be used. The message names the file, the entry and the fix."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 @dataclass(frozen=True)

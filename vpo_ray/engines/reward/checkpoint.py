@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 class CheckpointError(ValueError):
     """A folder that is not a usable CogVLM2-Video checkpoint; the message names what is wrong."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _QUANTISATIONS = {
 class VideoModelError(ValueError):
     """A model or a setting that cannot render at all: the run should stop, not the row."""
 
-    stops_run = True  # see pools.STOP
+    stops_run = True  # see stream/stops.py
 
 
 def on_node(settings: Render) -> Render:
