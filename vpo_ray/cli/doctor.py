@@ -94,7 +94,9 @@ def asked(recipe: Recipe | None) -> Ask:
     """What the recipe asks of every node. Hub ids are looked up where they load."""
     if recipe is None:
         return Ask({}, {}, ())
-    models = {"policy.model": recipe.policy.model, "render.model": recipe.render.model}
+    models = {"policy.model": recipe.policy.model}
+    if recipe.render.kind == "diffusers":
+        models["render.model"] = recipe.render.model
     files: dict[str, str] = {}
     if recipe.render.lora is not None:
         models["render.lora.path"] = recipe.render.lora.path
@@ -102,14 +104,14 @@ def asked(recipe: Recipe | None) -> Ask:
     for key, llm in {"judge": recipe.judge, draft_model(recipe)[0]: draft_model(recipe)[1]}.items():
         if llm.backend == "vllm":
             models[f"{key}.model"] = llm.model
-        else:
+        elif llm.backend == "openai":
             variables += [llm.endpoint.api_key_env] if llm.endpoint.api_key_env else []
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
-        files |= {f"{key}.checklist.{n}": path for n, path in reward.checklist.files().items() if path}
+        files |= {f"{key}.checklist.{n}": path for n, path in reward.files().items() if path}
         if reward.kind == "openai":
             variables += [reward.endpoint.api_key_env] if reward.endpoint.api_key_env else []
-        else:
+        elif reward.kind == "visionreward":
             models[f"{key}.model"] = reward.model
     local = {key: locate(name) for key, name in {**models, **files}.items()}
     storage = {"out": recipe.out} | ({"render.store": recipe.render.store} if recipe.render.store else {})

@@ -16,7 +16,7 @@ from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve
+from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve, plugins
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check as check_rules
@@ -46,11 +46,14 @@ def hub_ids(recipe: Recipe) -> list[str]:
     wrong path of two parts looks just like a hub id."""
     named = {"policy.model": recipe.policy.model}
     named |= {f"{key}.model": llm.model for key, llm in _llms(recipe).items() if llm.backend == "vllm"}
-    named["render.model"] = recipe.render.model
+    if recipe.render.kind == "diffusers":
+        named["render.model"] = recipe.render.model
     if recipe.render.lora is not None:
         named["render.lora.path"] = recipe.render.lora.path
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
-    named |= {f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind != "openai"}
+    named |= {
+        f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind == "visionreward"
+    }
     return [
         f"{key}: {name} is not a folder here; taken as a hub id"
         + (f" (there is a folder {name.split('/')[0]}, without it)" if Path(name).parent.is_dir() else "")
@@ -69,17 +72,22 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
     for key, llm in _llms(recipe).items():
         yield from _chat_model(key, llm)
-    yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
+    yield from (f"{key}: {why}" for key, why in plugins.problems(plugins.plugins_of(recipe)).items())
+    if recipe.render.kind == "diffusers":
+        yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
     if recipe.render.lora is not None:
         yield from _lora(recipe.render.lora)
     if recipe.render.cache is None and recipe.render.cache_options:
         yield "render.cache_options has no effect without render.cache: name a cache"
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
-        if reward.kind != "openai":
+        if reward.kind == "visionreward":
             yield from _folder(f"{key}.model", reward.model, "config.json", "*.safetensors")
         decides = key == ("reward" if recipe.pair.reward is None else f"more_rewards.{recipe.pair.reward}")
-        yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
+        if reward.checklist is not None:
+            yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
+        elif decides and recipe.pair.dominance == "question":
+            yield f"pair.dominance: question needs a checklist, {key} has none: write none or dimension"
     label = recipe.queries.unsafe_judge
     for key, slots, name in (
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),

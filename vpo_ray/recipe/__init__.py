@@ -7,11 +7,12 @@ names the key, and `--set render.steps=30` overrides a key from the command line
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, sources
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
+from vpo_ray.recipe.plugins import pins, plugins_of
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
 from vpo_ray.recipe.serve import Serve
@@ -210,12 +212,32 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def parse(tree: Mapping[str, Any], where: str) -> Recipe:
     """Validate a tree; `where` names it in errors. Raises RecipeError with one line per problem."""
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
+        if plugins := plugins_of(recipe):
+            found, wrong = pins(plugins)
+            if wrong:
+                raise _refused(where, wrong)
+            recipe = Recipe.model_validate(_with(tree, found))
     except ValidationError as error:
-        lines = [f"  {_explain(e)}" for e in error.errors()]
-        raise RecipeError(
-            f"{where}: {len(lines)} problem{'s'[: len(lines) > 1]}\n" + "\n".join(lines)
-        ) from None
+        raise _refused(where, error.errors()) from None
+    return recipe
+
+
+def _refused(where: str, errors: Sequence[Mapping[str, Any]]) -> RecipeError:
+    lines = [f"  {_explain(e)}" for e in errors]
+    return RecipeError(f"{where}: {len(lines)} problem{'s'[: len(lines) > 1]}\n" + "\n".join(lines))
+
+
+def _with(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with values at dotted keys that it has."""
+    copied = copy.deepcopy(dict(tree))
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node: Any = copied
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return copied
 
 
 def parse_stored(tree: Mapping[str, Any], where: str) -> Recipe:
@@ -262,12 +284,9 @@ def _explain(error: Mapping[str, Any]) -> str:
             given = location[0] in _PHASES and location[0] != phase and len(location) == 2
             if given and location[1] in section.model_fields:
                 return f"{key}: a key of {phase}; {location[0]} has no such thing"
-        close = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1)
-        hint = (
-            f"; did you mean `{close[0]}`?"
-            if close
-            else f"; known here: {', '.join(_keys_at(location[:-1]))}"
-        )
+        known = error.get("known") or _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
         return f"{key}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{key}: missing; add it to the recipe or give --set {key}=..."

@@ -7,11 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def require(section: Section, names: str) -> None:
+    """Raises pydantic's error for keys that are missing: those whose value is empty."""
+    missing = [name for name in names.split() if not getattr(section, name)]
+    if missing:
+        lines: list[InitErrorDetails] = [{"type": "missing", "loc": (n,), "input": {}} for n in missing]
+        raise ValidationError.from_exception_data(type(section).__name__, lines)
 
 
 def refuse_unused(section: Section, names: str, why: str) -> None:
@@ -73,7 +90,7 @@ class Pool(Section):
 def locate(name: str) -> str:
     """The absolute path of a local folder or file, or the hub id or URI as it is."""
     path = Path(os.path.expanduser(name))
-    return str(path.resolve()) if "://" not in name and path.exists() else name
+    return str(path.resolve()) if name and "://" not in name and path.exists() else name
 
 
 def sources(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -88,7 +105,7 @@ def sources(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
                     yield from sources(inner, f"{key}.{part}.")
         elif _SOURCE in field.metadata or _is_source(field.annotation):
             if isinstance(value, str):
-                yield key, value
+                yield from [(key, value)] if value else []
             elif isinstance(value, Sequence):
                 yield from ((key, one) for one in value)
 

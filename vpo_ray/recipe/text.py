@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature, refuse_unused
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature, refuse_unused, require
 from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
+from vpo_ray.recipe.plugins import Kind, Modelled
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
                        "chat_template", "tokenize", "return_dict"})  # fmt: skip
@@ -77,18 +78,23 @@ class Sample(Section):
     pool: Pool = Pool()
 
 
-class ChatModel(Section):
-    """An LLM that answers chats: vLLM on the cluster, or an OpenAI-compatible endpoint.
+class ChatModel(Modelled):
+    """An LLM that answers chats: vLLM on the cluster, an OpenAI-compatible endpoint, or another's engine
+    (see `Modelled`).
 
     With `backend: openai` the model is one of the endpoint's; the engine's settings of vLLM wait for
     `backend: vllm`. `chat_template_kwargs` are arguments of the model's chat
     template, such as `enable_thinking: false`; an endpoint is sent them with every request.
     """
 
-    model: Source
+    group: ClassVar[str] = "vpo_ray.chat"
+    known: ClassVar[tuple[str, ...]] = ("vllm", "openai")
+    key: ClassVar[str] = "backend"
+
+    model: Source = Field("", description="a plugin may do without")
     revision: str | None = None
     chat_template_kwargs: TemplateArguments = {}
-    backend: Literal["vllm", "openai"] = "vllm"
+    backend: Kind = "vllm"
     endpoint: Endpoint = Endpoint()
     trust_remote_code: bool = False
     engine: Engine = Engine()
@@ -96,6 +102,10 @@ class ChatModel(Section):
 
     @model_validator(mode="after")
     def _all_used(self) -> ChatModel:
+        if self.is_plugin:
+            return self
+        require(self, "model")
+        refuse_unused(self, "options", f"with backend: {self.backend}")
         refuse_keys(self.endpoint, ["logprobs"], "a judge or drafts")
         if self.backend == "vllm":
             refuse_unused(self, "endpoint", "with backend: vllm")

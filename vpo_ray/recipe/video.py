@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused, require
 from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
+from vpo_ray.recipe.plugins import Kind, Modelled
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
 
@@ -33,16 +34,19 @@ class Lora(Section):
     scale: float = 1.0
 
 
-class Render(Section):
-    """The team's own text-to-video model: any diffusers pipeline.
+class Render(Modelled):
+    """The team's own text-to-video model: any diffusers pipeline, or another's (see `Modelled`).
 
     `preset` fills the keys that are not given with a published model's own recommended settings
     (`vpo_ray/data/video_presets.yaml`). `cache=first_block` needs `batch_size=1`.
     """
 
-    kind: Literal["diffusers"] = "diffusers"
+    group: ClassVar[str] = "vpo_ray.video"
+    known: ClassVar[tuple[str, ...]] = ("diffusers",)
+
+    kind: Kind = "diffusers"
     preset: str | None = None
-    model: Source
+    model: Source = Field("", description="a plugin may do without")
     revision: str | None = None
     lora: Lora | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -99,6 +103,13 @@ class Render(Section):
         return self.model_copy(update={"model": locate(self.model), "lora": lora})
 
     @model_validator(mode="after")
+    def _of_a_known_kind(self) -> Render:
+        if not self.is_plugin:
+            require(self, "model")
+            refuse_unused(self, "options", f"with kind: {self.kind}")
+        return self
+
+    @model_validator(mode="after")
     def _one_gpu_a_rank(self) -> Render:
         if self.context_parallel == 1:
             return self
@@ -142,14 +153,19 @@ class Checklist(Section):
         return {"file": self.file, "questions": self.questions, "weights": self.weights}
 
 
-class Reward(Section):
-    """The reward model. `convention`: sum01 adds the weights of the questions answered yes (VPO);
+class Reward(Modelled):
+    """The reward model: one of the package's, or another's (see `Modelled`).
+
+    `convention`: sum01 adds the weights of the questions answered yes (VPO);
     mean_pm1 is VisionReward's repository script, sum(w * (+1|-1)) / n. With `kind: openai` the
     model is one of the endpoint's: dtype waits for `kind: visionreward`, and attention, template, device
     and tokens are refused."""
 
-    kind: Literal["visionreward", "openai"] = "visionreward"
-    model: Source
+    group: ClassVar[str] = "vpo_ray.rewards"
+    known: ClassVar[tuple[str, ...]] = ("visionreward", "openai")
+
+    kind: Kind = "visionreward"
+    model: Source = Field("", description="a plugin may do without")
     endpoint: Endpoint = Endpoint()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -164,19 +180,27 @@ class Reward(Section):
     )
     no_tokens: list[str] = Field(["no"], min_length=1)
     convention: Literal["sum01", "mean_pm1"] = "sum01"
-    checklist: Checklist
+    checklist: Checklist | None = Field(None, description="a plugin may do without")
     batch_size: Positive = 1
     device: str = "auto"
     pool: Pool = Pool()
 
     def located(self) -> Reward:
         """The settings with absolute paths, which hold on every node that mounts them."""
-        files = {key: value and locate(value) for key, value in self.checklist.files().items()}
-        checklist = self.checklist.model_copy(update=files)
+        files = {key: value and locate(value) for key, value in self.files().items()}
+        checklist = self.checklist and self.checklist.model_copy(update=files)
         return self.model_copy(update={"model": locate(self.model), "checklist": checklist})
+
+    def files(self) -> dict[str, str | None]:
+        """The files of its checklist, by key."""
+        return {} if self.checklist is None else self.checklist.files()
 
     @model_validator(mode="after")
     def _all_used(self) -> Reward:
+        if self.is_plugin:
+            return self
+        require(self, "model checklist")
+        refuse_unused(self, "options", f"with kind: {self.kind}")
         refuse_keys(self.endpoint, ["answers"], "a reward, whose answers are its scores")
         if self.kind == "visionreward":
             refuse_unused(self, "endpoint", "with kind: visionreward")

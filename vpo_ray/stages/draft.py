@@ -54,6 +54,7 @@ def draft_key(settings: Draft, judge: Judge, examples: Sequence[Row]) -> str:
         [[row["query"], row["prompt"]] for row in examples],
         *([template] if any(template) else []),
         *([engine] if engine else []),
+        *([[llm.backend, llm.options]] if llm.is_plugin else []),
         digits=16,
     )
 

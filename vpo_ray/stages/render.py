@@ -235,7 +235,7 @@ class Renderer:
             return f"the video model returned what is no video: {error}"
         sidecar = {
             **key_parts(self.settings, job.prompt, job.seed, self.model),
-            "generator": self.settings.model,
+            "generator": self.settings.model or self.settings.kind,
             "encoder": encoder,
             **shape._asdict(),
             "seconds": round(seconds, 3),

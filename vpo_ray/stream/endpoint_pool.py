@@ -1,4 +1,4 @@
-"""The pool of a text stage whose LLM is an OpenAI-compatible endpoint."""
+"""The pool of a text stage whose LLM is an OpenAI-compatible endpoint, or another's engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vpo_ray.engines.chat import ChatStage
+from vpo_ray.engines.chat import ChatStage, build
 from vpo_ray.engines.chat.openai_chat import Answers, OpenAIChat
 from vpo_ray.engines.endpoint.client import EndpointClient
 from vpo_ray.lifetime import bind_worker
@@ -17,7 +17,7 @@ from vpo_ray.stream.spending import RunAccount
 
 
 class EndpointActor:
-    """One replica of a text stage on an endpoint: it holds no model, only requests under way."""
+    """One replica of a text stage: on an endpoint it holds no model, only requests under way."""
 
     def __init__(
         self,
@@ -31,6 +31,9 @@ class EndpointActor:
         spent: float,
     ) -> None:
         bind_worker()  # one that nobody waits for would go on paying
+        if model.is_plugin:
+            self.run = ChatRunner(stage(), build(model), outcome)
+            return
         account = RunAccount(limit=max_cost, spent=spent, progress=outcome.progress, stage=outcome.stage)
         client = EndpointClient(model.endpoint, model.model, where, account)
         chat = OpenAIChat(model, client, Answers(answers, run), account)
@@ -54,7 +57,7 @@ def endpoint_pool(
     spent: float,
     alone: bool = False,
 ) -> Any:
-    """Run a text stage over a dataset on replicas that ask an endpoint.
+    """Run a text stage over a dataset on replicas that ask an endpoint, or have another's engine.
 
     Args:
         where: the recipe's key of the endpoint, for messages.
@@ -67,6 +70,8 @@ def endpoint_pool(
     pool = model.pool
     # Batches enough to keep every slot of the endpoint taken, and one that waits.
     batches = 1 if alone else -(-model.endpoint.concurrency // batch_size) + 1
+    if model.is_plugin and not alone:
+        batches = model.engine.max_concurrent_batches
     return dataset.map_batches(
         of_stage(EndpointActor, outcome.stage),
         fn_constructor_kwargs={

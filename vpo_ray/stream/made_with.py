@@ -18,6 +18,7 @@ from vpo_ray.files.folder import StorageError
 from vpo_ray.files.input_files import READ_ERRORS, InputError, file_at, walk
 from vpo_ray.prompts.policy_prompt import PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Recipe
+from vpo_ray.recipe.plugins import Modelled, PluginError, find
 from vpo_ray.records import content_id
 from vpo_ray.storage import model_cache
 from vpo_ray.storage.run_dir import RunDir
@@ -105,6 +106,9 @@ def _judge(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _render(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.render.kind != "diffusers":
+        yield from _plugin("render", recipe.render)
+        return
     yield from _versions(
         "diffusers", "torch", "transformers", *(["torchao"] if recipe.render.quantize else [])
     )
@@ -117,10 +121,11 @@ def _score(recipe: Recipe) -> Iterator[tuple[str, str]]:
     rewards = {"reward": recipe.reward}
     rewards |= {f"more_rewards.{name}": reward for name, reward in recipe.more_rewards.items()}
     for where, reward in rewards.items():
-        for name, path in reward.checklist.files().items():
+        yield from _plugin(where, reward)
+        for name, path in reward.files().items():
             if path is not None:
                 yield from _file(f"{where}.checklist.{name}", path)
-        if reward.kind != "openai":
+        if reward.kind == "visionreward":
             yield from _versions("torch", "transformers")
             yield from _model(f"{where}.model", reward.model)
 
@@ -141,9 +146,17 @@ def _judge_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _chat(where: str, model: ChatModel) -> Iterator[tuple[str, str]]:
+    yield from _plugin(where, model)
     if model.backend == "vllm":
         yield from _versions("vllm")
         yield from _model(f"{where}.model", model.model)
+
+
+def _plugin(where: str, section: Modelled) -> Iterator[tuple[str, str]]:
+    """What another's model says that its results depend on; its name and version are in the recipe."""
+    if section.is_plugin:
+        with suppress(PluginError):
+            yield f"{where}.{section.key}", find(section).identity(section)
 
 
 def _versions(*names: str) -> Iterator[tuple[str, str]]:

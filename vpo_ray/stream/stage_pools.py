@@ -90,7 +90,7 @@ def _chat_pool(
     alone: bool,
 ) -> Dataset:
     """A text stage on the backend that the recipe names at `where`."""
-    if model.backend == "openai":
+    if model.backend != "vllm":
         from vpo_ray.stream.endpoint_pool import endpoint_pool
 
         return endpoint_pool(

@@ -2,6 +2,7 @@
 
 A stage's work on a row is an async function that takes a `Chat`; a pool runs many rows at once on
 one engine, so that several turns of one row (critique, refine, judge again) load the model once.
+A backend is the package's own, which its pool builds, or another's (see `recipe.plugins`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vpo_ray.recipe import ChatModel, plugins
 from vpo_ray.records import Row
 
 Message = dict[str, str]
@@ -77,6 +79,12 @@ class Chat(Protocol):
             ChatError: the request does not fit the model, or has no usable answer.
         """
         ...
+
+
+def build(settings: ChatModel) -> Chat:
+    """Another's chat engine. Raises PluginError where it cannot be found or built."""
+    chat: Chat = plugins.find(settings).build(settings)
+    return chat
 
 
 class Metered:

@@ -1,7 +1,7 @@
-"""Reward models: yes/no answers of a vision-language model about a video, and a score from them.
+"""Reward models: a score of a video, and the answers and dimensions that it comes from.
 
-Every reward has one interface, `RewardModel`, and is built by the name in `reward.kind` of the
-recipe. A new kind is a module with a `build(settings)` and a line in `KINDS`.
+Every reward has one interface, `RewardModel`, and is built by the name in `reward.kind` of the recipe:
+one of `KINDS`, or another's (see `recipe.plugins`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Protocol
 
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.recipe import Reward
+from vpo_ray.recipe import Reward, plugins
 
 # Recipe name -> module; imported when asked for, because they bring torch.
 KINDS = {
@@ -60,5 +60,8 @@ def build(settings: Reward, account: Account | None = None) -> RewardModel:
     Args:
         account: what the answers of an endpoint are paid into.
     """
+    if settings.is_plugin:
+        model: RewardModel = plugins.find(settings).build(settings)
+        return model
     module = import_module(KINDS[settings.kind])
     return module.build(settings, account) if settings.kind == "openai" else module.build(settings)

@@ -70,14 +70,17 @@ class Checklist:
         return math.fsum(values), {name: math.fsum(part) for name, part in parts.items()}
 
 
-def load(settings: recipe.Checklist) -> Checklist:
+def load(settings: recipe.Checklist | None) -> Checklist:
     """Read the checklist of a recipe: our YAML, or published questions with their weights.
 
     Raises:
         ChecklistError: a file that cannot be read or parsed, another number of weights than of
             questions, a weight that is no finite number, a dimension that covers no or the same
-            question, or a question of a dimension named alignment without the `[[prompt]]` slot.
+            question, or a question of a dimension named alignment without the `[[prompt]]` slot; or
+            there is none.
     """
+    if settings is None:
+        raise ChecklistError("the reward has no checklist")
     questions = _from_yaml(settings.file) if settings.file else _from_published(settings)
     where = settings.file or settings.questions
     if not questions:

@@ -1,18 +1,19 @@
 """Video models: a prompt becomes a video.
 
-Every video model has one interface, `VideoModel`, and is chosen by `render.kind` of the recipe. A new kind
-of the package is a module with a `prepare(settings, account)`, and a line in `KINDS`.
+Every video model has one interface, `VideoModel`, and is chosen by `render.kind` of the recipe: one of
+`KINDS`, which are modules with a `prepare(settings, account)`, or another's (see `recipe.plugins`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.recipe import Render
+from vpo_ray.recipe import Render, plugins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,5 +79,8 @@ def prepare(settings: Render, account: Account | None = None) -> Prepared:
         ValueError: the model cannot be used.
         StorageError: the model is a URI that cannot be read.
     """
+    if settings.is_plugin:
+        plugin = plugins.find(settings)
+        return Prepared(plugin.identity(settings), partial(plugin.build, settings))
     prepared: Prepared = import_module(KINDS[settings.kind]).prepare(settings, account)
     return prepared

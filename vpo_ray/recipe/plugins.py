@@ -1,0 +1,242 @@
+"""Models of other people: what `kind` or `backend` of a recipe's section names, found and checked.
+
+It is a name that the package knows, the name of an installed package's entry point, or
+`package.module:builder`. A builder is called with the section and its options, and makes the model. It has
+an attribute `Options`, the pydantic model of the section's `options`; `version`, where the version of its
+package does not say what changes a result; and `identity(settings, options)`, where a result depends on more
+than these, such as the content of weights.
+
+To name a builder is to run its module, as with `trust_remote_code`: nothing is fetched, and a module is found
+where Python finds any other. A recipe that is loaded gets the builder and its version written into it, as
+`package.module:builder@version`: so they are in fingerprints and ids, and a node with another version refuses
+to work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
+
+from vpo_ray.recipe.base import Section
+
+_NAME = re.compile(r"(?P<name>[\w.-]+|[\w.]+:[\w.]+)(@(?P<version>[\w.!+-]+))?")
+
+
+class PluginError(ValueError):
+    """A model that cannot be found, imported, configured or built here; the message says why."""
+
+    stops_run = True  # see pools.STOP
+
+
+def _named(kind: str) -> str:
+    if not _NAME.fullmatch(kind):
+        raise ValueError(f"{kind!r} is no name and no package.module:builder")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_named)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Modelled(Section):
+    """A section whose model may be another's.
+
+    `options` are for a model that the package does not know, which says what they may be.
+    """
+
+    options: dict[str, Any] = {}
+
+    # The group of entry points, the names that the package knows, and the key that has the name.
+    group: ClassVar[str]
+    known: ClassVar[tuple[str, ...]]
+    key: ClassVar[str] = "kind"
+
+    @property
+    def named(self) -> str:
+        name: str = getattr(self, self.key)
+        return name
+
+    @property
+    def is_plugin(self) -> bool:
+        return self.named not in self.known
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A builder that was found. `target` is its `package.module:builder`, whatever name led to it."""
+
+    target: str
+    version: str
+    builder: Any
+
+    @property
+    def pin(self) -> str:
+        return f"{self.target}@{self.version}"
+
+    def options(self, given: Mapping[str, Any]) -> BaseModel:
+        """Raises pydantic's ValidationError, also for an option that is not known."""
+        model: type[BaseModel] = self.builder.Options
+        if model.model_config.get("extra") is None:
+            create_model(model.__name__, __base__=(_Strict, model)).model_validate(given)
+        return model.model_validate(given)
+
+    def identity(self, section: Modelled) -> str:
+        """What changes a result beside the section's own keys. Raises PluginError."""
+        more = getattr(self.builder, "identity", None)
+        return self.pin if more is None else f"{self.pin}+{self._asked(more, section)}"
+
+    def build(self, section: Modelled) -> Any:
+        """The model. Raises PluginError where it cannot be built, whatever the builder raises."""
+        return self._asked(self.builder, section)
+
+    def checked(self, section: Modelled) -> BaseModel:
+        """The section's options. Raises PluginError for those that the builder does not take."""
+        try:
+            return self.options(section.options)
+        except ValidationError as error:
+            where = "; ".join(f"options.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise PluginError(f"{self.pin}: {where}") from error
+
+    def _asked(self, part: Any, section: Modelled) -> Any:
+        options = self.checked(section)
+        try:
+            return part(section, options)
+        except Exception as error:
+            raise PluginError(f"{self.pin}: {type(error).__name__}: {error}") from error
+
+
+def find(section: Modelled) -> Plugin:
+    """The builder that a section names.
+
+    Raises:
+        PluginError: it is not installed here, cannot be imported or is no builder, or has another version
+            than the one behind `@`.
+    """
+    match = _NAME.fullmatch(section.named)
+    assert match is not None, section.named
+    name, version = match["name"], match["version"]
+    plugin = load(name if ":" in name else _target(section, name))
+    if version not in (None, plugin.version):
+        raise PluginError(f"{name} has version {plugin.version} here, and not {version}")
+    return plugin
+
+
+@cache
+def load(target: str) -> Plugin:
+    """The builder at `package.module:builder`. Raises PluginError."""
+    name, _, path = target.partition(":")
+    try:
+        module = import_module(name)
+        builder = attrgetter(path)(module)
+    except Exception as error:  # whatever a module does when it is imported
+        raise PluginError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
+    options = getattr(builder, "Options", None)
+    if not callable(builder) or not (isinstance(options, type) and issubclass(options, BaseModel)):
+        raise PluginError(
+            f"{target} is no builder: it is called with (settings, options), and has an attribute `Options`, "
+            "a pydantic model"
+        )
+    version = getattr(builder, "version", None) or _version(module)
+    if not isinstance(version, str) or not re.fullmatch(r"[\w.!+-]+", version):
+        raise PluginError(f"{target}: its version {version!r} is no string of letters, digits and .!+-")
+    return Plugin(target, version, builder)
+
+
+def entry_points(group: str) -> dict[str, list[Any]]:
+    """What installed packages offer in a group, by name: more than one is a clash."""
+    from importlib import metadata
+
+    found: dict[str, list[Any]] = {}
+    for point in metadata.entry_points(group=group):
+        same = found.setdefault(point.name, [])
+        # An editable install is on the path twice.
+        if point.value not in [other.value for other in same]:
+            same.append(point)
+    return found
+
+
+def _target(section: Modelled, name: str) -> str:
+    offered = entry_points(section.group)
+    points = offered.get(name, [])
+    if len(points) > 1:
+        targets = " and ".join(point.value for point in points)
+        raise PluginError(f"{name} is offered by {targets}: write the one that is meant instead of the name")
+    if not points:
+        names = ", ".join([*section.known, *sorted(offered)])
+        raise PluginError(
+            f"{name!r} is no {section.key} that is known here ({names}): no installed package has an entry "
+            f"point of this name in {section.group}"
+        )
+    value: str = points[0].value
+    return value
+
+
+def _version(module: Any) -> str:
+    """That of the package which the module came with; where there is none, of the module's own text."""
+    from importlib import metadata
+
+    packages = set(metadata.packages_distributions().get(module.__name__.partition(".")[0], []))
+    if len(packages) == 1:
+        return metadata.version(packages.pop())
+    try:
+        with open(module.__file__, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    except (OSError, TypeError, AttributeError) as error:
+        raise PluginError(f"{module.__name__} has no file and no version: give its builder one") from error
+
+
+def plugins_of(section: Section, prefix: str = "") -> dict[str, Modelled]:
+    """The parts of a recipe whose model the package does not know, by the key that names it."""
+    found: dict[str, Modelled] = {}
+    if isinstance(section, Modelled) and section.is_plugin:
+        found[f"{prefix}{section.key}"] = section
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        inner = {f"{name}.": value} if isinstance(value, Section) else {}
+        if isinstance(value, Mapping):
+            inner = {f"{name}.{key}.": part for key, part in value.items() if isinstance(part, Section)}
+        for path, part in inner.items():
+            found |= plugins_of(part, prefix + path)
+    return found
+
+
+def problems(plugins: Mapping[str, Modelled]) -> dict[str, str]:
+    """What is wrong with them on this machine, by the key that names it."""
+    found = {}
+    for key, section in plugins.items():
+        try:
+            find(section).checked(section)
+        except PluginError as error:
+            found[key] = str(error)
+    return found
+
+
+def pins(plugins: Mapping[str, Modelled]) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The builder and version of those that are installed here, by the key that names them, and pydantic's
+    errors of options that they do not take, with `loc` from the top of the recipe. What is not here is left
+    to the plan and the node that needs it."""
+    found: dict[str, str] = {}
+    errors: list[dict[str, Any]] = []
+    for key, section in plugins.items():
+        try:
+            plugin = find(section)
+        except PluginError:
+            continue
+        found[key] = plugin.pin
+        try:
+            plugin.options(section.options)
+        except ValidationError as error:
+            where, known = (*key.split(".")[:-1], "options"), list(plugin.builder.Options.model_fields)
+            errors += [{**e, "loc": (*where, *e["loc"]), "known": known} for e in error.errors()]
+    return found, errors
