@@ -240,8 +240,9 @@ def make_worker(chosen: Chosen, pairs: int, rank: int = 0, workers: int = 1, **c
     } | changes
     settings = Train(**values)
     job = Job(
-        "dpo", settings, "", None, False, make_examples(pairs), None, [], "", chosen.folder, 0, "bench", {}
-    )
+        phase="dpo", settings=settings, model="", task_prompt="", out="", run_uri=chosen.folder, seed=0,
+        fingerprint="", id="bench", examples=make_examples(pairs), tokenizer=None, end=[], facts={},
+    )  # fmt: skip
     config = zero.deepspeed_config(settings, workers)
     policy = PackedPolicy(zero.load_model(chosen.policy, settings, config, None, False))
     return Worker(
@@ -413,7 +414,7 @@ def run_checkpoints(chosen: Chosen) -> dict[str, Any]:
 
     from vpo_ray.recipe import Train
     from vpo_ray.storage.run_dir import RunDir
-    from vpo_ray.train import train
+    from vpo_ray.train import PhaseSpec, train
 
     rows = [
         {
@@ -441,17 +442,17 @@ def run_checkpoints(chosen: Chosen) -> dict[str, Any]:
         log_to_driver=False,
         _temp_dir=f"{chosen.folder}/ray",
     )
-    train(
-        "dpo",
-        settings,
+    spec = PhaseSpec(
+        phase="dpo",
+        settings=settings,
         model=chosen.policy,
-        rows=rows,
         task_prompt="Rewrite this request for a video model.\n\n{query}",
         out=f"{chosen.folder}/run/out",
         run_uri=f"{chosen.folder}/run",
         seed=0,
         fingerprint="bench",
     )
+    train(spec, rows)
     ray.shutdown()
     curve = RunDir(f"{chosen.folder}/run").metrics("dpo")
     gaps = [b["time"] - a["time"] - b["seconds"] for a, b in pairwise(curve)]

@@ -167,7 +167,7 @@ def test_a_run_that_no_node_can_take_fails_in_seconds(
     from vpo_ray.stages.sample import candidates
     from vpo_ray.storage.run_dir import RunDir
     from vpo_ray.stream.pipeline import Models, generate
-    from vpo_ray.train import train
+    from vpo_ray.train import PhaseSpec, train
 
     sets = [f"out={tmp_path / 'run'}", "limits.placement_timeout_s=1"]
     recipe = load(TINY, [*sets, "render.pool.resources.quantum_disk=1"])
@@ -185,16 +185,17 @@ def test_a_run_that_no_node_can_take_fails_in_seconds(
 
     dpo = load(TINY, [*sets, "dpo.workers=9"]).dpo
     rows = [{"pair_id": "1", "query_id": "1", "query": "a cat", "chosen": "a good cat", "rejected": "a dog"}]
+    assert dpo is not None
+    spec = PhaseSpec(
+        phase="dpo",
+        settings=dpo,
+        model=str(tiny_models / "policy"),
+        task_prompt="Write: {query}",
+        out=str(tmp_path / "policy"),
+        run_uri=str(tmp_path / "run"),
+        seed=0,
+        fingerprint="f",
+        placement_timeout_s=0.5,
+    )
     with pytest.raises(PlacementError, match=r"dpo\.workers 4\.5: together 4\.5 CPU, and the cluster has 4"):
-        train(
-            "dpo",
-            dpo,
-            model=str(tiny_models / "policy"),
-            rows=rows,
-            task_prompt="Write: {query}",
-            out=str(tmp_path / "policy"),
-            run_uri=str(tmp_path / "run"),
-            seed=0,
-            fingerprint="f",
-            placement_timeout_s=0.5,
-        )
+        train(spec, rows)

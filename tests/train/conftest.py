@@ -62,8 +62,7 @@ def make_worker(
             phase=phase,
             settings=chosen,
             model=model,
-            revision=None,
-            trust_remote_code=False,
+            task_prompt=TASK_PROMPT,
             examples=examples[: len(examples) - held_out],
             held_out=examples[len(examples) - held_out :],
             tokenizer=tokenizer,
@@ -71,6 +70,7 @@ def make_worker(
             out=str(tmp_path / "out"),
             run_uri=str(tmp_path),
             seed=seed,
+            fingerprint="",
             id="test",
             facts={},
         )

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray.train.examples import Example
-from vpo_ray.train.packing import batch, pack, spread, total_steps
+from vpo_ray.train.packing import batch, pack, spread
+from vpo_ray.train.phase import total_steps
 
 
 def example(name: str, prompt: list[int], *responses: list[int]) -> Example:

@@ -12,6 +12,7 @@ from train_data import FACTS, TASK_PROMPT, run, settings, sft_rows
 
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder
+from vpo_ray.recipe import Train
 from vpo_ray.train import TrainError, failures
 from vpo_ray.train.examples import end_of_turn
 from vpo_ray.train.rehearsal import check_room, rehearse
@@ -38,10 +39,22 @@ def policy(tiny_models: Path, tmp_path: Path) -> Edit:
     return make
 
 
+def job_of(folder: Path, tokenizer: Any, chosen: Train, out: Path | str = "") -> Any:
+    return SimpleNamespace(
+        settings=chosen,
+        model=str(folder),
+        revision=None,
+        trust_remote_code=False,
+        tokenizer=tokenizer,
+        end=end_of_turn(tokenizer, TASK_PROMPT),
+        out=str(out),
+    )
+
+
 def rehearsed(folder: Path, **changes: Any) -> Any:
     """Rehearses, and gives back the tokenizer."""
     tokenizer = load_tokenizer(str(folder), TASK_PROMPT)
-    rehearse(str(folder), settings(**changes), tokenizer, end_of_turn(tokenizer, TASK_PROMPT))
+    rehearse(job_of(folder, tokenizer, settings(**changes)))
     return tokenizer
 
 
@@ -56,15 +69,7 @@ def exported(folder: Path, out: Path, lora: Any = None) -> Any:
     tokenizer = rehearsed(folder, lora=lora)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model = attach(model, chosen.lora) if chosen.lora else model
-    job: Any = SimpleNamespace(
-        settings=chosen,
-        model=str(folder),
-        revision=None,
-        trust_remote_code=False,
-        tokenizer=tokenizer,
-        end=end_of_turn(tokenizer, TASK_PROMPT),
-        out=str(out),
-    )
+    job = job_of(folder, tokenizer, chosen, out)
     export(model, get_peft_model_state_dict(model) if chosen.lora else model.state_dict(), job, FACTS)
     return tokenizer
 
@@ -130,7 +135,6 @@ def test_a_model_that_cannot_be_exported_is_refused(
 def test_a_tokenizer_that_does_not_survive_being_saved_is_refused(policy: Edit):
     folder = policy()
     tokenizer = load_tokenizer(str(folder), TASK_PROMPT)
-    end = end_of_turn(tokenizer, TASK_PROMPT)
 
     class Forgetful(type(tokenizer)):  # type: ignore[misc]
         def save_pretrained(self, folder: Any, **options: Any) -> Any:
@@ -139,7 +143,7 @@ def test_a_tokenizer_that_does_not_survive_being_saved_is_refused(policy: Edit):
 
     tokenizer.__class__ = Forgetful
     with pytest.raises(TrainError, match=r"not the same once it is saved.*the chat template differs"):
-        rehearse(str(folder), settings(), tokenizer, end)
+        rehearse(job_of(folder, tokenizer, settings()))
 
 
 def test_where_the_export_cannot_lie_is_told(tmp_path: Path):

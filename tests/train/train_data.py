@@ -6,7 +6,7 @@ from typing import Any
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Train
 from vpo_ray.records import Row
-from vpo_ray.train import TrainResult, train
+from vpo_ray.train import PhaseSpec, TrainResult, train
 
 TASK_PROMPT = read_prompt("builtin:policy")
 ANIMALS = ("dog", "cat", "horse", "fox", "bird", "tiger", "wolf", "bear", "owl", "whale", "crab")
@@ -66,17 +66,17 @@ OFTEN_SAVED = TWO_WORKERS.model_copy(update={"save_steps": 2})
 
 def run(folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any = None) -> TrainResult:
     """A whole phase on the running Ray cluster; it leaves `folder/policy`."""
-    return train(
-        phase,
-        chosen,
+    spec = PhaseSpec(
+        phase=phase,
+        settings=chosen,
         model=str(model),
-        rows=pairs(ROWS) if rows is None else rows,
         task_prompt=TASK_PROMPT,
         out=str(folder / "policy"),
         run_uri=str(folder),
         seed=5,
         fingerprint="0123456789abcdef",
     )
+    return train(spec, pairs(ROWS) if rows is None else rows)
 
 
 # What `vpo.json` says of a policy that a test exports by itself.

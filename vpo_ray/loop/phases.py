@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -206,22 +206,13 @@ def train_sft(recipe: Recipe, run: RunDir) -> str:
     """The folder of the policy to sample: trained by SFT, or the base model where there is none."""
     if recipe.sft is None:
         return locate(recipe.policy.model)
-    from vpo_ray.train import train
-
     identity = policy_id(recipe, run)
     refuse_other_policy(recipe, run, identity)
     rows, again = distinct(training_rows(recipe, run))
     run.table("sft").replace(rows)
     run.write_json(SFT_DROPPED, {"duplicate": again} if again else {})
-    return _train(
-        train,
-        recipe,
-        run,
-        "sft",
-        locate(recipe.policy.model),
-        list(run.table("sft").rows()),
-        identity,
-    )
+    start = Start(locate(recipe.policy.model), identity)
+    return _train(recipe, run, "sft", start, list(run.table("sft").rows()), identity)
 
 
 def starting_policy(recipe: Recipe, run: RunDir, trained: bool = True) -> Start:
@@ -240,43 +231,35 @@ def dpo_id(recipe: Recipe, run: RunDir, start: Start) -> str:
 
 def train_dpo(recipe: Recipe, run: RunDir, start: Start) -> str:
     """The folder of the policy after DPO on the run's pairs."""
-    from vpo_ray.train import train
-
     rows = sorted(run.table("pairs").rows(), key=lambda row: row["pair_id"])
     identity = dpo_id(recipe, run, start)
-    return _train(train, recipe, run, "dpo", start.policy, rows, identity, start.reference)
+    return _train(recipe, run, "dpo", start, rows, identity)
 
 
 def _train(
-    train: Any,
-    recipe: Recipe,
-    run: RunDir,
-    phase: str,
-    model: str,
-    rows: list[Row],
-    identity: str,
-    reference: str | None = None,
+    recipe: Recipe, run: RunDir, phase: Literal["sft", "dpo"], start: Start, rows: list[Row], identity: str
 ) -> str:
+    from vpo_ray.train import PhaseSpec, train
+
     settings = recipe.sft if phase == "sft" else recipe.dpo
-    folder = run.at(f"checkpoints/{phase}")
-    train(
-        phase,
-        settings,
-        model=model,
-        rows=rows,
+    assert settings is not None
+    spec = PhaseSpec(
+        phase=phase,
+        settings=settings,
+        model=start.policy,
         task_prompt=read_prompt(recipe.policy.task_prompt),
-        out=folder,
+        out=run.at(f"checkpoints/{phase}"),
         run_uri=run.uri,
         seed=recipe.seed,
         fingerprint=identity,
         revision=recipe.policy.revision,
         trust_remote_code=recipe.policy.trust_remote_code,
         chat_template_kwargs=recipe.policy.chat_template_kwargs,
-        reference=reference,
+        reference=start.reference,
         run_name=recipe.name,
         placement_timeout_s=recipe.limits.placement_timeout_s,
     )
-    return folder
+    return train(spec, rows).out
 
 
 def train_what_is_due(recipe: Recipe, run: RunDir) -> None:

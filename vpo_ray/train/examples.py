@@ -56,51 +56,59 @@ def row_id(phase: Phase, row: Row) -> str:
 def tokenise(
     phase: Phase, rows: Iterable[Row], tokenizer: Any, task_prompt: str, max_length: int
 ) -> tuple[list[Example], Counter[str]]:
-    """Examples in the order of their ids, and how many rows were dropped for which reason.
+    """Examples in the order of their ids, and the number of dropped rows by reason.
 
-    A prompt and its longest response must fit in `max_length` tokens: neither is ever cut, since a
-    response without its end, or a prompt without its query, teaches the wrong thing.
+    A prompt and its longest response must fit in `max_length` tokens. Neither is ever cut: a response
+    without its end, or a prompt without its query, teaches the wrong thing.
 
     Raises:
         TrainError: a row lacks a column, or no row is left.
     """
-    key, columns = COLUMNS[phase]
-    end = end_of_turn(tokenizer, task_prompt)
-    controls = control_tokens(tokenizer)
+    end, controls = end_of_turn(tokenizer, task_prompt), control_tokens(tokenizer)
     examples: dict[str, Example] = {}
     dropped: Counter[str] = Counter()
     for row in rows:
-        missing = [name for name in (key, "query", *columns) if not isinstance(row.get(name), str)]
-        if missing:
-            raise TrainError(
-                f"a {phase} row has no text in {', '.join(missing)}; it has {', '.join(sorted(row))}"
-            )
-        texts = [row[name] for name in columns]
+        texts = _responses(phase, row)
         identity = row_id(phase, row)
-        if identity in examples:
-            dropped["duplicate"] += 1
-        elif not all(text.strip() for text in texts):
-            dropped["empty response"] += 1
-        elif len(set(texts)) < len(texts):
-            dropped["chosen equals rejected"] += 1
-        else:
-            ids = [
-                tokenizer.encode(neutralise(text, controls), add_special_tokens=False) + end for text in texts
-            ]
+        fault = "duplicate" if identity in examples else _fault(texts)
+        if fault is None:
             try:
-                prompt = prompt_ids(tokenizer, row["query"])
+                prompt = _array(prompt_ids(tokenizer, row["query"]))
             except PromptError:
-                dropped["changed by the chat template"] += 1
-                continue
-            if len(prompt) + max(map(len, ids)) > max_length:
-                dropped[f"longer than {max_length} tokens"] += 1
-                continue
-            arrays = tuple(np.array(i, dtype=np.int32) for i in ids)
-            examples[identity] = Example(identity, np.array(prompt, dtype=np.int32), arrays)
+                fault = "changed by the chat template"
+        if fault is None:
+            safe = [neutralise(text, controls) for text in texts]
+            responses = [_array(tokenizer.encode(text, add_special_tokens=False) + end) for text in safe]
+            if len(prompt) + max(map(len, responses)) > max_length:
+                fault = f"longer than {max_length} tokens"
+        if fault is None:
+            examples[identity] = Example(identity, prompt, tuple(responses))
+        else:
+            dropped[fault] += 1
     if not examples:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the table is empty"
         raise TrainError(f"no row is left to train {phase} on: {reasons}")
     return [examples[name] for name in sorted(examples)], dropped
+
+
+def _responses(phase: Phase, row: Row) -> list[str]:
+    key, columns = COLUMNS[phase]
+    missing = [name for name in (key, "query", *columns) if not isinstance(row.get(name), str)]
+    if missing:
+        raise TrainError(
+            f"a {phase} row has no text in {', '.join(missing)}; it has {', '.join(sorted(row))}"
+        )
+    return [row[name] for name in columns]
+
+
+def _fault(responses: list[str]) -> str | None:
+    if not all(text.strip() for text in responses):
+        return "empty response"
+    return "chosen equals rejected" if len(set(responses)) < len(responses) else None
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
 
 
 def end_of_turn(tokenizer: Any, task_prompt: str) -> list[int]:

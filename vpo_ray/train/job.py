@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder, join
-from vpo_ray.recipe import Limits, Training, result_keys
+from vpo_ray.recipe import result_keys
 from vpo_ray.records import PAIR, SFT, Row, content_id
 from vpo_ray.storage import run_lock
 from vpo_ray.storage.model_cache import fetch
 from vpo_ray.storage.run_dir import ALSO
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.placement import require, watched, worker_shapes
-from vpo_ray.train.examples import COLUMNS, Phase, TrainError, end_of_turn, row_id, tokenise
+from vpo_ray.train.examples import COLUMNS, TrainError, end_of_turn, row_id, tokenise
 from vpo_ray.train.held_out import split
 from vpo_ray.train.model_files import identity, marker, refuse_adapter
+from vpo_ray.train.phase import Job, PhaseSpec
 from vpo_ray.train.track import check_trackers
 from vpo_ray.versions import code
 
@@ -44,134 +45,106 @@ class TrainResult:
     warnings: tuple[str, ...] = ()
 
 
-def train(
-    phase: Phase,
-    settings: Training,
-    *,
-    model: str,
-    rows: Iterable[Row] | str,
-    task_prompt: str,
-    out: str,
-    run_uri: str,
-    seed: int,
-    fingerprint: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    reference: str | None = None,
-    run_name: str = "vpo_ray",
-    placement_timeout_s: float = Limits().placement_timeout_s,
-) -> TrainResult:
-    """Train the policy on the running Ray cluster and leave a Hugging Face folder at `out`.
+def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
+    """Train the policy on the running Ray cluster and leave a Hugging Face folder at `spec.out`.
 
     A killed call, made again, goes on from the last checkpoint (`settings.save_steps`); a finished
     one returns at once.
 
     Args:
-        phase: `sft` (rows of records.SFT) or `dpo` (rows of records.PAIR).
-        settings: the recipe's section of the phase.
-        model: folder, URI or hub id of the policy to start from; DPO's reference.
-        rows: the rows, or the path of their table.
-        task_prompt: text with a `{query}` slot, folded into the checkpoint's chat template.
-        out: where the trained policy goes, a folder or URI that all workers reach.
-        run_uri: the run directory, for `metrics/<phase>.jsonl` and checkpoints.
-        seed: of the data's order.
-        fingerprint: of the recipe; it is written to the model card and `vpo.json`.
-        chat_template_kwargs: arguments of the chat template, which travel with the checkpoint too.
-        reference: DPO's reference policy where it is another model than `model`.
-        run_name: what trackers call the run, together with the phase.
+        rows: of records.SFT or records.PAIR, as the phase needs, or the path of their table.
 
     Raises:
         PlacementError: the cluster has no room for the workers.
         TrainError: no usable row, a conflict with the deepspeed section, a tracker that is not
-            installed, a model that cannot be trained or not be exported, a loss that is not finite.
+            installed, a model that cannot be trained or exported, a loss that is not finite.
         PromptError: the tokenizer has no chat template.
     """
     from vpo_ray.train.rehearsal import rehearse
     from vpo_ray.train.zero import deepspeed_config
 
+    spec = replace(spec, out=Folder(spec.out).uri, run_uri=Folder(spec.run_uri).uri)
+    phase, settings = spec.phase, spec.settings
     if isinstance(rows, str):
         rows = Table(rows, {"sft": SFT, "dpo": PAIR}[phase], COLUMNS[phase][0], ALSO.get(phase, ())).rows()
     identity_columns = [COLUMNS[phase][0], *ALSO.get(phase, ())]
     rows = sorted(rows, key=lambda row: [str(row.get(name)) for name in identity_columns])
     deepspeed_config(settings, settings.workers)
     check_trackers(settings.track)
-    for name in filter(None, (model, reference)):
+    for name in filter(None, (spec.model, spec.reference)):
         refuse_adapter(name)
-    job_id = content_id(
-        "train",
-        phase,
-        fingerprint,
-        result_keys(settings.model_dump(mode="json", exclude_defaults=True)),
-        identity(model, revision),
-        *([identity(reference, revision)] if reference else []),
-        task_prompt,
-        seed,
-        [[row.get(name) for name in (COLUMNS[phase][0], "query", *COLUMNS[phase][1])] for row in rows],
-    )
-    done = marker(out)
-    if done is not None and done["job"] == job_id:
-        log.info("%s is already trained: %s", phase, out)
-        return _result(out, done, trained=False)
-    tokenizer = load_tokenizer(
-        fetch(model, weights=False), task_prompt, revision, trust_remote_code, chat_template_kwargs
-    )
-    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, settings.max_length)
-    for reason, count in dropped.items():
-        log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
-    groups = {row_id(phase, row): str(row.get("query_id") or row["query"]) for row in rows}
-    examples, held_out = split(examples, groups, settings.evaluate.share)
-    if not examples:
-        raise TrainError(f"{phase}: evaluate.share leaves no row of {len(held_out)} to train on: lower it")
-    end = end_of_turn(tokenizer, task_prompt)
-    rehearse(model, settings, tokenizer, end, revision, trust_remote_code)
-    facts: Row = {
-        "phase": phase,
-        "job": job_id,
-        "fingerprint": fingerprint,
-        "base_model": model,
-        "rows": len(examples),
-        "held_out": len(held_out),
-        "dropped": dict(dropped),
-    }
-    _fit(
-        job_id,
-        placement_timeout_s,
-        phase=phase,
-        settings=settings,
-        model=model,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        examples=examples,
-        tokenizer=tokenizer,
-        end=end,
-        out=Folder(out).uri,
-        run_uri=Folder(run_uri).uri,
-        seed=seed,
-        facts=facts,
-        held_out=held_out,
-        reference=None if reference == model else reference,
-        run_name=f"{run_name} {phase}",
-    )
-    done = marker(out)
-    if done is None or done["job"] != job_id:
-        raise TrainError(f"{phase}: the workers finished but {out} is not complete; is it on shared storage?")
-    result = _result(out, done, trained=True)
+    id = job_id(spec, rows)
+    done = marker(spec.out)
+    if done is not None and done["job"] == id:
+        log.info("%s is already trained: %s", phase, spec.out)
+        return _result(spec.out, done, trained=False)
+    job = _prepare(spec, rows, id)
+    rehearse(job)
+    _fit(job)
+    done = marker(spec.out)
+    if done is None or done["job"] != id:
+        raise TrainError(
+            f"{phase}: the workers finished but {spec.out} is not complete; is it on shared storage?"
+        )
+    result = _result(spec.out, done, trained=True)
     for text in result.warnings:
         log.warning("%s: %s", phase, text)
     return result
 
 
-def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
+def job_id(spec: PhaseSpec, rows: list[Row]) -> str:
+    """The identity of everything that determines the trained weights."""
+    key, columns = COLUMNS[spec.phase]
+    return content_id(
+        "train",
+        spec.phase,
+        spec.fingerprint,
+        result_keys(spec.settings.model_dump(mode="json", exclude_defaults=True)),
+        identity(spec.model, spec.revision),
+        *([identity(spec.reference, spec.revision)] if spec.reference else []),
+        spec.task_prompt,
+        spec.seed,
+        [[row.get(name) for name in (key, "query", *columns)] for row in rows],
+    )
+
+
+def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
+    """Tokenise the rows and hold some out. Raises TrainError where none is left."""
+    phase, task_prompt = spec.phase, spec.task_prompt
+    local = fetch(spec.model, weights=False)
+    tokenizer = load_tokenizer(
+        local, task_prompt, spec.revision, spec.trust_remote_code, spec.chat_template_kwargs
+    )
+    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, spec.settings.max_length)
+    for reason, count in dropped.items():
+        log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
+    groups = {row_id(phase, row): str(row.get("query_id") or row["query"]) for row in rows}
+    examples, held_out = split(examples, groups, spec.settings.evaluate.share)
+    if not examples:
+        raise TrainError(f"{phase}: evaluate.share leaves no row of {len(held_out)} to train on: lower it")
+    facts: Row = {
+        "phase": phase,
+        "job": id,
+        "fingerprint": spec.fingerprint,
+        "base_model": spec.model,
+        "rows": len(examples),
+        "held_out": len(held_out),
+        "dropped": dict(dropped),
+    }
+    end = end_of_turn(tokenizer, task_prompt)
+    return Job(
+        **vars(spec), id=id, examples=examples, held_out=held_out, tokenizer=tokenizer, end=end, facts=facts
+    )
+
+
+def _fit(job: Job) -> None:
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from vpo_ray.train import checkpoints, failures
-    from vpo_ray.train.phase import Job
     from vpo_ray.train.worker import train_worker
 
-    job = Job(id=job_id, **parts)  # type: ignore[arg-type]
     settings, kept = job.settings, job.kept
     checkpoints.refuse_other_workers(kept, settings.workers)
     failures.forget(kept)
@@ -195,8 +168,8 @@ def _fit(job_id: str, placement_timeout_s: float, **parts: object) -> None:
         ),
     )
     shapes = worker_shapes(job.phase, settings)
-    require(shapes, placement_timeout_s)
-    with watched(shapes, placement_timeout_s):
+    require(shapes, job.placement_timeout_s)
+    with watched(shapes, job.placement_timeout_s):
         try:
             result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
         except TrainError as error:

@@ -111,11 +111,6 @@ def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def total_steps(rows: int, global_batch: int, epochs: float) -> int:
-    """Optimizer steps: whole epochs end with a smaller batch where it does not divide."""
-    return max(1, math.ceil(epochs * math.ceil(rows / global_batch) - 1e-9))
-
-
 def batch(step: int, rows: int, global_batch: int, seed: int) -> list[int]:
     """Rows of one optimizer step: every epoch is a seeded permutation, cut into global batches."""
     epoch, within = divmod(step, math.ceil(rows / global_batch))

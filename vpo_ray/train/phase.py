@@ -1,47 +1,75 @@
-"""A phase of training, as the driver hands it to its workers, and what each of them holds."""
+"""A phase of training: what the loop asks for, what the driver hands to a worker, a worker's state."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vpo_ray.files.folder import Folder, join
-from vpo_ray.recipe import Dpo, Training
+from vpo_ray.recipe import Dpo, Limits, Training
 from vpo_ray.records import Row
-from vpo_ray.train import packing
 from vpo_ray.train.examples import Example, Phase
-from vpo_ray.train.track import Trackers
+
+if TYPE_CHECKING:  # the driver needs no torch for a phase that is done
+    import numpy as np
+    import torch
+
+    from vpo_ray.train.track import Trackers
 
 
-@dataclass(frozen=True)
-class Job:
-    """One phase as the driver hands it to the workers. `held_out` is evaluated and never trained on;
-    `reference` is DPO's reference model where it is not `model`."""
+@dataclass(frozen=True, kw_only=True)
+class PhaseSpec:
+    """What to train, from which policy, and where the result goes.
+
+    phase: `sft` or `dpo`. settings: the recipe's section of the phase.
+    model: folder, URI or hub id of the policy to start from.
+    reference: DPO's reference policy; `model` when None.
+    task_prompt: text with a `{query}` slot, folded into the checkpoint's chat template.
+    chat_template_kwargs: arguments of the chat template, which are saved with the checkpoint too.
+    out: where the trained policy goes, a folder or URI that all workers reach.
+    run_uri: the run directory, for `metrics/<phase>.jsonl` and checkpoints.
+    run_name: what trackers call the run, followed by the phase.
+    seed: of the order of the data.
+    fingerprint: of the recipe; written to the model card and `vpo.json`.
+    """
 
     phase: Phase
     settings: Training
     model: str
-    revision: str | None
-    trust_remote_code: bool
-    examples: list[Example]
-    tokenizer: Any
-    end: list[int]
+    task_prompt: str
     out: str
     run_uri: str
     seed: int
-    id: str
-    facts: Row
-    held_out: list[Example] = field(default_factory=list)
+    fingerprint: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
     reference: str | None = None
     run_name: str = "vpo_ray"
+    placement_timeout_s: float = Limits().placement_timeout_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(PhaseSpec):
+    """A phase with its data, as a worker gets it.
+
+    id: of everything that determines the result. end: token ids that end a response.
+    facts: what `vpo.json` says of the data. held_out: examples that are evaluated, never trained on.
+    """
+
+    id: str
+    examples: list[Example]
+    tokenizer: Any
+    end: list[int]
+    facts: Row
+    held_out: list[Example] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
-        return packing.total_steps(len(self.examples), self.settings.global_batch, self.settings.epochs)
+        return total_steps(len(self.examples), self.settings.global_batch, self.settings.epochs)
 
     @property
     def dpo(self) -> Dpo:
@@ -51,7 +79,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the run of Ray Train: the same for every start of this job."""
+        """The name of the Ray Train run: the same for every start of this job."""
         return f"{self.phase}-{self.id[:16]}"
 
     @property
@@ -61,13 +89,18 @@ class Job:
 
     @cached_property
     def rows(self) -> list[Example]:
-        """Trained rows, then held-out ones; row numbers everywhere are places in this list."""
+        """Training examples, then held-out ones; row numbers everywhere index this list."""
         return [*self.examples, *self.held_out]
+
+
+def total_steps(rows: int, global_batch: int, epochs: float) -> int:
+    """Optimizer steps of a phase; an epoch ends with a smaller batch where `rows` is no multiple of it."""
+    return max(1, math.ceil(epochs * math.ceil(rows / global_batch) - 1e-9))
 
 
 @dataclass
 class RankState:
-    """State of one rank: the engine, and the curve so far (rank 0's is the one that is stored)."""
+    """State of one rank: the engine, and the curve so far (rank 0's is stored)."""
 
     job: Job
     engine: Any

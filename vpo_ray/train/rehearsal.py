@@ -19,10 +19,10 @@ from typing import Any
 from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.prompts.policy_prompt import chat_ids
-from vpo_ray.recipe import Training
 from vpo_ray.storage.model_cache import fetch
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.lora import attach, merge
+from vpo_ray.train.phase import Job
 from vpo_ray.train.portable import for_older_readers
 from vpo_ray.train.save_pretrained import generation_config, write_generation, write_policy
 
@@ -30,31 +30,15 @@ from vpo_ray.train.save_pretrained import generation_config, write_generation, w
 PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"
 
 
-def rehearse(
-    model: str,
-    settings: Training,
-    tokenizer: Any,
-    end: list[int],
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> None:
+def rehearse(job: Job) -> None:
     """Write what an export holds beside its weights, and read it back.
 
-    Args:
-        model: folder, URI or hub id of the policy to train.
-        tokenizer: with the task prompt in its chat template, see policy_prompt.load_tokenizer.
-        end: ids that end a response, see examples.end_of_turn.
-
     Raises:
-        TrainError: something cannot be written, or is read otherwise than it was.
+        TrainError: something cannot be written, or reads back differently.
     """
-    job: Any = SimpleNamespace(
-        settings=settings, model=model, revision=revision, trust_remote_code=trust_remote_code,
-        tokenizer=tokenizer, end=end,
-    )  # fmt: skip
+    model, lora = job.model, job.settings.lora
     with _explained(model):
-        skeleton = _skeleton(model, revision, trust_remote_code)
-        lora = settings.lora
+        skeleton = _skeleton(model, job.revision, job.trust_remote_code)
         _refuse_quantised(skeleton, model, lora is not None and not lora.merge)
         if lora is not None:
             skeleton = attach(skeleton, lora)

@@ -58,7 +58,13 @@ class Worker(RankState):
         first = checkpoints.resume(self)
         if self.rank == 0:
             self.trackers = Trackers(
-                settings.track, job.phase, job.run_uri, job.id, job.run_name, _parameters(job), self.curve
+                settings.track,
+                job.phase,
+                job.run_uri,
+                job.id,
+                f"{job.run_name} {job.phase}",
+                _parameters(job),
+                self.curve,
             )
         try:
             self._train(first)
