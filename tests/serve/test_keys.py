@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray.cli import main
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import ANYONE, Key, KeyFileError, KeyRing, make_key, parse_line
-from vpo_ray.serve.limits import Limits
+from vpo_ray.serve.limits import CallerLimits
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 def status(ring: KeyRing, header: str | None) -> int:
     try:
         ring.find(header)
-    except RequestError as error:
+    except ApiError as error:
         return error.status if error.headers == {"WWW-Authenticate": "Bearer"} else 0
     return 200
 
@@ -122,17 +122,17 @@ def test_no_keys_at_all_is_an_error(tmp_path: Path) -> None:
         KeyRing(tmp_path / "keys")
 
 
-def refusal(limits: Limits, key: Key = ANYONE, work: int = 1) -> str | None:
+def refusal(limits: CallerLimits, key: Key = ANYONE, work: int = 1) -> str | None:
     try:
         with limits.admit(key, work):
             return None
-    except RequestError as error:
+    except ApiError as error:
         return error.headers["Retry-After"] if error.status == 429 else {413: "never"}[error.status]
 
 
 def test_requests_a_minute_are_counted_by_key() -> None:
     clock = Clock()
-    limits = Limits(2, None, now=clock)
+    limits = CallerLimits(2, None, now=clock)
     assert [refusal(limits) for _ in range(3)] == [None, None, "30"]
     assert refusal(limits, Key("other", "")) is None
     assert [refusal(limits, Key("more", "", requests_per_minute=3)) for _ in range(4)] == [None] * 3 + ["20"]
@@ -143,7 +143,7 @@ def test_requests_a_minute_are_counted_by_key() -> None:
 
 
 def test_requests_at_once_are_counted_until_they_end() -> None:
-    limits = Limits(None, 2)
+    limits = CallerLimits(None, 2)
     with limits.admit(ANYONE):
         with limits.admit(ANYONE):
             assert refusal(limits) == "1"
@@ -156,13 +156,13 @@ def test_requests_at_once_are_counted_until_they_end() -> None:
 
 
 def test_replicas_share_a_limit() -> None:
-    limits = Limits(4, None, share=2, now=Clock())
+    limits = CallerLimits(4, None, share=2, now=Clock())
     assert [refusal(limits) for _ in range(3)] == [None, None, "30"]
 
 
 def test_a_request_costs_the_prompts_that_it_asks_for() -> None:
     clock = Clock()
-    limits = Limits(60, None, now=clock)
+    limits = CallerLimits(60, None, now=clock)
     assert refusal(limits, work=48) is None
     assert refusal(limits, work=48) == "36", "12 are left, one comes back a second"
     assert refusal(limits, work=12) is None
@@ -175,7 +175,7 @@ def test_a_request_costs_the_prompts_that_it_asks_for() -> None:
 @given(st.integers(1, 50), st.integers(1, 4), st.lists(st.integers(1, 60), min_size=1, max_size=12))
 def test_who_comes_back_when_told_is_admitted(rate: int, share: int, works: list[int]) -> None:
     clock = Clock()
-    limits = Limits(rate, rate, share=share, now=clock)
+    limits = CallerLimits(rate, rate, share=share, now=clock)
     for work in works:
         told = refusal(limits, work=work)
         assert (told == "never") == (work > rate)
@@ -186,7 +186,7 @@ def test_who_comes_back_when_told_is_admitted(rate: int, share: int, works: list
 
 def test_in_the_long_run_no_more_is_done_than_the_rate() -> None:
     clock, done = Clock(), 0
-    limits = Limits(30, None, share=2, now=clock)
+    limits = CallerLimits(30, None, share=2, now=clock)
     for _ in range(6000):
         done += 25 if refusal(limits, work=25) is None else 0
         clock.time += 0.1
@@ -194,9 +194,9 @@ def test_in_the_long_run_no_more_is_done_than_the_rate() -> None:
 
 
 def test_more_than_the_whole_limit_is_refused_for_good_with_what_to_do() -> None:
-    for limits in (Limits(8, None), Limits(None, 8), Limits(1000, 8)):
+    for limits in (CallerLimits(8, None), CallerLimits(None, 8), CallerLimits(1000, 8)):
         with (
-            pytest.raises(RequestError, match=r"asks for 9 prompts.*8 .*smaller n") as told,
+            pytest.raises(ApiError, match=r"asks for 9 prompts.*8 .*smaller n") as told,
             limits.admit(ANYONE, 9),
         ):
             pass
@@ -206,7 +206,7 @@ def test_more_than_the_whole_limit_is_refused_for_good_with_what_to_do() -> None
 
 
 def test_prompts_at_once_are_counted_until_they_end() -> None:
-    limits = Limits(None, 8)
+    limits = CallerLimits(None, 8)
     with limits.admit(ANYONE, 6):
         assert refusal(limits, work=3) == "1"
         with limits.admit(ANYONE, 2):
@@ -217,7 +217,7 @@ def test_prompts_at_once_are_counted_until_they_end() -> None:
 def test_the_smallest_request_fits_limits_that_are_smaller() -> None:
     """Best of 4 with a key for one request at a time: the recipe asked for the four."""
     clock = Clock()
-    limits = Limits(2, 1, now=clock, least=4)
+    limits = CallerLimits(2, 1, now=clock, least=4)
     with limits.admit(ANYONE, 4):
         assert refusal(limits, work=4) is not None
     assert refusal(limits, work=5) == "never"
@@ -227,7 +227,7 @@ def test_the_smallest_request_fits_limits_that_are_smaller() -> None:
 
 
 def test_what_is_refused_for_its_body_costs_one() -> None:
-    limits = Limits(3, None, now=Clock())
+    limits = CallerLimits(3, None, now=Clock())
     for _ in range(5):
         with limits.enter(ANYONE) as admission:
             admission.spoilt()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.errors import RequestError
-from vpo_ray.serve.optimize import parse_optimize
+from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.optimize_schema import parse_optimize
 from vpo_ray.serve.request import max_body_bytes, parse_request
 
 SETTINGS = Serve(max_tokens=64, max_query_chars=100, max_n=4, temperature=0.5, top_p=0.8)
@@ -58,7 +58,7 @@ def test_later_user_messages_edit_the_first(history: str, query: str) -> None:
 
 def test_history_may_be_refused() -> None:
     settings = SETTINGS.model_copy(update={"history": "refuse"})
-    with pytest.raises(RequestError, match="no chat history"):
+    with pytest.raises(ApiError, match="no chat history"):
         parse_request(body(messages=CONVERSATION), settings)
     assert parse_request(body(messages=CONVERSATION[:2]), settings)[0] == "a cat"
 
@@ -104,7 +104,7 @@ def test_history_may_be_refused() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_a_bad_body_is_refused_with_what_is_wrong(raw: bytes, status: int, told: str) -> None:
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(ApiError) as refused:
         parse_request(raw, SETTINGS)
     assert refused.value.status == status
     assert told in refused.value.message
@@ -129,7 +129,7 @@ FIELDS = st.sampled_from(["model", "messages", "n", "temperature", "max_tokens",
 
 @given(st.dictionaries(FIELDS, JSON))
 def test_no_body_is_more_than_refused(fields: dict[str, Any]) -> None:
-    with suppress(RequestError):  # and nothing else
+    with suppress(ApiError):  # and nothing else
         parse_request(body(**fields), SETTINGS)
 
 
@@ -176,6 +176,6 @@ def test_one_query_or_several() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_a_bad_optimize_request_is_refused_with_what_is_wrong(raw: bytes, status: int, told: str) -> None:
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(ApiError) as refused:
         parse_optimize(raw, SETTINGS)
     assert (refused.value.status, told in refused.value.message) == (status, True), refused.value.message

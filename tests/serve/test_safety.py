@@ -13,13 +13,13 @@ from services import Reply, Server, chat_reply
 from vpo_ray.recipe import Serve
 from vpo_ray.recipe.serve import BestOf, Safety
 from vpo_ray.serve.ranking import Ranker
-from vpo_ray.serve.safety import UNAVAILABLE, Gate, SafetyFileError, Verdict
+from vpo_ray.serve.safety import UNAVAILABLE, Gate, SafetyFileError, SafetyVerdict
 from vpo_ray.serve.services import ServiceError
 
 Outside = Callable[[Callable[[str, dict[str, Any]], Reply]], Server]
 
 
-def checked(settings: Safety, text: str) -> Verdict:
+def checked(settings: Safety, text: str) -> SafetyVerdict:
     return asyncio.run(Gate(settings).check(text))
 
 
@@ -115,7 +115,7 @@ def test_moderations_of_other_services_are_read(yes: Any, no: Any, outside: Outs
 def test_a_service_that_fails_decides_by_option(outside: Outside, kind: str, reply: Reply) -> None:
     service = outside(lambda path, request: reply).service()
     closed = Safety(query="refuse", **{kind: service})
-    assert checked(closed, "a cat") == Verdict(UNAVAILABLE, unavailable=True)
+    assert checked(closed, "a cat") == SafetyVerdict(UNAVAILABLE, unavailable=True)
     assert not checked(closed.model_copy(update={"on_error": "pass"}), "a cat").flagged
 
 

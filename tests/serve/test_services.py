@@ -14,7 +14,7 @@ from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.recipe import ChatModel, Checklist, Endpoint, Reward
 from vpo_ray.recipe.serve import BestOf, Safety, Service
 from vpo_ray.serve.ranking import Ranker
-from vpo_ray.serve.safety import Gate, Verdict
+from vpo_ray.serve.safety import Gate, SafetyVerdict
 
 Serve = Callable[[Callable[[Request], Reply]], EndpointServer]
 SAFE = {"reason": "harmless", "unsafe": False}
@@ -32,7 +32,7 @@ def gate(server: EndpointServer, on_error: str = "refuse", **keys: Any) -> Gate:
     return Gate(Safety(query="refuse", judge={"model": "m", "endpoint": endpoint, **more}, on_error=on_error))
 
 
-def checked(gate: Gate, text: str = "a cat") -> Verdict:
+def checked(gate: Gate, text: str = "a cat") -> SafetyVerdict:
     return asyncio.run(gate.check(text))
 
 
@@ -59,7 +59,9 @@ def test_keys_of_the_endpoint_are_obeyed(serve_endpoint: Serve, monkeypatch: pyt
     server = serve_endpoint(lambda _: completion(SAFE))
     request = {"max_tokens": None, "max_completion_tokens": 512}
     off = {"enable_thinking": False}
-    assert checked(gate(server, request=request, structured="text", chat_template_kwargs=off)) == Verdict()
+    assert (
+        checked(gate(server, request=request, structured="text", chat_template_kwargs=off)) == SafetyVerdict()
+    )
     [sent] = server.requests
     assert (sent["max_completion_tokens"], sent["chat_template_kwargs"]) == (512, off)
     assert not {"max_tokens", "response_format"} & sent.keys()
@@ -83,7 +85,7 @@ def test_a_server_without_schemas_is_asked_in_words(serve_endpoint: Serve) -> No
     server = serve_endpoint(lambda r: failure(400, "no") if "response_format" in r else completion(UNSAFE))
     one = gate(server, on_error="pass")
 
-    async def twice() -> list[Verdict]:
+    async def twice() -> list[SafetyVerdict]:
         return [await one.check("a"), await one.check("b")]
 
     assert all(verdict.flagged for verdict in asyncio.run(twice()))

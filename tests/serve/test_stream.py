@@ -21,8 +21,8 @@ from vpo_ray.recipe.serve import Safety
 from vpo_ray.serve.http import Events, application
 from vpo_ray.serve.metrics import ServeMetrics
 from vpo_ray.serve.optimiser import Optimiser
-from vpo_ray.serve.optimize import Optimization, engine_fields
-from vpo_ray.serve.policy import Policy, PolicyFailed
+from vpo_ray.serve.optimize_schema import engine_fields
+from vpo_ray.serve.policy import PolicyClient, PolicyFailed
 from vpo_ray.serve.safety import Gate
 
 TIMEOUT_S = 0.6
@@ -72,7 +72,7 @@ def listening() -> Iterator[Callable[[Handle], tuple[int, threading.Event]]]:
 
     def start(handle: Handle) -> tuple[int, threading.Event]:
         settings = Serve(timeout_s=TIMEOUT_S, retries=0)
-        policy = Policy(handle, None, settings, (), ServeMetrics())  # type: ignore[arg-type]
+        policy = PolicyClient(handle, None, settings, (), ServeMetrics())  # type: ignore[arg-type]
         optimiser = Optimiser(policy, Gate(Safety()), None, settings)
         http: FastAPI = application()
         over = threading.Event()
@@ -86,11 +86,9 @@ def listening() -> Iterator[Callable[[Handle], tuple[int, threading.Event]]]:
         @http.get("/written")
         async def written() -> Response:
             async def events() -> AsyncIterator[str]:
-                result = Optimization(model="vpo")
                 try:
-                    async for text in optimiser.written("a cat", fields, "1", result):
-                        yield f"data: {text}\n\n"
-                    yield f"data: {result.model_dump_json()}\n\n"
+                    async for part in optimiser.stream("a cat", fields, "1"):
+                        yield f"data: {part if isinstance(part, str) else part.model_dump_json()}\n\n"
                 except PolicyFailed as error:
                     yield f"data: failed {error.timeout}\n\n"
 

@@ -14,7 +14,7 @@ from tiny_endpoint import SETTINGS, TINY
 from vpo_ray.engines.reward.frames import read_frames
 from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import RecipeError, load, load_serve
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import make_key
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJobs, parse_video
 
@@ -111,7 +111,7 @@ def test_a_burst_gets_no_more_places_than_there_are(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_request_for_a_video(raw: bytes, status: int) -> None:
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(ApiError) as refused:
         parse_video(raw, SETTINGS)
     assert refused.value.status == status
     assert parse_video(b'{"prompt": "a cat", "seed": 3}', SETTINGS) == ("a cat", 3)

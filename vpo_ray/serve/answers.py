@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from vpo_ray.serve.optimize import Optimization
+from vpo_ray.serve.optimize_schema import Optimization
 
 DONE = "data: [DONE]\n\n"
 

@@ -35,10 +35,10 @@ DRAIN_ROOM_S = 15
 # An answer this recent proves that the engine works.
 FRESH_S = 10
 
-Refusal = dict[str, Any]
+EngineRefusal = dict[str, Any]
 
 
-class Engine(VLLMEngine):
+class OwnExecutorEngine(VLLMEngine):
     """vLLM with the executor that is asked for: on a CPU, Ray puts another in its place."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, group: Any) -> Any:
@@ -71,7 +71,7 @@ class Thoughts:
 class PolicyServer(LLMServer):
     """One replica; see the module."""
 
-    _default_engine_cls = Engine
+    _default_engine_cls = OwnExecutorEngine
 
     async def start(self) -> None:
         bind_worker()  # the engine's core is a process that would outlive this one
@@ -86,13 +86,13 @@ class PolicyServer(LLMServer):
         self.answered = time.monotonic()
         self.engine._oai_serving_chat.system_fingerprint = name
 
-    async def answer(self, body: dict[str, Any]) -> str | Refusal:
+    async def answer(self, body: dict[str, Any]) -> str | EngineRefusal:
         """A whole chat completion as JSON, or a refusal with `code`, `message` and `param`."""
         async for part in self.stream(body):
             return part
         return {"code": 500, "message": "the engine gave no answer"}
 
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[str | Refusal]:
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[str | EngineRefusal]:
         """Server-sent events where `stream` is set, and one JSON answer otherwise."""
         from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
 

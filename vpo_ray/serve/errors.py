@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 
-class RequestError(ValueError):
+class ApiError(ValueError):
     """A request that is refused: an HTTP status, and what OpenAI's error body says."""
 
     def __init__(
@@ -33,11 +33,11 @@ class RequestError(ValueError):
         return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
 
-def explained(error: ValidationError, status: int) -> RequestError:
+def explained(error: ValidationError, status: int) -> ApiError:
     """The first fault of a body that does not validate, by the client's own field names."""
     first = error.errors(include_url=False, include_input=False)[0]
     # A union names its branches in the location; a client knows fields and indices only.
     parts = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]
     where = ".".join(p for p in parts if p not in ("str", "TextPart"))
     message = first["msg"].removeprefix("Value error, ")
-    return RequestError(status, f"{where or 'the body'}: {message}", where or None)
+    return ApiError(status, f"{where or 'the body'}: {message}", where or None)

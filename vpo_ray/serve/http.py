@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from vpo_ray.serve.cors import Cors
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
 
 
-def refused(error: RequestError) -> JSONResponse:
+def refused(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
@@ -25,14 +25,14 @@ def application() -> FastAPI:
     http = FastAPI(title="vpo_ray", docs_url=None, redoc_url=None)
     http.add_middleware(Cors)
 
-    @http.exception_handler(RequestError)
-    async def _refused(request: Request, error: RequestError) -> JSONResponse:
+    @http.exception_handler(ApiError)
+    async def _refused(request: Request, error: ApiError) -> JSONResponse:
         return refused(error)
 
     @http.exception_handler(HTTPException)
     async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return refused(RequestError(error.status_code, message, headers=error.headers))
+        return refused(ApiError(error.status_code, message, headers=error.headers))
 
     @http.exception_handler(Exception)
     async def _failed(request: Request, error: Exception) -> JSONResponse:
@@ -49,11 +49,11 @@ def internal(error: Exception) -> JSONResponse:
         where = where.tb_next
     place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else "nowhere"
     logger.error("a request failed: %s at %s", type(error).__name__, place)
-    return refused(RequestError(500, "the endpoint failed; try again"))
+    return refused(ApiError(500, "the endpoint failed; try again"))
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit. Raises RequestError (413)."""
+    """The body, read no further than the limit. Raises ApiError (413)."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > limit:
         raise _too_large(limit)
@@ -65,8 +65,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _too_large(limit: int) -> RequestError:
-    return RequestError(413, f"the body is over {limit} bytes", code="body_too_large")
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is over {limit} bytes", code="body_too_large")
 
 
 class Events(StreamingResponse):

@@ -26,12 +26,12 @@ from vpo_ray.recipe import Serve
 from vpo_ray.serve import playground
 from vpo_ray.serve.answers import completion, completion_events, event, usage_in
 from vpo_ray.serve.cors import Cors
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.http import Events, application, internal, read_body, refused
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
-from vpo_ray.serve.limits import Admission, Limits
+from vpo_ray.serve.limits import Admission, CallerLimits
 from vpo_ray.serve.optimiser import build_optimiser, refusal
-from vpo_ray.serve.optimize import (
+from vpo_ray.serve.optimize_schema import (
     Asked,
     Optimization,
     OptimizationList,
@@ -112,7 +112,7 @@ class Ingress:
         self.policy, self.metrics = self.optimiser.policy, self.optimiser.policy.metrics
         self.store = settings.videos.store if settings.videos else None
         self.keys = KeyRing(settings.keys) if settings.keys else None
-        self.limits = Limits(
+        self.limits = CallerLimits(
             settings.requests_per_minute,
             settings.concurrency,
             settings.ingress_replicas,
@@ -129,7 +129,7 @@ class Ingress:
             try:
                 await asyncio.wait_for(self.engine.check_health.remote(), HEALTH_SECONDS)
             except Exception as error:
-                raise RequestError(503, "the engine does not answer", code="engine_unavailable") from error
+                raise ApiError(503, "the engine does not answer", code="engine_unavailable") from error
         return {"status": "ok"}
 
     @http.get("/", include_in_schema=False)
@@ -137,13 +137,13 @@ class Ingress:
         return (
             playground.page(self.settings)
             if self.settings.playground
-            else refused(RequestError(404, "no page here"))
+            else refused(ApiError(404, "no page here"))
         )
 
     @http.get("/playground/{name}", include_in_schema=False)
     async def asset(self, name: str) -> Response:
         found = playground.asset(name) if self.settings.playground else None
-        return found or refused(RequestError(404, "no such file"))
+        return found or refused(ApiError(404, "no such file"))
 
     @http.get("/v1/models")
     async def models(self, request: Request) -> Response:
@@ -157,7 +157,7 @@ class Ingress:
         async def answer(key: Key, take: Take) -> Response:
             if model != self.settings.model_name:
                 message = f"the model {model[:100]!r} does not exist"
-                raise RequestError(404, message, "model", "model_not_found")
+                raise ApiError(404, message, "model", "model_not_found")
             return JSONResponse(self._card())
 
         return await self._admitted(request, "models", None, answer)
@@ -167,9 +167,9 @@ class Ingress:
         async def answer(key: Key, take: Take) -> Response:
             body = await read_body(request, max_body_bytes(self.settings))
             query, fields = parse_request(body, self.settings)
-            take(self.optimiser.candidates(fields) if self.optimiser.looks_at_prompts else fields["n"])
+            take(self.optimiser.candidates(fields) if self.optimiser.needs_whole_prompts else fields["n"])
             self._note(query, key)
-            if self.optimiser.looks_at_prompts:
+            if self.optimiser.needs_whole_prompts:
                 return await self._chat_checked(query, fields, key, _id(request))
             return await self._chat_direct(query, fields, key, _id(request))
 
@@ -229,22 +229,22 @@ class Ingress:
             job = await self._job(job_id, key)
             if job.video is None:
                 message = f"the job is {job.status}"
-                raise RequestError(409, message, code="video_not_ready", headers={"Retry-After": "2"})
+                raise ApiError(409, message, code="video_not_ready", headers={"Retry-After": "2"})
             data = await asyncio.to_thread(VideoStore(self._videos()[1]).read, job.video.key)
             return Response(data, media_type="video/mp4")
 
         return await self._admitted(request, "videos", None, answer)
 
     async def _job(self, job_id: str, key: Key) -> StoredJob:
-        """A caller's own job. Raises RequestError (404) for one that is unknown or another's."""
+        """A caller's own job. Raises ApiError (404) for one that is unknown or another's."""
         job = await asyncio.to_thread(JobFolder(self._videos()[1]).read, job_id)
         if job is None or job.owner != key.name:
-            raise RequestError(404, f"there is no video {job_id[:100]!r}", code="video_not_found")
+            raise ApiError(404, f"there is no video {job_id[:100]!r}", code="video_not_found")
         return job
 
     def _videos(self) -> tuple[DeploymentHandle, str]:
         if self.jobs is None or self.store is None:
-            raise RequestError(404, "this endpoint makes no videos (serve.videos)", code="no_videos")
+            raise ApiError(404, "this endpoint makes no videos (serve.videos)", code="no_videos")
         return self.jobs, self.store
 
     async def _admitted(
@@ -264,7 +264,7 @@ class Ingress:
             if scope is not None:
                 admission = hold.enter_context(self.limits.enter(key))
             response = await answer(key, admission.take if admission else _nothing)
-        except RequestError as error:
+        except ApiError as error:
             if admission and error.status != 429:
                 admission.spoilt()
             response = refused(error)
@@ -294,14 +294,14 @@ class Ingress:
         key = self.keys.find(request.headers.get("authorization"))
         if scope is not None and scope not in key.scopes:
             message = f"this key may not use this route: its scopes are {', '.join(key.scopes)}"
-            raise RequestError(403, message, code="scope_missing")
+            raise ApiError(403, message, code="scope_missing")
         return key
 
     async def _chat_direct(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
         """The engine's own answer, passed on as it comes."""
-        result = Optimization(model=self.settings.model_name)
-        flagged = await self.optimiser.check_query(query, result)
-        if result.safety.outcome == "refused":
+        checked = await self.optimiser.check_query(query)
+        result = self.optimiser.result(checked)
+        if checked.refused:
             self.metrics.optimised(result, key.name)
             raise refusal(result.safety)
         try:
@@ -312,8 +312,7 @@ class Ingress:
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
-            await self.optimiser.fall_back(query, flagged, result)
-            return self._chat_answer(result, fields, key, request_id)
+            return self._chat_answer(await self.optimiser.fall_back(checked), fields, key, request_id)
         self.metrics.optimised(result, key.name)
         self.metrics.tokens(answer.get("usage") or {}, key.name)
         return JSONResponse(answer)
@@ -352,7 +351,7 @@ class Ingress:
         """One of several queries: its failure is its own."""
         try:
             return await self._optimised(asked, index, key, request_id)
-        except RequestError as error:
+        except ApiError as error:
             return error.body()
         except PolicyFailed as error:
             return failure(error).body()
@@ -361,17 +360,19 @@ class Ingress:
         """`prompt` events with the text as it is written, then one `result` or `error`."""
         try:
             # Several candidates, or ones that are checked or ranked first, are shown at the end.
-            if asked.fields["n"] == 1 and not self.optimiser.looks_at_prompts:
-                result = Optimization(model=self.settings.model_name, flags=asked.flags[0])
-                written = self.optimiser.written(asked.queries[0], asked.fields, request_id, result)
-                async with aclosing(written):
-                    async for text in written:
-                        yield event("prompt", {"delta": text})
+            if asked.fields["n"] == 1 and not self.optimiser.needs_whole_prompts:
+                stream = self.optimiser.stream(asked.queries[0], asked.fields, request_id, asked.flags[0])
+                async with aclosing(stream):
+                    async for part in stream:
+                        if isinstance(part, str):
+                            yield event("prompt", {"delta": part})
+                        else:
+                            result = part
                 self.metrics.optimised(result, key.name)
             else:
                 result = await self._optimised(asked, 0, key, request_id)
             yield event("result", result.model_dump())
-        except RequestError as error:
+        except ApiError as error:
             yield event("error", error.body())
         except PolicyFailed as error:
             yield event("error", failure(error).body())

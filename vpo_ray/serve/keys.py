@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpo_ray.files.text_files import TextFileError, lines, read_text
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
 
@@ -122,18 +122,18 @@ class KeyRing:
         """The caller of a request by its `Authorization` header.
 
         Raises:
-            RequestError: 401 without a key or with an unknown one. Every known key is compared, in
+            ApiError: 401 without a key or with an unknown one. Every known key is compared, in
                 constant time.
         """
         self._look()
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             message = "no API key: send it as `Authorization: Bearer KEY`"
-            raise RequestError(401, message, code="missing_api_key", headers=CHALLENGE)
+            raise ApiError(401, message, code="missing_api_key", headers=CHALLENGE)
         digest = _digest(given.strip())
         found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
         if not found:
-            raise RequestError(401, "this API key is not known", code="invalid_api_key", headers=CHALLENGE)
+            raise ApiError(401, "this API key is not known", code="invalid_api_key", headers=CHALLENGE)
         return found[0]
 
     def _look(self) -> None:

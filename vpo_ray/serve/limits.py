@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import Key
 
 # What a bucket may lack by rounding of the clock: whoever comes back when told finds it full enough.
@@ -26,7 +26,7 @@ class _Caller:
     running: int = 0
 
 
-class Limits:
+class CallerLimits:
     """Counts callers by name.
 
     Args:
@@ -61,7 +61,7 @@ class Limits:
         """Hold one of the caller's places, before it is known what the request asks for.
 
         Raises:
-            RequestError: 429 with `Retry-After`: all are taken.
+            ApiError: 429 with `Retry-After`: all are taken.
         """
         admission = Admission(self, key)
         try:
@@ -86,7 +86,7 @@ class Limits:
 class Admission:
     """A request that is inside: one place, and more once its work is known."""
 
-    def __init__(self, limits: Limits, key: Key) -> None:
+    def __init__(self, limits: CallerLimits, key: Key) -> None:
         self._limits, self._key, self.held, self.taken = limits, key, 0, False
         self.rate, self.places = (
             key.requests_per_minute or limits.requests_per_minute,
@@ -100,12 +100,12 @@ class Admission:
         minute's at once; more than a replica's share of it is lent once the share is there.
 
         Raises:
-            RequestError: 429 with `Retry-After`, in which the bucket has filled far enough for this
+            ApiError: 429 with `Retry-After`, in which the bucket has filled far enough for this
                 request; 413 when it asks for more than the whole limit.
         """
         for limit, span in ((self.rate, "a minute"), (self.places, "at once")):
             if limit is not None and work > max(limit, self._limits.least):
-                raise RequestError(
+                raise ApiError(
                     413,
                     f"this request asks for {work} prompts (queries x candidates), and this key may have "
                     f"{limit} {span}: send fewer queries, or a smaller n",
@@ -129,7 +129,7 @@ class Admission:
             self.caller.tokens = max(self.caller.tokens - 1, min(self.caller.tokens, 0))
 
     def _hold(self, more: int) -> None:
-        """Raises RequestError (429) unless the caller may run so many more, or runs nothing else."""
+        """Raises ApiError (429) unless the caller may run so many more, or runs nothing else."""
         places, others = self._limits.part(self.places), self.caller.running - self.held
         if places is not None and others and others + self.held + more > places:
             raise _refusal(f"{others} prompts of this key are being written, {places} may", 1)
@@ -137,8 +137,8 @@ class Admission:
         self.held += more
 
 
-def _refusal(message: str, wait_s: int) -> RequestError:
-    return RequestError(
+def _refusal(message: str, wait_s: int) -> ApiError:
+    return ApiError(
         429,
         f"{message}; try again in {wait_s} s",
         code="rate_limit_exceeded",

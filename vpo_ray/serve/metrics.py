@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from vpo_ray.serve.optimize import Optimization
+from vpo_ray.serve.optimize_schema import Optimization
 
 SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 

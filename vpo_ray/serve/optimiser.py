@@ -1,4 +1,4 @@
-"""A query's way through the endpoint: gate, policy, gate again, ranking; and what to do when it fails.
+"""A query's way through the endpoint: gate, policy, gate again, ranking, and the fallback.
 
 Behind both `/v1/optimize` and `/v1/chat/completions`, so that they agree on every outcome.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
@@ -15,12 +16,12 @@ from ray.serve.handle import DeploymentHandle
 from vpo_ray.flags import Flag, join
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.answers import chunks_in
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.metrics import ServeMetrics
-from vpo_ray.serve.optimize import GeneratorFlag, Latency, Optimization, Rank, Safety, Usage
-from vpo_ray.serve.policy import Policy, PolicyFailed
+from vpo_ray.serve.optimize_schema import GeneratorFlag, Latency, Optimization, SafetyOutcome, TokenUsage
+from vpo_ray.serve.policy import PolicyClient, PolicyFailed
 from vpo_ray.serve.ranking import Ranker
-from vpo_ray.serve.safety import UNAVAILABLE, Gate, Verdict
+from vpo_ray.serve.safety import CLEAR, UNAVAILABLE, Gate, SafetyVerdict
 
 
 def build_optimiser(
@@ -32,140 +33,151 @@ def build_optimiser(
         main, canary: handles of the `PolicyServer` deployments.
         control: the checkpoints' control tokens (policy_prompt.control_tokens).
     """
-    policy = Policy(main, canary, settings, control, ServeMetrics())
+    policy = PolicyClient(main, canary, settings, control, ServeMetrics())
     ranker = Ranker(settings.best_of) if settings.best_of else None
     return Optimiser(policy, Gate(settings.safety), ranker, settings)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A query that the gate has seen: its text, the generator flags that were in it, the gate's verdict."""
+
+    query: str
+    flags: Sequence[GeneratorFlag]
+    verdict: SafetyVerdict
+    safety: SafetyOutcome
+
+    @property
+    def refused(self) -> bool:
+        return self.safety.outcome == "refused"
 
 
 class Optimiser:
     """Turns a query into an `Optimization`."""
 
-    def __init__(self, policy: Policy, gate: Gate, ranker: Ranker | None, settings: Serve) -> None:
+    def __init__(self, policy: PolicyClient, gate: Gate, ranker: Ranker | None, settings: Serve) -> None:
         self.policy, self.gate, self.ranker, self.settings = policy, gate, ranker, settings
 
     @property
-    def looks_at_prompts(self) -> bool:
-        """Whether a prompt must be whole before any of it may be sent."""
+    def needs_whole_prompts(self) -> bool:
+        """Whether a prompt must be complete before any of it may be sent."""
         return self.gate.settings.prompt or self.ranker is not None
 
     async def __call__(
         self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
     ) -> Optimization:
-        """Optimise one query. What is refused by the gate is an answer, not an error.
+        """Optimise one query. What the gate refuses is an answer, not an error.
 
         Args:
-            flags: generator flags that stood in the query. The policy does not see them, the gate does.
+            flags: generator flags of the query. The policy does not see them, the gate does.
 
         Raises:
-            RequestError: the engine refuses the query (400), or is overloaded.
+            ApiError: the engine refuses the query (400), or is overloaded.
             PolicyFailed: no answer, and the recipe has no fallback.
         """
-        result = Optimization(model=self.settings.model_name, flags=list(flags))
         clock = _Clock()
         with clock.part("gate"):
-            flagged = await self.check_query(query, result)
-        if result.safety.outcome != "refused":
-            try:
-                with clock.part("optimiser"):
-                    completion = await self.policy.answer(query, self._asked(fields), request_id)
-            except PolicyFailed:
-                if not self.settings.fallback:
-                    raise
-                await self.fall_back(query, flagged, result, clock)
-            else:
-                await self._choose(query, completion, fields["n"], flagged, result, clock)
-        result.changed = result.prompt is not None and result.prompt != query
-        result.latency = clock.latency()
-        return result
-
-    async def written(
-        self, query: str, fields: Mapping[str, Any], request_id: str, result: Optimization
-    ) -> AsyncGenerator[str, None]:
-        """The prompt as the policy writes it; `result` is filled when it ends. For a gate that does
-        not look at prompts, and one candidate. Raises what `__call__` raises."""
-        clock = _Clock()
-        with clock.part("gate"):
-            flagged = await self.check_query(query, result)
-        text = ""
-        if result.safety.outcome != "refused":
-            try:
-                began = time.perf_counter()
-                asked = {**fields, "stream_options": {"include_usage": True}}
-                async with aclosing(await self.policy.stream(query, asked, request_id)) as parts:
-                    async for part in parts:
-                        for chunk in chunks_in(part):
-                            _take(chunk, result)
-                            for choice in chunk["choices"]:
-                                if delta := choice["delta"].get("content"):
-                                    text += delta
-                                    yield delta
-                    clock.written(began, parts.ended)
-                result.prompt = text.strip()
-            except PolicyFailed:
-                if not self.settings.fallback:
-                    raise
-            if not result.prompt and self.settings.fallback:
-                await self.fall_back(query, flagged, result, clock)
-        result.changed = result.prompt is not None and result.prompt != query
-        result.latency = clock.latency()
-
-    async def check_query(self, query: str, result: Optimization) -> Verdict:
-        """The gate in front of the policy; sets `result.safety`."""
-        if not self.gate.checks_query:
-            return Verdict()
-        result.safety.checked.append("query")
-        verdict = await self.gate.check(_whole(query, result))
-        if verdict.flagged and (verdict.unavailable or self.gate.settings.query == "refuse"):
-            _refuse(result, "query", verdict)
-        return verdict
-
-    async def fall_back(
-        self, query: str, flagged: Verdict, result: Optimization, clock: _Clock | None = None
-    ) -> None:
-        """Answer with the raw query, unless the gate would not let it leave."""
-        verdict = flagged
-        if self.gate.settings.prompt and not flagged.flagged:
-            with (clock or _Clock()).part("gate"):
-                verdict = await self.gate.check(_whole(query, result))
-        if verdict.flagged:
-            _refuse(result, "query", verdict)
-            return
-        result.prompt, result.fallback = query, True
-
-    async def _choose(
-        self,
-        query: str,
-        completion: Mapping[str, Any],
-        n: int,
-        flagged: Verdict,
-        result: Optimization,
-        clock: _Clock,
-    ) -> None:
-        _take(completion, result)
-        texts = [(c["message"].get("content") or "").strip() for c in completion["choices"]]
+            checked = await self.check_query(query, flags)
+        if checked.refused:
+            return _finished(self.result(checked), query, clock)
+        reply: Mapping[str, Any] = {"choices": []}
+        try:
+            with clock.part("optimiser"):
+                reply = await self.policy.answer(query, self._asked(fields), request_id)
+        except PolicyFailed:
+            if not self.settings.fallback:
+                raise
+        texts = [(choice["message"].get("content") or "").strip() for choice in reply["choices"]]
         prompts = [text for text in dict.fromkeys(texts) if text]
-        if not prompts:
-            if self.settings.fallback:
-                await self.fall_back(query, flagged, result, clock)
-            else:
-                result.prompt = ""
+        if prompts:
+            result = await self._choose(checked, prompts, fields["n"], clock)
+        else:
+            result = await self._without_prompt(checked, clock)
+        return _finished(result.model_copy(update=_facts(reply)), query, clock)
+
+    async def stream(
+        self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
+    ) -> AsyncGenerator[str | Optimization, None]:
+        """The prompt in pieces, as the policy writes it, then the whole result. For a gate that does not
+        check prompts, and one candidate. Raises what `__call__` raises."""
+        clock = _Clock()
+        with clock.part("gate"):
+            checked = await self.check_query(query, flags)
+        if checked.refused:
+            yield _finished(self.result(checked), query, clock)
             return
+        text = ""
+        facts: dict[str, Any] = {}
+        try:
+            began = time.perf_counter()
+            asked = {**fields, "stream_options": {"include_usage": True}}
+            async with aclosing(await self.policy.stream(query, asked, request_id)) as parts:
+                async for part in parts:
+                    for chunk in chunks_in(part):
+                        facts |= _facts(chunk)
+                        for choice in chunk["choices"]:
+                            if delta := choice["delta"].get("content"):
+                                text += delta
+                                yield delta
+                clock.written(began, parts.ended)
+            prompt = text.strip()
+        except PolicyFailed:
+            if not self.settings.fallback:
+                raise
+            prompt = ""
+        result = self.result(checked, prompt=prompt) if prompt else await self._without_prompt(checked, clock)
+        yield _finished(result.model_copy(update=facts), query, clock)
+
+    def result(self, checked: Checked, **values: Any) -> Optimization:
+        """The answer to a checked query with these fields."""
+        given = {"safety": checked.safety, "flags": list(checked.flags), **values}
+        return Optimization(model=self.settings.model_name, **given)
+
+    async def check_query(self, query: str, flags: Sequence[GeneratorFlag] = ()) -> Checked:
+        """What the gate says of a query before the policy sees it."""
+        if not self.gate.checks_query:
+            return Checked(query, flags, CLEAR, SafetyOutcome())
+        verdict = await self.gate.check(_with_flags(query, flags))
+        safety = SafetyOutcome(checked=["query"])
+        if verdict.flagged and (verdict.unavailable or self.gate.settings.query == "refuse"):
+            safety = _refused(safety, "query", verdict)
+        return Checked(query, flags, verdict, safety)
+
+    async def fall_back(self, checked: Checked) -> Optimization:
+        """The raw query as the answer, unless the gate refuses to let it out."""
+        verdict = checked.verdict
+        if self.gate.settings.prompt and not verdict.flagged:
+            verdict = await self.gate.check(_with_flags(checked.query, checked.flags))
+        if verdict.flagged:
+            return self.result(checked, safety=_refused(checked.safety, "query", verdict))
+        return self.result(checked, prompt=checked.query, fallback=True)
+
+    async def _without_prompt(self, checked: Checked, clock: _Clock) -> Optimization:
+        if not self.settings.fallback:
+            return self.result(checked, prompt="")
+        with clock.part("gate"):
+            return await self.fall_back(checked)
+
+    async def _choose(self, checked: Checked, prompts: list[str], n: int, clock: _Clock) -> Optimization:
+        """The best of the prompts that the gate lets out, and up to n - 1 alternatives."""
+        safety = checked.safety
         if self.gate.settings.prompt:
-            result.safety.checked.append("prompt")
             with clock.part("gate"):
                 verdicts = await self.gate.check_all(prompts)
-            bad = next((verdict for verdict in verdicts if verdict.flagged), None)
+            safety = safety.model_copy(update={"checked": [*safety.checked, "prompt"]})
             prompts = [prompt for prompt, v in zip(prompts, verdicts, strict=True) if not v.flagged]
-            if not prompts and bad is not None:
-                return _refuse(result, "prompt", bad)
+            if not prompts:
+                return self.result(checked, safety=_refused(safety, "prompt", verdicts[0]))
+        ranking = None
         if self.ranker is not None:
             with clock.part("ranking"):
-                result.ranking = await self.ranker.rank(query, prompts)
-            prompts = _ranked(prompts, result.ranking)
-        if flagged.flagged:
-            result.safety.outcome, result.safety.reason = "rewritten", f"query: {flagged.reason}"
-        result.prompt, *rest = prompts
-        result.alternatives = rest[: n - 1]
+                ranking = await self.ranker.rank(checked.query, prompts)
+            prompts = prompts if ranking is None else [rank.prompt for rank in ranking]
+        if checked.verdict.flagged:
+            reason = f"query: {checked.verdict.reason}"
+            safety = safety.model_copy(update={"outcome": "rewritten", "reason": reason})
+        best, *rest = prompts
+        return self.result(checked, prompt=best, alternatives=rest[: n - 1], ranking=ranking, safety=safety)
 
     def candidates(self, fields: Mapping[str, Any]) -> int:
         """How many prompts the policy writes for one query."""
@@ -205,34 +217,37 @@ class _Clock:
         return Latency(**{name: round(value, 4) for name, value in seconds.items()})
 
 
-def refusal(safety: Safety) -> RequestError:
+def refusal(safety: SafetyOutcome) -> ApiError:
     """A refused query as an error, for clients of the chat API."""
     if safety.reason is not None and safety.reason.endswith(UNAVAILABLE):
-        return RequestError(503, f"{safety.reason}; try again", code="safety_unavailable", headers=LATER)
-    return RequestError(400, f"refused by the safety gate: {safety.reason}", "messages", "content_filter")
+        return ApiError(503, f"{safety.reason}; try again", code="safety_unavailable", headers=LATER)
+    return ApiError(400, f"refused by the safety gate: {safety.reason}", "messages", "content_filter")
 
 
 LATER = {"Retry-After": "2"}
 
 
-def _take(reply: Mapping[str, Any], result: Optimization) -> None:
+def _facts(reply: Mapping[str, Any]) -> dict[str, Any]:
     """What a completion, or a chunk of one, says of itself. Raises PolicyFailed for an error."""
     if "error" in reply:
         raise PolicyFailed(reply["error"]["message"], timeout=reply["error"].get("code") == "timeout")
+    facts: dict[str, Any] = {}
     if usage := reply.get("usage"):
-        result.usage = Usage(**{name: usage.get(name, 0) for name in Usage.model_fields})
-    result.system_fingerprint = reply.get("system_fingerprint") or result.system_fingerprint
+        facts["usage"] = TokenUsage(**{name: usage.get(name, 0) for name in TokenUsage.model_fields})
+    if fingerprint := reply.get("system_fingerprint"):
+        facts["system_fingerprint"] = fingerprint
+    return facts
 
 
-def _whole(query: str, result: Optimization) -> str:
-    """The query with its generator flags: what they say reaches the video model too."""
-    return join(query, [Flag(flag.name, flag.value) for flag in result.flags])
+def _with_flags(query: str, flags: Sequence[GeneratorFlag]) -> str:
+    """The query with its generator flags, which reach the video model too."""
+    return join(query, [Flag(flag.name, flag.value) for flag in flags])
 
 
-def _refuse(result: Optimization, where: str, verdict: Verdict) -> None:
-    result.safety.outcome, result.safety.reason = "refused", f"{where}: {verdict.reason}"
-    result.prompt, result.alternatives = None, []
+def _refused(safety: SafetyOutcome, where: str, verdict: SafetyVerdict) -> SafetyOutcome:
+    return safety.model_copy(update={"outcome": "refused", "reason": f"{where}: {verdict.reason}"})
 
 
-def _ranked(prompts: list[str], ranking: list[Rank] | None) -> list[str]:
-    return prompts if ranking is None else [rank.prompt for rank in ranking]
+def _finished(result: Optimization, query: str, clock: _Clock) -> Optimization:
+    changed = result.prompt is not None and result.prompt != query
+    return result.model_copy(update={"changed": changed, "latency": clock.latency()})

@@ -22,7 +22,7 @@ from vpo_ray.prompts.policy_prompt import neutralise
 from vpo_ray.prompts.thoughts import UnclosedThought
 from vpo_ray.recipe import Serve
 from vpo_ray.records import share_of
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.metrics import ServeMetrics
 from vpo_ray.serve.spoken import SpokenParts, spoken
 from vpo_ray.serve.stream import Parts
@@ -48,7 +48,7 @@ class PolicyFailed(RuntimeError):
         self.timeout = timeout
 
 
-class Policy:
+class PolicyClient:
     """Calls the engine.
 
     Args:
@@ -73,7 +73,7 @@ class Policy:
         """A whole chat completion.
 
         Raises:
-            RequestError: the engine refuses the request (too long for the model), or is overloaded.
+            ApiError: the engine refuses the request (too long for the model), or is overloaded.
             PolicyFailed: no answer.
         """
         handle = self._handle(query)
@@ -176,14 +176,14 @@ async def _cancelled_with(response: Any, result: Awaitable[Any] | None = None) -
         raise
 
 
-def failure(error: PolicyFailed) -> RequestError:
+def failure(error: PolicyFailed) -> ApiError:
     """What a client is told when there is no answer and no fallback."""
     status, code = (504, "timeout") if error.timeout else (503, "engine_failed")
-    return RequestError(status, str(error), code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+    return ApiError(status, str(error), code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
-def overloaded(status: int) -> RequestError:
-    return RequestError(
+def overloaded(status: int) -> ApiError:
+    return ApiError(
         status,
         "too many requests are waiting; try again in a moment",
         code="overloaded",
@@ -191,10 +191,10 @@ def overloaded(status: int) -> RequestError:
     )
 
 
-def _refused(reply: dict[str, Any]) -> RequestError | PolicyFailed:
+def _refused(reply: dict[str, Any]) -> ApiError | PolicyFailed:
     if reply["code"] >= 500:
         return PolicyFailed("the engine failed")
-    return RequestError(reply["code"], reply["message"], reply.get("param"))
+    return ApiError(reply["code"], reply["message"], reply.get("param"))
 
 
 def _kind(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import BestOf
-from vpo_ray.serve.optimize import Rank
+from vpo_ray.serve.optimize_schema import Rank
 from vpo_ray.serve.services import ServiceClient, ServiceError
 
 logger = logging.getLogger("ray.serve")

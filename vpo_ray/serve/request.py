@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.errors import RequestError, explained
+from vpo_ray.serve.errors import ApiError, explained
 
 # JSON may spell one character as two escapes of six bytes; the rest of a body is small.
 BYTES_PER_CHAR, BODY_ROOM = 12, 65536
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """Strict about types, so that nothing is guessed; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -32,25 +32,25 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 
 
-class TextPart(Body):
+class TextPart(RequestBody):
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
+class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestBody):
     include_usage: bool = False
 
 
-class ChatRequest(Body):
+class ChatRequest(RequestBody):
     """The fields of OpenAI's chat completion request that this endpoint reads."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     n: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -67,13 +67,13 @@ def max_body_bytes(settings: Serve, queries: int = 1) -> int:
 
 
 def read_json(body: bytes) -> Any:
-    """The value of a body. Raises RequestError (400) with where it stops being JSON."""
+    """The value of a body. Raises ApiError (400) with where it stops being JSON."""
     try:
         return json.loads(body)
     except UnicodeDecodeError as error:
-        raise RequestError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}") from None
+        raise ApiError(400, f"the body is not JSON: {error}") from None
 
 
 def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
@@ -83,7 +83,7 @@ def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
     the task prompt lives in the checkpoint's chat template.
 
     Raises:
-        RequestError: 400 for a body that is not as it should be, 404 for an unknown model, 413 for
+        ApiError: 400 for a body that is not as it should be, 404 for an unknown model, 413 for
             a query that is too long.
     """
     try:
@@ -95,26 +95,26 @@ def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
 
 
 def check_model(model: str | None, settings: Serve) -> None:
-    """Raises RequestError (404) for another model than the one that is served."""
+    """Raises ApiError (404) for another model than the one that is served."""
     if model not in (None, settings.model_name):
         message = f"the model {model[:100]!r} does not exist; this endpoint serves {settings.model_name!r}"
-        raise RequestError(404, message, "model", "model_not_found")
+        raise ApiError(404, message, "model", "model_not_found")
 
 
 def check_query(query: str, settings: Serve, param: str) -> None:
-    """Raises RequestError: 400 for no text, 413 for too much."""
+    """Raises ApiError: 400 for no text, 413 for too much."""
     if not query.strip():
-        raise RequestError(400, "the query is empty", param, "empty_query")
+        raise ApiError(400, "the query is empty", param, "empty_query")
     if len(query) > settings.max_query_chars:
         message = f"the query has {len(query)} characters, at most {settings.max_query_chars} are taken"
-        raise RequestError(413, message, param, "query_too_long")
+        raise ApiError(413, message, param, "query_too_long")
     try:
         query.encode("utf-8")
     except UnicodeEncodeError:
-        raise RequestError(400, "the query is not valid Unicode: a surrogate stands alone", param) from None
+        raise ApiError(400, "the query is not valid Unicode: a surrogate stands alone", param) from None
 
 
-def _query(messages: list[Message], settings: Serve) -> str:
+def _query(messages: list[ChatMessage], settings: Serve) -> str:
     """The user's first message with the later ones as edits of it, or the last alone.
 
     The policy learned to rewrite one query, so a conversation ("a cat", "make it night") becomes
@@ -122,16 +122,16 @@ def _query(messages: list[Message], settings: Serve) -> str:
     """
     if len(messages) > settings.max_messages:
         message = f"{len(messages)} messages, at most {settings.max_messages} are taken"
-        raise RequestError(400, message, "messages", "too_many_messages")
+        raise ApiError(400, message, "messages", "too_many_messages")
     texts = [_text(message) for message in messages if message.role == "user" and message.content is not None]
     if not texts:
         message = "no user message: send the query as the last message of role `user`"
-        raise RequestError(400, message, "messages")
+        raise ApiError(400, message, "messages")
     if len(texts) > 1 and settings.history == "refuse":
         message = "this endpoint takes one user message, no chat history"
-        raise RequestError(400, message, "messages", "history_refused")
+        raise ApiError(400, message, "messages", "history_refused")
     if not texts[-1].strip():
-        raise RequestError(400, "the query is empty", "messages", "empty_query")
+        raise ApiError(400, "the query is empty", "messages", "empty_query")
     query = texts[-1]
     if settings.history == "edits":
         first, *edits = [text for text in texts if text.strip()]
@@ -140,7 +140,7 @@ def _query(messages: list[Message], settings: Serve) -> str:
     return query
 
 
-def _text(message: Message) -> str:
+def _text(message: ChatMessage) -> str:
     if isinstance(message.content, list):
         return "\n".join(part.text for part in message.content)
     return message.content or ""
@@ -157,7 +157,7 @@ def _engine_fields(request: ChatRequest, settings: Serve) -> dict[str, Any]:
         ("max_tokens", max_tokens, settings.max_tokens),
     ):
         if value > limit:
-            raise RequestError(400, f"{param} is {value}, at most {limit} is allowed here", param)
+            raise ApiError(400, f"{param} is {value}, at most {limit} is allowed here", param)
     fields = {
         "model": settings.model_name,
         "n": request.n or 1,

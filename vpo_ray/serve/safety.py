@@ -30,7 +30,7 @@ class SafetyFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SafetyVerdict:
     """Why a text is flagged, or None; `unavailable` when no checker could tell."""
 
     reason: str | None = None
@@ -41,7 +41,7 @@ class Verdict:
         return self.reason is not None
 
 
-CLEAR = Verdict()
+CLEAR = SafetyVerdict()
 
 
 class Checker(Protocol):
@@ -134,7 +134,7 @@ class Gate:
     def checks_query(self) -> bool:
         return self.settings.query != "off"
 
-    async def check(self, text: str) -> Verdict:
+    async def check(self, text: str) -> SafetyVerdict:
         """What the checkers say; one that fails counts as `safety.on_error` says."""
         failed = False
         for checker in self.checkers:
@@ -142,16 +142,16 @@ class Gate:
                 reason = await checker.check(text)
             except Declined as error:
                 # A filter of the service's own took the text: that is a verdict.
-                return Verdict(str(error))
+                return SafetyVerdict(str(error))
             except ServiceError as error:
                 logger.error("%s; it counts as %s", error, self.settings.on_error)
                 failed = True
                 continue
             if reason is not None:
-                return Verdict(reason)
+                return SafetyVerdict(reason)
         if failed and self.settings.on_error == "refuse":
-            return Verdict(UNAVAILABLE, unavailable=True)
+            return SafetyVerdict(UNAVAILABLE, unavailable=True)
         return CLEAR
 
-    async def check_all(self, texts: Sequence[str]) -> list[Verdict]:
+    async def check_all(self, texts: Sequence[str]) -> list[SafetyVerdict]:
         return await asyncio.gather(*(self.check(text) for text in texts))

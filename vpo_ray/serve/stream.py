@@ -17,7 +17,7 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from vpo_ray.serve.errors import RequestError
+from vpo_ray.serve.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,12 +30,12 @@ class Parts(AsyncIterator[str]):
     Args:
         first, parts: the first part, and the handle's response that gives the others.
         deadline: when the answer must be whole, by the event loop's clock.
-        read: makes an event of a part, or nothing; what it raises as RequestError ends the answer.
+        read: makes an event of a part, or nothing; what it raises as ApiError ends the answer.
         late: what a client is told behind the deadline.
     """
 
     def __init__(
-        self, first: str, parts: Any, deadline: float, read: Callable[[Any], str], late: RequestError
+        self, first: str, parts: Any, deadline: float, read: Callable[[Any], str], late: ApiError
     ) -> None:
         self._parts, self._read, self._late = parts, read, late
         self._queue: asyncio.Queue[str | None] = asyncio.Queue()
@@ -56,7 +56,7 @@ class Parts(AsyncIterator[str]):
         await asyncio.wait([self._task])
 
     async def _take(self, deadline: float) -> None:
-        failure: RequestError | None = None
+        failure: ApiError | None = None
         whole = False
         try:
             async with asyncio.timeout_at(deadline):
@@ -64,16 +64,16 @@ class Parts(AsyncIterator[str]):
                     if event := self._read(part):
                         self._queue.put_nowait(event)
             whole = True
-        except RequestError as error:
+        except ApiError as error:
             failure = error
         except TimeoutError:
             failure = self._late
         except (RayError, RayServeException) as error:
             logger.error("an answer broke off: %s", type(error).__name__)
-            failure = RequestError(503, "the answer broke off; ask again", code="engine_failed")
+            failure = ApiError(503, "the answer broke off; ask again", code="engine_failed")
         except Exception as error:  # noqa: BLE001  a stream ends with an answer whatever happens
             logger.error("an answer broke off: %s", type(error).__name__)
-            failure = RequestError(500, "the endpoint failed; try again")
+            failure = ApiError(500, "the endpoint failed; try again")
         finally:
             self.ended = time.perf_counter()
             if not whole:

@@ -23,11 +23,11 @@ from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
-from vpo_ray.serve.errors import RequestError, explained
+from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.optimiser import build_optimiser
-from vpo_ray.serve.optimize import Safety, engine_fields, separate
+from vpo_ray.serve.optimize_schema import SafetyOutcome, engine_fields, separate
 from vpo_ray.serve.policy import PolicyFailed, failure
-from vpo_ray.serve.request import Body, Text, check_model, check_query, read_json
+from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,7 +37,7 @@ TRIES = 2
 T = TypeVar("T")
 
 
-class VideoRequest(Body):
+class VideoRequest(RequestBody):
     """A video of a query; OpenAI's field `prompt` is the query too. The seed is the video's."""
 
     query: Text | None = None
@@ -74,7 +74,7 @@ class VideoJob(BaseModel):
     query: str
     seed: int
     prompt: str | None = None
-    safety: Safety = Safety()
+    safety: SafetyOutcome = SafetyOutcome()
     fallback: bool = False
     created_at: int
     completed_at: int | None = None
@@ -92,7 +92,7 @@ class StoredJob(VideoJob):
 
 
 def parse_video(body: bytes, settings: Serve) -> tuple[str, int]:
-    """Query and seed. Raises RequestError as `parse_optimize` does."""
+    """Query and seed. Raises ApiError as `parse_optimize` does."""
     try:
         request = VideoRequest.model_validate(read_json(body))
     except ValidationError as error:
@@ -243,16 +243,16 @@ class VideoJobs:
             stored.set_result(None)
         try:
             await self._make(job)
-        except RequestError as error:
+        except ApiError as error:
             job.error = error.body()["error"]
         except PolicyFailed as error:
             job.error = failure(error).body()["error"]
         except (RayError, RayServeException) as error:
             logger.error("job %s failed: %s", job.id, type(error).__name__)
-            job.error = RequestError(500, "the video model failed").body()["error"]
+            job.error = ApiError(500, "the video model failed").body()["error"]
         except Exception as error:  # noqa: BLE001  a job ends with an answer whatever happens
             logger.error("job %s failed: %s", job.id, type(error).__name__)
-            job.error = RequestError(500, "the job failed").body()["error"]
+            job.error = ApiError(500, "the job failed").body()["error"]
         job.status = "completed" if job.error is None else "failed"
         job.completed_at = int(time.time())
         try:
@@ -267,9 +267,7 @@ class VideoJobs:
         result = await self.optimiser(query, fields, job.id, flags)
         job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
         if result.safety.outcome == "refused":
-            raise RequestError(
-                400, f"refused by the safety gate: {result.safety.reason}", code="content_filter"
-            )
+            raise ApiError(400, f"refused by the safety gate: {result.safety.reason}", code="content_filter")
         job.status = "in_progress"
         await asyncio.to_thread(self.jobs.write, job)
         # The seed of a video comes from the query's id; here the caller's seed is part of it.
@@ -283,7 +281,7 @@ class VideoJobs:
             scorer, rendered = self.scorer, row
             row = await _tried(lambda: scorer.remote(rendered))
         if row["error"] is not None:
-            raise RequestError(500, f"{row['error_stage']}: {row['error']}")
+            raise ApiError(500, f"{row['error_stage']}: {row['error']}")
         dimensions = {d["name"]: d["score"] for d in row.get("dimensions") or []} or None
         made = {name: row[name] for name in ("frames", "fps", "width", "height")}
         score = row.get("score")

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from vpo_ray.engines.chat import Answer, ChatError, Metered, Refusal, Sampling
 from vpo_ray.engines.chat.openai_chat import Account, Answers, CostLimitReached, OpenAIChat
 from vpo_ray.engines.endpoint import client as endpoint_module
-from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, retry_after
+from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError
+from vpo_ray.engines.endpoint.rate_limiter import retry_after
 from vpo_ray.prompts.answers import object_schema, string_schema
 from vpo_ray.recipe import ChatModel, Endpoint
 

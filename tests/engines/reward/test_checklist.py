@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray import recipe
-from vpo_ray.engines.reward.checklist import Checklist, ChecklistError, Question, load
+from vpo_ray.engines.reward.checklist import ChecklistError, LoadedChecklist, Question, load
 
 VISIONREWARD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "visionreward"
 RANGES = {
@@ -24,14 +24,14 @@ RANGES = {
 }
 
 
-def published(folder: Path, questions: str, weights: Any, **options: Any) -> Checklist:
+def published(folder: Path, questions: str, weights: Any, **options: Any) -> LoadedChecklist:
     (folder / "questions.txt").write_text(questions)
     (folder / "weight.json").write_text(weights if isinstance(weights, str) else json.dumps(weights))
     paths = {"questions": str(folder / "questions.txt"), "weights": str(folder / "weight.json")}
     return load(recipe.Checklist(**paths, **options))
 
 
-def ours(folder: Path, questions: Any) -> Checklist:
+def ours(folder: Path, questions: Any) -> LoadedChecklist:
     (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": questions}))
     return load(recipe.Checklist(file=str(folder / "checklist.yaml")))
 
@@ -115,7 +115,7 @@ def test_a_slot_in_the_query_is_not_filled_again() -> None:
     st.lists(st.tuples(st.floats(-10, 10), st.booleans(), st.sampled_from("abc")), min_size=1, max_size=70)
 )
 def test_the_conventions_relate_as_documented(entries: list[tuple[float, bool, str]]) -> None:
-    checklist = Checklist(tuple(Question("Is it?", weight, name) for weight, _, name in entries))
+    checklist = LoadedChecklist(tuple(Question("Is it?", weight, name) for weight, _, name in entries))
     yes = [answer for _, answer, _ in entries]
     total, dimensions = checklist.score(yes, "sum01")
     mean, mean_dimensions = checklist.score(yes, "mean_pm1")

@@ -34,12 +34,16 @@ from vpo_ray.engines.endpoint.failures import (
     may_pass,
     maybe_schema,
 )
-from vpo_ray.engines.endpoint.rate_limiter import ClusterPace, LocalPace, Pace, retry_after
+from vpo_ray.engines.endpoint.rate_limiter import (
+    ClusterRateLimiter,
+    LocalRateLimiter,
+    retry_after,
+)
 from vpo_ray.prompts.answers import in_words, response_format, schema_fault
 from vpo_ray.recipe import Endpoint
 from vpo_ray.records import content_id
 
-__all__ = ["EndpointClient", "EndpointError", "Pace", "RequestError", "retry_after"]
+__all__ = ["EndpointClient", "EndpointError", "RequestError"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class EndpointClient:
         self._probes = self._with_schema = 0
         self._priced = endpoint.prompt_price + endpoint.completion_price > 0
         self._limits = (endpoint.requests_per_minute, endpoint.tokens_per_minute)
-        self._pace = self._make_pace()
+        self._limiter = self._make_limiter()
         self._client: openai.AsyncOpenAI | None = None
         self._numbers: Iterator[int] = count()
 
@@ -90,14 +94,14 @@ class EndpointClient:
             raise EndpointError(f"{self.where}.api_key_env: the variable {name} is not set here")
         return key
 
-    def _make_pace(self) -> ClusterPace | LocalPace:
+    def _make_limiter(self) -> ClusterRateLimiter | LocalRateLimiter:
         import ray
 
         if self._limits == (None, None) or not ray.is_initialized():
-            return LocalPace()
+            return LocalRateLimiter()
         endpoint = self.endpoint
         account = content_id("endpoint", endpoint.base_url, endpoint.api_key_env, self.model, digits=16)
-        return ClusterPace(f"endpoint-budget-{account}")
+        return ClusterRateLimiter(f"endpoint-budget-{account}")
 
     def open(self) -> None:
         """Make the connection pool. Raises EndpointError: no key, or an address that is none."""
@@ -210,9 +214,13 @@ class EndpointClient:
         return _found(await self._completed(told, tokens), schema)
 
     async def _completed(self, request: dict[str, Any], tokens: int) -> Completion:
-        reply = await self._tried("/chat/completions", request, tokens, self._read)
+        async def once() -> Completion:
+            async with self._slot(tokens):
+                return await self._read(await self._json("/chat/completions", request, {}))
+
+        reply = await self._retried(once)
         if self._limits[1] and (used := reply.usage.prompt + reply.usage.completion):
-            await self._pace.call("settle", tokens - used, self._limits[1])
+            await self._limiter.call("refund", tokens - used, self._limits[1])
         return reply
 
     async def ask(
@@ -225,14 +233,15 @@ class EndpointClient:
             idempotency_key: of all tries of this request; one of each try when None.
         """
         self._opened()
-
-        async def read_body(body: Any) -> Any:
-            return body
-
         options: dict[str, Any] = {"idempotency_key": idempotency_key} if idempotency_key else {}
         if form:
             options["headers"] = {"Content-Type": "multipart/form-data"}
-        return await self._tried(path, request, 0, read_body, options)
+
+        async def once() -> Any:
+            async with self._slot(0):
+                return await self._json(path, request, options)
+
+        return await self._retried(once)
 
     async def get(self, path: str) -> bytes:
         """The body of what is at a path. It costs nothing, so it waits for no budget and no slot.
@@ -250,18 +259,6 @@ class EndpointClient:
         assert self._client is not None
         return self._client
 
-    async def _tried(
-        self,
-        path: str,
-        request: dict[str, Any],
-        tokens: int,
-        reader: Callable[[Any], Awaitable[T]],
-        options: dict[str, Any] | None = None,
-    ) -> T:
-        merged = {"model": self.model, **request, **self.endpoint.request}
-        known = {name: value for name, value in merged.items() if value is not None}
-        return await self._retried(lambda: self._once(path, known, tokens, reader, options or {}))
-
     async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
         for tries in range(self.endpoint.retries + 1):
             try:
@@ -277,26 +274,24 @@ class EndpointClient:
                 await asyncio.sleep(delay)
         raise AssertionError("the loop returns or raises")
 
-    async def _once(
-        self,
-        path: str,
-        request: dict[str, Any],
-        tokens: int,
-        reader: Callable[[Any], Awaitable[T]],
-        options: dict[str, Any],
-    ) -> T:
+    @asynccontextmanager
+    async def _slot(self, tokens: int) -> AsyncIterator[None]:
+        """One of the concurrent requests, once the budgets allow it. Raises CostLimitReached."""
         async with self._slots:
-            self.account.check()  # not only after the wait: it may be a long one for nothing
-            if wait := await self._pace.call("reserve", tokens, self._limits):
+            self.account.check()  # before the wait too, which may be long
+            if wait := await self._limiter.call("reserve", tokens, self._limits):
                 await asyncio.sleep(wait)
                 self.account.check()
-            data = await self._explained(self._post(path, request, options))
-            try:
-                body = parse(data)
-            except ValueError as error:
-                message = f"{self.where}: the answer is not readable: {self._told(error)}"
-                raise _Again(RequestError(message)) from None
-            return await reader(body)
+            yield
+
+    async def _json(self, path: str, request: dict[str, Any], options: dict[str, Any]) -> Any:
+        """The JSON value of an answer. Raises `_Again` for one that is not readable."""
+        data = await self._explained(self._post(path, request, options))
+        try:
+            return parse(data)
+        except ValueError as error:
+            message = f"{self.where}: the answer is not readable: {self._told(error)}"
+            raise _Again(RequestError(message)) from None
 
     async def _explained(self, sent: Awaitable[bytes]) -> bytes:
         """The body of an answer. Raises `_Again` for a failure that another try may not have."""
@@ -355,8 +350,10 @@ class EndpointClient:
         # `chat.completions.create` walks through the whole request to transform it, and makes a
         # random key for each: a third of all that the client does. A plain dict needs none of that.
         assert self._client is not None
+        merged = {"model": self.model, **request, **self.endpoint.request}
+        body = {name: value for name, value in merged.items() if value is not None}
         known: Any = {"idempotency_key": f"{id(self)}-{next(self._numbers)}", **options}
-        return await self._client.post(path, body=dict(request), cast_to=bytes, options=known)
+        return await self._client.post(path, body=body, cast_to=bytes, options=known)
 
     async def _failure(self, status: int, body: Any, text: str, headers: Any) -> Exception:
         told = f"{self.where}: {text[:500]}"
@@ -380,7 +377,7 @@ class EndpointClient:
         if after is not None:
             if after > MAX_RETRY_AFTER_S:
                 return failure
-            await self._pace.call("pause", after)
+            await self._limiter.call("pause", after)
         return _Again(failure, after)
 
     def _unreachable(self, error: BaseException) -> Exception:

@@ -18,7 +18,7 @@ import msgspec
 
 from vpo_ray.engines.chat import Usage
 
-Body = dict[str, Any]
+JsonObject = dict[str, Any]
 
 # Counts beyond these are no counts of tokens.
 MAX_TOKENS = 10**12
@@ -64,7 +64,7 @@ class Completion:
     finish: str = "unknown"
     refusal: str | None = None
     answered: bool = False
-    error: Body | None = None
+    error: JsonObject | None = None
     _logprobs: Any = field(default=None, repr=False)
 
     @property
@@ -108,7 +108,7 @@ def read(body: Any) -> Completion:
     return Completion(usage, text, _thoughts(message), finish, refusal or None, answered, error, logprobs)
 
 
-def _choice(body: Body) -> Body:
+def _choice(body: JsonObject) -> JsonObject:
     """The first thing that was generated: a choice, a candidate, or the body itself."""
     for name in ("choices", "candidates", "output"):
         found = body.get(name)
@@ -120,12 +120,12 @@ def _choice(body: Body) -> Body:
     return body if body.get("content") or isinstance(body.get("message"), dict) else {}
 
 
-def _finish(choice: Body) -> str:
+def _finish(choice: JsonObject) -> str:
     told = (choice.get(name) for name in _REASONS)
     return str(next((value for value in told if value not in (None, "")), "unknown")).lower()
 
 
-def _error(body: Body, choice: Body) -> Body | None:
+def _error(body: JsonObject, choice: JsonObject) -> JsonObject | None:
     error = body.get("error") or choice.get("error") or (body if body.get("object") == "error" else None)
     base = _dict(body.get("base_resp"))  # MiniMax
     if not error and base.get("status_code"):
@@ -160,12 +160,12 @@ def _thoughts(message: Any) -> str:
     return next((_clean(value) for value in told if value and isinstance(value, str)), "")
 
 
-def _is_thought(part: Body) -> bool:
+def _is_thought(part: JsonObject) -> bool:
     kind = str(part.get("type", "")).lower()
     return part.get("thought") is True or any(word in kind for word in ("think", "reason", "thought"))
 
 
-def _refusal(body: Body, choice: Body, message: Any, content: Any, text: str) -> str:
+def _refusal(body: JsonObject, choice: JsonObject, message: Any, content: Any, text: str) -> str:
     """What says that the model declined, or that a filter took the question or the answer."""
     parts = content if isinstance(content, list) else []
     for holder in (message, *parts):
@@ -189,7 +189,7 @@ def _filtered(results: Any) -> bool:
     return results.get("filtered") is True or any(_filtered(item) for item in results.values())
 
 
-def _usage(body: Body) -> Usage:
+def _usage(body: JsonObject) -> Usage:
     """Tokens, from wherever they stand. What only the sum counts was written: thoughts, by some servers."""
     choices = body.get("choices")
     holders = [body, _dict(choices), _dict(body.get("x_groq"))]
@@ -206,7 +206,7 @@ def _usage(body: Body) -> Usage:
     return Usage()
 
 
-def _count(counts: Body, names: tuple[str, ...]) -> int | None:
+def _count(counts: JsonObject, names: tuple[str, ...]) -> int | None:
     for name in names:
         value = counts.get(name)
         if isinstance(value, str):
@@ -250,7 +250,7 @@ def _alternative(item: Any) -> tuple[str, float] | None:
     return None if math.isnan(value) or value > 1 else (token, min(float(value), 0.0))
 
 
-def _of_stream(text: str) -> Body:
+def _of_stream(text: str) -> JsonObject:
     """A completion from the events of a stream, which some servers send unasked."""
     chunks = []
     for line in text.split("\n"):
@@ -259,7 +259,7 @@ def _of_stream(text: str) -> Body:
             chunks.append(_dict(_lenient(data)))
     if not chunks:
         raise ValueError("events without data")
-    whole: Body = {}
+    whole: JsonObject = {}
     parts, finish = [], None
     for chunk in chunks:
         whole |= {key: value for key, value in chunk.items() if value is not None}
@@ -278,7 +278,7 @@ def _lenient(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _dict(value: Any) -> Body:
+def _dict(value: Any) -> JsonObject:
     if isinstance(value, list) and value:
         value = value[0]
     return value if isinstance(value, dict) else {}

@@ -11,7 +11,7 @@ from typing import Any
 from vpo_ray.engines.endpoint.failures import RequestError
 
 
-class Pace:
+class RateLimiter:
     """Spaces requests so that a minute has no more of them, and of their tokens, than it may.
 
     Requests are spread evenly: there is no burst at the start of a minute, nor after this object
@@ -27,7 +27,7 @@ class Pace:
         """Seconds to wait before a request of so many tokens is sent.
 
         Args:
-            tokens: an estimate of what it reads and writes; see `settle`.
+            tokens: an estimate of what it reads and writes; see `refund`.
             per_minute: how many requests, how many tokens.
         """
         now = self._now()
@@ -38,7 +38,7 @@ class Pace:
             self._tokens_at = tokens_at + 60 * tokens / tokens_limit
         return max(request_at, tokens_at) - now
 
-    def settle(self, unused: int, tokens_per_minute: int) -> None:
+    def refund(self, unused: int, tokens_per_minute: int) -> None:
         """Give back tokens that were reserved and not used (or, negative, take those that were)."""
         self._tokens_at -= 60 * unused / tokens_per_minute
 
@@ -47,8 +47,8 @@ class Pace:
         self._request_at = max(self._request_at, self._now() + seconds)
 
 
-class ClusterPace:
-    """One `Pace` for the whole cluster: a named Ray actor, made by whoever comes first."""
+class ClusterRateLimiter:
+    """One `RateLimiter` for the whole cluster: a named Ray actor, made by whoever comes first."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -61,7 +61,7 @@ class ClusterPace:
             # It dies with the process that made it; the next caller makes another.
             if self._actor is None:
                 options = {"name": self._name, "namespace": "vpo_ray", "get_if_exists": True, "num_cpus": 0}
-                self._actor = await asyncio.to_thread(ray.remote(Pace).options(**options).remote)
+                self._actor = await asyncio.to_thread(ray.remote(RateLimiter).options(**options).remote)
             try:
                 return await getattr(self._actor, method).remote(*arguments)
             except ray.exceptions.RayActorError:
@@ -69,14 +69,14 @@ class ClusterPace:
         raise RequestError("the cluster's budget of requests cannot be had: its actor died five times")
 
 
-class LocalPace:
-    """A pace of this process only, where no budget is shared."""
+class LocalRateLimiter:
+    """A rate limiter of this process only, where no budget is shared."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._limiter = RateLimiter()
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._pace, method)(*arguments)
+        return getattr(self._limiter, method)(*arguments)
 
 
 def retry_after(headers: Any) -> float | None:

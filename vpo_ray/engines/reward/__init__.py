@@ -26,7 +26,7 @@ class RewardError(ValueError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class QuestionAnswer:
     """One answer: `question` counts from 1, `probability` is that of yes against no."""
 
     question: int
@@ -39,7 +39,7 @@ class Scored:
     """A scored video. `neither` counts answers whose most likely token is neither yes nor no:
     a broken tokenizer or template shows as a high count."""
 
-    answers: list[Answer]
+    answers: list[QuestionAnswer]
     dimensions: dict[str, float]
     score: float
     neither: int = 0

@@ -45,7 +45,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Checklist:
+class LoadedChecklist:
     questions: tuple[Question, ...]
 
     def score(self, yes: Sequence[bool], convention: Convention) -> tuple[float, dict[str, float]]:
@@ -70,7 +70,7 @@ class Checklist:
         return math.fsum(values), {name: math.fsum(part) for name, part in parts.items()}
 
 
-def load(settings: recipe.Checklist | None) -> Checklist:
+def load(settings: recipe.Checklist | None) -> LoadedChecklist:
     """Read the checklist of a recipe: our YAML, or published questions with their weights.
 
     Raises:
@@ -91,7 +91,7 @@ def load(settings: recipe.Checklist | None) -> Checklist:
                 f"{where}: question {number} belongs to the dimension {question.dimension}, "
                 f"but has no {SLOT} slot for the user's query: {question.text!r}"
             )
-    return Checklist(tuple(questions))
+    return LoadedChecklist(tuple(questions))
 
 
 def _from_yaml(path: str) -> list[Question]:

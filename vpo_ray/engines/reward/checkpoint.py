@@ -15,7 +15,7 @@ from typing import Any
 
 ARCHITECTURE = "CogVLMVideoForCausalLM"
 INDEX = "model.safetensors.index.json"
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
@@ -120,11 +120,11 @@ def _fields(cls: type, tree: dict[str, Any], path: Path, prefix: str) -> dict[st
     return {name: tree[name] for name in names}
 
 
-def tensor_shapes(config: Config) -> dict[str, Shape]:
+def tensor_shapes(config: Config) -> dict[str, TensorShape]:
     """Every tensor of the checkpoint by its published name (facts: the released shards)."""
     d, ffn, v = config.hidden_size, config.intermediate_size, config.vision
     qkv = d + 2 * config.num_multi_query_heads * config.head_dim
-    shapes: dict[str, Shape] = {
+    shapes: dict[str, TensorShape] = {
         "lm_head.weight": (config.vocab_size, d),
         "model.embed_tokens.weight": (config.vocab_size, d),
         "model.norm.weight": (d,),
@@ -196,7 +196,7 @@ def shard_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def check_tensors(folder: str | Path, expected: dict[str, Shape]) -> None:
+def check_tensors(folder: str | Path, expected: dict[str, TensorShape]) -> None:
     """Compare the names and shapes in the shards' headers with the expected ones.
 
     Raises:
@@ -204,7 +204,7 @@ def check_tensors(folder: str | Path, expected: dict[str, Shape]) -> None:
     """
     from safetensors import safe_open
 
-    found: dict[str, Shape] = {}
+    found: dict[str, TensorShape] = {}
     for path in shard_files(folder):
         with safe_open(path, "pt") as shard:
             found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118

@@ -21,7 +21,7 @@ import numpy as np
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
 from vpo_ray.engines.endpoint.completion import TokenLogprob
-from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames
+from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames
 from vpo_ray.prompts.answers import find_object, schema_fault
 from vpo_ray.recipe import Reward
 
@@ -81,7 +81,7 @@ class EndpointReward:
         score, dimensions = self.checklist.score([a.yes for a in answers], self.settings.convention)
         return Scored(answers, dimensions, score)
 
-    async def _ask(self, images: list[dict[str, Any]], text: str, number: int) -> Answer:
+    async def _ask(self, images: list[dict[str, Any]], text: str, number: int) -> QuestionAnswer:
         request: dict[str, Any] = {
             "messages": [
                 {"role": "system", "content": _SYSTEM},
@@ -104,8 +104,10 @@ class EndpointReward:
         yes = _parse(reply.text, number)
         probability = _probability(reply.tokens(), yes)
         if probability is None:
-            return Answer(number, yes, float(yes))
-        return Answer(number, probability > 0.5 if self.settings.rule == "margin" else yes, probability)
+            return QuestionAnswer(number, yes, float(yes))
+        return QuestionAnswer(
+            number, probability > 0.5 if self.settings.rule == "margin" else yes, probability
+        )
 
 
 async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -27,7 +27,7 @@ class Tokens:
     vision: list[bool]
 
 
-class Chain(NamedTuple):
+class QuestionChain(NamedTuple):
     """Tokens [start, end) that every question through them has, and the chain that they follow."""
 
     start: int
@@ -47,7 +47,7 @@ class Layout:
 
     tokens: Tokens
     prefix: int
-    chains: list[Chain]
+    chains: list[QuestionChain]
     last: list[int]
 
     def ancestors(self, chain: int) -> list[int]:
@@ -126,7 +126,7 @@ class _Node:
 
 def _grow(
     texts: Sequence[Sequence[int]], first: int, ids: list[int], places: list[int]
-) -> tuple[list[Chain], list[int]]:
+) -> tuple[list[QuestionChain], list[int]]:
     """Append the tree of token sequences to `ids` and `places`; returns its chains and the index of
     each sequence's last token."""
     root = _Node()
@@ -135,7 +135,7 @@ def _grow(
         for token in text:
             node = node.children.setdefault(token, _Node())
         node.ends.append(number)
-    chains: list[Chain] = []
+    chains: list[QuestionChain] = []
     last = [0] * len(texts)
     open_: list[tuple[int, _Node, int | None]] = []
     open_ += [(t, n, None) for t, n in root.children.items()][::-1]
@@ -151,7 +151,7 @@ def _grow(
             if len(node.children) != 1:
                 break
             ((token, node),) = node.children.items()
-        chains.append(Chain(start, len(ids), parent))
+        chains.append(QuestionChain(start, len(ids), parent))
         own = len(chains) - 1
         open_ += [(t, n, own) for t, n in node.children.items()][::-1]
     return chains, last

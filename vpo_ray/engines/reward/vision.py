@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         return x
 
 
-class Adapter(nn.Module):
+class VisionAdapter(nn.Module):
     """A gated MLP from the tower's width to the language model's."""
 
     def __init__(self, config: Config) -> None:
@@ -100,7 +100,7 @@ class VisionTower(nn.Module):
         self.patch_embedding = PatchEmbedding(vision)
         self.transformer = Transformer(vision)
         self.conv = nn.Conv2d(vision.hidden_size, vision.hidden_size, 2, stride=2)
-        self.linear_proj = Adapter(config)
+        self.linear_proj = VisionAdapter(config)
         self.boi = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.eoi = nn.Parameter(torch.empty(1, 1, config.hidden_size))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from vpo_ray.engines.reward import Answer, RewardError, Scored, checklist, frames, model, sequence
+from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames, model, sequence
 from vpo_ray.engines.reward.checkpoint import CheckpointError
 from vpo_ray.prompts.policy_prompt import control_tokens, neutralise
 from vpo_ray.recipe import Reward
@@ -120,7 +120,9 @@ class VisionReward:
         """The result of one video from its logits (questions, vocabulary)."""
         yes, probabilities, neither = self.rule.decide(logits)
         score, dimensions = self.checklist.score(yes, self.settings.convention)
-        answers = [Answer(i, y, p) for i, (y, p) in enumerate(zip(yes, probabilities, strict=True), 1)]
+        answers = [
+            QuestionAnswer(i, y, p) for i, (y, p) in enumerate(zip(yes, probabilities, strict=True), 1)
+        ]
         return Scored(answers, dimensions, score, neither)
 
 

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vpo_ray.flags import split
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.errors import RequestError, explained
-from vpo_ray.serve.request import Body, Text, check_model, check_query, read_json
+from vpo_ray.serve.errors import ApiError, explained
+from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 
 
-class OptimizeRequest(Body):
+class OptimizeRequest(RequestBody):
     """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`."""
 
     model_config = ConfigDict(
@@ -49,7 +49,7 @@ class Rank(BaseModel):
     reason: str | None = None
 
 
-class Safety(BaseModel):
+class SafetyOutcome(BaseModel):
     """What the gate said. `reason` is set unless everything passed."""
 
     outcome: Literal["pass", "rewritten", "refused"] = "pass"
@@ -66,7 +66,7 @@ class Latency(BaseModel):
     ranking: float = 0
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -86,12 +86,12 @@ class Optimization(BaseModel):
     alternatives: list[str] = []
     changed: bool = False
     flags: list[GeneratorFlag] = []
-    safety: Safety = Safety()
+    safety: SafetyOutcome = SafetyOutcome()
     fallback: bool = False
     ranking: list[Rank] | None = None
     model: str
     system_fingerprint: str | None = None
-    usage: Usage = Usage()
+    usage: TokenUsage = TokenUsage()
     latency: Latency = Latency()
 
 
@@ -118,7 +118,7 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     """A checked request.
 
     Raises:
-        RequestError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, 404
+        ApiError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, 404
             for an unknown model, 413 for too long a query or too many of them.
     """
     try:
@@ -127,11 +127,11 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
         raise explained(error, 422) from None
     check_model(request.model, settings)
     if request.n > settings.max_n:
-        raise RequestError(422, f"n is {request.n}, at most {settings.max_n} is allowed here", "n")
+        raise ApiError(422, f"n is {request.n}, at most {settings.max_n} is allowed here", "n")
     queries = [request.query] if request.queries is None else request.queries
     if len(queries) > settings.max_queries:
         message = f"{len(queries)} queries, at most {settings.max_queries} are taken"
-        raise RequestError(413, message, "queries", "too_many_queries")
+        raise ApiError(413, message, "queries", "too_many_queries")
     for index, query in enumerate(queries):
         check_query(query or "", settings, "query" if request.queries is None else f"queries.{index}")
     separated = [separate(query or "") for query in queries]
