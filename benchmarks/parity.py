@@ -75,7 +75,7 @@ def sampling(golden: Golden, tally: Tally) -> None:
         rate = float(Fraction(clip["fps"]))
         times = [i / rate for i in range(clip["decord_len"])]
         for strategy in ("chat", "base"):
-            chosen = frames.choose(times, clip["decord_avg_fps"], strategy)  # type: ignore[arg-type]
+            chosen = frames.choose_frames(times, clip["decord_avg_fps"], strategy)  # type: ignore[arg-type]
             tally.same("sampled_frames", chosen == clip[strategy])
 
 
@@ -108,10 +108,10 @@ def pixels(golden: Golden, template: str, index: int, size: int, tally: Tally) -
     strategy = "chat" if template == "chat" else "base"
     array = np.load(golden.folder / video["npz"])["frames"]
     times = [i / video["fps"] for i in range(len(array))]
-    chosen = frames.choose(times, video["fps"], strategy)  # type: ignore[arg-type]
+    chosen = frames.choose_frames(times, video["fps"], strategy)  # type: ignore[arg-type]
     tally.same("frame_indices", chosen == video[f"frame_indices_{strategy}"])
     mp4 = (golden.folder / f"{Path(video['npz']).stem}.mp4").read_bytes()
-    read = frames.read_frames(mp4, partial(frames.choose, strategy=strategy))  # type: ignore[arg-type]
+    read = frames.read_frames(mp4, partial(frames.choose_frames, strategy=strategy))  # type: ignore[arg-type]
     tally.same("frames", np.array_equal(read, array[chosen]))
     values = frames.preprocess(torch.from_numpy(array[chosen]), size)
     key = f"{template}/video{index}/pixel_values"
@@ -176,7 +176,7 @@ def compare(folder: Path) -> dict[str, Any]:
     decoding(golden, tally)
     found = {}
     for dtype, torch_dtype in DTYPES.items():
-        net = model.load(folder, torch_dtype, "cpu")
+        net = model.load_reward_model(folder, torch_dtype, "cpu")
         rope(golden, net, dtype, tally)
         found[dtype] = answers(golden, net, dtype, tally)
     return {"folder": folder.name, **tally.report(), "answers": found}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.flags import Flag, join, split
+from vpo_ray.flags import Flag, join_flags, split_flags
 
 REAL = Path(__file__).parents[2] / "shared/data/vpo/sft_prompts.json"
 real = pytest.mark.skipif(not REAL.exists(), reason="../shared/data/vpo is not beside this checkout")
@@ -93,36 +93,36 @@ queries = st.lists(st.tuples(st.sampled_from(WORDS + FLAGS), st.sampled_from(GAP
     ],
 )
 def test_forms(query: str, text: str, flags: list[tuple[str, str]]) -> None:
-    assert split(query) == (text, tuple(Flag(*flag) for flag in flags))
+    assert split_flags(query) == (text, tuple(Flag(*flag) for flag in flags))
 
 
 def test_a_query_of_flags_only() -> None:
-    assert split("-ar 16:9 -gs 3") == ("", (Flag("ar", "16:9"), Flag("gs", "3")))
-    assert join("", [Flag("ar", "16:9"), Flag("hide", "")]) == "-ar 16:9 -hide"
+    assert split_flags("-ar 16:9 -gs 3") == ("", (Flag("ar", "16:9"), Flag("gs", "3")))
+    assert join_flags("", [Flag("ar", "16:9"), Flag("hide", "")]) == "-ar 16:9 -hide"
 
 
 @settings(max_examples=400, deadline=None)
 @given(queries)
 def test_what_is_joined_splits_the_same(query: str) -> None:
-    text, flags = split(query)
-    assert split(join(text, flags)) == (text, flags)
+    text, flags = split_flags(query)
+    assert split_flags(join_flags(text, flags)) == (text, flags)
 
 
 @settings(max_examples=400, deadline=None)
 @given(queries)
 def test_no_word_is_lost(query: str) -> None:
-    assert words(join(*split(query))) == words(query)
+    assert words(join_flags(*split_flags(query))) == words(query)
 
 
 @given(st.text(max_size=200))
 def test_any_text_splits(query: str) -> None:
-    text, flags = split(query)
+    text, flags = split_flags(query)
     assert text == query or flags
 
 
 def test_time_grows_with_length_only() -> None:
     long = "-neg blur " * 20_000 + "x" * 100_000 + " -ar" * 20_000
-    text, flags = split(long)
+    text, flags = split_flags(long)
     assert len(flags) == 20_000
     assert text == ""
 
@@ -131,9 +131,9 @@ def test_time_grows_with_length_only() -> None:
 def test_real_queries() -> None:
     found: Counter[str] = Counter()
     for query in json.loads(REAL.read_text("utf-8")):
-        text, flags = split(query.strip())
-        assert split(join(text, flags)) == (text, flags)
-        assert words(join(text, flags)) == words(query)
+        text, flags = split_flags(query.strip())
+        assert split_flags(join_flags(text, flags)) == (text, flags)
+        assert words(join_flags(text, flags)) == words(query)
         found.update(flag.name for flag in flags)
     # One more or less here is a form of a flag that is newly taken or lost.
     assert found["ar"] > 1300
@@ -175,5 +175,5 @@ def words(text: str) -> Counter[str]:
 )
 def test_huge_queries_are_split_in_time_that_grows_with_them(query: str) -> None:
     began = time.process_time()
-    split(query)
+    split_flags(query)
     assert time.process_time() - began < 10  # about one second; with their square, minutes

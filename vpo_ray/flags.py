@@ -1,7 +1,7 @@
 """Generator flags in a user's query: `-ar 16:9`, `--neg blur, text`, `-camera zoom in`.
 
 Users of video services write settings of the generator behind their query. Curation takes them out
-of the text into a column of their own, and serving can do the same. Nothing is lost: `join` puts a
+of the text into a column of their own, and serving can do the same. Nothing is lost: `join_flags` puts a
 query together again. Known are the flags of Pika and Midjourney, in the forms in which people type
 them in the queries that VPO released.
 """
@@ -56,13 +56,12 @@ _STOP = re.compile(r"[\n\]]")
 _LOOSE = " \t\n,-–—"  # what users put between flags
 
 
-def split(query: str) -> tuple[str, tuple[Flag, ...]]:
+def split_flags(query: str) -> tuple[str, tuple[Flag, ...]]:
     """A query as its text and its flags, in the order in which they stand.
 
-    What only looks like a flag (no value, or one of the wrong kind) stays text. Taking a flag out
-    may bring another together, so that goes on until none is left; hence
-    `split(join(*split(query))) == split(query)`. What is nested deeper than ROUNDS, as nobody writes
-    it, stays text too: each round reads the whole query.
+    What only looks like a flag (no value, or one of the wrong kind) stays text. Taking a flag out may join
+    the parts of another, so this repeats until none is left: splitting what `join_flags` made of a split
+    gives the same again. What is nested deeper than ROUNDS stays text too: each round reads the whole query.
     """
     flags: list[Flag] = []
     for _ in range(ROUNDS):
@@ -73,7 +72,7 @@ def split(query: str) -> tuple[str, tuple[Flag, ...]]:
     return query, tuple(flags)
 
 
-def join(text: str, flags: Sequence[Flag]) -> str:
+def join_flags(text: str, flags: Sequence[Flag]) -> str:
     """What the user meant, as one query: the text, and the flags behind it."""
     return " ".join([*([text] if text else []), *(f"-{name} {value}".rstrip() for name, value in flags)])
 

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from vpo_ray.engines.reward import checklist
+from vpo_ray.engines.reward.checklist import ChecklistError, load_checklist
 from vpo_ray.files.text_files import NotTextError, TextFileError, lines, read_lines, read_text
 from vpo_ray.prompts.policy_prompt import PromptError, read_prompt
 from vpo_ray.recipe import Checklist, Queries, RecipeError, Rules, load
@@ -106,9 +106,12 @@ def test_every_file_of_text_may_have_a_mark(tmp_path: Path, encoding: str) -> No
 
     questions = write("q.txt", 'Is it "[[prompt]]"?\nIs it good?\n')
     settings = Checklist(questions=questions, weights=write("w.json", "[1, 2]"))
-    assert [q.text for q in checklist.load(settings).questions] == ['Is it "[[prompt]]"?', "Is it good?"]
+    assert [q.text for q in load_checklist(settings).questions] == [
+        'Is it "[[prompt]]"?',
+        "Is it good?",
+    ]
     entry = {"questions": [{"question": "Is it good?", "weight": 1}]}
-    assert len(checklist.load(Checklist(file=write("c.yaml", json.dumps(entry)))).questions) == 1
+    assert len(load_checklist(Checklist(file=write("c.yaml", json.dumps(entry)))).questions) == 1
 
     with pytest.raises(RecipeError, match="unknown key") as caught:
         load(write("recipe.yaml", "nmae: a\n"))
@@ -120,13 +123,16 @@ def test_lists_of_lines_end_them_at_newlines_only(tmp_path: Path, mark: str) -> 
     (tmp_path / "q.txt").write_text(f"Is it{mark}good?\nIs it red?\n", "utf-8")
     (tmp_path / "w.json").write_text("[1, 2]")
     settings = Checklist(questions=str(tmp_path / "q.txt"), weights=str(tmp_path / "w.json"))
-    assert [q.text for q in checklist.load(settings).questions] == [f"Is it{mark}good?", "Is it red?"]
+    assert [q.text for q in load_checklist(settings).questions] == [
+        f"Is it{mark}good?",
+        "Is it red?",
+    ]
 
 
 def test_a_key_given_twice_in_a_checklist_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("questions:\n- {question: Good, weight: 1, weight: 2}\n")
-    with pytest.raises(checklist.ChecklistError, match="given twice"):
-        checklist.load(Checklist(file=str(tmp_path / "c.yaml")))
+    with pytest.raises(ChecklistError, match="given twice"):
+        load_checklist(Checklist(file=str(tmp_path / "c.yaml")))
 
 
 @pytest.mark.parametrize(

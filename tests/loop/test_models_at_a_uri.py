@@ -17,7 +17,7 @@ from vpo_ray.files.folder import Folder, join
 from vpo_ray.loop.ledger import build_ledger
 from vpo_ray.plan.figures import read_ledger
 from vpo_ray.recipe import Lora, Serve, load
-from vpo_ray.serve.config import config
+from vpo_ray.serve.config import serve_config
 from vpo_ray.storage.cache_folder import VARIABLE
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.made_with import facts
@@ -96,7 +96,7 @@ def test_rows_are_not_added_beside_those_of_another_model_under_the_same_uri(uri
 
 
 def test_a_serve_config_names_the_uri(uri: str) -> None:
-    [application] = config(uri, Serve())["applications"]
+    [application] = serve_config(uri, Serve())["applications"]
     assert application["args"]["checkpoint"] == uri
 
 

@@ -80,6 +80,6 @@ def test_a_shard_reads_past_what_a_killed_merge_left(tmp_path: Path) -> None:
         whole.write(f"queries/{name}", data)
     whole.write_json(f"queries/{merged}.sources.json", list(before))
     table = RunDir(tmp_path, Shard(1, 1)).table("queries")
-    table.settle()
+    table.clear_merged()
     assert sorted(row["query_id"] for row in table.rows()) == sorted(ids)
     assert len(table.files()) == len(ids) + 2, "the next driver of the whole run deletes them"

@@ -118,7 +118,7 @@ def test_the_published_checklist_scores_as_published(name: str, files: Path) -> 
         reward__checklist__questions=files / "VisionReward_video_qa.txt",
         reward__checklist__weights=files / "weight_64.json",
     ).reward.checklist
-    made = checklist.load(settings)
+    made = checklist.load_checklist(settings)
     assert len(made.questions) == 64
     assert [q.weight for q in made.questions if q.weight] == json.loads((files / "weight.json").read_text())
     score, dimensions = made.score([True] * 64, "sum01")

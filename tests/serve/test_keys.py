@@ -1,6 +1,8 @@
 """Who may call: keys are made, found, limited and revoked without a restart."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,13 @@ from vpo_ray.cli import main
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import ANYONE, Key, KeyFileError, KeyRing, make_key, parse_line
 from vpo_ray.serve.limits import CallerLimits
+
+
+@contextmanager
+def admitted(limits: CallerLimits, key: Key, work: int = 1) -> Iterator[None]:
+    with limits.admit(key) as admission:
+        admission.take(work)
+        yield
 
 
 class Clock:
@@ -124,7 +133,7 @@ def test_no_keys_at_all_is_an_error(tmp_path: Path) -> None:
 
 def refusal(limits: CallerLimits, key: Key = ANYONE, work: int = 1) -> str | None:
     try:
-        with limits.admit(key, work):
+        with admitted(limits, key, work):
             return None
     except ApiError as error:
         return error.headers["Retry-After"] if error.status == 429 else {413: "never"}[error.status]
@@ -144,14 +153,14 @@ def test_requests_a_minute_are_counted_by_key() -> None:
 
 def test_requests_at_once_are_counted_until_they_end() -> None:
     limits = CallerLimits(None, 2)
-    with limits.admit(ANYONE):
-        with limits.admit(ANYONE):
+    with admitted(limits, ANYONE):
+        with admitted(limits, ANYONE):
             assert refusal(limits) == "1"
             assert refusal(limits, Key("other", "", concurrency=1)) is None
         assert refusal(limits) is None
-    with pytest.raises(ZeroDivisionError), limits.admit(ANYONE):
+    with pytest.raises(ZeroDivisionError), admitted(limits, ANYONE):
         1 / 0  # noqa: B018
-    with limits.admit(ANYONE):
+    with admitted(limits, ANYONE):
         assert refusal(limits) is None
 
 
@@ -197,7 +206,7 @@ def test_more_than_the_whole_limit_is_refused_for_good_with_what_to_do() -> None
     for limits in (CallerLimits(8, None), CallerLimits(None, 8), CallerLimits(1000, 8)):
         with (
             pytest.raises(ApiError, match=r"asks for 9 prompts.*8 .*smaller n") as told,
-            limits.admit(ANYONE, 9),
+            admitted(limits, ANYONE, 9),
         ):
             pass
         assert (told.value.status, told.value.code) == (413, "request_too_large")
@@ -207,9 +216,9 @@ def test_more_than_the_whole_limit_is_refused_for_good_with_what_to_do() -> None
 
 def test_prompts_at_once_are_counted_until_they_end() -> None:
     limits = CallerLimits(None, 8)
-    with limits.admit(ANYONE, 6):
+    with admitted(limits, ANYONE, 6):
         assert refusal(limits, work=3) == "1"
-        with limits.admit(ANYONE, 2):
+        with admitted(limits, ANYONE, 2):
             assert refusal(limits) == "1"
     assert refusal(limits, work=8) is None
 
@@ -218,7 +227,7 @@ def test_the_smallest_request_fits_limits_that_are_smaller() -> None:
     """Best of 4 with a key for one request at a time: the recipe asked for the four."""
     clock = Clock()
     limits = CallerLimits(2, 1, now=clock, least=4)
-    with limits.admit(ANYONE, 4):
+    with admitted(limits, ANYONE, 4):
         assert refusal(limits, work=4) is not None
     assert refusal(limits, work=5) == "never"
     assert refusal(limits, work=4) == "120", "2 of 4 were lent, and it is full at 2"
@@ -229,6 +238,6 @@ def test_the_smallest_request_fits_limits_that_are_smaller() -> None:
 def test_what_is_refused_for_its_body_costs_one() -> None:
     limits = CallerLimits(3, None, now=Clock())
     for _ in range(5):
-        with limits.enter(ANYONE) as admission:
+        with limits.admit(ANYONE) as admission:
             admission.spoilt()
     assert refusal(limits) == "20"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vpo_ray import recipe
-from vpo_ray.engines.reward.checklist import load
+from vpo_ray.engines.reward.checklist import load_checklist
 from vpo_ray.records import FEEDBACK, Row, table
 from vpo_ray.stages.score import ALARM_AFTER, Scorer
 from vpo_ray.storage.videos import VideoStore
@@ -99,7 +99,7 @@ def test_every_reward_fills_columns_of_its_own(
         second = r["more_rewards"][0]
         assert second["name"] == "script"
         assert second["answers"] == r["answers"]
-        weights = [question.weight for question in load(script.checklist).questions]
+        weights = [question.weight for question in load_checklist(script.checklist).questions]
         # The documented relation between the two conventions.
         assert second["score"] == pytest.approx((2 * r["score"] - sum(weights)) / len(weights))
     assert table(done, FEEDBACK).to_pylist()[2]["more_rewards"] == done[2]["more_rewards"]

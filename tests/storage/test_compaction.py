@@ -120,7 +120,7 @@ def test_a_kill_at_any_change_hides_and_doubles_no_row(
                 table.compact(**SMALL)
         assert stored(table) == expected, at
         # A run that goes on appends at once; a part may come again under its old name.
-        table.settle()
+        table.clear_merged()
         assert stored(table) == expected, at
         table.append([row("0a"), row("0b")])
         table.append([row("new")])
@@ -209,7 +209,7 @@ def test_what_an_earlier_version_left_while_merging_is_cleared_away(tmp_path: Pa
     table._write_part(merged, pa.Table.from_batches(table.batches(), table.schema))
     table.write_json("compacting.json", small if switched else [merged])
     assert stored(table) == expected
-    table.settle()
+    table.clear_merged()
     assert stored(table) == expected
     assert table.files() == ([merged] if switched else small)
 

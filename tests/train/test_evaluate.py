@@ -12,10 +12,10 @@ from train_data import pairs, settings
 
 from vpo_ray.recipe import Evaluate
 from vpo_ray.records import Row
-from vpo_ray.train.checkpoints import choose
+from vpo_ray.train.checkpoints import choose_exported
 from vpo_ray.train.degenerate import WINDOW, degenerate
 from vpo_ray.train.examples import Example
-from vpo_ray.train.held_out import best, enough, is_due, score, split
+from vpo_ray.train.held_out import best, enough, evaluation_due, hold_out, score
 
 
 def examples(count: int, per_query: int = 2) -> tuple[list[Example], dict[str, str]]:
@@ -25,24 +25,24 @@ def examples(count: int, per_query: int = 2) -> tuple[list[Example], dict[str, s
 
 def test_whole_queries_are_held_out_by_their_content():
     rows, groups = examples(400)
-    trained, held_out = split(rows, groups, 0.2)
+    trained, held_out = hold_out(rows, groups, 0.2)
     assert 50 < len(held_out) < 110
     assert not {groups[e.id] for e in trained} & {groups[e.id] for e in held_out}
     assert sorted(e.id for e in trained + held_out) == sorted(groups)
     # Other rows move none: half of them, in another order, are split alike.
-    again = split(rows[::-2], groups, 0.2)[1]
+    again = hold_out(rows[::-2], groups, 0.2)[1]
     assert {e.id for e in again} <= {e.id for e in held_out}
 
 
 def test_a_share_holds_out_at_least_one_query_and_none_holds_out_nothing():
     rows, groups = examples(6)
-    assert len(split(rows, groups, 1e-6)[1]) == 2
-    assert split(rows, groups, 0) == (rows, [])
+    assert len(hold_out(rows, groups, 1e-6)[1]) == 2
+    assert hold_out(rows, groups, 0) == (rows, [])
 
 
 def test_evaluations_come_every_so_many_steps_or_epochs_and_at_the_end():
     def steps(**changes: Any) -> list[int]:
-        return [n for n in range(1, 12) if is_due(n, 11, 18, settings(global_batch=4, **changes))]
+        return [n for n in range(1, 12) if evaluation_due(n, 11, 18, settings(global_batch=4, **changes))]
 
     assert steps() == [5, 10, 11]
     assert steps(evaluate=Evaluate(share=0.1, steps=3)) == [3, 6, 9, 11]
@@ -96,17 +96,17 @@ def test_what_ray_train_keeps_holds_the_best(losses: list[float | None], keep: i
         top = best(lines[:n], chosen)
         if top is not None:
             assert kept[-1][1] == top["step"]
-            assert choose(lines[:n], {step for _, step in kept}, chosen) is top
+            assert choose_exported(lines[:n], {step for _, step in kept}, chosen) is top
     json.loads(json.dumps(kept, allow_nan=False))
 
 
 def test_a_checkpoint_that_is_gone_does_not_end_training():
     lines = curve([2.0, 1.0, 1.5, 3.0])
     chosen = Evaluate(share=0.1, export="best")
-    assert choose(lines, {1, 2, 3}, chosen) is lines[1]
-    assert choose(lines, {1, 3}, chosen) is lines[2]
-    assert choose(lines, set(), chosen) is lines[3]
-    assert choose(curve([NAN, None]), {1}, chosen)["step"] == 2
+    assert choose_exported(lines, {1, 2, 3}, chosen) is lines[1]
+    assert choose_exported(lines, {1, 3}, chosen) is lines[2]
+    assert choose_exported(lines, set(), chosen) is lines[3]
+    assert choose_exported(curve([NAN, None]), {1}, chosen)["step"] == 2
 
 
 def test_best_and_patience_need_held_out_rows():

@@ -13,7 +13,7 @@ from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.train import TrainError, checkpoints
 from vpo_ray.train.model_files import refuse_adapter
 from vpo_ray.train.packing import pack
-from vpo_ray.train.save_pretrained import export
+from vpo_ray.train.save_pretrained import export_policy
 from vpo_ray.train.zero import full_weights
 
 pytestmark = pytest.mark.engine
@@ -60,7 +60,7 @@ def test_adapters_learn_alike_under_every_zero_stage(
     frozen = sum(p.ds_numel if stage == 3 else p.numel() for p in worker.engine.module.parameters())
     assert sum(f.stat().st_size for f in (tmp_path / "checkpoint").rglob("*.pt")) < frozen * 4 / 2
     again = make_worker("dpo", pairs(6), lora(stage))
-    checkpoints.load(again, str(tmp_path / "checkpoint"))
+    checkpoints.load_shard(again, str(tmp_path / "checkpoint"))
     for step in (2, 3):
         assert again.step(step)["loss"] == pytest.approx(curves[stage][step]["loss"], rel=1e-6)
 
@@ -74,7 +74,7 @@ def test_the_export_gives_the_trained_log_probabilities(make_worker: Any, tmp_pa
     for step in range(4):
         worker.step(step)
     weights = full_weights(worker.engine, 0, trained_only=True)
-    export(worker.engine.module.model, weights, worker.job, FACTS)
+    export_policy(worker.engine.module.model, weights, worker.job, FACTS)
     folder = tmp_path / "out"
     load = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
     loaded = load.from_pretrained(folder, dtype=torch.float32)

@@ -16,7 +16,7 @@ from train_data import FACTS, TASK_PROMPT, settings
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.train.examples import end_of_turn
 from vpo_ray.train.lora import attach
-from vpo_ray.train.save_pretrained import export
+from vpo_ray.train.save_pretrained import export_policy
 
 pytestmark = pytest.mark.engine
 
@@ -95,7 +95,7 @@ def exported(tiny_models: Path, folder: Path, kind: str, lora: Any = None) -> Pa
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    export(model, get_peft_model_state_dict(model) if lora else model.state_dict(), job, FACTS)
+    export_policy(model, get_peft_model_state_dict(model) if lora else model.state_dict(), job, FACTS)
     return out
 
 

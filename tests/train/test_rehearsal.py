@@ -16,7 +16,7 @@ from vpo_ray.recipe import Train
 from vpo_ray.train import TrainError, failures
 from vpo_ray.train.examples import end_of_turn
 from vpo_ray.train.rehearsal import check_room, rehearse
-from vpo_ray.train.save_pretrained import export
+from vpo_ray.train.save_pretrained import export_policy
 
 pytestmark = pytest.mark.engine
 
@@ -70,7 +70,7 @@ def exported(folder: Path, out: Path, lora: Any = None) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model = attach(model, chosen.lora) if chosen.lora else model
     job = job_of(folder, tokenizer, chosen, out)
-    export(model, get_peft_model_state_dict(model) if chosen.lora else model.state_dict(), job, FACTS)
+    export_policy(model, get_peft_model_state_dict(model) if chosen.lora else model.state_dict(), job, FACTS)
     return tokenizer
 
 
@@ -166,12 +166,12 @@ def test_what_the_program_or_its_input_is_to_blame_for_is_not_tried_again(tmp_pa
         assert failures.is_permanent(error)
     for other in (OSError("no"), MemoryError(), torch.OutOfMemoryError("no"), RuntimeError("gloo: closed")):
         assert not failures.is_permanent(other)
-    assert failures.told(folder) is None
-    failures.forget(folder)
-    failures.tell(folder, ValueError("as it is"))
-    assert failures.told(folder) == "ValueError: as it is"
-    failures.forget(folder)
-    assert failures.told(folder) is None
+    assert failures.recorded(folder) is None
+    failures.clear(folder)
+    failures.record(folder, ValueError("as it is"))
+    assert failures.recorded(folder) == "ValueError: as it is"
+    failures.clear(folder)
+    assert failures.recorded(folder) is None
 
 
 @pytest.mark.ray

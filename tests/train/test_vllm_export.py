@@ -13,7 +13,7 @@ import torch
 from train_data import FACTS, settings, sft_rows
 
 from vpo_ray.recipe import TrainLora
-from vpo_ray.train.save_pretrained import export
+from vpo_ray.train.save_pretrained import export_policy
 from vpo_ray.train.zero import full_weights
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -39,14 +39,14 @@ def test_full_merged_and_adapter_exports_write_the_same_in_vllm(
         full.step(step)
         lora.step(step)
     folders = {name: str(tmp_path / name) for name in ("full", "merged", "adapter")}
-    export(
+    export_policy(
         full.engine.module.model, full_weights(full.engine, 0), replace(full.job, out=folders["full"]), FACTS
     )
     weights = full_weights(lora.engine, 0, trained_only=True)
     for name in ("merged", "adapter"):
         chosen = settings(**values, lora=TrainLora(r=8, alpha=16, merge=name == "merged"))
         job = replace(lora.job, out=folders[name], settings=chosen)
-        export(lora.engine.module.model, weights, job, FACTS)
+        export_policy(lora.engine.module.model, weights, job, FACTS)
 
     base, prompt = str(tiny_models / "policy"), full.job.examples[0].prompt.tolist()
     requests = [

@@ -203,7 +203,7 @@ def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str
     if absent or any(path is not None and _elsewhere(path) for path in files.values()):
         return
     try:
-        questions = checklists.load(settings).questions
+        questions = checklists.load_checklist(settings).questions
     except checklists.ChecklistError as error:
         yield f"{key}: {error}"
         return

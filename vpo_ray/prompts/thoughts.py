@@ -87,39 +87,39 @@ def is_spoken(before: str, after: str) -> bool:
 
 
 class Spoken:
-    """Takes the thoughts out of an answer that comes in pieces. Text is told as it comes until a mark
-    is seen, and then at the end."""
+    """Takes the thoughts out of an answer that arrives in pieces. Text is passed on as it arrives until a
+    mark is seen, and the rest at the end."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
-        self._told: list[str] = []
+        self._passed: list[str] = []
         self._held = ""
         self._thinks = False
 
     def feed(self, piece: str) -> str:
-        """What can be told of the answer now. What may be the beginning of a mark is held back."""
+        """The text that can be passed on now. What may be the beginning of a mark is held back."""
         self._pieces.append(piece)
         if self._thinks:
             return ""
         self._held += piece
         self._thinks = _may_hold_marks(self._held) and _MARKS.search(self._held) is not None
-        beginning = "" if self._told else self._held[:80].lstrip().lower()
-        if self._thinks or (not self._told and any(known.startswith(beginning) for known in _BEGINNINGS)):
+        beginning = "" if self._passed else self._held[:80].lstrip().lower()
+        if self._thinks or (not self._passed and any(known.startswith(beginning) for known in _BEGINNINGS)):
             return ""
         part = _PART.search(self._held, max(0, len(self._held) - 64))
         cut = part.start() if part is not None else len(self._held)
-        told, self._held = self._held[:cut], self._held[cut:]
-        if told:
-            self._told.append(told)
-        return told
+        ready, self._held = self._held[:cut], self._held[cut:]
+        if ready:
+            self._passed.append(ready)
+        return ready
 
     def end(self) -> str:
         """The rest. Raises UnclosedThought where the answer ends within a thought."""
         if not self._thinks:
             return self._held
-        whole, told = without_thoughts("".join(self._pieces)), "".join(self._told)
-        # Text before the end of a thought that the template opened may be told, and is no part of it.
-        return whole[len(told) :] if whole.startswith(told) else whole
+        whole, passed = without_thoughts("".join(self._pieces)), "".join(self._passed)
+        # Text of a thought that the template opened may have been passed on already.
+        return whole[len(passed) :] if whole.startswith(passed) else whole
 
 
 def _may_hold_marks(text: str) -> bool:

@@ -146,7 +146,7 @@ def _questions(recipe: Recipe) -> dict[int, tuple[str, float]]:
     try:
         decides = recipe.pair.reward
         reward = recipe.reward if decides is None else recipe.more_rewards[decides]
-        loaded = checklist.load(reward.checklist)
+        loaded = checklist.load_checklist(reward.checklist)
     except (checklist.ChecklistError, OSError):
         return {}
     return {number: (q.text, q.weight) for number, q in enumerate(loaded.questions, 1)}

@@ -18,7 +18,7 @@ APP = "vpo"
 IMPORT_PATH = "vpo_ray.serve.app:app"
 
 
-def config(checkpoint: str, settings: Serve) -> dict[str, Any]:
+def serve_config(checkpoint: str, settings: Serve) -> dict[str, Any]:
     """The file as a tree. Keys at their defaults are left out; the proxy listens on every node."""
     arguments: dict[str, Any] = {"checkpoint": checkpoint}
     if chosen := settings.model_dump(mode="json", exclude_defaults=True):
@@ -33,4 +33,4 @@ def config(checkpoint: str, settings: Serve) -> dict[str, Any]:
 
 
 def config_file(checkpoint: str, settings: Serve) -> str:
-    return yaml.safe_dump(config(checkpoint, settings), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(serve_config(checkpoint, settings), sort_keys=False, allow_unicode=True)

@@ -11,7 +11,7 @@ import time
 
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.app import build_app
-from vpo_ray.serve.config import APP, config
+from vpo_ray.serve.config import APP, serve_config
 from vpo_ray.serve.engine import fingerprint
 from vpo_ray.serve.run import check
 
@@ -47,7 +47,7 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
     check(settings)
     # Whatever is wrong with the folder is told here in one line, and not by a task of Serve's.
     build_app(checkpoint, settings)
-    wanted = config(checkpoint, settings)
+    wanted = serve_config(checkpoint, settings)
     wanted["applications"][0]["args"]["files"] = fingerprint(checkpoint)
     serve.start(proxy_location=wanted["proxy_location"], http_options=wanted["http_options"])
     client = _get_global_client()

@@ -262,7 +262,7 @@ class Ingress:
         try:
             key = self._caller(request, scope)
             if scope is not None:
-                admission = hold.enter_context(self.limits.enter(key))
+                admission = hold.enter_context(self.limits.admit(key))
             response = await answer(key, admission.take if admission else _nothing)
         except ApiError as error:
             if admission and error.status != 429:

@@ -50,14 +50,7 @@ class CallerLimits:
         self._callers: dict[str, _Caller] = {}
 
     @contextmanager
-    def admit(self, key: Key, work: int = 1) -> Iterator[None]:
-        """Hold `work` of the caller's places; see `Admission.take`."""
-        with self.enter(key) as admission:
-            admission.take(work)
-            yield
-
-    @contextmanager
-    def enter(self, key: Key) -> Iterator[Admission]:
+    def admit(self, key: Key) -> Iterator[Admission]:
         """Hold one of the caller's places, before it is known what the request asks for.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from vpo_ray.flags import Flag, join
+from vpo_ray.flags import Flag, join_flags
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.answers import chunks_in
 from vpo_ray.serve.errors import ApiError
@@ -241,7 +241,7 @@ def _facts(reply: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_flags(query: str, flags: Sequence[GeneratorFlag]) -> str:
     """The query with its generator flags, which reach the video model too."""
-    return join(query, [Flag(flag.name, flag.value) for flag in flags])
+    return join_flags(query, [Flag(flag.name, flag.value) for flag in flags])
 
 
 def _refused(safety: SafetyOutcome, where: str, verdict: SafetyVerdict) -> SafetyOutcome:

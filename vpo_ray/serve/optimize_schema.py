@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vpo_ray.flags import split
+from vpo_ray.flags import split_flags
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
@@ -142,7 +142,7 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
 
 def separate(query: str) -> tuple[str, list[GeneratorFlag]]:
     """A query's text and its generator flags. One of nothing but flags stays as it is."""
-    text, flags = split(query)
+    text, flags = split_flags(query)
     if not text.strip():
         return query, []
     return text, [GeneratorFlag(name=flag.name, value=flag.value) for flag in flags]

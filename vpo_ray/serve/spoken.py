@@ -70,8 +70,8 @@ class SpokenParts:
         self._held += _rewritten(part, self._take)
         if not (self._begun or '"error"' in part or "[DONE]" in part):
             return ""
-        told, self._held = self._held, ""
-        return told
+        ready, self._held = self._held, ""
+        return ready
 
     def _take(self, choice: dict[str, Any]) -> bool:
         delta = choice.get("delta") or {}

@@ -109,7 +109,7 @@ class Table(Folder):
         the old parts or the merged one, never both and never neither, whenever this is killed: beside
         a merged part, and before it, lies a file with the names of its sources, which do not count from
         the moment on at which the merged part is there. Then they are deleted; what a kill leaves of
-        them, `settle` clears away. A reader that listed the parts before may find one gone; that is a
+        them, `clear_merged` clears away. A reader that listed the parts before may find one gone; that is a
         StorageError, and reading again goes well.
 
         No row is lost whoever else writes meanwhile, another that merges included: a part is deleted
@@ -127,7 +127,7 @@ class Table(Folder):
         if self.shard is not None:
             return 0
         run_lock.check(self)
-        self.settle()
+        self.clear_merged()
         parts = self.parts()
         merged_rows = {name: int(found[1]) for name in parts if (found := _MERGED.fullmatch(name))}
         small = [name for name in parts if merged_rows.get(name, 0) < rows_per_part]
@@ -141,11 +141,11 @@ class Table(Folder):
             merged.append(name)
             self.write_json(name + _SOURCES, group)
             self._write_part(name, rows)
-        self.settle()
+        self.clear_merged()
         logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
         return len(small)
 
-    def settle(self) -> None:
+    def clear_merged(self) -> None:
         """Delete the parts that do not count: what a compaction leaves to be done, one that was killed too.
 
         Raises:
@@ -216,7 +216,7 @@ class Table(Folder):
             RunLostError: another driver has the run directory.
         """
         run_lock.check(self)
-        self.settle()
+        self.clear_merged()
         old, count = set(self.parts()), 0
         for chunk in chunks(rows, rows_per_part):
             old.discard(self.append(chunk))

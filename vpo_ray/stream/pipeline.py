@@ -93,7 +93,7 @@ def generate(
         stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
     }
     for stage in stages:
-        CHAIN_OF[stage].table(run, stage).settle()
+        CHAIN_OF[stage].table(run, stage).clear_merged()
     spilled = spilled_bytes()
     known: set[str] = set()
     if recipe.render.strategy == "adaptive" and "render" in stages:

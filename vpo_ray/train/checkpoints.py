@@ -31,7 +31,7 @@ TAG = "state"
 SCORE = "score"  # by which Ray Train keeps checkpoints, see evaluate.score
 
 
-def config(settings: Training) -> ray.train.CheckpointConfig:
+def checkpoint_config(settings: Training) -> ray.train.CheckpointConfig:
     """What Ray Train keeps: the newest checkpoint always, beside it the best where rows are held
     out, else the newest ones."""
     if not settings.evaluate.share:
@@ -43,7 +43,7 @@ def config(settings: Training) -> ray.train.CheckpointConfig:
     )
 
 
-def is_due(done: int, job: Job) -> bool:
+def checkpoint_due(done: int, job: Job) -> bool:
     """Whether a checkpoint follows step `done`; behind the last step comes the export instead."""
     every = job.settings.save_steps
     return bool(every) and done % every == 0 and done < job.steps  # type: ignore[operator]
@@ -100,7 +100,7 @@ def resume(worker: RankState) -> int:
         return 0
     with checkpoint.as_directory() as folder:
         progress = Folder(folder).read_json(PROGRESS)
-        load(worker, folder)
+        load_shard(worker, folder)
     worker.curve, worker.resumed_after = progress["curve"], progress["step"]
     log.info("%s goes on after step %d", worker.job.phase, progress["step"])
     return int(progress["step"])
@@ -115,16 +115,16 @@ def load_best(worker: RankState) -> Row:
     chosen: list[Any] = [None]
     if worker.rank == 0:  # another rank may see the storage otherwise
         found = [step for step, checkpoint in kept.items() if _is_there(checkpoint)]
-        chosen = [choose(worker.curve, found, worker.job.settings.evaluate)]
+        chosen = [choose_exported(worker.curve, found, worker.job.settings.evaluate)]
     dist.broadcast_object_list(chosen, src=0)
     line: Row = chosen[0]
     if line["step"] != worker.curve[-1]["step"]:
         with kept[line["step"]].as_directory() as folder:
-            load(worker, folder)
+            load_shard(worker, folder)
     return line
 
 
-def choose(curve: Sequence[Row], found: Collection[int], settings: Evaluate) -> Row:
+def choose_exported(curve: Sequence[Row], found: Collection[int], settings: Evaluate) -> Row:
     """The line of the best evaluation of which the weights can be had: those of the last step, or of
     a checkpoint at one of the steps `found`; the last line where nothing was evaluated."""
     last = curve[-1]
@@ -146,6 +146,6 @@ def _is_there(checkpoint: ray.train.Checkpoint) -> bool:
     return bool(checkpoint.filesystem.get_file_info(path).type == pafs.FileType.File)
 
 
-def load(worker: RankState, folder: str) -> None:
+def load_shard(worker: RankState, folder: str) -> None:
     """Load this rank's shard from a local folder."""
     worker.engine.load_checkpoint(folder, tag=TAG, load_module_strict=worker.job.settings.lora is None)

@@ -29,19 +29,19 @@ def is_permanent(error: BaseException) -> bool:
     return isinstance(error, _OURS)
 
 
-def tell(folder: Folder, error: BaseException) -> None:
+def record(folder: Folder, error: BaseException) -> None:
     """Leave word of a permanent failure in the folder of a run's checkpoints."""
     said = str(error) if isinstance(error, TrainError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError, StorageError):  # then it is tried again, for nothing
         folder.write_json(WORD, {"message": said})
 
 
-def told(folder: Folder) -> str | None:
+def recorded(folder: Folder) -> str | None:
     """The message of a permanent failure that a worker has left."""
     return str(folder.read_json(WORD)["message"]) if folder.exists(WORD) else None
 
 
-def forget(folder: Folder) -> None:
+def clear(folder: Folder) -> None:
     """Remove the word of an earlier call: its cause may be gone."""
     path = f"{folder.path}/{WORD}"
     if folder.fs.get_file_info(path).type == pafs.FileType.File:

@@ -15,7 +15,7 @@ from vpo_ray.records import Row, share_of
 from vpo_ray.train.examples import Example
 
 
-def split(
+def hold_out(
     examples: Sequence[Example], groups: dict[str, str], share: float
 ) -> tuple[list[Example], list[Example]]:
     """Examples to train on, and held-out ones.
@@ -37,7 +37,7 @@ def split(
     return [e for e in examples if points[groups[e.id]] >= bound], held_out
 
 
-def is_due(done: int, steps: int, rows: int, settings: Training) -> bool:
+def evaluation_due(done: int, steps: int, rows: int, settings: Training) -> bool:
     """Whether step `done` of `steps` is followed by an evaluation: every `evaluate.steps` (or epoch)
     and at the end."""
     every = settings.evaluate.steps or math.ceil(rows / settings.global_batch)

@@ -18,7 +18,7 @@ from vpo_ray.storage.run_dir import ALSO
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.placement import require, watched, worker_shapes
 from vpo_ray.train.examples import COLUMNS, TrainError, end_of_turn, row_id, tokenise
-from vpo_ray.train.held_out import split
+from vpo_ray.train.held_out import hold_out
 from vpo_ray.train.model_files import identity, marker, refuse_adapter
 from vpo_ray.train.phase import Job, PhaseSpec
 from vpo_ray.train.track import check_trackers
@@ -119,7 +119,7 @@ def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
     for reason, count in dropped.items():
         log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
     groups = {row_id(phase, row): str(row.get("query_id") or row["query"]) for row in rows}
-    examples, held_out = split(examples, groups, spec.settings.evaluate.share)
+    examples, held_out = hold_out(examples, groups, spec.settings.evaluate.share)
     if not examples:
         raise TrainError(f"{phase}: evaluate.share leaves no row of {len(held_out)} to train on: lower it")
     facts: Row = {
@@ -147,7 +147,7 @@ def _fit(job: Job) -> None:
 
     settings, kept = job.settings, job.kept
     checkpoints.refuse_other_workers(kept, settings.workers)
-    failures.forget(kept)
+    failures.clear(kept)
     trainer = partial(
         TorchTrainer,
         train_worker,
@@ -163,7 +163,7 @@ def _fit(job: Job) -> None:
             name=job.name,
             storage_path=join(job.run_uri, "checkpoints"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=checkpoints.config(settings),
+            checkpoint_config=checkpoints.checkpoint_config(settings),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -173,7 +173,7 @@ def _fit(job: Job) -> None:
         try:
             result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
         except TrainError as error:
-            if message := failures.told(kept):
+            if message := failures.recorded(kept):
                 raise TrainError(f"{job.phase}: {message}") from error
             raise
     if result.return_value and "stopped" in result.return_value:

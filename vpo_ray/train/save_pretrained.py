@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vpo_ray.train.phase import Job
 
 
-def export(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
+def export_policy(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
     """Write the folder whole or not at all, replacing an older one.
 
     Args:
@@ -59,8 +59,7 @@ def export(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
 def write_policy(
     model: Any, weights: dict[str, Any], job: Job, folder: Path, merged: Callable[[Path], Any]
 ) -> Any:
-    """Everything but the model card and the marker; see `export`, and `rehearsal`, which calls this without
-    weights.
+    """Write everything but the model card and the marker; `rehearsal` calls this without weights.
 
     Args:
         merged: from the adapter's folder to the base model with the adapter merged into it.

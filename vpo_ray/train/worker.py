@@ -29,13 +29,13 @@ from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.train import checkpoints, failures, packing, zero
 from vpo_ray.train.degenerate import degenerate
 from vpo_ray.train.examples import TrainError
-from vpo_ray.train.held_out import best, enough, is_due
+from vpo_ray.train.held_out import best, enough, evaluation_due
 from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
 from vpo_ray.train.model_files import digest
 from vpo_ray.train.phase import Job, RankState
 from vpo_ray.train.policy import PackedPolicy, check_packing
 from vpo_ray.train.rehearsal import check_room
-from vpo_ray.train.save_pretrained import export
+from vpo_ray.train.save_pretrained import export_policy
 from vpo_ray.train.track import Trackers, values_of
 from vpo_ray.versions import check_code
 
@@ -86,8 +86,9 @@ class Worker(RankState):
             notice = ray.train.get_preemption_info() if settings.save_steps else None
             preempted = notice is not None and notice.preempted_node_ids != leaving
             leaving = notice.preempted_node_ids if notice else leaving
-            save = preempted or checkpoints.is_due(done, job)
-            evaluated = job.held_out and (save or is_due(done, job.steps, len(job.examples), settings))
+            save = preempted or checkpoints.checkpoint_due(done, job)
+            due = save or evaluation_due(done, job.steps, len(job.examples), settings)
+            evaluated = job.held_out and due
             if evaluated:
                 line |= self.evaluate()
             self.curve.append(line)
@@ -270,7 +271,7 @@ class Worker(RankState):
                 "resumed_after": self.resumed_after,
                 "warnings": [text for x in self.curve for text in x.get("warnings", {}).values()],
             }
-            export(self.engine.module.model, weights, job, facts)
+            export_policy(self.engine.module.model, weights, job, facts)
         ray.train.report(line)
         dist.barrier()
 
@@ -296,7 +297,7 @@ def train_worker(config: dict[str, Any]) -> Row:
     check_code(config["code"])
     bind_worker()
     job: Job = ray.get(config["job"])
-    message = failures.told(job.kept)
+    message = failures.recorded(job.kept)
     if message is None:
         try:
             _work(job)
@@ -305,7 +306,7 @@ def train_worker(config: dict[str, Any]) -> Row:
         except Exception as error:
             # Raised, so that the other ranks, which may wait for this one, are stopped too.
             if failures.is_permanent(error):
-                failures.tell(job.kept, error)
+                failures.record(job.kept, error)
             raise
     return {} if message is None else {"stopped": message}
 
@@ -337,7 +338,7 @@ def _work(job: Job) -> None:
             other = start(models[0])
             other.compute_reference(name)
             reference = other.reference
-            zero.forget(other.engine)
+            zero.release(other.engine)
             del other
     worker = start(job.model)
     if rank == 0:

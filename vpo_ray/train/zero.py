@@ -212,7 +212,7 @@ def _cpu_adam() -> Any:
     return DeepSpeedCPUAdam
 
 
-def forget(engine: Any) -> None:
+def release(engine: Any) -> None:
     """Let go of an engine and of what it holds on the accelerator."""
     import gc
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.engines.chat import Usage
-from vpo_ray.engines.endpoint.completion import Completion, parse, read
+from vpo_ray.engines.endpoint.completion import Completion, parse_body, read_completion
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 quick = settings(deadline=None, max_examples=100)
@@ -41,7 +41,7 @@ THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
     ],
 )
 def test_content_in_parts_is_its_text_without_thoughts(content: Any) -> None:
-    assert read(body(content)).text == "a cat"
+    assert read_completion(body(content)).text == "a cat"
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_content_in_parts_is_its_text_without_thoughts(content: Any) -> None:
     ],
 )  # fmt: skip
 def test_other_shapes_of_an_answer(whole: dict[str, Any]) -> None:
-    found = read(whole)
+    found = read_completion(whole)
     assert (found.text, found.usage, found.answered) == ("a cat", Usage(10, 5), True)
 
 
 def test_an_object_that_a_server_parsed_is_the_answer() -> None:
-    assert json.loads(read(body({"verdict": "yes"})).text) == {"verdict": "yes"}
+    assert json.loads(read_completion(body({"verdict": "yes"})).text) == {"verdict": "yes"}
 
 
 def test_events_of_a_stream_are_an_answer() -> None:
     parts = ({"choices": [{"delta": {"content": text}}]} for text in ("a ", "cat"))
     chunks = [*parts, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USAGE}]
     text = ": hello\n\n" + "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
-    found = read(parse(text.encode()))
+    found = read_completion(parse_body(text.encode()))
     assert (found.text, found.finish, found.usage) == ("a cat", "stop", Usage(10, 5))
 
 
@@ -106,7 +106,7 @@ def test_events_of_a_stream_are_an_answer() -> None:
     ],
 )  # fmt: skip
 def test_tokens_are_counted_however_they_are_told(usage: Any, counted: tuple[int, int]) -> None:
-    found = read(parse(json.dumps({**body(), "usage": usage}).encode()))
+    found = read_completion(parse_body(json.dumps({**body(), "usage": usage}).encode()))
     assert (found.usage.prompt, found.usage.completion, found.text) == (*counted, "a cat")
 
 
@@ -124,7 +124,7 @@ def test_tokens_are_counted_however_they_are_told(usage: Any, counted: tuple[int
     ],
 )
 def test_refusals_of_every_shape(more: dict[str, Any], says: str) -> None:
-    assert (read(body(**more)).refusal or "").startswith(says)
+    assert (read_completion(body(**more)).refusal or "").startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_refusals_of_every_shape(more: dict[str, Any], says: str) -> None:
     ],
 )
 def test_a_question_that_was_filtered(whole: dict[str, Any]) -> None:
-    assert (read(whole).refusal or "").startswith("a content filter refused the question")
+    assert (read_completion(whole).refusal or "").startswith("a content filter refused the question")
 
 
 def test_fields_that_are_not_needed_may_be_anything() -> None:
     odd = {"refusal": False, "finish_reason": 1, "logprobs": [None], "index": "x"}
-    found = read(body("a cat", **odd) | {"id": 7, "created": None, "service_tier": {"a": []}})
+    found = read_completion(body("a cat", **odd) | {"id": 7, "created": None, "service_tier": {"a": []}})
     assert (found.text, found.finish, found.refusal, found.tokens()) == ("a cat", "1", None, [])
 
 
@@ -160,25 +160,25 @@ def test_fields_that_are_not_needed_may_be_anything() -> None:
     ],
 )
 def test_log_probabilities_of_other_shapes(logprobs: Any) -> None:
-    [token] = read(body(logprobs=logprobs)).tokens()
+    [token] = read_completion(body(logprobs=logprobs)).tokens()
     assert (token.token, dict(token.alternatives)) == ("yes", {"yes": -0.5, "no": -1.0})
 
 
 @pytest.mark.parametrize("top", [None, 5, "x", [None]])
 def test_a_token_without_alternatives(top: Any) -> None:
     tokens = [{"token": "yes", "logprob": -0.5, "top_logprobs": top}]
-    assert read(body(logprobs={"content": tokens})).tokens()[0].alternatives == [("yes", -0.5)]
+    assert read_completion(body(logprobs={"content": tokens})).tokens()[0].alternatives == [("yes", -0.5)]
 
 
 def test_half_a_character_is_no_error() -> None:
     data = json.dumps(body("a \ud83d cat \ud83d\ude00")).encode()
-    assert read(parse(data)).text == "a \ufffd cat \U0001f600"
+    assert read_completion(parse_body(data)).text == "a \ufffd cat \U0001f600"
 
 
 def test_what_is_no_json_says_so() -> None:
     for data in (b"", b"<html>", b"{", b"[" * 100_000, b"data: \n\n", b": hi\n\n", b"\xff\xfe"):
         with pytest.raises(ValueError, match=r"."):
-            parse(data)
+            parse_body(data)
 
 
 # Any value at any place
@@ -230,7 +230,7 @@ def is_sound(found: Completion) -> None:
 @quick
 @given(st.sampled_from(places(FULL)), VALUES)
 def test_any_value_at_any_place_is_read(place: tuple[Any, ...], value: Any) -> None:
-    found = read(parse(json.dumps(put(FULL, place, value)).encode()))
+    found = read_completion(parse_body(json.dumps(put(FULL, place, value)).encode()))
     is_sound(found)
     if place and place[0] != "usage":
         assert found.usage == Usage(10, 5), "what is paid is counted, whatever else is there"
@@ -239,11 +239,11 @@ def test_any_value_at_any_place_is_read(place: tuple[Any, ...], value: Any) -> N
 @quick
 @given(VALUES)
 def test_any_value_at_all_is_read(value: Any) -> None:
-    is_sound(read(value))
+    is_sound(read_completion(value))
 
 
 @quick
 @given(st.binary(max_size=40))
 def test_any_bytes_are_json_or_not(data: bytes) -> None:
     with suppress(ValueError):
-        is_sound(read(parse(data)))
+        is_sound(read_completion(parse_body(data)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray import recipe
-from vpo_ray.engines.reward.checklist import ChecklistError, LoadedChecklist, Question, load
+from vpo_ray.engines.reward.checklist import ChecklistError, LoadedChecklist, Question, load_checklist
 
 VISIONREWARD = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "visionreward"
 RANGES = {
@@ -28,24 +28,26 @@ def published(folder: Path, questions: str, weights: Any, **options: Any) -> Loa
     (folder / "questions.txt").write_text(questions)
     (folder / "weight.json").write_text(weights if isinstance(weights, str) else json.dumps(weights))
     paths = {"questions": str(folder / "questions.txt"), "weights": str(folder / "weight.json")}
-    return load(recipe.Checklist(**paths, **options))
+    return load_checklist(recipe.Checklist(**paths, **options))
 
 
 def ours(folder: Path, questions: Any) -> LoadedChecklist:
     (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": questions}))
-    return load(recipe.Checklist(file=str(folder / "checklist.yaml")))
+    return load_checklist(recipe.Checklist(file=str(folder / "checklist.yaml")))
 
 
 def test_the_published_files_are_read_as_they_are() -> None:
     if not VISIONREWARD.is_dir():
         pytest.skip("VisionReward's files are not here")
     questions, weights = VISIONREWARD / "VisionReward_video_qa_select.txt", VISIONREWARD / "weight.json"
-    found = load(recipe.Checklist(questions=str(questions), weights=str(weights)))
+    found = load_checklist(recipe.Checklist(questions=str(questions), weights=str(weights)))
     assert len(found.questions) == 29
     assert found.score([True] * 29, "sum01")[0] == pytest.approx(6.2771726, abs=1e-6)
     # The score that a tokenizer without a literal "yes" gives to every video.
     assert found.score([False] * 29, "mean_pm1")[0] == pytest.approx(-0.21645422762093175, abs=1e-12)
-    kept = load(recipe.Checklist(questions=str(questions), weights=str(weights), strip_newlines=False))
+    kept = load_checklist(
+        recipe.Checklist(questions=str(questions), weights=str(weights), strip_newlines=False)
+    )
     assert [q.text.endswith("\n") for q in kept.questions] == [True] * 28 + [False]
 
 
@@ -103,7 +105,7 @@ def test_a_checklist_of_ours_that_does_not_fit_is_refused(
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ChecklistError, match=r"absent\.yaml"):
-        load(recipe.Checklist(file=str(tmp_path / "absent.yaml")))
+        load_checklist(recipe.Checklist(file=str(tmp_path / "absent.yaml")))
 
 
 def test_a_slot_in_the_query_is_not_filled_again() -> None:

@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from vpo_ray.engines.reward import RewardError
-from vpo_ray.engines.reward.frames import choose, preprocess, read_frames
+from vpo_ray.engines.reward.frames import choose_frames, preprocess, read_frames
 
-CHAT = partial(choose, strategy="chat")
+CHAT = partial(choose_frames, strategy="chat")
 
 
 def test_chat_takes_a_frame_a_second_and_base_24_of_the_first_minute() -> None:
     times = [i / 8 for i in range(49)]
-    assert choose(times, 8, "chat") == list(range(0, 49, 8))
-    assert len(choose([i / 8 for i in range(800)], 8, "chat")) == 24
-    base = choose([float(i) for i in range(100)], 1, "base")
+    assert choose_frames(times, 8, "chat") == list(range(0, 49, 8))
+    assert len(choose_frames([i / 8 for i in range(800)], 8, "chat")) == 24
+    base = choose_frames([float(i) for i in range(100)], 1, "base")
     assert (base[0], base[-1], len(base)) == (0, 59, 24)
-    assert choose([0.0], 8, "base") == [0] * 24
+    assert choose_frames([0.0], 8, "base") == [0] * 24
 
 
 def test_a_number_takes_so_many_frames_a_second() -> None:
-    assert choose([i / 8 for i in range(17)], 8, 4.0) == list(range(0, 17, 2))
+    assert choose_frames([i / 8 for i in range(17)], 8, 4.0) == list(range(0, 17, 2))
 
 
 def test_frames_are_those_chosen(clip: Callable[..., bytes]) -> None:

@@ -17,7 +17,7 @@ def folder(tiny_models: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> model.CogVLM2Video:
-    return model.load(folder, torch.float32, "cpu")
+    return model.load_reward_model(folder, torch.float32, "cpu")
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -72,7 +72,7 @@ class OpenAIChat:
     def __init__(self, model: ChatModel, client: EndpointClient, answers: Answers, account: Account) -> None:
         self.model, self.client, self.answers, self.account = model, client, answers, account
         client.account = account
-        self._under_way, self._settled = 0, asyncio.Event()
+        self._under_way, self._idle = 0, asyncio.Event()
         # As many files at once as requests: a slow disk or store then slows no request.
         self._files = ThreadPoolExecutor(model.endpoint.concurrency, "answers")
 
@@ -113,8 +113,8 @@ class OpenAIChat:
         except CostLimitReached:
             # The run stops, and this process with it: what is paid for is kept first.
             while self._under_way:
-                self._settled.clear()
-                await self._settled.wait()
+                self._idle.clear()
+                await self._idle.wait()
             raise
         return answer
 
@@ -126,7 +126,7 @@ class OpenAIChat:
         finally:
             self._under_way -= 1
             if not self._under_way:
-                self._settled.set()
+                self._idle.set()
 
     async def _of_schema(
         self, first: Answer, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any]

@@ -23,7 +23,7 @@ import openai
 
 from vpo_ray.engines.chat import Usage
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.engines.endpoint.completion import Completion, parse, read
+from vpo_ray.engines.endpoint.completion import Completion, parse_body, read_completion
 from vpo_ray.engines.endpoint.failures import (
     RETRIED,
     STOPS,
@@ -288,7 +288,7 @@ class EndpointClient:
         """The JSON value of an answer. Raises `_Again` for one that is not readable."""
         data = await self._explained(self._post(path, request, options))
         try:
-            return parse(data)
+            return parse_body(data)
         except ValueError as error:
             message = f"{self.where}: the answer is not readable: {self._told(error)}"
             raise _Again(RequestError(message)) from None
@@ -318,7 +318,7 @@ class EndpointClient:
 
     async def _read(self, body: Any) -> Completion:
         """The completion, which is in the account, or the failure that stands in its place."""
-        reply = await self._paid(read(body))
+        reply = await self._paid(read_completion(body))
         if reply.answered or reply.refusal or reply.usage.prompt + reply.usage.completion:
             return reply
         if reply.error is None:

@@ -76,7 +76,7 @@ class Completion:
         return list(_tokens(self._logprobs))
 
 
-def parse(data: bytes) -> Any:
+def parse_body(data: bytes) -> Any:
     """The JSON value of a response's body. Raises ValueError where it is none."""
     try:
         return msgspec.json.decode(data)
@@ -87,7 +87,7 @@ def parse(data: bytes) -> Any:
     return _lenient(text)
 
 
-def read(body: Any) -> Completion:
+def read_completion(body: Any) -> Completion:
     """What a chat completion says, of any JSON value; raises nothing."""
     body = _dict(body)
     usage, choice = _usage(body), _choice(body)

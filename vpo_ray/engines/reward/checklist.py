@@ -70,7 +70,7 @@ class LoadedChecklist:
         return math.fsum(values), {name: math.fsum(part) for name, part in parts.items()}
 
 
-def load(settings: recipe.Checklist | None) -> LoadedChecklist:
+def load_checklist(settings: recipe.Checklist | None) -> LoadedChecklist:
     """Read the checklist of a recipe: our YAML, or published questions with their weights.
 
     Raises:

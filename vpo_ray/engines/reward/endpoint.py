@@ -54,8 +54,8 @@ class EndpointReward:
         self._client = EndpointClient(settings.endpoint, settings.model, "reward.endpoint", account)
         self._client.read_key()
         self.settings = settings
-        self.checklist = checklist.load(settings.checklist)
-        self.pick = partial(frames.choose, strategy=settings.frame_strategy)
+        self.checklist = checklist.load_checklist(settings.checklist)
+        self.pick = partial(frames.choose_frames, strategy=settings.frame_strategy)
         self.prompt_tokens = self.completion_tokens = 0
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:

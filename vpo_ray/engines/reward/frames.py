@@ -27,7 +27,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def choose(timestamps: Sequence[float], fps: float, strategy: Strategy) -> list[int]:
+def choose_frames(timestamps: Sequence[float], fps: float, strategy: Strategy) -> list[int]:
     """Indices of the frames to look at.
 
     Args:

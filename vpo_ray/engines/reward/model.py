@@ -118,7 +118,7 @@ class LastLayer(LlamaDecoderLayer):
 
 
 class CogVLM2Video(nn.Module):
-    """The whole model. Build it with `load`."""
+    """The whole model. Build it with `load_reward_model`."""
 
     def __init__(self, config: Config, attention: Literal["sdpa", "eager"] = "sdpa") -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class CogVLM2Video(nn.Module):
         return output.last_hidden_state[0]
 
 
-def load(
+def load_reward_model(
     folder: str | Path, dtype: torch.dtype, device: str, attention: Literal["sdpa", "eager"] = "sdpa"
 ) -> CogVLM2Video:
     """The model of a published checkpoint folder, in eval mode.

@@ -54,15 +54,17 @@ class VisionReward:
 
     def __init__(self, settings: Reward) -> None:
         self.settings = settings
-        self.checklist = checklist.load(settings.checklist)
+        self.checklist = checklist.load_checklist(settings.checklist)
         folder = _folder(settings.model)
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.load(folder, getattr(torch, settings.dtype), device, settings.attention)
+        self.model = model.load_reward_model(
+            folder, getattr(torch, settings.dtype), device, settings.attention
+        )
         self.tokenizer = _tokenizer(folder)
         self.control_tokens = control_tokens(self.tokenizer)
-        self.pick = partial(frames.choose, strategy=settings.frame_strategy)
+        self.pick = partial(frames.choose_frames, strategy=settings.frame_strategy)
         self.rule = Rule(
             [_token(self.tokenizer, word) for word in settings.yes_tokens],
             [_token(self.tokenizer, word) for word in settings.no_tokens],

@@ -83,7 +83,7 @@ def _text_of(text: str, settings: Queries) -> tuple[str, tuple[flags.Flag, ...] 
     if settings.collapse_spaces:
         text = " ".join(text.split())
     if settings.flags:
-        stripped, found = flags.split(text)
+        stripped, found = flags.split_flags(text)
         if not rules.visible(stripped):
             return text, found, code("only flags" if found else "empty")
         text = stripped
