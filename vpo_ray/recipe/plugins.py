@@ -15,6 +15,7 @@ to work.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,9 +93,12 @@ class Plugin:
         return model.model_validate(given)
 
     def identity(self, section: Modelled) -> str:
-        """What changes a result beside the section's own keys. Raises PluginError."""
-        more = getattr(self.builder, "identity", None)
-        return self.pin if more is None else f"{self.pin}+{self._asked(more, section)}"
+        """The builder, its version and what it says that a result depends on; where it says nothing, the
+        names of the weights in the section. Raises PluginError."""
+        if (more := getattr(self.builder, "identity", None)) is not None:
+            return f"{self.pin}+{self._asked(more, section)}"
+        weights = section.model_dump(include={"model", "revision", "lora"}, exclude_defaults=True)
+        return f"{self.pin}+{json.dumps(weights, sort_keys=True)}" if weights else self.pin
 
     def build(self, section: Modelled) -> Any:
         """The model. Raises PluginError where it cannot be built, whatever the builder raises."""

@@ -1,0 +1,210 @@
+"""Rewards, video models and chat engines of others: what a recipe may name, and what it is refused for."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray.engines import reward as rewards
+from vpo_ray.engines import video
+from vpo_ray.plan import PlanError, check
+from vpo_ray.recipe import ChatModel, Judge, Recipe, RecipeError, Render, Reward, load, parse_stored, plugins
+from vpo_ray.recipe.plugins import PluginError
+from vpo_ray.stages.draft import draft_key
+from vpo_ray.stages.render import Renderer
+from vpo_ray.stream import made_with
+
+TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
+MODULE = """
+from pydantic import BaseModel, Field
+class Model:
+    class Options(BaseModel):
+        level: int = Field(1, gt=0)
+    def __init__(self, settings, options):
+        self.settings, self.options = settings, options
+        if options.level == 13:
+            raise OSError("no such weights")
+class Loaded(Model):
+    version = "weights-7"
+    @staticmethod
+    def identity(settings, options):
+        return f"level {options.level}"
+"""
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a package `others` with a module and entry points on Python's path."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.load.cache_clear()
+
+    def put(version: str | None = "1.2", text: str = MODULE, points: str = "", name: str = "others") -> Path:
+        (tmp_path / f"{name}.py").write_text(text)
+        if version is not None:
+            info = tmp_path / f"{name}_models-1.dist-info"
+            info.mkdir(exist_ok=True)
+            (info / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {name}-models\nVersion: {version}\n"
+            )
+            (info / "top_level.txt").write_text(name)
+            (info / "entry_points.txt").write_text(points)
+        sys.modules.pop(name, None)
+        plugins.load.cache_clear()
+        return tmp_path
+
+    yield put
+    for name in set(sys.modules) - before:
+        if name.startswith("others"):
+            del sys.modules[name]
+    plugins.load.cache_clear()
+
+
+def tiny(*sets: str) -> Recipe:
+    return load(TINY, sets)
+
+
+REWARD = "reward={kind: 'others:Model', options: {level: 2}}"
+
+
+def test_names_that_the_package_knows_are_those_that_it_has() -> None:
+    assert tuple(rewards.KINDS) == Reward.known
+    assert tuple(video.KINDS) == Render.known
+
+
+def test_a_recipe_has_the_builder_and_its_version_written_into_it(install: Install) -> None:
+    install(points="[vpo_ray.rewards]\nbright = others:Model\n")
+    by_target = tiny(REWARD)
+    assert by_target.reward.kind == "others:Model@1.2"
+    assert tiny(REWARD.replace("others:Model", "bright")) == by_target
+    assert parse_stored(by_target.dump(), "run") == by_target
+    install("1.3")
+    assert tiny(REWARD).fingerprint() != by_target.fingerprint()
+    assert tiny("seed=8", REWARD.replace("2", "3")).fingerprint() != tiny("seed=8", REWARD).fingerprint()
+
+
+def test_a_module_of_no_package_has_its_text_for_a_version(install: Install) -> None:
+    install(None)
+    first = tiny(REWARD).reward.kind
+    assert len(first.partition("@")[2]) == 12
+    install(None, MODULE + "# changed")
+    assert tiny(REWARD).reward.kind != first
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (
+            "reward={kind: 'others:Model', options: {level: 0}}",
+            "reward.options.level: Input should be greater",
+        ),
+        (
+            "reward={kind: 'others:Model', options: {levl: 2}}",
+            "reward.options.levl: unknown key; did you mean",
+        ),
+        ("more_rewards.two={kind: 'others:Model', options: {level: x}}", "more_rewards.two.options.level: "),
+        ("reward={kind: 'no such:', model: m}", "reward.kind: 'no such:' is no name and no package.module"),
+        ("render.options={a: 1}", "render: options has no effect with kind: diffusers"),
+        ("judge.options={a: 1}", "judge: options has no effect with backend: vllm"),
+        ("reward={kind: openai, checklist: {file: c}}", "reward.model: missing; add it"),
+    ],
+)
+def test_a_recipe_is_refused_by_the_key(install: Install, sets: str, says: str) -> None:
+    install()
+    with pytest.raises(RecipeError) as refused:
+        tiny(sets)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("visionrewrad", "is no kind that is known here (visionreward, openai, broken)"),
+        ("broken", "others:gone cannot be imported: AttributeError"),
+        ("nowhere.at_all:Model", "nowhere.at_all:Model cannot be imported: ModuleNotFoundError"),
+        ("os:system", "os:system is no builder"),
+        ("others:Model@1.1", "others:Model has version 1.2 here, and not 1.1"),
+    ],
+)
+def test_what_is_not_here_is_a_problem_of_the_plan_and_not_of_reading(
+    install: Install, kind: str, says: str
+) -> None:
+    install(points="[vpo_ray.rewards]\nbroken = others:gone\n")
+    recipe = tiny(f"reward={{kind: '{kind}'}}", "pair.dominance=none")
+    assert recipe.reward.kind == kind
+    with pytest.raises(PlanError) as refused:
+        check(recipe)
+    [line] = [line for line in str(refused.value).splitlines() if "reward.kind" in line]
+    assert line.strip().startswith("reward.kind: ")
+    assert says in line
+
+
+def test_a_name_that_two_packages_offer_is_refused(install: Install) -> None:
+    install(points="[vpo_ray.rewards]\nbright = others:Model\n")
+    install(points="[vpo_ray.rewards]\nbright = others2:Model\n", name="others2")
+    with pytest.raises(PluginError, match="bright is offered by others"):
+        plugins.find(Reward(kind="bright"))
+
+
+def test_a_reward_without_a_checklist_cannot_be_compared_by_question(install: Install) -> None:
+    install()
+    with pytest.raises(PlanError, match=r"pair\.dominance: question needs a checklist, reward has none"):
+        check(tiny(REWARD, "pair.dominance=question"))
+
+
+def test_the_model_that_is_built_has_the_section_and_its_options(install: Install) -> None:
+    install()
+    settings = tiny(REWARD).reward
+    model: Any = rewards.build(settings)
+    assert (model.settings, model.options.level) == (settings, 2)
+    with pytest.raises(PluginError, match=r"others:Model@1.2: OSError: no such weights") as refused:
+        rewards.build(settings.model_copy(update={"options": {"level": 13}}))
+    assert refused.value.stops_run
+
+
+def test_a_videos_key_follows_builder_version_options_and_identity(install: Install, tmp_path: Path) -> None:
+    install()
+    row = {"candidate_id": "c", "query_id": "q", "prompt": "a cat", "verdict": "aligned", "error": None}
+
+    def key(**changes: Any) -> str:
+        render = Render.model_validate({"kind": "others:Model", "options": {"level": 2}} | changes)
+        return Renderer(render, str(tmp_path / "videos"), 7)._job(row).key
+
+    plain = key()
+    assert key(time_limit_s=5) == key(pool={"num_gpus": 1}) == key(kind="others:Model@1.2") == plain
+    others = [key(options={"level": 3}), key(kind="others:Loaded"), key(model="m"), key(frames=5)]
+    install("1.3")
+    assert len({plain, *others, key()}) == 6
+
+
+def test_what_a_model_says_of_itself_is_what_its_rows_are_made_with(install: Install) -> None:
+    install()
+    named = [f"{key}={{{name}: 'others:Loaded', options: {{level: 4}}}}"
+             for key, name in (("reward", "kind"), ("render", "kind"), ("judge", "backend"))]  # fmt: skip
+    recipe = tiny(*named)
+    for stage, key in (("score", "reward.kind"), ("render", "render.kind"), ("judge", "judge.backend")):
+        assert made_with.facts(recipe, stage)[key] == "others:Loaded@weights-7+level 4"
+
+
+def test_a_drafts_id_follows_the_engine_of_another(install: Install) -> None:
+    install()
+    draft = "draft={examples: vpo_ray/data/sft.jsonl, llm: {backend: 'others:Model', options: {level: %d}}}"
+    recipes = [tiny(draft % level) for level in (1, 2)]
+    judge = Judge(model="m")
+    assert len({draft_key(recipe.draft, judge, []) for recipe in recipes if recipe.draft}) == 2
+
+
+def test_options_are_data(install: Install) -> None:
+    """Whatever they say, a builder gets them as they are written."""
+    install(text=MODULE.replace("level: int = Field(1, gt=0)", "level: str"))
+    hostile = "$(touch /tmp/x); {{ 1 + 1 }} %s \n"
+    llm = ChatModel.model_validate({"backend": "others:Model", "options": {"level": hostile}})
+    from vpo_ray.engines.chat import build
+
+    assert build(llm).options.level == hostile  # type: ignore[attr-defined]
+    assert hostile in json.loads(json.dumps(llm.model_dump()))["options"].values()
