@@ -16,6 +16,7 @@ from typing import Any
 
 from vpo_ray.files.input_files import matches, path_of_uri, walk
 from vpo_ray.recipe import Recipe, sources
+from vpo_ray.stream.ray_compat import largest_package, package_rules
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,12 @@ def pack(
         logger.info("named by the recipe, so that they travel, too: %s", _some(forced))
     files |= named
     _write(files, target)
-    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
-
-    if target.stat().st_size >= GCS_STORAGE_MAX_SIZE:
+    limit = largest_package()
+    if target.stat().st_size >= limit:
         largest = sorted(files, key=lambda name: -files[name].stat().st_size)[:5]
         raise PackageError(
             f"{folder} is {target.stat().st_size / 2**20:.0f} MiB when packed, Ray takes less than "
-            f"{GCS_STORAGE_MAX_SIZE / 2**20:.0f}. Its largest files are {', '.join(largest)}: name them in "
+            f"{limit / 2**20:.0f}. Its largest files are {', '.join(largest)}: name them in "
             ".gitignore or .rayignore, or put them on storage that every node has"
         )
 
@@ -98,16 +98,12 @@ def is_node_of(session: str) -> bool:
 def _left_by_ray(folder: Path) -> Iterator[tuple[str, Path]]:
     """Files and empty folders of the working directory by their relative names, as Ray would pack them:
     .gitignore and .rayignore of every folder are obeyed, links are followed."""
-    from ray._private import ray_constants
-    from ray._private.runtime_env import packaging
-
-    obeyed = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    patterns = [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES]
-    rules: dict[Path, list[Any]] = {folder.parent: [packaging._get_excludes(folder, patterns)]}
+    base, own = package_rules(folder, EXCLUDES)
+    rules: dict[Path, list[Any]] = {folder.parent: [base]}
 
     def entered(path: Path) -> bool:
         inherited = rules[path.parent]
-        rules[path] = [*inherited, *packaging.get_excludes_from_ignore_files(path, obeyed)]
+        rules[path] = [*inherited, *own(path)]
         return not any(excluded(path) for excluded in rules[path])
 
     for path in walk(folder, entered, every_name=True, folders=True):

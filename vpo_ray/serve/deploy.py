@@ -14,6 +14,7 @@ from vpo_ray.serve.app import build_app
 from vpo_ray.serve.config import APP, serve_config
 from vpo_ray.serve.engine import fingerprint
 from vpo_ray.serve.run import check
+from vpo_ray.stream.ray_compat import serve_client
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
         DeployError: the replicas do not start, or not in time. What was deployed before goes on.
     """
     from ray import serve
-    from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -50,7 +50,7 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
     wanted = serve_config(checkpoint, settings)
     wanted["applications"][0]["args"]["files"] = fingerprint(checkpoint)
     serve.start(proxy_location=wanted["proxy_location"], http_options=wanted["http_options"])
-    client = _get_global_client()
+    client = serve_client()
     # A config names all applications of a cluster: one that it leaves out would be deleted.
     others = [
         app["deployed_app_config"]

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-from ray.serve.llm import LLMConfig, LLMServer, ModelLoadingConfig
+from ray.serve.llm import LLMConfig, ModelLoadingConfig
 
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
@@ -27,6 +26,7 @@ from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.spoken import marked
 from vpo_ray.storage.model_cache import fetch_for_engine, version
+from vpo_ray.stream.ray_compat import VllmServer, chat_request, forget_engine_config
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,16 +36,6 @@ DRAIN_ROOM_S = 15
 FRESH_S = 10
 
 EngineRefusal = dict[str, Any]
-
-
-class OwnExecutorEngine(VLLMEngine):
-    """vLLM with the executor that is asked for: on a CPU, Ray puts another in its place."""
-
-    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, group: Any) -> Any:
-        asked = self.llm_config.engine_kwargs.get("distributed_executor_backend")
-        if asked is not None:
-            vllm_engine_config.parallel_config.distributed_executor_backend = asked
-        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, group)
 
 
 @dataclass(frozen=True)
@@ -68,23 +58,19 @@ class Thoughts:
         return cls(opened_thought(prompt), {"skip_special_tokens": False} if marks else {})
 
 
-class PolicyServer(LLMServer):
+class PolicyServer(VllmServer):
     """One replica; see the module."""
-
-    _default_engine_cls = OwnExecutorEngine
 
     async def start(self) -> None:
         bind_worker()  # the engine's core is a process that would outlive this one
         # OpenAI's field for which model answered: a client can tell one checkpoint from the next.
-        name = await asyncio.to_thread(fingerprint, self._llm_config.engine_kwargs["tokenizer"])
-        await asyncio.to_thread(_bring, self._llm_config)
-        # The checkpoint is here. Ray would start a task on each node to download it, whose imports
-        # alone take as long as loading a small model.
-        self._llm_config.get_or_create_callback().ctx.run_init_node = False
+        name = await asyncio.to_thread(fingerprint, self.config.engine_kwargs["tokenizer"])
+        await asyncio.to_thread(_bring, self.config)
+        self.skip_download()
         await super().start()
-        self.thoughts = await asyncio.to_thread(Thoughts.of, self._llm_config.engine_kwargs["tokenizer"])
+        self.thoughts = await asyncio.to_thread(Thoughts.of, self.config.engine_kwargs["tokenizer"])
         self.answered = time.monotonic()
-        self.engine._oai_serving_chat.system_fingerprint = name
+        self.name_checkpoint(name)
 
     async def answer(self, body: dict[str, Any]) -> str | EngineRefusal:
         """A whole chat completion as JSON, or a refusal with `code`, `message` and `param`."""
@@ -94,9 +80,7 @@ class PolicyServer(LLMServer):
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[str | EngineRefusal]:
         """Server-sent events where `stream` is set, and one JSON answer otherwise."""
-        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
-
-        request = ChatCompletionRequest.model_validate({**body, **self.thoughts.asked})
+        request = chat_request({**body, **self.thoughts.asked})
         begun: set[int] = set()
         try:
             async for part in await self.chat(request):
@@ -116,7 +100,7 @@ class PolicyServer(LLMServer):
         """vLLM's engine is a process of its own. Without it this replica would fail every request
         until Serve has seen three bad health checks; a replica that is gone is replaced at once, and
         what it had is asked again elsewhere."""
-        if self.engine._engine_client.errored:
+        if self.engine_died:
             logger.error("the vLLM engine died, leaving for a fresh replica")
             os._exit(1)
 
@@ -125,7 +109,7 @@ class PolicyServer(LLMServer):
         self._leave_if_dead()
         await super().check_health()
         if time.monotonic() - self.answered > FRESH_S:
-            body = {"model": self._llm_config.model_id, "messages": [PROBE], "max_tokens": 1}
+            body = {"model": self.config.model_id, "messages": [PROBE], "max_tokens": 1}
             reply = await self.answer(body)
             if not isinstance(reply, str):
                 raise RuntimeError(f"the engine does not answer: {reply.get('message')}")
@@ -150,7 +134,7 @@ def _bring(config: LLMConfig) -> None:
     kwargs["tokenizer"] = fetch_for_engine(kwargs["tokenizer"])
     for adapter in kwargs.get("lora_modules", ()):
         adapter.path = fetch_for_engine(adapter.path)
-    config._engine_config = None  # which Ray has made of the URIs
+    forget_engine_config(config)  # which Ray has made of the URIs
 
 
 def llm_config(folder: str | Path, settings: Serve) -> LLMConfig:

@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset
-from ray.data._internal.logical.interfaces import LogicalPlan
-from ray.data._internal.logical.operators import StreamingRepartition
 
 from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
 from vpo_ray.files.folder import StorageError
@@ -28,6 +26,7 @@ from vpo_ray.recipe import Pool
 from vpo_ray.records import Row, failed
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.progress import StageMetrics
+from vpo_ray.stream.ray_compat import repartition
 from vpo_ray.stream.stops import STOP, ends_run, is_stopped, stopped, stored, stream_block
 from vpo_ray.versions import check_code, code
 
@@ -303,16 +302,8 @@ def batch_pool(
 
 
 def split_blocks(dataset: Dataset, rows: int) -> Dataset:
-    """Blocks of at most `rows` rows, so that a slow stage's replicas share the work evenly.
-
-    `Dataset.repartition` does the same but reserves a whole CPU for it.
-    """
-    operator = StreamingRepartition(
-        target_num_rows_per_block=rows,
-        input_dependencies=[dataset._logical_plan.dag],
-        ray_remote_args={"num_cpus": TASK_CPUS},
-    )
-    return Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
+    """Blocks of at most `rows` rows, so that a slow stage's replicas share the work evenly."""
+    return repartition(dataset, rows, TASK_CPUS)
 
 
 def progress_handle(stages: Sequence[str], spent: float = 0.0, book: tuple[str, str] | None = None) -> Any:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Training
+from vpo_ray.stream import ray_compat
 from vpo_ray.stream.chains import draft_model
 
 logger = logging.getLogger(__name__)
@@ -191,14 +192,10 @@ def no_such_labels(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, str]]
 def look() -> View:
     """The nodes that are up in the connected cluster, and what its autoscaler says."""
     import ray
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-    from ray.experimental.internal_kv import _internal_kv_get
 
     nodes = [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
-    gcs = ray._private.worker.global_worker.gcs_client
-    reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=10))
-    state = reply.autoscaling_state
-    autoscaled = _autoscaled(nodes, state.autoscaler_state_version, _internal_kv_get("__autoscaling_status"))
+    state, report = ray_compat.cluster_status()
+    autoscaled = _autoscaled(nodes, state.autoscaler_state_version, report)
     infeasible = [dict(request.resources_bundle) for request in state.infeasible_resource_requests]
     infeasible += [
         dict(request.resources_bundle)

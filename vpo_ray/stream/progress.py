@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpo_ray.records import Row
+from vpo_ray.stream import ray_compat
 from vpo_ray.stream.spending import Book, Charges
 
 logger = logging.getLogger(__name__)
@@ -54,15 +55,11 @@ class Progress:
 def spilled_bytes() -> int:
     """What the object stores of all nodes have written to disk since the cluster started, for want of
     memory. 0 where nobody answers: a figure that cannot be had stops no run."""
-    from ray._private.internal_api import get_memory_info_reply
-    from ray._private.state import state
-
     try:
-        reply = get_memory_info_reply(state, timeout_seconds=10)
+        return ray_compat.spilled_bytes()
     except Exception:
         logger.debug("the object stores could not be asked", exc_info=True)
         return 0
-    return int(reply.store_stats.spilled_bytes_total)
 
 
 class StageMetrics:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-from ray.llm._internal.batch.stages.vllm_engine_stage import _VLLM_FATAL_ERRORS, vLLMEngineStageUDF
 
 from vpo_ray.engines.chat import ChatStage
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
@@ -26,11 +25,12 @@ from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Engine, Pool
 from vpo_ray.storage.model_cache import fetch, fetch_for_engine
 from vpo_ray.stream.actor_pools import RESTARTS, ChatRunner, Outcome, of_stage
+from vpo_ray.stream.ray_compat import VLLM_FATAL_ERRORS, VllmBatchActor
 
 logger = logging.getLogger(__name__)
 
 
-class VllmStageActor(vLLMEngineStageUDF):
+class VllmStageActor(VllmBatchActor):
     """One replica of a text stage: an engine, and the stage that runs rows on it."""
 
     def __init__(
@@ -48,7 +48,7 @@ class VllmStageActor(vLLMEngineStageUDF):
             adapter = adapter.on_node()
         super().__init__(*args, model=fetch_for_engine(model), **kwargs)
         chat = VllmChat(self.llm, tokenizer(), adapter)
-        self.run = ChatRunner(stage(), chat, outcome, _VLLM_FATAL_ERRORS, _leave)
+        self.run = ChatRunner(stage(), chat, outcome, VLLM_FATAL_ERRORS, _leave)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         yield await self.run(batch)
