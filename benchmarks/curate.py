@@ -169,7 +169,7 @@ def one_size(count: int, source: Path) -> dict[str, Any]:
             start = time.perf_counter()
             phases.curate_queries(recipe, run)
             seconds = time.perf_counter() - start
-        counts = run.read_json("queries/curated.json")
+        counts = run.read_json("meta/queries.json")
         assert sum(counts.values()) == count
         ray.shutdown()
         return {"seconds": round(seconds, 1), "peak_mb": round(memory.peak), **counts}

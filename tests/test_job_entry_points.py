@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from vpo_ray import cli
-from vpo_ray.loop.phases import LoopError, curate_queries, open_run, train_what_is_due
+from vpo_ray.loop.opening import open_run
+from vpo_ray.loop.phases import curate_queries, train_what_is_due
+from vpo_ray.loop.policies import LoopError
 from vpo_ray.recipe import load
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage.run_dir import RunDir

@@ -24,7 +24,9 @@ from chaos.outcome import Difference, Made, difference, other_videos, stored_twi
 from chaos.scene import RECIPE, Disturbed, end_of
 from chaos.table import records_of, table
 from vpo_ray.engines.video.engine import encode
-from vpo_ray.loop.phases import curate_queries, make_pairs, policy_id
+from vpo_ray.loop.pairing import make_pairs
+from vpo_ray.loop.phases import curate_queries
+from vpo_ray.loop.policies import policy_id
 from vpo_ray.recipe import load
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.score import Scorer

@@ -12,7 +12,7 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray import recipe as recipes
-from vpo_ray.loop import phases
+from vpo_ray.loop import opening
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
 from vpo_ray.storage.run_dir import RunDir
@@ -306,14 +306,14 @@ def test_no_pairs_says_why(vpo: Any, tmp_path: Path) -> None:
 
 
 def _stop_in_the_middle(recipe: Recipe, run: RunDir) -> None:
-    with phases.accounted(recipe, run):
+    with opening.accounted(recipe, run):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
 
 def test_a_terminated_run_leaves_its_ledger(tmp_path: Path) -> None:
     recipe = recipes.load(TINY, [f"out={tmp_path / 'run'}"])
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     before = signal.signal(signal.SIGTERM, connection.terminate)
     try:
         with pytest.raises(connection.Terminated):

@@ -8,7 +8,7 @@ import pytest
 from vpo_ray import cli
 from vpo_ray import recipe as recipes
 from vpo_ray.files.folder import StorageError
-from vpo_ray.loop import evaluation, phases
+from vpo_ray.loop import evaluation, opening, phases, policies
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream import connection
@@ -37,7 +37,7 @@ ENDS = [
     GenerationError("18 of 20 rows failed"),
     PlacementError("no node can take a replica"),
     StorageError("cannot write"),
-    phases.LoopError("nothing to train on"),
+    policies.LoopError("nothing to train on"),
     ZeroDivisionError("a bug"),
     KeyboardInterrupt(),
     connection.Terminated(),
@@ -59,7 +59,7 @@ def test_the_loop_leaves_its_ledger_whatever_ends_it(
 def test_a_ledger_that_is_older_than_the_failure_is_replaced(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     run.write_json("ledger.json", {"stages": {}})
     monkeypatch.setattr(phases, "generate_feedback", raising(GenerationError("no")))
     with pytest.raises(GenerationError):
@@ -72,7 +72,7 @@ def test_a_ledger_that_cannot_be_written_hides_no_error(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, end: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(phases, "generate_feedback", raising(end))
-    monkeypatch.setattr(phases, "build_ledger", raising(StorageError("the disk is gone")))
+    monkeypatch.setattr(opening, "build_ledger", raising(StorageError("the disk is gone")))
     with pytest.raises(type(end)) as caught:
         phases.run_loop(recipe)
     assert caught.value is end
@@ -92,7 +92,7 @@ def test_a_command_of_one_stage_leaves_its_ledger(tmp_path: Path) -> None:
 def test_an_evaluation_leaves_the_ledgers_of_its_policy(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     phases.curate_queries(recipe, run)
     run.write_json("checkpoints/dpo/vpo.json", {})
     monkeypatch.setattr(evaluation, "generate_feedback", raising(GenerationError("no")))

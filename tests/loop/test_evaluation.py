@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from vpo_ray import cli
-from vpo_ray.loop.evaluation import compare, evaluate, told
+from vpo_ray.loop.evaluation import compare, evaluate, summary
 from vpo_ray.loop.ledger import reconcile
-from vpo_ray.loop.phases import LoopError, Start, curate_queries, dpo_id, open_run, starting_policy
+from vpo_ray.loop.opening import open_run
+from vpo_ray.loop.phases import curate_queries, starting_policy
+from vpo_ray.loop.policies import LoopError, Start, dpo_id
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage.run_dir import RunDir
@@ -84,7 +86,7 @@ def test_only_the_eval_split_is_asked_and_each_policy_once(ray_cluster: None, tm
     assert result["before"]["verdicts"] == {"aligned": n - 1, "unsafe": 1}
     assert (result["before"]["policy"], result["after"]["policy"]) == (before.policy, after.policy)
     assert run.read_json("evaluation.json") == result
-    assert f"after DPO {n - 2} of {n - 1} videos score better" in told(result)
+    assert f"after DPO {n - 2} of {n - 1} videos score better" in summary(result)
     for folder in folders:
         assert {row["query_id"] for row in folder.table("queries").rows()} == held_out
         own = yaml.safe_load(folder.read("recipe.yaml"))

@@ -269,7 +269,7 @@ def test_a_query_without_a_pair_tells_why(
     write(run, "feedback", *rows)
     pair = build_ledger(run, recipe)["stages"]["pair"]
     assert (pair["in"], pair["skipped"]) == (1, {"not paired yet": 1})
-    run.write_json("pairs/reasons.json", {})
+    run.write_json("meta/pairs.json", {"reasons": {}})
     assert build_ledger(run, recipe)["stages"]["pair"]["dropped"] == {reason: 1}
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vpo_ray.loop.phases import LoopError, Start, curate_queries, dpo_id, make_pairs, open_run, policy_id
+from vpo_ray.loop.opening import open_run
+from vpo_ray.loop.pairing import make_pairs
+from vpo_ray.loop.phases import curate_queries
+from vpo_ray.loop.policies import LoopError, Start, dpo_id, policy_id
 from vpo_ray.loop.rounds import run_rounds
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.sample import candidates

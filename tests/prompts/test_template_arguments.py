@@ -11,7 +11,7 @@ from vpo_ray.engines.chat import Sampling
 from vpo_ray.engines.chat.openai_chat import Answers, OpenAIChat
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.client import EndpointClient
-from vpo_ray.loop.phases import policy_id
+from vpo_ray.loop.policies import policy_id
 from vpo_ray.recipe import ChatModel, Draft, Endpoint, Judge, RecipeError, load
 from vpo_ray.stages.draft import draft_key
 from vpo_ray.storage.run_dir import RunDir

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vpo_ray.loop import phases
+from vpo_ray.loop import opening, phases, policies
 from vpo_ray.loop.curation import curate_run
 from vpo_ray.recipe import OPERATIONAL, Recipe, Section, differences, load
 from vpo_ray.recipe.result_keys import FREE
@@ -224,7 +224,7 @@ def test_an_interrupted_curation_of_other_input_leaves_no_query(tmp_path: Path) 
 def test_input_that_changes_after_curation_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "q.txt").write_text("a cat\na dog\n")
     recipe = load(TINY, [f"out={tmp_path / 'run'}", f"queries.path={tmp_path / 'q.txt'}"])
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     for _ in range(2):
         phases.curate_queries(recipe, run)
     assert "changed since" not in caplog.text
@@ -238,7 +238,7 @@ def test_a_run_that_sampled_with_arguments_that_did_not_count_is_refused(tmp_pat
     sets = [f"out={tmp_path / 'run'}", "sft=null"]
     recipe = load(TINY, [*sets, "sample.engine.engine_kwargs.quantization=fp8"])
     run = RunDir(recipe.out)
-    identity = phases.policy_id(recipe, run)
+    identity = policies.policy_id(recipe, run)
     run.table("candidates").append(list(candidates(QUERY, load(TINY, sets).sample, identity, recipe.seed)))
-    with pytest.raises(phases.LoopError, match="did not look at engine_kwargs"):
-        phases.generate_feedback(recipe, run, phases.Start("policy", identity))
+    with pytest.raises(policies.LoopError, match="did not look at engine_kwargs"):
+        phases.generate_feedback(recipe, run, policies.Start("policy", identity))

@@ -162,7 +162,7 @@ def test_no_pairs_says_why_by_count(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "pair.margin=5")
     run, full = RunDir(recipe.out), RunDir(f"{folder}/run")
     run.table("feedback").append(list(full.table("feedback").rows()))
-    run.write_json("pairs/reasons.json", {})
+    run.write_json("meta/pairs.json", {"reasons": {}})
     text = " ".join(Tags(Path(build_report(run, recipe)).read_text("utf-8")).text.split())
     assert "There is no pair. Of 6 queries none gave one: 4 all scores within the margin of 5" in text
     assert "1 every candidate failed" in text

@@ -334,7 +334,7 @@ def test_every_row_is_in_the_tables_and_the_ledger(tmp_path: Path) -> None:
     recipe = load(ROOT / "jobs/recipes/tiny.yaml", [f"out={tmp_path}/run", f"queries={json.dumps(queries)}"])
     directory = RunDir(recipe.out)
     curate_queries(recipe, directory)
-    assert directory.read_json("queries/curated.json") == {"queries": 3, "dropped": 5}
+    assert directory.read_json("meta/queries.json") == {"queries": 3, "dropped": 5}
     stage = build_ledger(directory, recipe)["stages"]["curate"]
     assert (stage["in"], stage["out"]) == (8, 3)
     assert stage["dropped"] == {

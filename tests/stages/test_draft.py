@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vpo_ray.engines.chat import Answer, Message, Sampling
-from vpo_ray.loop.phases import LoopError, policy_id, training_rows
+from vpo_ray.loop.policies import LoopError, policy_id, training_rows
 from vpo_ray.recipe import Draft, Judge, RecipeError, load
 from vpo_ray.records import DRAFT, VERDICTS, Row, query_id, table
 from vpo_ray.stages.curate import InputError

@@ -98,7 +98,7 @@ def test_parts_become_few(tmp_path: Path) -> None:
     [part] = table.parts()
     assert part.endswith("-14.parquet")
     assert sorted(table.rows(), key=lambda r: r["candidate_id"]) == before
-    assert table.files() == [part], "nothing else is left in the folder"
+    assert (table.files(), table._meta().files()) == ([part], []), "nothing else is left"
     assert table.compact(fewest=2) == 0
     assert table.parts() == [part]
 
@@ -127,7 +127,8 @@ def test_a_kill_at_any_change_hides_and_doubles_no_row(
         assert table.keys() == expected.keys() | {"new"}
         table.compact(**SMALL)
         assert table.keys() == expected.keys() | {"new"}
-        assert not any(name.endswith(".json") for name in table.files())
+        assert all(name.endswith(".parquet") for name in table.files())
+        assert table._meta().files() == []
     assert stored(undisturbed) == expected
 
 

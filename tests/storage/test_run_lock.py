@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def claims(uri: str | Path) -> list[str]:
-    return [name for name in Folder(uri).files() if name.startswith("lock/")]
+    return [name for name in Folder(uri).files() if re.fullmatch(r"lock/.*\.json", name)]
 
 
 class Elsewhere:
@@ -237,11 +238,11 @@ def test_a_driver_of_a_shard_destroys_nothing(tmp_path: Path) -> None:
 DRIVER = """
 import sys, time
 from vpo_ray import recipe
-from vpo_ray.loop import phases
+from vpo_ray.loop import opening, phases
 from vpo_ray.storage import run_lock
 run_lock.BEAT_S, run_lock.STALE_S, run_lock.POLL_S = 0.1, 0.8, 0.02
 try:
-    with phases.opened(recipe.load("jobs/recipes/tiny.yaml", [f"out={sys.argv[1]}"])) as run:
+    with opening.opened(recipe.load("jobs/recipes/tiny.yaml", [f"out={sys.argv[1]}"])) as run:
         print("has it", flush=True)
         time.sleep(60)
 except run_lock.RunLostError as error:

@@ -8,7 +8,7 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
-from vpo_ray.loop import phases
+from vpo_ray.loop import opening, phases, policies
 from vpo_ray.loop.export import export
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.recipe import Draft, Judge, Recipe, load
@@ -51,7 +51,7 @@ def test_every_prompt_of_a_query_is_kept_and_what_comes_again_is_counted(
     tmp_path: Path, trained: list[dict[str, Any]]
 ) -> None:
     recipe = recipe_of(tmp_path, DOUBLED)
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     for _ in range(2):
         phases.train_sft(recipe, run)
     kept = {(row["query"], row["prompt"]) for row in run.table("sft").rows()}
@@ -101,7 +101,7 @@ def test_the_policy_is_another_only_where_a_query_has_two_prompts(
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "sft.jsonl", rows)
     recipe = load(TINY, ["out=run", "sft.data=sft.jsonl", "policy.model=some/model"])
-    found = phases.policy_id(recipe, RunDir(recipe.out))
+    found = policies.policy_id(recipe, RunDir(recipe.out))
     assert found == known if known is not None else found != "8b3d51117cd48cd3"
 
 
@@ -109,13 +109,13 @@ def test_a_run_whose_candidates_are_of_another_policy_is_refused(
     tmp_path: Path, trained: list[dict[str, Any]]
 ) -> None:
     recipe = recipe_of(tmp_path, DOUBLED)
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     query = {"query_id": "q", "query": "q", "unsafe": None}
     run.table("candidates").append(list(candidates(query, recipe.sample, "of before", recipe.seed)))
-    with pytest.raises(phases.LoopError, match="sampled from another policy than this recipe's"):
+    with pytest.raises(policies.LoopError, match="sampled from another policy than this recipe's"):
         phases.train_sft(recipe, run)
     assert trained == [], "before an hour of training"
-    identity = phases.policy_id(recipe, run)
+    identity = policies.policy_id(recipe, run)
     run.table("candidates").replace(candidates(query, recipe.sample, identity, recipe.seed))
     phases.train_sft(recipe, run)
 
@@ -124,7 +124,7 @@ def test_a_table_of_an_earlier_version_is_read_and_filled_up(
     tmp_path: Path, trained: list[dict[str, Any]]
 ) -> None:
     recipe = recipe_of(tmp_path, DOUBLED)
-    run = phases.open_run(recipe)
+    run = opening.open_run(recipe)
     old = {"query_id": query_id("a cat"), "query": "a cat", "prompt": DOUBLED[1][1]}
     run.table("sft").append([old])
     assert cli.main(["report", TINY, "--out", run.uri, "--set", f"sft.data={tmp_path / 'sft.jsonl'}"]) == 0

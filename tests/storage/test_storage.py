@@ -127,7 +127,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     Folder(tmp_path).write("deep/er/x", b"1")
     folders, [(aside, named), last] = flushed[:2], flushed[2:]
     assert folders == [(str(tmp_path), False), (str(tmp_path / "deep"), False)]
-    assert aside.startswith(f"{target}.")
+    assert aside.startswith(f"{target.parent}/.{target.name}.")
     assert not named
     assert last == (str(target.parent), True)
 

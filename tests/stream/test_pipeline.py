@@ -15,7 +15,7 @@ import pytest
 
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
-from vpo_ray.loop.phases import make_pairs
+from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.recipe import Pool, Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.stages.adaptive import ENOUGH

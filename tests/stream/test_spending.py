@@ -12,7 +12,7 @@ from endpoint_server import EndpointServer, Reply, Request, completion
 from vpo_ray.engines.chat import Usage
 from vpo_ray.engines.endpoint.account import Account, CostLimitReached
 from vpo_ray.files.folder import StorageError
-from vpo_ray.loop import phases, rounds
+from vpo_ray.loop import opening, rounds
 from vpo_ray.loop.ledger import build_ledger
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.score import Scorer
@@ -149,21 +149,21 @@ def test_a_damaged_account_is_named(recipe: Recipe) -> None:
 
 def test_later_rounds_take_the_first_ones_queries(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are neither read nor labelled again; and the root's ledger tells what a round paid."""
-    first = phases.open_run(recipe)
+    first = opening.open_run(recipe)
     query = {"query_id": "q", "query": "a cat", "split": "dpo", "unsafe": True}
     first.table("queries").append([query])
     first.table("dropped").append([{"row_id": "r", "reason": "empty"}])
-    first.write_json("queries/curated.json", {"queries": 1, "dropped": 1})
+    first.write_json("meta/queries.json", {"queries": 1, "dropped": 1})
 
     def one(own: Recipe, *_: Any, **__: Any) -> RunDir:
         run = RunDir(own.out)
-        phases.write_ledger(own, run)
+        opening.write_ledger(own, run)
         if run.uri != first.uri:
             assert list(run.table("queries").rows(["query", "unsafe"])) == [
                 {"query": "a cat", "unsafe": True}
             ]
             assert run.table("dropped").count() == 1
-            assert run.exists("queries/curated.json")
+            assert run.exists("meta/queries.json")
             pay(run, "judge", 2.0)
         return run
 

@@ -236,7 +236,8 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from vpo_ray.loop import phases
+
+    from vpo_ray.loop import opening
 
     recipe = _load(arguments)
     name: str = arguments.name
@@ -244,14 +245,14 @@ def _stage(arguments: argparse.Namespace) -> int:
         from vpo_ray.report import build_report
 
         # It looks on while another driver works, so it takes no lock.
-        run = phases.open_run(recipe)
-        phases.write_ledger(recipe, run)
+        run = opening.open_run(recipe)
+        opening.write_ledger(recipe, run)
         where = build_report(run, recipe)
     else:
-        with phases.opened(recipe) as run:
-            with phases.accounted(recipe, run):
+        with opening.opened(recipe) as run:
+            with opening.accounted(recipe, run):
                 _work(name, recipe, run, arguments)
-            phases.write_ledger(recipe, run)
+            opening.write_ledger(recipe, run)
         where = run.at("ledger.json")
     sys.stdout.write(f"{name}: done, see {where}\n")
     return 0
@@ -259,12 +260,12 @@ def _stage(arguments: argparse.Namespace) -> int:
 
 def _work(name: str, recipe: Recipe, run: RunDir, arguments: argparse.Namespace) -> None:
     """What a stage's command does within its run directory."""
-    from vpo_ray.loop import evaluation, phases
+    from vpo_ray.loop import evaluation, pairing, phases
 
     if name == "curate":
         phases.curate_queries(recipe, run)
     elif name == "pair":
-        phases.make_pairs(recipe, run)
+        pairing.make_pairs(recipe, run)
     elif name == "draft":
         phases.connect(arguments.verbose)
         phases.draft_sft(recipe, run, arguments.retry_errors)
@@ -273,7 +274,7 @@ def _work(name: str, recipe: Recipe, run: RunDir, arguments: argparse.Namespace)
         phases.train_what_is_due(recipe, run)
     elif name == "evaluate":
         phases.connect(arguments.verbose)
-        sys.stdout.write(evaluation.told(evaluation.evaluate(recipe, run, arguments.retry_errors)))
+        sys.stdout.write(evaluation.summary(evaluation.evaluate(recipe, run, arguments.retry_errors)))
     else:
         phases.connect(arguments.verbose)
         if name == "generate":

@@ -52,6 +52,13 @@ def join(uri: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}{sign}{options}"
 
 
+def beside(uri: str, name: str) -> str:
+    """The path or URI of `name` in the folder that a folder is in, and that folder's own name after it."""
+    place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    above, _, own = place.rpartition("/")
+    return f"{above}/{name}/{own}{sign}{options}"
+
+
 def flush(path: str | Path) -> None:
     """Bring a local file, or the names in a folder, to the disk. Raises OSError (full)."""
     file = os.open(path, os.O_RDONLY)
@@ -130,12 +137,14 @@ class Folder:
             The file's modification time in ns; None on an object store, which would have to be asked.
         """
         target = f"{self.path}/{name}"
-        written = f"{target}.{uuid.uuid4().hex}.tmp"
+        # A leading dot hides what a kill leaves from those who read the folder as a Parquet data set.
+        folder, base = os.path.split(target)
+        written = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
         opened = whole = False
         modified: int | None = None
         try:
             if not self.is_objects:
-                self._make_folder(os.path.dirname(target))
+                self._make_folder(folder)
             elif self.fs.get_file_info(target).type != pafs.FileType.File:
                 # Leaving the block below closes the stream, and with that the store publishes what it has
                 # got so far: an object that is there is replaced by a whole one only.
@@ -150,7 +159,7 @@ class Folder:
                 modified = self.fs.get_file_info(written).mtime_ns
                 self.fs.move(written, target)
                 if self.is_local:
-                    flush(os.path.dirname(target))
+                    flush(folder)
             elif written != target:
                 self.fs.copy_file(written, target)
                 self.fs.delete_file(written)

@@ -17,13 +17,11 @@ from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
 from vpo_ray.stages.curate import InputError, curate
 from vpo_ray.stages.curate.read import find_files
-from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.run_dir import CURATED, UNLABELLED, RunDir
 from vpo_ray.stream.chains import Models
 
 logger = logging.getLogger(__name__)
 
-CURATED = "queries/curated.json"
-UNLABELLED = "unlabelled/curated.json"
 MADE_WITH = "made_with/queries.json"
 ROWS_PER_PART = 10_000
 

@@ -16,21 +16,12 @@ from typing import Any
 import pyarrow.compute as pc
 
 from vpo_ray.files.folder import chunks, join
-from vpo_ray.loop.curation import CURATED
-from vpo_ray.loop.phases import (
-    ROUND,
-    LoopError,
-    Start,
-    accounted,
-    dpo_id,
-    generate_feedback,
-    opened,
-    starting_policy,
-    write_ledger,
-)
+from vpo_ray.loop.opening import accounted, opened, write_ledger
+from vpo_ray.loop.phases import generate_feedback, starting_policy
+from vpo_ray.loop.policies import LoopError, Start, dpo_id
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
-from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.run_dir import CURATED, ROUND, RunDir
 from vpo_ray.storage.run_lock import driving
 
 logger = logging.getLogger(__name__)
@@ -85,7 +76,7 @@ def compare(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]
     }
 
 
-def told(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """The result in a few lines."""
     lines = []
     for name in ("before", "after"):

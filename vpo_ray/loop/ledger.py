@@ -18,12 +18,10 @@ from vpo_ray.recipe import Pair, Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.stages.score import ALARM_AFTER
-from vpo_ray.storage.run_dir import CANDIDATE_TABLES, RunDir
+from vpo_ray.storage.run_dir import CANDIDATE_TABLES, PAIRED, SFT_DROPPED, RunDir
 from vpo_ray.stream.spending import Charges, spent_at
 
 STAGES = ("curate", "label", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
-# Rows of the SFT data that are not in the table `sft`, by reason.
-SFT_DROPPED = "sft/dropped.json"
 MAX_REASONS = 40
 
 Ledger = dict[str, Any]
@@ -383,7 +381,7 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
     for row in run.table("pairs").rows(["query_id", "kind"]):
         kinds[row["kind"]] += 1
         paired.add(row["query_id"])
-    ran = bool(kinds) or run.exists("pairs/reasons.json")
+    paired_with = run.read_json(PAIRED) if run.exists(PAIRED) else None
     tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
     columns = ["query_id", "prompt", "refined_verdict", "skipped", "score", "error"]
     if settings.reward is not None:
@@ -391,15 +389,15 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
     for row in run.table("feedback").rows(columns):
         tallies[row["query_id"]].add(by_reward(row, settings.reward))
     more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
-    if run.exists("pairs/videos.json"):
+    if paired_with and "videos" in paired_with:
         more["videos"] = {
             strategy: {
                 "videos": videos,
                 "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
             }
-            for strategy, videos in run.read_json("pairs/videos.json").items()
+            for strategy, videos in paired_with["videos"].items()
         }
-    if not ran:
+    if not kinds and paired_with is None:
         return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)
     dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
     return _entry(len(tallies), len(paired & tallies.keys()), dropped=_by_reason(dropped), **more)

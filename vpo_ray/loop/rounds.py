@@ -12,21 +12,12 @@ import logging
 from dataclasses import asdict
 
 from vpo_ray.files.folder import join
-from vpo_ray.loop.curation import CURATED, take_curated
-from vpo_ray.loop.phases import (
-    ROUND,
-    LoopError,
-    Report,
-    Start,
-    accounted,
-    dpo_id,
-    opened,
-    run_loop,
-    starting_policy,
-    write_ledger,
-)
+from vpo_ray.loop.curation import take_curated
+from vpo_ray.loop.opening import accounted, opened, write_ledger
+from vpo_ray.loop.phases import Report, run_loop, starting_policy
+from vpo_ray.loop.policies import LoopError, Start, dpo_id
 from vpo_ray.recipe import Recipe
-from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.run_dir import CURATED, ROUND, RunDir
 from vpo_ray.storage.run_lock import driving
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from vpo_ray.files.folder import Folder
 from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row, Shard
-from vpo_ray.storage.tables import Table
+from vpo_ray.storage.tables import META, Table
 
 # Tables of a run directory: schema and key. The four stage tables share one schema; a candidate's
 # row moves from `candidates` to `feedback` and gains columns on the way.
@@ -34,13 +35,27 @@ CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "rend
 # Columns that tell rows of one key apart: a query may be taught with several prompts.
 ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
 
+# What is known of a table beside its rows: how many raw queries became which, why queries have no pair,
+# which SFT rows were left out.
+CURATED, UNLABELLED, PAIRED, SFT_DROPPED = (
+    f"{META}/{name}.json" for name in ("queries", "unlabelled", "pairs", "sft")
+)
+# Where earlier versions wrote it: in the table's folder.
+_MOVED = {
+    "queries/curated.json": (CURATED, None),
+    "unlabelled/curated.json": (UNLABELLED, None),
+    "sft/dropped.json": (SFT_DROPPED, None),
+    "pairs/videos.json": (PAIRED, "videos"),
+    "pairs/reasons.json": (PAIRED, "reasons"),
+}
+
 # In the run directory of a round or an evaluation: which policy it samples.
 ROUND = "round.json"
 
 
 class RunDir(Folder):
-    """One run: `recipe.yaml`, `versions.json`, the tables, `videos/`, `checkpoints/`, `metrics/`,
-    `report/` and `ledger.json`.
+    """One run: `recipe.yaml`, `versions.json`, the tables (folders of Parquet parts), `meta/`, `videos/`,
+    `checkpoints/`, `metrics/`, `report/` and `ledger.json`.
 
     Args:
         shard: its tables show the queries and candidates of this shard only.
@@ -65,6 +80,18 @@ class RunDir(Folder):
             run = RunDir(f"{'/'.join(above)}{sign}{options}")
             place = f"{kind}/{name}/{place}".rstrip("/")
         return run, place
+
+    def move_meta(self) -> None:
+        """Bring what an earlier version wrote into the tables' folders to META."""
+        for old, (new, part) in _MOVED.items():
+            if not self.exists(old):
+                continue
+            with suppress(FileNotFoundError):  # another shard's driver moves it too
+                value = self.read_json(old)
+                if part is not None:
+                    value = {**(self.read_json(new) if self.exists(new) else {}), part: value}
+                self.write_json(new, value)
+                self.delete(old)
 
     def table(self, name: str) -> Table:
         schema, key = TABLES[name]

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vpo_ray.files.folder import Folder, StorageError, chunks
+from vpo_ray.files.folder import Folder, StorageError, beside, chunks
 from vpo_ray.records import Row, Shard, content_id, table
 from vpo_ray.storage import run_lock
 
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Beside a merged part, until its sources are deleted: their names.
+# A folder of the run directory, for what is known of a table beside its rows: the table's own folder holds
+# Parquet parts alone, so that any reader of Parquet opens it.
+META = "meta"
+# In META/<table>, of a merged part until its sources are deleted: their names. Earlier versions wrote it
+# beside the part.
 _SOURCES = ".sources.json"
 # What an earlier version left where it was killed while merging: names of parts that do not count.
 _COMPACTING = "compacting.json"
@@ -93,11 +97,11 @@ class Table(Folder):
     def parts(self) -> list[str]:
         """Names of the parts that hold the table, without those whose rows are in a merged one."""
         files, hidden = self.files(), set[str]()
-        while hiding := _hiding(files):
-            hidden = set().union(*(self._hidden_by(name, set(files)) for name in hiding))
+        while _merging(files):
+            hidden = set().union(*(self._hidden_by(*mark, set(files)) for mark in self._marks(files)))
             # Files come and go while they are listed. A list counts if no part was merged until after it.
             before, files = files, self.files()
-            if _merging(files) == _merging(before):
+            if _merging(files) == _merging(before) and set(before) <= set(files):
                 files = before
                 break
         return [name for name in files if name.endswith(".parquet") and name not in hidden]
@@ -106,11 +110,11 @@ class Table(Folder):
         """Merge the parts that single batches left into larger ones; returns how many were merged.
 
         A stage writes a part a batch, so a finished table of renders has one for each row. Readers see
-        the old parts or the merged one, never both and never neither, whenever this is killed: beside
-        a merged part, and before it, lies a file with the names of its sources, which do not count from
-        the moment on at which the merged part is there. Then they are deleted; what a kill leaves of
-        them, `clear_merged` clears away. A reader that listed the parts before may find one gone; that is a
-        StorageError, and reading again goes well.
+        the old parts or the merged one, never both and never neither, whenever this is killed: before
+        a merged part, a file with the names of its sources is written to META; they do not count once
+        the merged part is there. Then they are deleted; what a kill leaves of them, `clear_merged` clears
+        away. A reader that listed the parts before may find one gone; that is a StorageError, and
+        reading again goes well. Who reads the folder without this class may see a row twice meanwhile.
 
         No row is lost whoever else writes meanwhile, another that merges included: a part is deleted
         only while one that holds its rows is there, and whatever comes back under its name holds no
@@ -139,7 +143,7 @@ class Table(Folder):
             names = (f"{content_id(group, again)}-{len(rows)}.parquet" for again in itertools.count())
             name = next(name for name in names if name not in parts and name not in merged)
             merged.append(name)
-            self.write_json(name + _SOURCES, group)
+            self._meta().write_json(name + _SOURCES, group)
             self._write_part(name, rows)
         self.clear_merged()
         logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
@@ -153,28 +157,36 @@ class Table(Folder):
             StorageError: a part cannot be deleted.
         """
         files = set(self.files())
-        hiding = _hiding(files)
-        if not hiding or self.shard is not None:
+        marks = self._marks(files)
+        if not marks or self.shard is not None:
             return
         run_lock.check(self)
-        for name in hiding:
-            for part in self._hidden_by(name, files) & files:
+        for folder, name in marks:
+            for part in self._hidden_by(folder, name, files) & files:
                 self.delete(part)
-            self.delete(name)
+            folder.delete(name)
 
-    def _hidden_by(self, name: str, files: Set[str]) -> set[str]:
+    def _meta(self) -> Folder:
+        return Folder(beside(self.uri, META))
+
+    def _marks(self, files: Iterable[str]) -> list[tuple[Folder, str]]:
+        """The files that name parts which do not count, each with its folder."""
+        meta = self._meta()
+        return [(meta, name) for name in meta.files(_SOURCES)] + [(self, name) for name in _old_marks(files)]
+
+    def _hidden_by(self, folder: Folder, name: str, files: Set[str]) -> set[str]:
         """The parts that do not count because of one of the files that say so."""
         if name != _COMPACTING and name.removesuffix(_SOURCES) not in files:
             return set()  # the merged part is not there yet, or no more
         try:
-            return set(self.read_json(name))
+            return set(folder.read_json(name))
         except FileNotFoundError:
             return set()
         except (ValueError, TypeError) as error:
             # Without it parts may be there twice, which `rows` sees to.
-            raise StorageError(f"{self.at(name)} is damaged: delete it") from error
+            raise StorageError(f"{folder.at(name)} is damaged: delete it") from error
         except OSError as error:
-            raise StorageError(f"cannot read {self.at(name)}: {error}") from error
+            raise StorageError(f"cannot read {folder.at(name)}: {error}") from error
 
     def _groups(self, parts: Sequence[str], rows_per_part: int) -> Iterator[tuple[list[str], pa.Table]]:
         """The rows of parts, about `rows_per_part` together, each key once, with the parts they are of."""
@@ -190,9 +202,11 @@ class Table(Folder):
         if group:
             yield group, self._each_key_once(held)
 
-    def _each_key_once(self, batches: Sequence[pa.RecordBatch]) -> pa.Table:
-        """The batches as one table; of a key that is there twice, the first of the best rows."""
-        rows = pa.Table.from_batches(batches, self.schema)
+    def _each_key_once(self, batches: Iterable[pa.RecordBatch], columns: Sequence[str] = ()) -> pa.Table:
+        """The batches (of some columns) as one table; of a key that is there twice, the first of the best
+        rows."""
+        schema = pa.schema([self.schema.field(name) for name in columns]) if columns else self.schema
+        rows = pa.Table.from_batches(batches, schema)
         keys, ranks = self._identities(rows), self._ranks(rows)
         best: dict[Any, int] = {}
         for position, key in enumerate(keys):
@@ -261,8 +275,7 @@ class Table(Folder):
         """Rows, each key once. Where a key is stored twice (a retried error, a candidate that was
         skipped at first), the best row wins: one that failed only where there is no other."""
         wanted = list(columns) if columns else self.schema.names
-        marks = [name for name in _POOR if name in self.schema.names]
-        read = list(dict.fromkeys([*wanted, self.key, *self.also, *marks]))
+        read = self._with_identity(wanted)
         poor: dict[Any, tuple[int, Row]] = {}
         seen: set[Any] = set()
         for batch in self.batches(read, where):
@@ -279,6 +292,35 @@ class Table(Folder):
             if key not in seen:
                 yield {name: row[name] for name in wanted}
 
+    def _with_identity(self, columns: Sequence[str]) -> list[str]:
+        """These columns, and those that tell which of two rows of one key is the better."""
+        marks = [name for name in _POOR if name in self.schema.names]
+        return list(dict.fromkeys([*columns, self.key, *self.also, *marks]))
+
+    def arrow(self, columns: Sequence[str] | None = None, where: Expression | None = None) -> pa.Table:
+        """The same rows as one Arrow table, in memory as a whole."""
+        wanted = list(columns) if columns else self.schema.names
+        read = self._with_identity(wanted)
+        return self._each_key_once(self.batches(read, where), read).select(wanted)
+
+    def groups(self, by: str, columns: Sequence[str]) -> Iterator[list[Row]]:
+        """The same rows, together those that have one value of a column, in the order of these values. The
+        table is read once, and is in memory as Arrow has it: a fifth of what rows take."""
+        wanted = list(dict.fromkeys([by, *columns]))
+        batches: list[pa.RecordBatch] = []
+        best: dict[Any, tuple[int, str, int, int]] = {}
+        for batch in self.batches(self._with_identity(wanted)):
+            ranks, values = self._ranks(batch).tolist(), batch[by].to_pylist()
+            for position, key in enumerate(self._identities(batch)):
+                if key not in best or ranks[position] < best[key][0]:
+                    best[key] = (ranks[position], values[position], len(batches), position)
+            batches.append(batch.select(wanted))
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for _, value, *place in best.values():
+            groups.setdefault(value, []).append((place[0], place[1]))
+        for value in sorted(groups):
+            yield [batches[number].slice(row, 1).to_pylist()[0] for number, row in groups[value]]
+
     def keys(self, where: Expression | None = None) -> set[str]:
         return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}
 
@@ -288,11 +330,11 @@ class Table(Folder):
         return len({row for batch in self.batches(columns) for row in self._identities(batch)})
 
 
-def _hiding(files: Iterable[str]) -> list[str]:
-    """Those of a table's files that name parts which do not count."""
+def _old_marks(files: Iterable[str]) -> list[str]:
+    """Those of a table's files by which earlier versions named parts that do not count."""
     return [name for name in files if name.endswith(_SOURCES) or name == _COMPACTING]
 
 
 def _merging(files: Sequence[str]) -> list[str]:
     """Those of a table's files that merging makes."""
-    return [*_hiding(files), *(name for name in files if _MERGED.fullmatch(name))]
+    return [*_old_marks(files), *(name for name in files if _MERGED.fullmatch(name))]

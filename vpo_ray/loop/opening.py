@@ -1,0 +1,101 @@
+"""A run directory as a driver has it: opened for a recipe, locked, and with a ledger at the end.
+
+with opened(recipe) as run, accounted(recipe, run):
+    ...
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+from vpo_ray.files.folder import StorageError
+from vpo_ray.loop.ledger import build_ledger, reconcile
+from vpo_ray.recipe import Recipe, differences, parse_stored
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.run_lock import check, driving
+from vpo_ray.stream.connection import terminate
+from vpo_ray.versions import versions
+
+logger = logging.getLogger(__name__)
+
+
+class OtherRecipeError(ValueError):
+    """The run directory belongs to a recipe that computes something else; the message says what."""
+
+
+def open_run(recipe: Recipe) -> RunDir:
+    """The recipe's run directory, made if absent.
+
+    Raises:
+        OtherRecipeError: the directory was made by a recipe that computes something else, or is no run's.
+    """
+    run = RunDir(recipe.out)
+    if run.exists("recipe.yaml"):
+        if not run.exists("versions.json"):
+            raise OtherRecipeError(
+                f"{run.uri} holds a recipe.yaml that no run wrote: give the recipe an `out` of its own"
+            )
+        # Parsed, so that a key which is newer than the run counts with its default.
+        stored = parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
+        changed = differences(stored.dump(), recipe.dump())
+        if changed:
+            raise OtherRecipeError(
+                f"{run.uri} was made by another recipe. These keys differ:\n  "
+                + "\n  ".join(changed)
+                + "\nGive the new recipe another `out`, or put the old values back"
+            )
+    run.move_meta()
+    # The recipe comes last: one without versions is somebody's own.
+    run.write_json("versions.json", versions())
+    run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
+    return run
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[RunDir]:
+    """`open_run`, and no other driver writes to the run directory meanwhile; see `run_lock`.
+
+    Raises:
+        OtherRecipeError: see `open_run`.
+        RunInUseError, RunLostError: see `run_lock.driving`.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)  # the lock is given back
+    with driving(recipe.out):
+        yield open_run(recipe)
+
+
+@contextmanager
+def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
+    """Write the ledger of what was made when the work within does not come to its end, whatever the
+    reason. What ended it is what goes on: a ledger that cannot be written is a line in the log."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            logger.warning("stopping: what was made is kept, and %s/ledger.json counts it", run.uri)
+        try:
+            write_ledger(recipe, run)
+        except Exception as failure:
+            trace = None if isinstance(failure, StorageError) else failure
+            logger.warning("%s/ledger.json could not be written: %s", run.uri, failure, exc_info=trace)
+        raise
+
+
+def write_ledger(recipe: Recipe, run: RunDir, extra: dict[str, Any] | None = None) -> list[str]:
+    """Write `ledger.json`; returns what does not add up (yet, where stages are still to run)."""
+    ledger = build_ledger(run, recipe)
+    if extra:
+        ledger["last_run"] = extra
+    problems = reconcile(ledger)
+    check(run)
+    run.write_json("ledger.json", ledger)
+    return problems

@@ -1,0 +1,54 @@
+"""Pairing as a step of a run: `feedback/` into `pairs/`, and why the other queries have none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+
+from vpo_ray.loop.policies import LoopError
+from vpo_ray.recipe import Recipe
+from vpo_ray.records import Row
+from vpo_ray.stages.adaptive import videos_by_strategy
+from vpo_ray.stages.pair import pairs_of_query
+from vpo_ray.storage.run_dir import PAIRED, RunDir
+
+COLUMNS = (
+    "candidate_id", "query_id", "query", "k", "prompt", "verdict", "refined_prompt", "refined_fault",
+    "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error", "error_stage",
+)  # fmt: skip
+
+
+def make_pairs(recipe: Recipe, run: RunDir) -> int:
+    """Fill `pairs/` from `feedback/`, replacing what is there; count what either strategy renders.
+
+    Raises:
+        LoopError: no pair was found, and nothing was replaced; the message counts the reasons.
+    """
+    reasons: Counter[str] = Counter()
+    videos: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    found = _pairs(recipe, run, reasons, videos, seen)
+    first = next(found, None)
+    count = 0 if first is None else run.table("pairs").replace(chain([first], found))
+    run.write_json(PAIRED, {"reasons": dict(reasons), "videos": dict(videos)})
+    if not count:
+        listed = "\n  ".join(f"{n:6} {reason}" for reason, n in (reasons + seen).most_common())
+        raise LoopError(
+            "no preference pairs were found, so there is nothing to train on:\n  "
+            f"{listed or '  there is no feedback'}\n"
+            "Lower pair.margin or pair.dominance, sample more (sample.k), or look at feedback/ for errors"
+        )
+    return count
+
+
+def _pairs(
+    recipe: Recipe, run: RunDir, reasons: Counter[str], videos: Counter[str], seen: Counter[str]
+) -> Iterator[Row]:
+    """Pairs by query. Counts why there is none, the videos of each strategy, and the candidates seen."""
+    for candidates in run.table("feedback").groups("query_id", COLUMNS):
+        for name in ("verdict", "error_stage"):
+            values = (row[name] for row in candidates if row[name] is not None)
+            seen.update(f"candidates with {name} {value}" for value in values)
+        videos.update(videos_by_strategy(candidates, recipe.pair))
+        yield from pairs_of_query(candidates, recipe.pair, reasons)

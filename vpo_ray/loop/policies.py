@@ -1,0 +1,89 @@
+"""The policies of a run: what each is by content, and from which one the run starts.
+
+An identity is a function of the recipe and of the rows that a policy learns, not of the weights' bits,
+so that candidates have the same ids wherever the policy was trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vpo_ray.prompts.policy_prompt import read_prompt
+from vpo_ray.recipe import Recipe
+from vpo_ray.records import Row, candidate_id, content_id
+from vpo_ray.stages.sample import identity_key
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.sft_data import distinct, draft_rows, sft_rows
+
+
+class LoopError(RuntimeError):
+    """The loop cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The policy that a run samples and trains further.
+
+    policy: its folder. identity: what it is by content, see policy_id. reference: the folder of
+    DPO's reference where that is another policy.
+    """
+
+    policy: str
+    identity: str
+    reference: str | None = None
+
+
+def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
+    """What SFT learns: `sft.data` where the recipe names it, the run's drafts otherwise.
+
+    Raises:
+        LoopError: there are no drafts yet.
+    """
+    if recipe.sft is None:
+        return []
+    if recipe.sft.data is not None:
+        return list(sft_rows(recipe.sft.data))
+    rows = list(draft_rows(run))
+    if not rows:
+        raise LoopError(f"{run.at('drafts')} holds nothing to train on: run `vpo draft` first")
+    return rows
+
+
+def policy_id(recipe: Recipe, run: RunDir) -> str:
+    """The identity of the policy that is sampled: model, task prompt, and how SFT makes it.
+
+    It is a function of the recipe and its SFT data, not of the weights' bits, so that candidates
+    have the same ids wherever the policy was trained.
+    """
+    policy = recipe.policy
+    parts: list[Any] = [policy.model, policy.revision, read_prompt(policy.task_prompt), recipe.seed]
+    if policy.chat_template_kwargs:
+        parts.append({"chat_template_kwargs": policy.chat_template_kwargs})
+    if recipe.sft is not None:
+        rows = training_rows(recipe, run)
+        parts += [recipe.fingerprint("sft"), [[row["query"], row["prompt"]] for row in rows]]
+        learnt, _ = distinct(rows)
+        if len({row["query_id"] for row in learnt}) < len(learnt):
+            parts.append("every prompt of a query")  # earlier versions learnt one of them
+    return content_id("policy", *parts, digits=16)
+
+
+def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
+    """Raises LoopError where the run has candidates that this policy would not be asked for."""
+    row = next(run.rows_of_stage("sample", ["candidate_id", "query_id", "k", "policy"]), None)
+    if row is None or row["policy"] is None:
+        return
+    key = identity_key(recipe.sample, recipe.seed)
+    if row["candidate_id"] != candidate_id(row["query_id"], row["k"], identity, key):
+        raise LoopError(
+            f"{run.at('candidates')} was sampled from another policy than this recipe's: its SFT data or "
+            "task prompt changed since, or it was made by a version of vpo that learnt one prompt of a query "
+            "only or did not look at engine_kwargs. Give the recipe another `out`"
+        )
+
+
+def dpo_id(recipe: Recipe, run: RunDir, start: Start) -> str:
+    """The identity of the policy after DPO on the run's pairs."""
+    pairs = sorted(run.table("pairs").keys())
+    return content_id("dpo", start.identity, recipe.fingerprint("dpo"), pairs, digits=16)
