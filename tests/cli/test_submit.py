@@ -13,6 +13,7 @@ import pytest
 from vpo_ray.cli import main, submit
 from vpo_ray.cli.submit import submission_id
 from vpo_ray.recipe import load
+from vpo_ray.records import Shard
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 
@@ -134,6 +135,57 @@ def test_a_second_submission_is_refused_until_the_first_is_over(
     assert main(arguments) == 0
     assert capsys.readouterr().out.strip() == first.removesuffix("1") + "2"
     assert main([*arguments, "--command", "generate"]) == 0, "another command is another job"
+
+
+def test_shards_are_jobs_of_their_own_each_submitted_once(
+    jobs: tuple[Jobs, str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, address = jobs
+    arguments = ["submit", str(work / "recipe.yaml"), "--out", "/runs/one", "--working-dir", str(work)]
+    arguments += ["--address", address, "--shards", "3", "--retry-errors"]
+    assert main([*arguments, "--print-id"]) == 0
+    ids = capsys.readouterr().out.split()
+    assert state.jobs == {}
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == list(state.jobs) == [f"{name}-1" for name in ids]
+    command = "python -m vpo_ray.cli generate recipe.yaml --out /runs/one --retry-errors --shard"
+    assert [job["entrypoint"] for job in state.jobs.values()] == [f"{command} {n}/3" for n in (1, 2, 3)]
+    assert len({json.dumps(job["runtime_env"]) for job in state.jobs.values()}) == 1
+
+    assert main(arguments) == 3, "all are under way"
+    assert ids[0] in capsys.readouterr().err
+    state.jobs[f"{ids[1]}-1"]["status"] = "FAILED"
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out.split() == [f"{ids[1]}-2"]
+    assert f"{ids[2]}-1" in told.err, "those that are under way are named"
+    assert state.jobs[f"{ids[1]}-2"]["entrypoint"] == f"{command} 2/3"
+    assert main([*arguments[:-3], "--command", "judge", "--shards", "2"]) == 0
+    assert list(state.jobs.values())[-1]["entrypoint"].endswith(
+        "judge recipe.yaml --out /runs/one --shard 2/2"
+    )
+
+
+def test_the_ids_of_shards_tell_their_number_and_those_without_stay(tmp_path: Path) -> None:
+    recipe = load(TINY, [f"out={tmp_path}"])
+    shards = [Shard(1, 2), Shard(2, 2), Shard(1, 4), None]
+    ids = [submission_id(recipe, "generate", shard) for shard in shards]
+    assert len(set(ids)) == len({name[-12:] for name in ids}) == 4
+    assert ids[1].startswith("vpo-tiny-generate-2of2-")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shards", "2", "--command", "run"], "--shards: run does not work on shards"),
+        (["--shards", "0"], "--shards: 0 is not 1 or more"),
+    ],
+)
+def test_shards_that_cannot_be(
+    work: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["submit", str(work / "recipe.yaml"), "--working-dir", str(work), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_who_comes_at_the_same_moment_is_refused_by_ray(

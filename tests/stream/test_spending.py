@@ -18,6 +18,7 @@ from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.score import Scorer
 from vpo_ray.storage.run_dir import ROUND, RunDir
 from vpo_ray.storage.videos import VideoStore
+from vpo_ray.stream import spending
 from vpo_ray.stream.pipeline import GenerationError, Models, generate
 from vpo_ray.stream.progress import Progress
 from vpo_ray.stream.spending import Book, Charges, paid
@@ -70,6 +71,22 @@ def test_rounds_and_evaluations_pay_into_the_account_of_their_run(recipe: Recipe
     )  # fmt: skip
     own = build_ledger(second, recipe)
     assert (own["stages"]["judge"]["cost"], "paid" in own) == (2.0, False)
+
+
+def test_a_stream_sees_what_those_of_other_shards_pay(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(recipe.out)
+    pay(run, "judge", 1.0)
+    streams = [Progress(["judge"], paid(run), (run.uri, "")) for _ in range(2)]
+
+    async def charged() -> list[float]:
+        return [await streams[n].charge("judge", Charges(1, 10, 1, cost)) for n, cost in ((0, 2.0), (1, 4.0))]
+
+    assert asyncio.run(charged()) == [3.0, 5.0], "not looked up yet"
+    monkeypatch.setattr(spending, "LOOK_S", 0.0)
+    assert asyncio.run(charged()) == [9.0, 13.0]
+    assert paid(run) == 13.0
 
 
 def test_a_run_directory_that_was_moved_is_still_one_run(recipe: Recipe, tmp_path: Path) -> None:

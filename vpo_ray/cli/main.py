@@ -27,6 +27,7 @@ from vpo_ray.cli import videos as videos_command
 
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
+    from vpo_ray.records import Shard
     from vpo_ray.storage.run_dir import RunDir
 
 STAGE_COMMANDS = {
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (what was made is kept)."""
     console.forgive()
     arguments = _parser().parse_args(argv)
-    _log_to_stderr(verbose=arguments.verbose)
+    _log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt as stop:
@@ -77,11 +78,13 @@ def job(command: str) -> int:
     return main([command, *filter(None, [given.recipe]), *rest])
 
 
-def _log_to_stderr(verbose: bool) -> None:
+def _log_to_stderr(verbose: bool, shard: Shard | None) -> None:
     """Our log lines on stderr, others' only from warnings on. Ray's libraries put handlers of their
     own on the root logger, so ours does not pass its lines up."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    name = f"shard {shard}: " if shard else ""
+    line = f"%(asctime)s %(levelname).1s {name}%(message)s"
+    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
     ours = logging.getLogger("vpo_ray")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -152,6 +155,13 @@ def _parser() -> argparse.ArgumentParser:
         sub = with_recipe(name, text, _stage)
         if name in submit_command.RETRYING:
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
+        if name in submit_command.SHARDED:
+            sub.add_argument(
+                "--shard",
+                type=_shard,
+                metavar="I/N",
+                help="the I-th of N parts of the queries, beside others",
+            )
     videos_command.add(command("videos", videos_command.HELP, _stage))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
@@ -183,6 +193,15 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
     return number
+
+
+def _shard(text: str) -> Shard:
+    from vpo_ray.records import Shard
+
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
@@ -248,6 +267,13 @@ def _stage(arguments: argparse.Namespace) -> int:
         run = opening.open_run(recipe)
         opening.write_ledger(recipe, run)
         where = build_report(run, recipe)
+    elif shard := getattr(arguments, "shard", None):
+        from vpo_ray.loop.shards import generate_shard
+
+        stages = submit_command.GENERATION if name == "generate" else (name,)
+        generate_shard(recipe, shard, stages, arguments.retry_errors, arguments.verbose)
+        sys.stdout.write(f"{name}: shard {shard} is done; run it without --shard when all {shard.of} are\n")
+        return 0
     else:
         with opening.opened(recipe) as run:
             with opening.accounted(recipe, run):

@@ -1,7 +1,7 @@
-"""`vpo submit`: hand a command of a recipe to a Ray cluster as a job.
+"""`vpo submit`: hand a command of a recipe to a Ray cluster as a job, or as one job for each of N shards.
 
-The job's id is a function of the recipe, its run directory and the command: Ray refuses a second job
-of the same id, so that two people who submit the same run get one.
+The job's id is a function of the recipe, its run directory, the command and the shard: Ray refuses a second
+job of the same id, so that two people who submit the same run get one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
+    from vpo_ray.records import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,10 @@ COMMANDS = (
 
 # Those whose rows can fail, and be taken again.
 RETRYING = frozenset({"run", "draft", "generate", "sample", "judge", "render", "score", "evaluate"})
+
+# Those that can take a shard of the queries, as `vpo_ray.loop.shards` does.
+GENERATION = ("sample", "judge", "render", "score")
+SHARDED = frozenset({"generate", *GENERATION})
 
 # Each attempt at a run is a job of its own; the number tells them apart.
 _ATTEMPT = re.compile(r"-(\d+)$")
@@ -50,7 +55,15 @@ class AlreadySubmittedError(SubmitError):
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Give the parser of `vpo submit` its options."""
-    parser.add_argument("--command", dest="task", choices=COMMANDS, default="run", help="default: run")
+    parser.add_argument(
+        "--command", dest="task", choices=COMMANDS, help="default: run, or generate with --shards"
+    )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="N jobs at one time, each of which takes a part of the queries",
+    )
     parser.add_argument(
         "--address",
         metavar="URL",
@@ -64,30 +77,34 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-id", action="store_true", help="print the submission id and submit nothing")
 
 
-def submission_id(recipe: Recipe, task: str) -> str:
-    """The id of all attempts at this command of this recipe in this run directory."""
+def submission_id(recipe: Recipe, task: str, shard: Shard | None = None) -> str:
+    """The id of all attempts at this command of this recipe in this run directory, or at a shard of it."""
     from vpo_ray.records import content_id
     from vpo_ray.storage.run_dir import RunDir
 
     name = re.sub("[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:40] or "recipe"
     where = RunDir(recipe.out).uri
-    return f"vpo-{name}-{task}-{content_id('submission', recipe.fingerprint(), where, task, digits=12)}"
+    parts = ["submission", recipe.fingerprint(), where, task, *([str(shard)] if shard else [])]
+    task += f"-{shard.index}of{shard.of}" if shard else ""
+    return f"vpo-{name}-{task}-{content_id(*parts, digits=12)}"
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    """Submit the job; with `--follow`, wait for it.
+    """Submit the job, or those of `--shards` that are not under way; with `--follow`, wait for them.
 
     Returns:
-        0 when submitted, or with `--follow` the exit status of the job's command.
+        0 when submitted, or with `--follow` the exit status of the job's command, the highest of several.
 
     Raises:
         OptionError: the command does not take an option that was given.
-        AlreadySubmittedError: an attempt at this run is not over.
+        AlreadySubmittedError: an attempt at this run, or at each of its shards, is not over.
         SubmitError: the recipe is outside the working directory, or the cluster does not answer.
         PackageError: a file that the recipe names cannot travel.
     """
+    arguments.task = arguments.task or ("run" if arguments.shards is None else "generate")
+    jobs = {submission_id(recipe, arguments.task, shard): shard for shard in _shards(arguments)}
     if arguments.print_id:
-        sys.stdout.write(submission_id(recipe, arguments.task) + "\n")
+        sys.stdout.write("\n".join(jobs) + "\n")
         return 0
     import asyncio
     import tempfile
@@ -102,25 +119,59 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     _warn_of_what_is_lost(recipe)
     try:
         client = JobSubmissionClient(arguments.address)
-        name = _next_attempt(client, submission_id(recipe, arguments.task))
+        names, refused = [], []
         with tempfile.TemporaryDirectory(prefix="vpo-submit-") as aside:
             package = Path(aside, "package.zip")
-            pack(recipe, path, folder, package, _everywhere(client))
-            client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=name,
-                runtime_env={"working_dir": str(package)},
-                metadata={"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "out": recipe.out},
-            )
+            for base, shard in jobs.items():
+                try:
+                    name = _next_attempt(client, base)
+                    if not package.exists():
+                        pack(recipe, path, folder, package, _everywhere(client))
+                    words = entrypoint if shard is None else [*entrypoint, "--shard", str(shard)]
+                    _submit(client, recipe, name, words, package)
+                except AlreadySubmittedError as error:
+                    refused.append(error)
+                    continue
+                sys.stdout.write(f"{name}\n")
+                sys.stdout.flush()
+                names.append(name)
     except (ConnectionError, RuntimeError) as error:
         if isinstance(error, SubmitError | PackageError):
             raise
+        raise SubmitError(f"the cluster does not take the job: {error}") from error
+    if not names:
+        raise refused[0]
+    for refusal in refused:
+        logger.warning("%s", refusal)
+    return asyncio.run(_follow_all(client, names)) if arguments.follow else 0
+
+
+def _shards(arguments: argparse.Namespace) -> list[Shard | None]:
+    """What each job takes: a shard, or for a single job None."""
+    if arguments.shards is None:
+        return [None]
+    if arguments.task not in SHARDED:
+        raise OptionError(f"--shards: {arguments.task} does not work on shards of the queries")
+    if arguments.shards < 1:
+        raise OptionError(f"--shards: {arguments.shards} is not 1 or more")
+    from vpo_ray.records import Shard
+
+    return [Shard(index, arguments.shards) for index in range(1, arguments.shards + 1)]
+
+
+def _submit(client: Any, recipe: Recipe, name: str, words: Sequence[str], package: Path) -> None:
+    """Raises AlreadySubmittedError where somebody was quicker, RuntimeError where the cluster refuses."""
+    try:
+        client.submit_job(
+            entrypoint=shlex.join(words),
+            submission_id=name,
+            runtime_env={"working_dir": str(package)},
+            metadata={"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "out": recipe.out},
+        )
+    except RuntimeError as error:
         if "already exists" in str(error):
             raise AlreadySubmittedError(f"somebody submitted this run at the same moment: {name}") from error
-        raise SubmitError(f"the cluster does not take the job: {error}") from error
-    sys.stdout.write(f"{name}\n")
-    sys.stdout.flush()
-    return asyncio.run(_follow(client, name)) if arguments.follow else 0
+        raise
 
 
 def _everywhere(client: Any) -> Callable[[str], bool]:
@@ -147,8 +198,8 @@ def _warn_of_what_is_lost(recipe: Recipe) -> None:
             )
 
 
-def _entrypoint(arguments: argparse.Namespace) -> tuple[str, Path, Path]:
-    """The job's command, the recipe's file and the working directory."""
+def _entrypoint(arguments: argparse.Namespace) -> tuple[list[str], Path, Path]:
+    """The words of the job's command, the recipe's file and the working directory."""
     given = [Path(name).expanduser() for name in (arguments.working_dir, arguments.recipe)]
     folder, recipe = (path.resolve() for path in given)
     # A link in the working directory travels as what it leads to.
@@ -165,7 +216,7 @@ def _entrypoint(arguments: argparse.Namespace) -> tuple[str, Path, Path]:
     words += ["--out", arguments.out] if arguments.out else []
     for item in arguments.set:
         words += ["--set", item]
-    return shlex.join(words + ["--retry-errors"] * arguments.retry_errors), recipe, folder
+    return words + ["--retry-errors"] * arguments.retry_errors, recipe, folder
 
 
 def _next_attempt(client: Any, base: str) -> str:
@@ -182,6 +233,12 @@ def _next_attempt(client: Any, base: str) -> str:
                 f"--follow {job.submission_id}`, or end it with `ray job stop {job.submission_id}`"
             )
     return f"{base}-{max(attempts, default=0) + 1}"
+
+
+async def _follow_all(client: Any, names: Sequence[str]) -> int:
+    import asyncio
+
+    return max(await asyncio.gather(*(_follow(client, name) for name in names)))
 
 
 async def _follow(client: Any, name: str) -> int:

@@ -18,6 +18,7 @@ import yaml
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.recipe import Recipe, differences, parse_stored
+from vpo_ray.records import Shard
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import check, driving
 from vpo_ray.stream.connection import terminate
@@ -30,8 +31,11 @@ class OtherRecipeError(ValueError):
     """The run directory belongs to a recipe that computes something else; the message says what."""
 
 
-def open_run(recipe: Recipe) -> RunDir:
+def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
     """The recipe's run directory, made if absent.
+
+    Args:
+        shard: what this driver takes; it leaves the run's own files to the driver of the whole run.
 
     Raises:
         OtherRecipeError: the directory was made by a recipe that computes something else, or is no run's.
@@ -51,6 +55,8 @@ def open_run(recipe: Recipe) -> RunDir:
                 + "\n  ".join(changed)
                 + "\nGive the new recipe another `out`, or put the old values back"
             )
+    if shard is not None:
+        return run
     run.move_meta()
     # The recipe comes last: one without versions is somebody's own.
     run.write_json("versions.json", versions())
@@ -59,8 +65,9 @@ def open_run(recipe: Recipe) -> RunDir:
 
 
 @contextmanager
-def opened(recipe: Recipe) -> Iterator[RunDir]:
-    """`open_run`, and no other driver writes to the run directory meanwhile; see `run_lock`.
+def opened(recipe: Recipe, shard: Shard | None = None) -> Iterator[RunDir]:
+    """`open_run`, and no other driver writes to the run directory, or to the shard, meanwhile; see
+    `run_lock`.
 
     Raises:
         OtherRecipeError: see `open_run`.
@@ -69,8 +76,8 @@ def opened(recipe: Recipe) -> Iterator[RunDir]:
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)  # the lock is given back
-    with driving(recipe.out):
-        yield open_run(recipe)
+    with driving(recipe.out, shard):
+        yield open_run(recipe, shard)
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def refuse_other_inputs(recipe: Recipe, run: RunDir, stages: Iterable[str]) -> N
     for stage in stages:
         name = f"made_with/{stage}.json"
         now = facts(recipe, stage)
-        if run.exists(name) and _has_rows(run, stage):
+        # A shard's rows are made beside those of others, which may not be there yet.
+        if run.exists(name) and (run.shard is not None or _has_rows(run, stage)):
             then: Facts = run.read_json(name)
             changed = [
                 f"{key}: {then[key]} -> {now[key]}"

@@ -41,12 +41,13 @@ class Progress:
         """Enter what an endpoint took; returns all that the run has paid so far.
 
         Raises:
-            StorageError: the account cannot be written.
+            StorageError: the account cannot be written or read.
         """
         self._spent += charge.cost
-        if self._book is not None:
-            await self._book.enter(stage, charge)
-        return self._spent
+        if self._book is None:
+            return self._spent
+        await self._book.enter(stage, charge)
+        return self._spent + await self._book.paid_by_others()
 
     def snapshot(self) -> dict[str, dict[str, float]]:
         return self._counts

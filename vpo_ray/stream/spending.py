@@ -8,6 +8,7 @@ is killed and goes on counts nothing twice.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from vpo_ray.records import Row
 from vpo_ray.storage.run_dir import RunDir
 
 ACCOUNT = "account"
+LOOK_S = 10.0  # how often a stream looks up what others pay
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Book:
         self._stages: dict[str, Charges] = {}
         self._entered = self._written = 0
         self._writing = asyncio.Lock()
+        self._others = self._others_before = self._paid_by_others()
+        self._looked_at = time.monotonic()
 
     async def enter(self, stage: str, charge: Charges) -> None:
         """Returns once the charge is in the file. Charges that come meanwhile are written together.
@@ -81,6 +85,22 @@ class Book:
             book = {"place": self._place, "stages": sums}
             await asyncio.to_thread(self._folder.write_json, self._name, book)
             self._written = entered
+
+    async def paid_by_others(self) -> float:
+        """What the run's other streams, those of other shards, have paid since this one began, as of the
+        last LOOK_S.
+
+        Raises:
+            StorageError: the account cannot be read.
+        """
+        if time.monotonic() - self._looked_at >= LOOK_S:
+            self._looked_at = time.monotonic()
+            self._others = await asyncio.to_thread(self._paid_by_others)
+        return self._others - self._others_before
+
+    def _paid_by_others(self) -> float:
+        places = _account(self._folder, self._name).values()
+        return sum(charges.cost for stages in places for charges in stages.values())
 
 
 @dataclass
@@ -141,10 +161,13 @@ def _of_rows(run: RunDir) -> dict[str, Charges]:
     return found
 
 
-def _account(root: RunDir) -> dict[str, dict[str, Charges]]:
+def _account(root: Folder, but: str = "") -> dict[str, dict[str, Charges]]:
+    """Sums by place and stage of all files of the account, but one."""
     folder = root / ACCOUNT
     found: dict[str, dict[str, Charges]] = {}
     for name in folder.files(".json"):
+        if f"{ACCOUNT}/{name}" == but:
+            continue
         try:
             book = folder.read_json(name)
             for stage, sums in book["stages"].items():
