@@ -37,7 +37,7 @@ from vpo_ray.recipe import Queries, Recipe, load
 from vpo_ray.records import query_id
 from vpo_ray.stages.curate import curate
 from vpo_ray.stages.curate.duplicates import first_of_equal
-from vpo_ray.stages.curate.read import find_files, read_batches
+from vpo_ray.stages.curate.read import query_files, read_batches
 from vpo_ray.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def synthetic(source: Path, count: int) -> Iterator[dict[str, Any]]:
     settings = Queries(path=str(source))
     given = [
         text
-        for batch in read_batches(find_files(settings), 0, settings)
+        for batch in read_batches(query_files(settings), 0, settings)
         for text, reason in zip(batch["text"].to_pylist(), batch["reason"].to_pylist(), strict=True)
         if not reason
     ]

@@ -34,7 +34,7 @@ class InputError(ValueError):
     """Input that cannot be read, or does not hold what is asked of it; the message says what to do."""
 
 
-def reason_of(error: BaseException) -> str:
+def why_unreadable(error: BaseException) -> str:
     """Why a file cannot be read, without the file's name."""
     if isinstance(error, InputError):
         return str(error)
@@ -126,7 +126,7 @@ def find_files(
         except READ_ERRORS as error:
             # Not to repeat a password.
             where = key if "must not hold a password" in str(error) else f"{key} {pattern}"
-            raise InputError(f"{where}: {reason_of(error)}") from error
+            raise InputError(f"{where}: {why_unreadable(error)}") from error
         if not found:
             raise InputError(f"{key} {pattern}: no file matches")
         files += found

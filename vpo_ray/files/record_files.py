@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vpo_ray.files.input_files import READ_ERRORS, InputError, InputFile, reason_of
+from vpo_ray.files.input_files import READ_ERRORS, InputError, InputFile, why_unreadable
 from vpo_ray.files.text_files import encoding_of
 
 INVALID = "invalid UTF-8"
@@ -59,7 +59,7 @@ def records(file: InputFile, columns: Sequence[str], key: str, kind: str | None 
             whole = file.packing and name in (".parquet", ".arrow")
             yield from READERS[name](io.BytesIO(stream.read()) if whole else stream, columns)
     except (*READ_ERRORS, pa.ArrowException, csv.Error) as error:
-        raise InputError(f"{key} {file}: {reason_of(error)}") from error
+        raise InputError(f"{key} {file}: {why_unreadable(error)}") from error
 
 
 def json_line(value: Any) -> str:

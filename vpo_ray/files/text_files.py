@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import os
 
-from vpo_ray.files.input_files import READ_ERRORS, file_at, reason_of
+from vpo_ray.files.input_files import READ_ERRORS, file_at, why_unreadable
 
 # UTF-32's marks come first: the one of its little-endian form begins with UTF-16's.
 MARKS = (
@@ -48,7 +48,7 @@ def read_text(source: str | os.PathLike[str]) -> str:
         with file_at(source).open() as stream:
             raw = stream.read()
     except READ_ERRORS as error:
-        raise TextFileError(source, reason_of(error)) from error
+        raise TextFileError(source, why_unreadable(error)) from error
     return decode(raw, source)
 
 

@@ -16,7 +16,7 @@ from vpo_ray.engines.video.weights import sampled
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
 from vpo_ray.stages.curate import InputError, curate
-from vpo_ray.stages.curate.read import find_files
+from vpo_ray.stages.curate.read import query_files
 from vpo_ray.storage.run_dir import CURATED, UNLABELLED, RunDir
 from vpo_ray.stream.chains import Models
 
@@ -78,7 +78,7 @@ def _inputs(recipe: Recipe) -> dict[str, str]:
     """Sizes and samples of the local files that curation reads; none where they cannot be read now."""
     rules = recipe.queries.rules
     try:
-        files = [file for file in find_files(recipe.queries) if file.root is None]
+        files = [file for file in query_files(recipe.queries) if file.root is None]
         paths = [file.path for file in files] + ([rules.keywords] if rules.keywords else [])
         return {path: content_id(sampled(Path(path).expanduser()), digits=12) for path in paths}
     except (InputError, OSError):

@@ -13,7 +13,7 @@ from vpo_ray.recipe import Serve
 from vpo_ray.serve.app import build_app
 from vpo_ray.serve.config import APP, serve_config
 from vpo_ray.serve.engine import fingerprint
-from vpo_ray.serve.run import check
+from vpo_ray.serve.run import check_settings
 from vpo_ray.stream.ray_compat import serve_client
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    check(settings)
+    check_settings(settings)
     # Whatever is wrong with the folder is told here in one line, and not by a task of Serve's.
     build_app(checkpoint, settings)
     wanted = serve_config(checkpoint, settings)

@@ -38,7 +38,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
 
     # Serve tells every step of a deployment; what is wrong is told above this level too.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    check(settings)
+    check_settings(settings)
     app = build_app(checkpoint, settings)
     if serve.status().proxies:
         raise RuntimeError(
@@ -102,7 +102,7 @@ def deploy(checkpoint: str, settings: Serve) -> None:
     serve.run(build_app(checkpoint, settings), name=APP, route_prefix="/")
 
 
-def check(settings: Serve) -> None:
+def check_settings(settings: Serve) -> None:
     """What replicas would fail on is told here in one line. Raises what `serving` names."""
     if settings.keys:
         KeyRing(settings.keys)

@@ -21,8 +21,8 @@ from vpo_ray.recipe import Queries
 from vpo_ray.records import DROPPED, QUERY, content_id
 from vpo_ray.stages.curate import diversity, duplicates, rules
 from vpo_ray.stages.curate.prepare import prepare, wants_terms
-from vpo_ray.stages.curate.read import EXCERPT, InputError, InputFile, find_files, read_batches
-from vpo_ray.stages.curate.rules import KEPT, REASONS, RulesError, code
+from vpo_ray.stages.curate.read import EXCERPT, InputError, InputFile, query_files, read_batches
+from vpo_ray.stages.curate.rules import KEPT, REASONS, RulesError, reason_code
 from vpo_ray.stages.curate.split import split_of
 
 __all__ = ["Curated", "InputError", "RulesError", "curate", "preview", "split_of", "wants_workers"]
@@ -94,7 +94,7 @@ def wants_workers(settings: Queries) -> bool:
     """Whether these queries are curated by Ray Data tasks, as `queries.workers` says."""
     if settings.workers is not None:
         return settings.workers > 0
-    return sum(file.size() for file in find_files(settings)) >= _LARGE
+    return sum(file.size() for file in query_files(settings)) >= _LARGE
 
 
 def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curated:
@@ -108,8 +108,8 @@ def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curat
             the `unsafe_share` of them.
         RulesError: a rule that cannot be applied.
     """
-    rules.check(settings.rules)
-    files = find_files(settings)
+    rules.check_rules(settings.rules)
+    files = query_files(settings)
     if wants_workers(settings):
         from vpo_ray.stages.curate.workers import prepare_on_ray
 
@@ -124,7 +124,7 @@ def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curat
     _drop_duplicates(rows, reasons)
     groups = _drop_near_duplicates(rows, reasons, settings)
     if settings.limit is not None:
-        reasons[np.flatnonzero(reasons == KEPT)[settings.limit :]] = code("over the limit")
+        reasons[np.flatnonzero(reasons == KEPT)[settings.limit :]] = reason_code("over the limit")
     if labels is not None:
         rows = _labelled(rows, labels)
     if settings.size is not None:
@@ -156,7 +156,7 @@ def preview(settings: Queries) -> tuple[Counter[str], bool]:
     if settings.unsafe_judge:
         # Which of them are unsafe is not known yet; how many are chosen is.
         settings = settings.model_copy(update={"unsafe_share": None})
-    if sum(file.size() for file in find_files(settings)) < _LARGE:
+    if sum(file.size() for file in query_files(settings)) < _LARGE:
         return curate(settings.model_copy(update={"workers": 0})).counts(), True
     slow = {"near_duplicates": None, "size": None, "unsafe_share": None, "workers": 0}
     quick = settings.rules.model_copy(update={"languages": None})
@@ -179,7 +179,7 @@ def _fixed(rows: pa.Table, name: str, kept: np.ndarray, dtype: str) -> np.ndarra
 def _drop_duplicates(rows: pa.Table, reasons: np.ndarray) -> None:
     kept = np.flatnonzero(reasons == KEPT)
     first = duplicates.first_of_equal(_fixed(rows, "key", kept, "u8"))
-    reasons[kept[~first]] = code("duplicate")
+    reasons[kept[~first]] = reason_code("duplicate")
 
 
 def _by_content(rows: pa.Table, kept: np.ndarray) -> np.ndarray:
@@ -200,7 +200,7 @@ def _drop_near_duplicates(rows: pa.Table, reasons: np.ndarray, settings: Queries
         settings.near_duplicates.threshold,
     )
     if settings.near_duplicates.drop:
-        reasons[kept[again]] = code("near duplicate")
+        reasons[kept[again]] = reason_code("near duplicate")
     for row, first in zip(kept.tolist(), kept[group].tolist(), strict=True):
         keys[row] = keys[first] if first != row else keys[row]
     return keys
@@ -239,7 +239,7 @@ def _choose(rows: pa.Table, reasons: np.ndarray, settings: Queries) -> None:
     for found, wanted in groups:
         outside = np.ones(len(found), bool)
         outside[_diverse(rows, found, wanted, settings)] = False
-        reasons[found[outside]] = code("not in the subset")
+        reasons[found[outside]] = reason_code("not in the subset")
 
 
 def _diverse(rows: pa.Table, found: np.ndarray, size: int, settings: Queries) -> np.ndarray:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vpo_ray.stages.curate.rules import fold
+from vpo_ray.stages.curate.rules import comparable
 
 DIMENSIONS = 128
 BUCKETS = 1 << 18  # of hashed terms
@@ -46,7 +46,7 @@ def words_of(text: str) -> list[str]:
     """Folded words; a word with characters of East Asia is taken character by character."""
     return [
         part
-        for word in fold(text).split()
+        for word in comparable(text).split()
         for part in ([word] if word.isascii() or max(word) < "\u2e80" else word)
     ]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from vpo_ray.recipe import NearDuplicates
-from vpo_ray.stages.curate.rules import fold
+from vpo_ray.stages.curate.rules import comparable
 
 # A band finds a pair at the threshold with little luck; all bands together miss at most 1 of 100.
 _RECALL = 0.99
@@ -59,7 +59,7 @@ def signatures(texts: Iterable[str], settings: NearDuplicates) -> tuple[np.ndarr
 
 
 def _ngrams(text: str, size: int) -> set[bytes]:
-    folded = fold(text) or text
+    folded = comparable(text) or text
     return {folded[at : at + size].encode() for at in range(max(1, len(folded) - size + 1))}
 
 

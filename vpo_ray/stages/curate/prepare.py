@@ -12,7 +12,7 @@ from vpo_ray.recipe import Queries
 from vpo_ray.records import FLAGS, normalise, query_id
 from vpo_ray.stages.curate import diversity, duplicates, rules
 from vpo_ray.stages.curate.read import EXCERPT, RAW
-from vpo_ray.stages.curate.rules import KEPT, code
+from vpo_ray.stages.curate.rules import KEPT, reason_code
 
 KEY = pa.binary(16)  # a query id
 TERMS = pa.large_list(pa.uint32())
@@ -85,12 +85,12 @@ def _text_of(text: str, settings: Queries) -> tuple[str, tuple[flags.Flag, ...] 
     if settings.flags:
         stripped, found = flags.split_flags(text)
         if not rules.visible(stripped):
-            return text, found, code("only flags" if found else "empty")
+            return text, found, reason_code("only flags" if found else "empty")
         text = stripped
     if not rules.visible(text):
-        return text, found, code("empty")
+        return text, found, reason_code("empty")
     if len(text) < settings.min_chars:
-        return text, found, code("too short")
+        return text, found, reason_code("too short")
     return text, found, KEPT
 
 

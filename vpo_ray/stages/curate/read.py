@@ -11,14 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from vpo_ray.files.input_files import InputError, InputFile
-from vpo_ray.files.input_files import find_files as find_input_files
+from vpo_ray.files.input_files import InputError, InputFile, find_files
 from vpo_ray.files.record_files import READERS, Unreadable, records
 from vpo_ray.recipe import Queries
 from vpo_ray.records import normalise
-from vpo_ray.stages.curate.rules import KEPT, code, visible
+from vpo_ray.stages.curate.rules import KEPT, reason_code, visible
 
-__all__ = ["EXCERPT", "RAW", "InputError", "InputFile", "find_files", "read_batches"]
+__all__ = ["EXCERPT", "RAW", "InputError", "InputFile", "query_files", "read_batches"]
 
 RAW = pa.schema(
     [
@@ -34,13 +33,13 @@ EXCERPT = 200
 _TRUE, _FALSE = {"true", "yes", "unsafe"}, {"false", "no", "safe"}
 
 
-def find_files(settings: Queries) -> list[InputFile]:
+def query_files(settings: Queries) -> list[InputFile]:
     """The files that `queries.path` names; see `input_files.find_files`.
 
     Raises:
         InputError: nothing there, a filesystem that cannot be opened, or a kind that is not known.
     """
-    files = find_input_files(settings.path, "queries.path", READERS)
+    files = find_files(settings.path, "queries.path", READERS)
     for file in files:
         if file.kind == ".txt" and settings.unsafe_columns:
             raise InputError(f"queries.path {file}: a text file has no columns, see queries.unsafe_columns")
@@ -86,29 +85,29 @@ def _accept(values: Any, settings: Queries) -> tuple[str | None, int, bool | Non
         try:
             unsafe = _label(labels, settings.unsafe_threshold)
         except ValueError:
-            reason = code("bad unsafe label")
+            reason = reason_code("bad unsafe label")
     return (text if reason == KEPT else _excerpt(value)), reason, unsafe
 
 
 def _text_of(value: Any, settings: Queries) -> tuple[str, int]:
     if value is None:
-        return "", code("null")
+        return "", reason_code("null")
     if isinstance(value, Unreadable):
-        return "", code(value.reason)
+        return "", reason_code(value.reason)
     if not isinstance(value, str):
-        return "", code("not text")
+        return "", reason_code("not text")
     try:
         text = normalise(value)
     except UnicodeEncodeError:
-        return "", code("invalid UTF-8")
+        return "", reason_code("invalid UTF-8")
     if "\x00" in text:
-        return "", code("binary")
+        return "", reason_code("binary")
     if not visible(text):
-        return "", code("empty")
+        return "", reason_code("empty")
     if len(text) > settings.max_chars:
-        return "", code("too long")
+        return "", reason_code("too long")
     if len(text) < settings.min_chars:
-        return "", code("too short")
+        return "", reason_code("too short")
     return text, KEPT
 
 

@@ -45,7 +45,7 @@ class RulesError(ValueError):
     """A rule that cannot be applied as the recipe has it; the message says why."""
 
 
-def code(reason: str) -> int:
+def reason_code(reason: str) -> int:
     """The number that stands for a reason in a column."""
     return _CODES[reason]
 
@@ -78,7 +78,7 @@ def apply(texts: pa.Array, rules: Rules) -> np.ndarray:
         broken += [("URL", found.to_numpy(zero_copy_only=False))]
     reasons = np.zeros(len(texts), np.int8)
     for reason, where in broken:
-        reasons[(reasons == KEPT) & where] = code(reason)
+        reasons[(reasons == KEPT) & where] = reason_code(reason)
     if rules.keywords is not None or rules.languages is not None:
         # Row by row, so only those that are left.
         for row in np.flatnonzero(reasons == KEPT).tolist():
@@ -88,15 +88,15 @@ def apply(texts: pa.Array, rules: Rules) -> np.ndarray:
 
 def _slow(text: str, rules: Rules) -> int:
     if rules.keywords is not None and _keywords(rules.keywords).find(text) is not None:
-        return code("keyword")
+        return reason_code("keyword")
     if rules.languages is not None:
         language, confidence = _identifier(tuple(rules.languages)).classify(text)
         if language not in rules.languages and confidence >= rules.language_confidence:
-            return code("language")
+            return reason_code("language")
     return KEPT
 
 
-def check(rules: Rules) -> None:
+def check_rules(rules: Rules) -> None:
     """Raises RulesError when the keyword file cannot be read or a language is not known."""
     if rules.keywords is not None:
         _keywords(rules.keywords)
@@ -104,7 +104,7 @@ def check(rules: Rules) -> None:
         _identifier(tuple(rules.languages))
 
 
-def fold(text: str) -> str:
+def comparable(text: str) -> str:
     """A text for comparison: compatible forms and cases as one, only words, one space between them."""
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
 
