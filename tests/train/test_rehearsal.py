@@ -142,7 +142,7 @@ def test_a_tokenizer_that_does_not_survive_being_saved_is_refused(policy: Edit):
             Path(folder, "chat_template.jinja").write_text("{{ messages[0].content }}")
 
     tokenizer.__class__ = Forgetful
-    with pytest.raises(TrainError, match=r"not the same once it is saved.*the chat template differs"):
+    with pytest.raises(TrainError, match=r"not the same after it is saved.*the chat template differs"):
         rehearse(job_of(folder, tokenizer, settings()))
 
 
@@ -150,9 +150,9 @@ def test_where_the_export_cannot_lie_is_told(tmp_path: Path):
     check_room(str(tmp_path / "new" / "policy"), 1000)
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainError, match=r"file is to hold the trained policy, but is no folder"):
+    with pytest.raises(TrainError, match=r"file is where the trained policy goes, but it is not a folder"):
         check_room(str(tmp_path / "file"), 1000)
-    with pytest.raises(TrainError, match=r"below cannot be written"):
+    with pytest.raises(TrainError, match=r"below, where the trained policy goes, cannot be written"):
         check_room(str(tmp_path / "file" / "below"), 1000)
     with pytest.raises(TrainError, match=r"GB left on this node, and the export will take"):
         check_room(str(tmp_path / "policy"), 2**60)
@@ -182,7 +182,7 @@ def test_a_failure_on_one_worker_that_no_retry_mends_ends_training_of_all(
     """Rank 0 finds that the export has no room while rank 1 goes on to the first step."""
     (tmp_path / "policy").write_text("in the way")
     chosen = settings(workers=2, max_failures=3)
-    with pytest.raises(TrainError, match=r"^sft: .*is to hold the trained policy, but is no folder"):
+    with pytest.raises(TrainError, match=r"^sft: .*is where the trained policy goes, but it is not a folder"):
         run(tmp_path, tiny_models / "policy", chosen, "sft", sft_rows(4))
     (tmp_path / "policy").unlink()
     assert run(tmp_path, tiny_models / "policy", chosen, "sft", sft_rows(4)).trained

@@ -85,7 +85,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(
     for line in LINES:
         both.log(line)
     both.close()
-    assert len([r for r in caplog.records if "MLflow takes no more" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "MLflow gets no more" in r.getMessage()]) == 1
     assert len(scalars(tmp_path / "metrics/tensorboard/dpo")["train/loss"]) == 3
 
 

@@ -19,7 +19,7 @@ from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve, plugins
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
-from vpo_ray.stages.curate.rules import check as check_rules
+from vpo_ray.stages.curate.rules import check_rules
 from vpo_ray.stages.draft import EXAMPLES
 from vpo_ray.storage.sft_data import sft_rows
 

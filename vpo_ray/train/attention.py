@@ -1,8 +1,8 @@
-"""Attention over packs, as an implementation that transformers' models take by name.
+"""Attention over packs, as an implementation that transformers models take by name.
 
-Every run of a pack (see packing.Pack) reads the tokens given for it and no others, so that examples
-neither see nor pay for each other. On a GPU all runs are one call of FlashAttention for sequences of
-varying length (arXiv 2307.08691), which torch carries itself; elsewhere each run is a call of its own.
+Each run of a pack (see packing.Pack) attends to its own tokens and no others, so that examples neither
+see nor pay for each other. On a GPU all runs are one call of variable-length FlashAttention (arXiv
+2307.08691), which torch includes; elsewhere each run is one call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention of [1, heads, T, size] tensors by the layout of a pack, as [1, T, heads, size]; plain
-    causal without a layout."""
+    causal attention without a layout."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     layout: Pack | None = options.pop("layout", None)
@@ -46,7 +46,7 @@ def _attention(
 
 
 def kernel_for(query: Tensor, dropout: float) -> Kernel:
-    """What computes attention of queries [T, heads, size] like these where they are."""
+    """The kernel for queries [T, heads, size] of this dtype and device."""
     if dropout:
         return sdpa
     if query.device.type == "cpu":
@@ -85,14 +85,14 @@ def flash(
 def on_cpu(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Pack, options: dict[str, Any]
 ) -> Tensor:
-    """Run by run with the kernel that SDPA has for a CPU, with less kept for the backward pass."""
+    """Run by run with SDPA's CPU kernel, keeping less for the backward pass."""
     return _OnCpu.apply(query, key, value, layout, options.get("scaling"))
 
 
 def sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Pack, options: dict[str, Any]
 ) -> Tensor:
-    """Run by run with whatever SDPA chooses: any device, and dropout."""
+    """Run by run with whatever SDPA chooses: for any device, and for dropout."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     key, value = (_Gather.apply(t, layout.seen) for t in (key, value))
@@ -101,14 +101,14 @@ def sdpa(
     for part in parts:
         mask = _mask(layout, len(part[0]), len(part[1]), query)
         if mask is not None:
-            mask = mask.contiguous()  # kernels of GPUs want rows that are aligned
+            mask = mask.contiguous()  # GPU kernels need aligned rows
         q, k, v = (t.transpose(0, 1)[None] for t in part)
         out.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0][0])
     return torch.cat(out)
 
 
 def _mask(layout: Pack, own: int, sees: int, query: Tensor) -> Tensor | None:
-    """What is added to the scores of a run, [1, 1, own, sees]; None where plain causal is the same."""
+    """The mask added to the scores of a run, [1, 1, own, sees]; None where plain causal is the same."""
     before, most = sees - own, max(layout.sees)
     causal = _causal(max(layout.runs), most, query.dtype, query.device)
     return causal[:, :, :own, most - before : most + own] if before else None
@@ -116,14 +116,14 @@ def _mask(layout: Pack, own: int, sees: int, query: Tensor) -> Tensor | None:
 
 @lru_cache(maxsize=1)
 def _causal(rows: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Nothing where token n of `rows` sees column up to before + n, else -inf. Every mask of a pack is a
-    part of this one, which all layers and the backward pass keep once."""
+    """0 where token n of `rows` sees columns up to before + n, else -inf. Every mask of a pack is a slice of
+    this one, which all layers and the backward pass share."""
     unseen = torch.ones(rows, before + rows, dtype=torch.bool, device=device).triu(before + 1)
     return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, float("-inf"))[None, None]
 
 
 class _Gather(torch.autograd.Function):
-    """tokens[index] along the first dimension. Gradients of a token that many see add up in float32."""
+    """tokens[index] along the first dimension. Gradients of a token that many see are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
@@ -138,15 +138,14 @@ class _Gather(torch.autograd.Function):
 
 
 def _scatter(grad: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """Gradients of `tokens` that were taken by `index`."""
+    """Gradients of `tokens` from those of tokens[index]."""
     total = grad.new_zeros(tokens, *grad.shape[1:], dtype=torch.float32)
     return total.index_add_(0, index, grad.float()).to(grad.dtype)
 
 
 class _OnCpu(torch.autograd.Function):
-    """Keys and values are gathered again in the backward pass: kept are the three inputs and the output,
-    each once. Through SDPA itself every run would keep its own keys and values, and its part of the
-    output beside the whole."""
+    """Gathers keys and values again in the backward pass, so that only the inputs and the output are kept.
+    With SDPA itself every run would keep its own keys and values, and its part of the output too."""
 
     @staticmethod
     def forward(

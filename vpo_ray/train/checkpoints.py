@@ -1,7 +1,7 @@
 """Checkpoints of a training run: every rank writes its shard, and reads it back after a restart.
 
-DeepSpeed writes the shards (weights, optimizer), Ray Train uploads and keeps them; what else a
-restart needs is the number of the step and the curve, in `progress.json`.
+DeepSpeed writes the shards (weights, optimizer), and Ray Train uploads and keeps them. A restart also
+needs the step number and the curve, which are in `progress.json`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 TAG = "state"
-SCORE = "score"  # by which Ray Train keeps checkpoints, see evaluate.score
+SCORE = "score"  # by which Ray Train keeps checkpoints, see held_out.score
 
 
 def checkpoint_config(settings: Training) -> ray.train.CheckpointConfig:
-    """What Ray Train keeps: the newest checkpoint always, beside it the best where rows are held
-    out, else the newest ones."""
+    """What Ray Train keeps: the newest checkpoint, and with it the best ones where rows are held out, else
+    the newest ones."""
     if not settings.evaluate.share:
         return ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints)
     return ray.train.CheckpointConfig(
@@ -44,7 +44,7 @@ def checkpoint_config(settings: Training) -> ray.train.CheckpointConfig:
 
 
 def checkpoint_due(done: int, job: Job) -> bool:
-    """Whether a checkpoint follows step `done`; behind the last step comes the export instead."""
+    """Whether a checkpoint follows step `done`; after the last step comes the export instead."""
     every = job.settings.save_steps
     return bool(every) and done % every == 0 and done < job.steps  # type: ignore[operator]
 
@@ -76,7 +76,10 @@ def save(worker: RankState, step: int, wait: bool) -> None:
 
 
 def refuse_other_workers(folder: Folder, workers: int) -> None:
-    """Called before workers start, with the folder of a run's checkpoints.
+    """Refuse to resume with another number of workers; called before workers start.
+
+    Args:
+        folder: of the run's checkpoints.
 
     Raises:
         TrainError: the run stopped at a checkpoint that another number of workers wrote.
@@ -88,13 +91,13 @@ def refuse_other_workers(folder: Folder, workers: int) -> None:
     if progress["workers"] != workers:
         raise TrainError(
             f"the checkpoint at step {progress['step']} was written by {progress['workers']} workers, this "
-            f"run has {workers}; a sharded checkpoint needs the same number. Set workers to "
+            f"run has {workers}, and a sharded checkpoint needs the same number. Set workers to "
             f"{progress['workers']}, or remove {folder.uri} to begin again"
         )
 
 
 def resume(worker: RankState) -> int:
-    """Load the newest checkpoint, if there is one; the step to go on with."""
+    """Load the newest checkpoint, if there is one. Returns the step to continue with."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
@@ -102,18 +105,20 @@ def resume(worker: RankState) -> int:
         progress = Folder(folder).read_json(PROGRESS)
         load_shard(worker, folder)
     worker.curve, worker.resumed_after = progress["curve"], progress["step"]
-    log.info("%s goes on after step %d", worker.job.phase, progress["step"])
+    log.info("%s continues after step %d", worker.job.phase, progress["step"])
     return int(progress["step"])
 
 
 def load_best(worker: RankState) -> Row:
-    """Load the weights of the best evaluation of this run whose checkpoint is there, waiting for its
-    upload; its line of the curve. That is the last line, with the weights as they are, where no other is
-    better."""
+    """Load the weights of the best evaluation that still has a checkpoint, waiting for its upload.
+
+    Returns:
+        Its line of the curve: the last line, with the weights unchanged, where no other is better.
+    """
     reported: Any = ray.train.get_all_reported_checkpoints()
     kept = {r.metrics["step"]: r.checkpoint for r in reported}
     chosen: list[Any] = [None]
-    if worker.rank == 0:  # another rank may see the storage otherwise
+    if worker.rank == 0:  # other ranks may see a different state of the storage
         found = [step for step, checkpoint in kept.items() if _is_there(checkpoint)]
         chosen = [choose_exported(worker.curve, found, worker.job.settings.evaluate)]
     dist.broadcast_object_list(chosen, src=0)
@@ -125,8 +130,8 @@ def load_best(worker: RankState) -> Row:
 
 
 def choose_exported(curve: Sequence[Row], found: Collection[int], settings: Evaluate) -> Row:
-    """The line of the best evaluation of which the weights can be had: those of the last step, or of
-    a checkpoint at one of the steps `found`; the last line where nothing was evaluated."""
+    """The line of the best evaluation whose weights are available: those of the last step, or of a
+    checkpoint at one of the steps `found`. The last line where nothing was evaluated."""
     last = curve[-1]
     top = best(curve, settings)
     line = best([x for x in curve if x["step"] in found or x is last], settings) or last

@@ -15,11 +15,11 @@ WINDOW = 10
 
 
 def degenerate(curve: Sequence[Row], settings: Dpo) -> dict[str, str]:
-    """What is wrong at the end of the curve, by kind, with its numbers; empty while nothing is.
+    """Warnings about the end of the curve, by kind, with their numbers; empty while all is well.
 
-    Batches differ, so means over WINDOW steps are compared: of the chosen responses' log-probability
-    with the reference's, and of the end-of-turn token's with the first WINDOW steps'. The second is
-    a proxy for length: a policy that no longer ends where chosen responses end writes on.
+    Batches differ, so means over WINDOW steps are compared: the chosen responses' log-probability with
+    the reference's, and the end-of-turn token's with that of the first WINDOW steps. The second is a
+    proxy for length: a policy that no longer stops where chosen responses end keeps writing.
     """
     if len(curve) < WINDOW:
         return {}

@@ -27,7 +27,7 @@ COLUMNS: Mapping[Phase, tuple[str, tuple[str, ...]]] = {
 
 
 class TrainError(RuntimeError):
-    """Training that cannot start or go on; the message says what was wrong and what to do."""
+    """Training that cannot start or continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the example in a pack that shares nothing with another."""
+        """Tokens of the example in a pack that shares no prompt with another."""
         return len(self.prompt) + self.response_tokens
 
     @property
@@ -49,7 +49,7 @@ class Example:
 
 
 def row_id(phase: Phase, row: Row) -> str:
-    """What tells an example apart: a query may be taught with several prompts."""
+    """The id of a row's example: SFT may teach several prompts of one query."""
     return sft_id(row["query_id"], row["prompt"]) if phase == "sft" else str(row["pair_id"])
 
 
@@ -112,16 +112,16 @@ def _array(ids: list[int]) -> np.ndarray:
 
 
 def end_of_turn(tokenizer: Any, task_prompt: str) -> list[int]:
-    """Ids of what the model's own chat template puts behind an assistant message, up to the first
+    """Ids of what the model's own chat template puts after an assistant message, up to the first
     control token (`<|eot_id|>` for Llama 3); the tokenizer's EOS where it puts none.
 
     Raises:
-        TrainError: the checkpoint carries another task prompt, or there is no such token.
+        TrainError: the checkpoint has another task prompt, or there is no such token.
     """
     own = own_template(tokenizer.chat_template, task_prompt)
     if own is None:
         raise TrainError(
-            "the checkpoint carries another task prompt than the recipe: set policy.task_prompt to it"
+            "the checkpoint has another task prompt than the recipe: set policy.task_prompt to it"
         )
     answer = "vpo-ray-answer"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]

@@ -1,7 +1,6 @@
 """Held-out rows: which they are, when they are evaluated, which evaluation was the best.
 
-Everything follows from content and from the curve, so that a restarted worker decides as an
-undisturbed one.
+Everything follows from content and from the curve, so that a restarted worker makes the same decisions.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Examples to train on, and held-out ones.
 
-    The share is of queries, by their content: all rows of a query are on one side, or the policy
-    would be evaluated on a query that it has seen. Where no query falls into a share above 0, the
-    one nearest to it is held out.
+    The share is of queries, chosen by their content. All rows of a query are on one side, or the policy
+    would be evaluated on a query that it has seen. Where a share above 0 selects no query, the one nearest
+    to it is held out.
 
     Args:
         examples: of a phase, in any order.
@@ -45,8 +44,8 @@ def evaluation_due(done: int, steps: int, rows: int, settings: Training) -> bool
 
 
 def best(curve: Sequence[Row], settings: Evaluate) -> Row | None:
-    """The line of the best evaluation (of equals the first), None before there was one. An evaluation
-    that gave no number is none."""
+    """The line of the best evaluation (the first of equals), None before there is one. Evaluations without
+    a finite number do not count."""
     evaluated = [line for line in curve if math.isfinite(_value(line, settings))]
     return max(evaluated, key=lambda line: _value(line, settings)) if evaluated else None
 
@@ -63,8 +62,8 @@ def enough(curve: Sequence[Row], settings: Evaluate) -> bool:
 def score(line: Row, curve: Sequence[Row], settings: Evaluate) -> float:
     """A finite number for a line of the curve that orders checkpoints as `best` does.
 
-    Ray Train keeps the later one of two equal scores, and would delete what `best` chooses: every line
-    counts a hair (a unit in the last place) less for each earlier one with the same metric.
+    Of two equal scores Ray Train keeps the later one, and would delete the one that `best` chooses. So each
+    line loses one unit in the last place for every earlier line with the same metric.
     """
     value = _value(line, settings)
     if not math.isfinite(value):
@@ -74,6 +73,6 @@ def score(line: Row, curve: Sequence[Row], settings: Evaluate) -> float:
 
 
 def _value(line: Row, settings: Evaluate) -> float:
-    """The metric of a line, greater for better; not a number where there is none."""
+    """The metric of a line, higher is better; NaN where there is none."""
     value = line.get(f"eval_{settings.metric}")
     return math.nan if value is None else float(-value if settings.metric == "loss" else value)

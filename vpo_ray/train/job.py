@@ -1,4 +1,4 @@
-"""The driver's side of a phase: check the data, start the workers, hand back what they made."""
+"""The driver's side of a phase: check the data, start the workers, return what they made."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ log = logging.getLogger(__name__)
 class TrainResult:
     """A trained policy.
 
-    out: its folder. steps: optimizer steps. metrics: of the last step. rows: trained on, with
-    dropped counts by reason. trained: False when it was there already. warnings: of a policy that
-    may be degenerate.
+    out: its folder. steps: optimizer steps. metrics: of the exported step. rows: trained on.
+    dropped: rows by reason. trained: False when it existed already. warnings: signs of a degenerate policy.
     """
 
     out: str
@@ -48,8 +47,8 @@ class TrainResult:
 def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     """Train the policy on the running Ray cluster and leave a Hugging Face folder at `spec.out`.
 
-    A killed call, made again, goes on from the last checkpoint (`settings.save_steps`); a finished
-    one returns at once.
+    Repeated after a kill, it continues from the last checkpoint (`settings.save_steps`); repeated after it
+    finished, it returns at once.
 
     Args:
         rows: of records.SFT or records.PAIR, as the phase needs, or the path of their table.
@@ -183,11 +182,11 @@ def _fit(job: Job) -> None:
 
 
 def retried(fit: Callable[[], Any], phase: str, retries: int) -> Any:
-    """The result of `fit`. A worker that is lost is Ray Train's to replace; for a node that goes while
-    workers start, its controller gives up, and the next `fit` goes on from the checkpoints.
+    """The result of `fit`. Ray Train itself replaces a lost worker; but when a node is lost while workers
+    start, its controller gives up, and another `fit` continues from the checkpoints.
 
     Raises:
-        TrainError: more failures than `retries`, or one that says nothing of a node.
+        TrainError: more failures than `retries`, or one that is not about a node.
     """
     from ray.exceptions import NodeDiedError, RayActorError
     from ray.train import ControllerError, TrainingFailedError
@@ -200,7 +199,7 @@ def retried(fit: Callable[[], Any], phase: str, retries: int) -> Any:
             if left == 0 or not isinstance(error.controller_failure, RayActorError | NodeDiedError):
                 raise TrainError(f"{phase} failed: {error}") from error
             left -= 1
-            log.warning("%s: workers could not start, trying again: %s", phase, error.controller_failure)
+            log.warning("%s: the workers could not start, trying again: %s", phase, error.controller_failure)
         except TrainingFailedError as error:
             raise TrainError(f"{phase} failed {retries + 1} times: {error}") from error
 

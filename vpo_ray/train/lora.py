@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) by peft: adapters on the policy, and what is left of them on export.
+"""LoRA (arXiv 2106.09685) by peft: adapters on the policy, and how they are exported.
 
 The adapters start at zero effect, so the policy before its first step is the base model: DPO's
 reference needs no second model.
@@ -37,18 +37,22 @@ def attach(model: Any, lora: TrainLora) -> Any:
         raise TrainError(f"lora.target_modules {lora.target_modules!r}: {error}") from error
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
         raise TrainError(
-            "lora.target_modules: the output embedding (lm_head) takes no adapter, leave it out; its "
+            "lora.target_modules: the output embedding (lm_head) takes no adapter, leave it out: its "
             "logits are never made as a whole"
         )
     return adapted
 
 
 def save_adapter(adapted: Any, weights: dict[str, Any], base: str, folder: Path) -> None:
-    """The adapter as peft and vLLM load it; `weights` are the trained parameters by name and `base`
-    is what the adapter's config names as its base model."""
+    """Save the adapter as peft and vLLM load it.
+
+    Args:
+        weights: the trained parameters by name.
+        base: named as the base model in the adapter's config.
+    """
     adapted.peft_config["default"].base_model_name_or_path = base
     adapted.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's template; ours is written beside it
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template; we write our own
 
 
 def merged(base: str, revision: str | None, trust: bool, dtype: Any, adapter: Path) -> Any:

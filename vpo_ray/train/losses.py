@@ -1,7 +1,7 @@
 """The losses, as pure functions of log-probabilities.
 
-Both are sums with a weight per item, so that the caller divides by the size of the *global* batch
-and any spread over workers and micro steps gives the same gradient.
+Both are sums, so that the caller divides by the size of the *global* batch, and every split into
+workers and micro steps gives the same gradient.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def response_sums(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def rounding(logps: Tensor, count: Tensor, dtype: str) -> Tensor:
-    """By how many nats [S] the sums `logps` [S] of `count` [S] log-probabilities may differ between two
-    passes of the same model in `dtype` that pack other rows together: some units in the last place of
-    the sum, which is float32, and the model's own rounding, which is independent in each token."""
+    """How far, in nats [S], the sums `logps` [S] of `count` [S] log-probabilities may differ between two
+    passes of the same model in `dtype` with different packs: a few units in the last place of the float32
+    sum, and the model's own rounding, which is independent in each token."""
     sums = 4 * torch.finfo(torch.float32).eps * logps.abs()
     return sums + torch.finfo(getattr(torch, dtype)).eps * count.sqrt()
 

@@ -1,7 +1,7 @@
-"""Model folders on disk and in object stores: name what is in one, publish one whole.
+"""Model folders on disk and in object stores: identify what is in one, publish one atomically.
 
-A folder that training made carries `vpo.json`, written last: its presence says that the folder is
-complete, its `job` says what made it.
+A folder made by training has a `vpo.json`, written last: its presence says that the folder is complete,
+its `job` says what made it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ MARKER = "vpo.json"
 
 
 def marker(folder: str) -> Row | None:
-    """What `vpo.json` of a trained model says, or None where there is no complete one."""
+    """The content of a trained model's `vpo.json`, or None where there is no complete model."""
     place = Folder(folder)
     return place.read_json(MARKER) if place.exists(MARKER) else None
 
 
 def refuse_adapter(model: str) -> None:
-    """Raises TrainError for the folder of a LoRA adapter, which is no model by itself."""
+    """Raises TrainError for the folder of a LoRA adapter, which is not a model by itself."""
     if "://" not in model and not os.path.isdir(model):
         return
     place = Folder(model)
     if place.exists("adapter_config.json") and not place.exists("config.json"):
         raise TrainError(
-            f"{model} is a LoRA adapter, not a whole model: train it with lora.merge true to go on from it"
+            f"{model} is a LoRA adapter, not a whole model: train it with lora.merge true to continue from it"
         )
 
 
 def identity(model: str, revision: str | None) -> str:
-    """Names a model without reading its weights: for a folder its config, the sizes of its files
-    and what trained it; for a hub id that and its revision."""
+    """Identifies a model without reading its weights: a folder by its config, the sizes of its files and
+    its `vpo.json`; a hub id by the id and the revision."""
     if "://" not in model and not os.path.isdir(model):
         return content_id("hub", model, revision)
     place = Folder(model)
@@ -75,7 +75,7 @@ def publish(folder: Path, out: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copytree(folder, aside)
-    # The checkpoints that it was made from are deleted next.
+    # The checkpoints it was made from are deleted next.
     for path in (*aside.rglob("*"), aside):
         flush(path)
     if target.exists():

@@ -1,9 +1,9 @@
 """Which examples make a step, how they spread over workers, and how some of them share one row.
 
 A pack is one sequence without padding: [common start of the prompts][rest of prompt 1][its
-responses][rest of prompt 2]... Positions restart so that every response stands where it would
-stand alone, and the layout says which tokens see which. The task instruction is computed once per
-pack, and a prompt once for both responses of a pair, with the same result as without sharing.
+responses][rest of prompt 2]... Positions restart so that every response has the positions that it would
+have alone, and the layout says which tokens see which. The task instruction is computed once per pack, and
+a prompt once for both responses of a pair, with the same result as without sharing.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ class Pack:
     """One sequence of examples. T tokens, of which N are learnt, in S responses.
 
     Attention reads it as runs of tokens: the common start, then for each example the rest of its
-    prompt with its first response, and each further response. A token of a run sees the tokens that
-    are given for the run, save those of the run that come after: the causal mask of queries that are
-    the last of their keys.
+    prompt with its first response, and each further response. A token of a run sees the tokens
+    given for the run, except later ones of the run itself: the causal mask of queries that are the last
+    of their keys.
 
     ids, positions: int64 [1, T].
     runs: tokens of each run, in order; their sum is T.
     sees: tokens that each run sees, its own included.
-    seen: their numbers, run by run, in order of position, those of the run itself last; int64 [sum of
-        sees].
-    ends: where runs, and what they see, start and end; int32 [2, runs + 1].
+    seen: indices of these tokens, run by run, by position, the run's own last; int64 [sum of sees].
+    ends: offsets of the runs, and of what they see; int32 [2, runs + 1].
     predict: int64 [N], the token whose hidden state predicts a learnt token.
     targets: int64 [N], the learnt tokens.
     lengths: learnt tokens of each of the S responses, in order.
@@ -57,8 +56,7 @@ class Pack:
 
 
 def pack(examples: Sequence[Example], share: bool = True) -> Pack:
-    """Pack examples; `share=False` gives every response its own copy of the prompt (no sharing at
-    all, for comparison)."""
+    """Pack examples; `share=False` gives every response its own copy of the prompt, for comparison."""
     if not share:
         examples = [Example(e.id, e.prompt, (r,)) for e in examples for r in e.responses]
     prefix = _common_prefix([e.prompt for e in examples]) if share else 0
@@ -101,7 +99,7 @@ def pack(examples: Sequence[Example], share: bool = True) -> Pack:
 
 
 def _common_prefix(prompts: Sequence[np.ndarray]) -> int:
-    """How many tokens all prompts start with alike."""
+    """The number of tokens that all prompts have in common at the start."""
     shortest = min(map(len, prompts))
     differs = np.any([p[:shortest] != prompts[0][:shortest] for p in prompts], axis=0)
     return int(differs.argmax()) if differs.any() else shortest
@@ -127,16 +125,16 @@ def spread(
 ) -> list[list[list[int]]]:
     """Rows of a batch as [worker][micro step][row]: the same number of micro steps for all.
 
-    Packs are filled longest row first into the pack with the fewest tokens, so that workers wait
-    little for each other. Where rows do not fill every pack, some are empty. There are as few micro
-    steps as this way of filling takes, found by doubling and halving; from 1,024 on to within a
-    thousandth. n rows take time in proportion to n log n.
+    Rows go, longest first, into the pack with the fewest tokens, so that workers wait little for each
+    other. Where there are fewer rows than packs, some packs are empty. The number of micro steps is the
+    smallest that this method allows, found by doubling and bisection; from 1,024 on to within a
+    thousandth. Takes O(n log n) time for n rows.
 
     Args:
         rows: row numbers.
         sizes: tokens of each of them, with its own copy of the prompt.
-        micro_batch: rows a pack takes at most.
-        tokens: a pack's budget; a row that is longer gets a pack of its own.
+        micro_batch: most rows of a pack.
+        tokens: most tokens of a pack; a longer row gets a pack of its own.
     """
     longest_first = sorted(zip(sizes, rows, strict=True), key=lambda item: (-item[0], item[1]))
     least = math.ceil(len(rows) / (workers * micro_batch))
@@ -162,8 +160,8 @@ def spread(
 
 
 def _fewest_packs(sizes: Sequence[int], tokens: int) -> int:
-    """Packs that rows of these sizes, longest first, take at least: by all their tokens, and since no
-    pack has k + 1 of the rows that are longer than 1 / (k + 1) of the budget."""
+    """A lower bound of the packs for rows of these sizes, longest first: by all their tokens, and because no
+    pack has k + 1 rows that are longer than 1 / (k + 1) of the budget."""
     bounds = [math.ceil(sum(min(size, tokens) for size in sizes) / tokens)]
     for k in range(1, 33):
         longer = bisect_left(sizes, -tokens / (k + 1), key=lambda size: -size)
@@ -174,10 +172,10 @@ def _fewest_packs(sizes: Sequence[int], tokens: int) -> int:
 def _fill(
     longest_first: Sequence[tuple[int, int]], count: int, micro_batch: int, tokens: int | None
 ) -> list[list[int]] | None:
-    """(size, row) pairs in so many packs, each row in the emptiest one that takes more rows, of equals
-    the first; None where a pack of several rows gets more than its tokens."""
+    """(size, row) pairs in `count` packs, each row in the emptiest pack with room for a row (the first of
+    equals); None where a pack of several rows would exceed its tokens."""
     packs: list[list[int]] = [[] for _ in range(count)]
-    # A pack is one number, its tokens * count + its place: a heap compares numbers faster than pairs.
+    # A pack is one number, its tokens * count + its index: a heap compares numbers faster than pairs.
     heap = list(range(count))
     for size, row in longest_first:
         held, place = divmod(heap[0], count)

@@ -1,8 +1,7 @@
 """The policy as training sees it: from a pack to the log-probability of every learnt token.
 
-Attention works block by block over the pack's layout, so that examples neither see nor pay for
-each other, and the head computes logits only for learnt tokens, in chunks that bound its memory
-whatever the vocabulary.
+Attention follows the pack's layout, so that examples neither see nor pay for each other. The head computes
+logits only for learnt tokens, in chunks that bound its memory whatever the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from torch import Tensor, nn
 from vpo_ray.train.examples import Example, TrainError
 from vpo_ray.train.packing import Pack, pack
 
-# Float32 elements of a chunk of logits, and of the probabilities kept for the backward pass; past
-# the second number they are computed again instead. 256 MiB each.
+# Float32 elements of a chunk of logits, and of the probabilities kept for the backward pass; beyond the
+# second number they are recomputed. 256 MiB each.
 CHUNK = KEEP = 2**26
 
-# Elements at a time of a sum of exponentials, which torch computes from a copy: 16 MiB.
+# Elements per sum of exponentials, which torch computes from a copy: 16 MiB.
 SLICE = 2**22
 
 
 class ResponseHead(nn.Linear):
-    """The output embedding, that can also go straight from hidden states to log-probabilities."""
+    """The output embedding, which can also turn hidden states into log-probabilities directly."""
 
     @classmethod
     def of(cls, linear: nn.Linear) -> ResponseHead:
@@ -44,7 +43,7 @@ class ResponseHead(nn.Linear):
 
 class _LogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[targets], chunk by chunk. In the backward pass,
-    d/d logits = one_hot(target) - softmax, which is made from what was kept or computed again."""
+    d/d logits = one_hot(target) - softmax, from kept or recomputed probabilities."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -111,9 +110,8 @@ class PackedPolicy(nn.Module):
 def check_packing(policy: Any, example: Example, device: torch.device, tolerance: float) -> None:
     """Compare packed log-probabilities of an example with the model's own forward pass.
 
-    Models that change logits behind the head, or whose attention is not the usual one, would
-    otherwise train on wrong numbers in silence. Pass the longest example: it shows a sliding
-    window too.
+    Models that change logits after the head, or whose attention is not the usual one, would otherwise
+    silently train on wrong numbers. Pass the longest example, which also reveals a sliding window.
 
     Raises:
         TrainError: the mean difference per token is above `tolerance`.
@@ -127,5 +125,5 @@ def check_packing(policy: Any, example: Example, device: torch.device, tolerance
         raise TrainError(
             f"this model's log-probabilities differ by {difference:.3g} per token when packed, at most "
             f"{tolerance:g} is rounding: its architecture does something between attention and logits "
-            "that packing does not know; use a model with ordinary causal attention, such as Llama or Qwen"
+            "that packing does not support; use a model with ordinary causal attention, such as Llama or Qwen"
         )

@@ -1,6 +1,6 @@
-"""Exports for older readers: what transformers 5 and peft write, said in the words of earlier ones too.
+"""Exports for older readers: what transformers 5 and peft write, also under the keys of earlier versions.
 
-transformers 4 (older vLLM, other trainers) takes RoPE from `rope_theta` and `rope_scaling`, precision from
+transformers 4 (older vLLM, other trainers) reads RoPE from `rope_theta` and `rope_scaling`, precision from
 `torch_dtype`, a tokenizer's class by a name that it knows, and its control tokens from
 `additional_special_tokens`. transformers 5 reads these as it reads its own.
 """
@@ -11,15 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-# transformers 5's own names of classes, and what they were called.
+# Class names new in transformers 5, and what they were called before.
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 # Where the tokenizer was loaded from here.
 _LOCAL = ("is_local", "local_files_only")
 # Where layers differ, transformers 4 has keys for two kinds (Gemma 3).
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# What transformers 4 wants of Phi 3 beside `type`, and nothing else.
+# The only RoPE keys besides `type` that transformers 4 accepts for Phi 3.
 _PHI3 = ("short_factor", "long_factor")
-# What every version of peft has read. Others are written where they are not defaults.
+# Keys that every version of peft reads. Others are written where they are not defaults.
 _ADAPTER = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
     "lora_dropout", "target_modules", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights",
@@ -28,8 +28,8 @@ _ADAPTER = frozenset({
 
 
 def for_older_readers(folder: Path) -> None:
-    """Complete `config.json`, `tokenizer_config.json` and `adapter_config.json` of a folder, those that
-    are there. What the versions here read in them stays as it was."""
+    """Complete `config.json`, `tokenizer_config.json` and `adapter_config.json` of a folder, where present.
+    What the installed versions read from them does not change."""
     for name, complete in (
         ("config.json", _config),
         ("tokenizer_config.json", _tokenizer),
@@ -45,7 +45,7 @@ def for_older_readers(folder: Path) -> None:
 def _config(tree: dict[str, Any], folder: Path) -> None:
     for value in tree.values():
         if isinstance(value, dict) and "model_type" in value:
-            _config(value, folder)  # the text model of one that sees too
+            _config(value, folder)  # the text model of a vision-language model
     if isinstance(tree.get("dtype"), str):
         tree["torch_dtype"] = tree["dtype"]
     rope = tree.get("rope_parameters")

@@ -1,7 +1,7 @@
-"""The export, rehearsed before the first step: everything that it needs, save the weights.
+"""The export, rehearsed before the first step: everything but the weights.
 
-A model whose configuration, tokenizer or adapters could not be written at the end, or not be read again,
-is refused while that costs nothing.
+A model whose configuration, tokenizer or adapters could not be written at the end, or not be read back, is
+refused before any training is paid for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vpo_ray.train.phase import Job
 from vpo_ray.train.portable import for_older_readers
 from vpo_ray.train.save_pretrained import generation_config, write_generation, write_policy
 
-# What a tokenizer has to read alike before and after: case, spaces, accents, other scripts, digits.
+# Must be tokenised the same before and after: case, spaces, accents, other scripts, digits.
 PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"
 
 
@@ -59,10 +59,10 @@ def rehearse_texts(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """What of `rehearse` needs no torch: the tokenizer and the generation config, written and read back.
+    """The part of `rehearse` that needs no torch: write and read back tokenizer and generation config.
 
     Args:
-        keeps_base: adapters alone are exported, so that the base model may be quantised.
+        keeps_base: only adapters are exported, so the base model may be quantised.
 
     Raises:
         TrainError: see `rehearse`.
@@ -94,8 +94,8 @@ def _explained(model: str) -> Iterator[None]:
         raise TrainError(f"{model}: cannot be read, or {tempfile.gettempdir()} written: {error}") from error
     except Exception as error:
         raise TrainError(
-            f"{model} cannot be exported once it is trained: {type(error).__name__}: {error}. Mend the "
-            "model's folder, or train another"
+            f"{model} cannot be exported after training: {type(error).__name__}: {error}. Repair the "
+            "model's folder, or train another model"
         ) from error
 
 
@@ -118,7 +118,7 @@ def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
 
 
 def _generation_of(model: str, local: str, revision: str | None) -> Any:
-    """The model's own generation config; None where it has none, and its config.json tells."""
+    """The model's own generation config; None where it has none, and config.json decides."""
     from transformers import GenerationConfig
 
     try:
@@ -137,7 +137,7 @@ def _refuse_quantised(skeleton: Any, model: str, keeps_base: bool) -> None:
     if given and not given.get("dequantize") and not keeps_base:
         raise TrainError(
             f"{model} is quantised ({given.get('quant_method', 'by its config.json')}): its weights cannot "
-            "be trained, nor adapters be merged into them. Name the model that it was made of"
+            "be trained, nor adapters be merged into them. Name the model that it was made from"
         )
 
 
@@ -148,12 +148,10 @@ def _read_back(folder: Path, job: Any, generation: Any, config: Any) -> None:
     if config is not None:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         if _rope(own) != _rope(config):
-            raise TrainError(
-                f"{job.model}: its config.json is read otherwise than it was written: {_rope(own)}"
-            )
+            raise TrainError(f"{job.model}: its config.json reads back differently: {_rope(own)}")
     read = GenerationConfig.from_pretrained(folder)
     if _meaning(read) != _meaning(generation):
-        raise TrainError(f"{job.model}: its generation config is read otherwise than it was written")
+        raise TrainError(f"{job.model}: its generation config reads back differently")
     tokenizer = load_chat_tokenizer(str(folder), trust_remote_code=trust)
     said = [{"role": "user", "content": PROBE}]
     for name, before, after in (
@@ -163,20 +161,20 @@ def _read_back(folder: Path, job: Any, generation: Any, config: Any) -> None:
     ):
         if before != after:
             raise TrainError(
-                f"{job.model}: its tokenizer is not the same once it is saved and loaded: {name} differs. "
-                "Save it once with transformers (load, save_pretrained), and look at what its folder lacks"
+                f"{job.model}: its tokenizer is not the same after it is saved and loaded: {name} differs. "
+                "Load and save it once with transformers, and see what its folder lacks"
             )
 
 
 def _rope(config: Any) -> Any:
     rope = getattr(config.get_text_config(), "rope_parameters", None)
-    # An older name of `rope_type`, which stays where a file has it.
+    # `type` is an older name of `rope_type`, which stays where a file has it.
     return {key: value for key, value in rope.items() if key != "type"} if isinstance(rope, dict) else rope
 
 
 def _meaning(generation: Any) -> dict[str, Any]:
-    told: dict[str, Any] = generation.to_diff_dict()
-    return {k: v for k, v in told.items() if k not in ("transformers_version", "compile_config")}
+    set_keys: dict[str, Any] = generation.to_diff_dict()
+    return {k: v for k, v in set_keys.items() if k not in ("transformers_version", "compile_config")}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -184,22 +182,21 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def check_room(out: str, size: int) -> None:
-    """Whether an export of `size` bytes can be put at `out` from this machine, which is tried with an
-    empty file.
+    """Check that an export of `size` bytes fits at `out` and can be written there, with an empty file.
 
     Raises:
-        TrainError: it is a file, cannot be written to, or there is too little room.
+        TrainError: `out` is a file or cannot be written, or there is too little room.
     """
     place = Folder(out)
     if place.is_local and os.path.lexists(place.path) and not os.path.isdir(place.path):
-        raise TrainError(f"{out} is to hold the trained policy, but is no folder: move it away")
+        raise TrainError(f"{out} is where the trained policy goes, but it is not a folder: move it away")
     parent = Folder(str(Path(place.path).resolve().parent)) if place.is_local else place
     name = f".vpo-{uuid.uuid4().hex}"
     try:
         parent.write(name, b"")
         parent.fs.delete_file(f"{parent.path}/{name}")
     except (OSError, StorageError) as error:
-        raise TrainError(f"{out} cannot be written, where the trained policy is to lie: {error}") from error
+        raise TrainError(f"{out}, where the trained policy goes, cannot be written: {error}") from error
     needs: dict[int, tuple[str, int]] = {}
     for folder in (tempfile.gettempdir(), *([parent.path] if place.is_local else [])):
         device = os.stat(folder).st_dev

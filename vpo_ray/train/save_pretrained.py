@@ -1,4 +1,4 @@
-"""What training leaves: an ordinary Hugging Face folder that transformers and vLLM load.
+"""The result of training: an ordinary Hugging Face folder that transformers and vLLM load.
 
 Safetensors (of the whole policy, or of a LoRA adapter), the tokenizer with the task prompt in its
 chat template, a generation config that stops at the end-of-turn token, a model card, and last
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def export_policy(model: Any, weights: dict[str, Any], job: Job, facts: Row) -> None:
-    """Write the folder whole or not at all, replacing an older one.
+    """Write the folder atomically, replacing an older one.
 
     Args:
         model: the policy's transformers or peft model; its weights are not read.
         weights: the full weights by name, or with LoRA those of the adapter.
-        job: says where to, and how; the last token of its `end` stops generation.
+        job: says where and how; the last token of its `end` stops generation.
         facts: what goes to `vpo.json` and the model card.
     """
     from vpo_ray.train.lora import merged
@@ -79,10 +79,10 @@ def write_policy(
             weights = model.state_dict() if weights else {}
     if lora is None or lora.merge:
         model.config.use_cache = True
-        # In old models' config.json, whence it has come into the generation config.
+        # Old models' config.json has generation parameters, which are in the generation config by now.
         for key in model.config._get_generation_parameters():
             delattr(model.config, key)
-        # save_pretrained refuses a generation config for what it only warns of when it loads one.
+        # save_pretrained refuses a generation config for what loading only warns about.
         model.generation_config = type(generation)()
         model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     write_generation(generation, folder)
@@ -92,7 +92,7 @@ def write_policy(
 
 
 def generation_config(model: Any, end: list[int]) -> Any:
-    """The model's own, which also stops at the last token of `end`."""
+    """The model's own generation config, which also stops at the last token of `end`."""
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)  # a custom model may have none
@@ -104,7 +104,7 @@ def generation_config(model: Any, end: list[int]) -> Any:
 
 
 def write_generation(generation: Any, folder: Path) -> None:
-    """Write generation_config.json; `save_pretrained` would refuse what it only warns of when it loads."""
+    """Write generation_config.json; `save_pretrained` would refuse what loading only warns about."""
     generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
 
 

@@ -1,7 +1,7 @@
 """Where a training curve goes beside `metrics/<phase>.jsonl`: Ray's metrics, TensorBoard, MLflow, W&B.
 
-Rank 0 has one `Trackers`, which knows the trackers that the recipe asks for behind one call. A
-tracker that fails is told once and left out: curves are never worth a training run.
+Rank 0 has one `Trackers` for all trackers of the recipe. One that fails is logged once and dropped: a
+curve is not worth a training run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOT_VALUES = ("step", "time")
 
 
 class Tracker(Protocol):
-    """One destination. Steps come in order, after a restart from where the last checkpoint ended."""
+    """One destination. Steps arrive in order; after a restart, from the last checkpoint on."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -64,10 +64,10 @@ class Trackers:
         track: the recipe's section.
         phase: names TensorBoard's folder, `<run>/metrics/tensorboard/<phase>`.
         run_uri: the run directory.
-        run_id: the same for every start of this phase, so that a restart goes on in the same run.
+        run_id: the same for every start of this phase, so that a restart continues the same run.
         run_name: for people.
         settings: what MLflow and W&B show as the run's parameters.
-        curve: the steps before this start; TensorBoard's file is made again from them.
+        curve: the steps before this start, from which TensorBoard's file is rewritten.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Trackers:
             yield
         except Exception as error:  # noqa: BLE001  any client may fail in any way
             self._trackers.pop(title, None)
-            log.warning("%s takes no more of the curve: %s: %s", title, type(error).__name__, error)
+            log.warning("%s gets no more of the curve: %s: %s", title, type(error).__name__, error)
 
 
 def values_of(line: Row) -> dict[str, float]:
@@ -150,8 +150,8 @@ class RayMetrics:
 
 
 class TensorBoard:
-    """An event file in the run directory: written in place on a local disk, beside it and copied on
-    every flush for an object store."""
+    """An event file in the run directory: written in place on a local disk; for an object store, to a
+    temporary file that every flush uploads."""
 
     def __init__(self, folder: Folder, curve: Sequence[Row]) -> None:
         from tensorboardX import SummaryWriter
@@ -219,7 +219,7 @@ class MLflow:
 
 
 class WandB:
-    """A run of W&B; the same id makes a restart go on in it."""
+    """A run of W&B; the same id lets a restart continue it."""
 
     def __init__(self, project: str, run_id: str, name: str, settings: Row) -> None:
         import wandb

@@ -1,8 +1,8 @@
 """What every worker runs: reference log-probabilities, steps, evaluations, export.
 
 Everything a step does follows from its number: its rows, its learning rate, its seed. So a
-restarted worker needs only the last checkpoint and the step it stands for, and ends with the same
-weights as one that was never killed.
+restarted worker needs only the last checkpoint and its step, and ends with the same weights as one that
+was never killed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from vpo_ray.versions import check_code
 
 log = logging.getLogger(__name__)
 
-# Mean difference per token that packing may make: rounding of float32 and of bfloat16.
+# Allowed mean difference per token due to packing: rounding of float32 and of bfloat16.
 PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Stopped(TrainError):
-    """Training that no retry can mend (a loss that is not a number); every rank raises it alike."""
+    """Training that no retry can fix (a loss that is not finite); every rank raises it."""
 
 
 class Worker(RankState):
@@ -79,7 +79,7 @@ class Worker(RankState):
     def _train(self, first: int) -> None:
         job, settings = self.job, self.job.settings
         leaving: list[str] = []
-        if enough(self.curve, settings.evaluate):  # it was stopped, and ended before the export was there
+        if enough(self.curve, settings.evaluate):  # it stopped early, and died before the export
             return
         for step in range(first, job.steps):
             line, done = self.step(step), step + 1
@@ -97,9 +97,9 @@ class Worker(RankState):
                 save |= best(self.curve, settings.evaluate) is line
             if self.trackers:
                 self.trackers.log(line)
-            # Ray Train takes a report every 2 seconds: one a step would hold quick steps up.
+            # Ray Train takes a report every 2 seconds: one a step would slow quick steps down.
             if save and done < job.steps:
-                # A node that is about to go may not live until an upload in the background is through.
+                # A node that is about to go may not last until a background upload is done.
                 checkpoints.save(self, done, wait=preempted)
             if evaluated and enough(self.curve, settings.evaluate):
                 log.info("no better %s for a while: stopped after step %d", settings.evaluate.metric, done)
@@ -126,7 +126,7 @@ class Worker(RankState):
         bad: list[str] = []
         for n, members in enumerate(mine):
             self.engine.set_gradient_accumulation_boundary(n == len(mine) - 1)
-            # ZeRO needs every rank in every micro step: one without rows does a row's work for nothing.
+            # ZeRO needs every rank in every micro step: one without rows computes a row and discards it.
             loss, metrics = self._loss(members or rows[:1])
             if not members:
                 loss, metrics = loss * 0, metrics * 0
@@ -192,7 +192,7 @@ class Worker(RankState):
         return dpo_loss(token_logps, reference, pack.lengths, self.job.dpo)
 
     def _stop_if(self, ids: list[str], step: int, what: str) -> None:
-        """Stop every rank when one has ids of a batch with a bad number."""
+        """Stop every rank when one reports rows with a loss or gradient that is not finite."""
         everywhere: list[list[str]] = [[] for _ in range(self.workers)]
         dist.all_gather_object(everywhere, ids)
         found = sorted({i for part in everywhere for i in part})
@@ -210,13 +210,13 @@ class Worker(RankState):
             )
 
     def _warn(self, line: Row) -> None:
-        """Tell what the guard finds, each kind once in a run; it stays in the curve."""
+        """Log the guard's warnings, each kind once in a run, and keep them in the curve."""
         if self.job.phase != "dpo":
             return
         new = degenerate(self.curve, self.job.dpo)
         if new:
-            told = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
-            new = {k: v for k, v in new.items() if k not in told}
+            known = {kind for earlier in self.curve for kind in earlier.get("warnings", {})}
+            new = {k: v for k, v in new.items() if k not in known}
         if new:
             line["warnings"] = new
         for text in new.values() if self.rank == 0 else ():
@@ -224,8 +224,8 @@ class Worker(RankState):
 
     @torch.no_grad()
     def compute_reference(self, name: str) -> None:
-        """Log-probabilities of all responses under this engine's model, [rows, 2] float32, stored in
-        the run under `name` (see reference_name) so that they are computed once."""
+        """Compute the log-probabilities of all responses under this engine's model, [rows, 2] float32.
+        They are stored in the run under `name` (see reference_name) and computed only once."""
         job = self.job
         self.engine.eval()
         table = torch.zeros(len(job.rows), 2, device=self.device)
@@ -244,10 +244,10 @@ class Worker(RankState):
             _references(job).write(name, self.reference.tobytes())
 
     def _finish(self, untrained: Tensor) -> None:
-        """Export what was trained; `untrained` are the bit sums of the weights before the first step.
+        """Export what was trained; `untrained` are the checksums of the weights before the first step.
 
         Raises:
-            Stopped: the weights are those that training began with.
+            Stopped: no weight has changed.
         """
         job, settings = self.job, self.job.settings
         line = self.curve[-1]
@@ -255,7 +255,7 @@ class Worker(RankState):
             line = checkpoints.load_best(self)
         if torch.equal(zero.bit_sums(self.engine), untrained):
             raise Stopped(
-                f"{line['step']} steps changed no weight, so that there is nothing to export: the learning "
+                f"{line['step']} steps changed no weight, so there is nothing to export: the learning "
                 f"rate ({settings.lr:g}) or the gradients (norm {line['grad_norm']:.3g} in step "
                 f"{line['step']}) are too small for {settings.dtype}. Raise lr, or look at the rows"
             )
@@ -279,9 +279,9 @@ class Worker(RankState):
 def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> float:
     """Share of the peak learning rate in step `step` (from 0).
 
-    With w steps of warm-up, step i of 1..w has i / w: the last of them is at full rate, and none is
-    without effect. (transformers' first step has rate 0.) Behind them it is as in transformers' schedules
-    with as many steps of warm-up: linear or cosine down towards 0, or constant.
+    With w steps of warm-up, step i of 1..w has i / w: the last is at full rate, and none at 0 (as
+    transformers' first step is). After warm-up it follows transformers' schedules: linear or cosine down
+    towards 0, or constant.
     """
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
@@ -293,7 +293,7 @@ def lr_factor(step: int, steps: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def train_worker(config: dict[str, Any]) -> Row:
-    """What Ray Train runs on each worker; on a problem that no retry mends, returns its message."""
+    """What Ray Train runs on each worker. Returns the message of a failure that no retry can fix."""
     check_code(config["code"])
     bind_worker()
     job: Job = ray.get(config["job"])
@@ -304,7 +304,7 @@ def train_worker(config: dict[str, Any]) -> Row:
         except Stopped as error:
             message = str(error)
         except Exception as error:
-            # Raised, so that the other ranks, which may wait for this one, are stopped too.
+            # Raised to stop the other ranks too, which may wait for this one.
             if failures.is_permanent(error):
                 failures.record(job.kept, error)
             raise
@@ -334,7 +334,7 @@ def _work(job: Job) -> None:
         name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank))
         reference = stored_reference(job, name, rank)
         if reference is None and len(models) == 2:
-            # One after the other: there are never two models in memory.
+            # One by one, so that there are never two models in memory.
             other = start(models[0])
             other.compute_reference(name)
             reference = other.reference
@@ -364,7 +364,7 @@ def reference_name(job: Job, weights: str) -> str:
 
 
 def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:
-    """Reference log-probabilities that an earlier start has stored; all ranks agree on it."""
+    """Reference log-probabilities that an earlier start stored, or None; the same on all ranks."""
     found = [_references(job).exists(name) if rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
@@ -377,13 +377,13 @@ def _references(job: Job) -> Folder:
 
 
 def _parameters(job: Job) -> Row:
-    """What trackers show beside a curve: the settings that are not defaults."""
+    """The settings that trackers show: those that are not defaults."""
     shown = result_keys(job.settings.model_dump(mode="json", exclude_defaults=True))
     return {**shown, "phase": job.phase, "model": job.model, "fingerprint": job.facts.get("fingerprint")}
 
 
 def _weights_id(model: str, revision: str | None, rank: int) -> str:
-    """Names the weights by content, the same on every rank: from rank 0's files."""
+    """The identity of the weights by content, from rank 0's files; the same on every rank."""
     from transformers.utils import cached_file
 
     names: list[str | None] = [None]

@@ -1,7 +1,7 @@
 """DeepSpeed: its configuration from the recipe, the policy under it, and its checkpoints.
 
-The recipe's own JSON (`deepspeed:` of a phase) is merged in; a key that the recipe already decides
-is refused by name, so that two places never disagree in silence.
+The recipe's own JSON (`deepspeed:` of a phase) is merged in. A key that the recipe already decides is
+refused by name, so that two places never disagree silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vpo_ray.recipe import Training
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.lora import attach
 
-# Keys of the configuration that follow from recipe keys.
+# Keys of the configuration that recipe keys decide.
 _DECIDED = {
     "train_batch_size": "global_batch and workers",
     "train_micro_batch_size_per_gpu": "micro_batch",
@@ -40,11 +40,11 @@ _DECIDED = {
 def deepspeed_config(settings: Training, workers: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`.
 
-    DeepSpeed is told of batches of one per worker: a step's packs, their number and the weight of
-    each are the loop's business, since packs hold different numbers of tokens.
+    DeepSpeed gets a batch size of one per worker: the training loop decides on a step's packs and their
+    weights, since packs hold different numbers of tokens.
 
     Raises:
-        TrainError: `settings.deepspeed` decides what the recipe decides, otherwise.
+        TrainError: `settings.deepspeed` contradicts the recipe.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     for name, device in (
@@ -76,8 +76,7 @@ def deepspeed_config(settings: Training, workers: int) -> dict[str, Any]:
 
 
 def _merge(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """`auto`, which Hugging Face's integration fills in, is what the recipe says, or else DeepSpeed's
-    own default."""
+    """Replace `auto`, as Hugging Face's integration does: by what the recipe says, or DeepSpeed's default."""
     merged = dict(ours)
     for name, value in theirs.items():
         key = f"{prefix}{name}"
@@ -98,16 +97,16 @@ def _merge(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> d
 
 
 def prepare_process(use_gpu: bool) -> None:
-    """Settings that DeepSpeed reads when it is imported or first used, and its communication over
-    the process group that Ray Train has set up."""
+    """Set what DeepSpeed reads when it is imported or first used, and make it communicate over the process
+    group of Ray Train."""
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # torch tells every rank, several times, that functions DeepSpeed calls have new names.
+    # torch warns on every rank, several times, of renamed functions that DeepSpeed calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import torch
 
-    # They take a quarter of a checkpoint's time, and `torch.load` does not look at them.
+    # Checksums take a quarter of a checkpoint's time, and `torch.load` ignores them.
     torch.serialization.set_crc32_options(False)
 
     # Its all-reduce through shared memory is compiled on first use, which needs g++ and ninja on
@@ -119,11 +118,12 @@ def prepare_process(use_gpu: bool) -> None:
 def load_model(
     model: str, settings: Training, config: dict[str, Any], revision: str | None, trust: bool
 ) -> Any:
-    """The policy, with packed attention, and with adapters where the recipe has `lora`. Under ZeRO-3
-    its parameters are partitioned as they load, so that no worker ever holds a full copy.
+    """The policy, with packed attention, and with adapters where the recipe has `lora`.
+
+    Under ZeRO-3 its parameters are partitioned as they load, so that no worker ever holds a full copy.
 
     Raises:
-        TrainError: the folder is no such model, or takes no such adapters.
+        TrainError: the folder is not a causal language model, or cannot take these adapters.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -163,7 +163,7 @@ def start_engine(policy: Any, settings: Training, config: dict[str, Any]) -> Any
     import deepspeed
     import torch
 
-    # Weight decay is for matrices; under ZeRO-3 a partitioned parameter tells its shape itself.
+    # Weight decay is for matrices; under ZeRO-3 a parameter has its full shape in `ds_shape`.
     groups: dict[bool, list[Any]] = {True: [], False: []}
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -175,7 +175,7 @@ def start_engine(policy: Any, settings: Training, config: dict[str, Any]) -> Any
     ]
     optimizer = None
     if "optimizer" not in config:
-        # Offloaded state is stepped on the CPU, for which DeepSpeed compiles an optimizer of its own.
+        # Offloaded state is updated on the CPU, for which DeepSpeed compiles an optimizer of its own.
         offloaded = settings.offload.optimizer != "none"
         adam = _cpu_adam() if offloaded else partial(torch.optim.AdamW, fused=True)
         optimizer = adam(parameters, lr=settings.lr, betas=settings.adam_betas, eps=1e-8)
@@ -198,7 +198,7 @@ def _cpu_adam() -> Any:
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    # The ninja of our own environment, where the machine has none.
+    # The ninja of our own environment, where there is no other.
     here = str(Path(sys.executable).parent)
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] += os.pathsep + here
@@ -213,7 +213,7 @@ def _cpu_adam() -> Any:
 
 
 def release(engine: Any) -> None:
-    """Let go of an engine and of what it holds on the accelerator."""
+    """Free an engine and its memory on the accelerator."""
     import gc
 
     import torch
@@ -225,10 +225,9 @@ def release(engine: Any) -> None:
 
 
 def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str, Any]:
-    """The policy's weights by name (or of those that are trained), on rank 0's CPU; empty elsewhere.
-    Every rank must call this.
+    """The policy's weights (or the trained ones) by name, on rank 0's CPU; empty on other ranks.
 
-    Parameters are gathered one after the other, so that no accelerator holds them all.
+    Every rank must call this. Parameters are gathered one by one, so that no accelerator holds all.
     """
     import deepspeed
 
@@ -243,7 +242,7 @@ def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str
 
 
 def bytes_of(engine: Any, trained_only: bool = False) -> int:
-    """Bytes of the policy's weights (or of those that are trained) over all workers."""
+    """Bytes of the policy's weights (or the trained ones) over all workers."""
     return sum(
         getattr(p, "ds_numel", p.numel()) * p.element_size()
         for p in engine.module.parameters()
@@ -252,8 +251,8 @@ def bytes_of(engine: Any, trained_only: bool = False) -> int:
 
 
 def bit_sums(engine: Any) -> Any:
-    """The sum of the bits of every trained parameter, read as integers: int64, the same on every rank.
-    Where a weight changes, so does its sum. Every rank must call this."""
+    """A checksum of every trained parameter, the sum of its bits read as integers: int64, the same on every
+    rank. Every rank must call this."""
     import deepspeed
     import torch
 
@@ -268,7 +267,7 @@ def bit_sums(engine: Any) -> Any:
 
 
 def step(engine: Any) -> float:
-    """Clip, update the weights, clear the gradients; the global gradient norm before clipping."""
+    """Clip, update the weights, clear the gradients. Returns the global gradient norm before clipping."""
     import torch
 
     plain = engine.optimizer is engine.basic_optimizer
