@@ -1,11 +1,13 @@
-"""An OpenAI-compatible HTTP server on the loopback that behaves as a test tells it to, well or badly.
+"""OpenAI-compatible HTTP servers on the loopback that behave as a test tells them to, well or badly.
 
-It stands for a service outside; everything on our side of the socket is real.
+They are the services outside; everything on our side of the socket is real.
 """
 
+import email.policy
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +18,8 @@ Request = dict[str, Any]
 
 @dataclass
 class Reply:
-    """What to send. `fault`: stall (never answer), cut (close at once), half (a part of the body),
-    trickle (a byte at a time, for ever)."""
+    """What to send: bytes, text, or a JSON value. `fault`: stall (never answer), cut (close at once), half
+    (a part of the body), trickle (a byte at a time, for ever)."""
 
     body: Any = None
     status: int = 200
@@ -65,6 +67,9 @@ class EndpointServer(ThreadingHTTPServer):
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
+    def reply_to(self, method: str, path: str, request: Request) -> Reply:
+        return self.reply(request)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -78,12 +83,64 @@ class EndpointServer(ThreadingHTTPServer):
         """A client that went away is part of these tests."""
 
 
+class VideoServer(EndpointServer):
+    """A service of video jobs.
+
+    Attributes:
+        make: renders the mp4 of a request's fields.
+        polls: how often a job is seen before it is completed.
+        fault: what to answer in place of the right thing, asked with `create`, `poll` or `content` and the
+            job's fields; None for the right thing.
+        jobs: the fields of every job by its id, those that were taken and that are known still.
+    """
+
+    def __init__(self, make: Callable[[Request], bytes], polls: int = 2) -> None:
+        self.make, self.polls = make, polls
+        self.fault: Callable[[str, Request], Reply | None] = lambda what, fields: None
+        self.jobs: dict[str, Request] = {}
+        self.seen: Counter[str] = Counter()
+        super().__init__(lambda _: Reply())
+
+    def reply_to(self, method: str, path: str, request: Request) -> Reply:
+        job, _, content = path.partition("/videos")[2].strip("/").partition("/")
+        what = "create" if method == "POST" else "content" if content else "poll"
+        if what != "create" and job not in self.jobs:
+            return failure(404, f"Video with id {job} not found")
+        if reply := self.fault(what, request if what == "create" else self.jobs[job]):
+            return reply
+        if what == "content":
+            return Reply(self.make(self.jobs[job]), headers={"Content-Type": "video/mp4"})
+        with self.lock:
+            if what == "create":
+                job = f"video_{len(self.requests)}"
+                self.jobs[job] = request
+            self.seen[job] += what == "poll"
+        status = (
+            "completed" if self.seen[job] >= self.polls else "in_progress" if self.seen[job] else "queued"
+        )
+        return Reply({"id": job, "object": "video", "status": status, "error": None})
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: EndpointServer
 
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.paths.append(self.path)
+        self._send(self.server.reply_to("GET", self.path, {}))
+
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get_content_type() == "multipart/form-data":
+            head = f"Content-Type: {self.headers['Content-Type']}\n\n".encode()
+            parts = email.message_from_bytes(head + data, policy=email.policy.HTTP)
+            request = {}
+            for part in parts.iter_parts():
+                name = part.get_param("name", header="content-disposition")
+                request[name] = part.get_payload(decode=True).decode()
+        else:
+            request = json.loads(data)
         server = self.server
         with server.lock:
             server.requests.append(request)
@@ -93,13 +150,14 @@ class _Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
         try:
-            self._send(server.reply(request))
+            self._send(server.reply_to("POST", self.path, request))
         finally:
             with server.lock:
                 server.under_way -= 1
 
     def _send(self, reply: Reply) -> None:
-        data = reply.body.encode() if isinstance(reply.body, str) else json.dumps(reply.body).encode()
+        data = reply.body if isinstance(reply.body, str | bytes) else json.dumps(reply.body)
+        data = data.encode() if isinstance(data, str) else data
         if reply.fault == "stall":
             self.server.closing.wait(30)
         if reply.fault in ("stall", "cut"):

@@ -19,6 +19,7 @@ from vpo_ray.stream.made_with import OtherInputsError, refuse_other_inputs
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")
+HERE = "http://here/v1"
 QUERY = {"query_id": "q", "query": "a cat", "unsafe": None}
 
 CHANGES = [
@@ -108,6 +109,21 @@ def test_keys_of_others_are_theirs_whatever_ours_are_called() -> None:
         (checklist, "reward.checklist.dimensions={device: 1-4}"),
     ):
         assert of_tiny(*plain, change).fingerprint() != of_tiny(*plain).fingerprint(), change
+
+
+def test_a_video_service_is_its_model_and_request_wherever_it_is() -> None:
+    def of(*more: str) -> str:
+        service = (
+            f"render={{kind: openai, model: m, endpoint: {{base_url: '{HERE}', request: {{seconds: 4}}}}}}"
+        )
+        return of_tiny(service, *more).fingerprint()
+
+    for same in ("base_url=http://elsewhere/v1", "form=false", "second_price=1", "requests_per_minute=5"):
+        assert of(f"render.endpoint.{same}") == of(), same
+    for other in ("endpoint.request.seconds=5", "endpoint.request.steps=5", "version=2", "model=n"):
+        assert of(f"render.{other}") != of(), other
+    judge = "judge={model: m, backend: openai, endpoint: {base_url: %s}}"
+    assert of(judge % HERE) != of(judge % "http://elsewhere/v1"), "its name may be any model's"
 
 
 def test_every_mapping_of_free_keys_is_known() -> None:

@@ -28,6 +28,7 @@ from vpo_ray.recipe import (
     result_keys,
     video_presets,
 )
+from vpo_ray.recipe.result_keys import OPERATIONAL_PATHS
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
 Path_ = tuple[str, ...]
@@ -391,11 +392,15 @@ def test_serve_alone() -> None:
         load_serve(None, ["serve.port=-1"])
 
 
+def operational(path: Path_) -> bool:
+    return not OPERATIONAL.isdisjoint(path) or path in OPERATIONAL_PATHS
+
+
 def test_every_computing_key_is_in_the_fingerprint_and_no_operational_one() -> None:
     wrong = [
         path
         for path in LEAVES
-        if (result_keys(changed(FULL, path)) == result_keys(FULL)) != (not OPERATIONAL.isdisjoint(path))
+        if (result_keys(changed(FULL, path)) == result_keys(FULL)) != operational(path)
     ]
     assert wrong == []
 
@@ -407,7 +412,7 @@ def test_differences_name_exactly_what_changed(paths: set[Path_]) -> None:
     for path in paths:
         new = changed(new, path)
     named = {line.partition(": ")[0].removesuffix(".changed") for line in differences(FULL, new)}
-    assert named == {".".join(path) for path in paths if OPERATIONAL.isdisjoint(path)}
+    assert named == {".".join(path) for path in paths if not operational(path)}
 
 
 def test_operational_keys_all_exist() -> None:

@@ -19,7 +19,7 @@ TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
 NO_PLACES = {
     "name", "column", "revision", "accelerator_type", "azure_api_version", "api_key_env", "base_url",
     "weight_name", "preset", "scheduler", "negative_prompt", "attention", "device", "project", "run_name",
-    "license", "host", "model_name", "reward",
+    "license", "host", "model_name", "reward", "version",
 }  # fmt: skip
 
 

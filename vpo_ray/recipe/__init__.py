@@ -171,10 +171,11 @@ class Recipe(Section):
         rewards = [self.reward, *self.more_rewards.values()]
         asked = [llm.endpoint for llm in llms if llm.backend == "openai"]
         asked += [reward.endpoint for reward in rewards if reward.kind == "openai"]
-        if self.limits.max_cost is not None and not any(e.prompt_price or e.completion_price for e in asked):
+        priced = any(e.prompt_price or e.completion_price for e in asked) or self.render.endpoint.cost
+        if self.limits.max_cost is not None and not priced:
             raise ValueError(
                 "limits.max_cost has no effect: no endpoint that this recipe asks has a prompt_price or a "
-                "completion_price"
+                "completion_price, and render.endpoint no video_price or second_price"
             )
         return self
 

@@ -1,11 +1,11 @@
-"""Recipe section of an OpenAI-compatible endpoint: the judge, the drafts and the reward may use one."""
+"""Recipe sections of OpenAI-compatible endpoints: of LLMs, and of services that render videos."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AnyHttpUrl, Field, TypeAdapter
+from pydantic import AfterValidator, AnyHttpUrl, Field, TypeAdapter, model_validator
 
 from vpo_ray.recipe.base import Place, Positive, Section
 
@@ -53,6 +53,39 @@ class Endpoint(Section):
         Place | None, Field(description="folder of kept answers; <out>/answers when unset")
     ] = None
     logprobs: Annotated[bool, Field(description="ask for them; read by the reward only")] = True
+
+
+class VideoEndpoint(Endpoint):
+    """A service of video jobs. `requests_per_minute` are jobs that are created, `concurrency` the jobs of one
+    replica that are under way; `timeout_s` is of one request, `render.time_limit_s` of a job. `request` says
+    all that a video is made with but its prompt and seed, in the service's own words; `seed: null` leaves
+    the seed out."""
+
+    form: Annotated[
+        bool,
+        Field(description="send multipart forms, as OpenAI and vLLM-Omni take them; false: JSON"),
+    ] = True
+    video_price: Annotated[Price, Field(description="of a video")] = 0
+    second_price: Annotated[Price, Field(description="of a second of video, of request.seconds")] = 0
+
+    @property
+    def cost(self) -> float:
+        """Of one video."""
+        return self.video_price + self.second_price * float(self.request.get("seconds") or 0)
+
+    @model_validator(mode="after")
+    def _all_used(self) -> VideoEndpoint:
+        refuse_keys(self, _OF_LLMS, "a video service")
+        try:
+            if self.second_price and not self.cost > self.video_price:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError("second_price needs the number request.seconds") from None
+        return self
+
+
+_OF_LLMS = ("azure_api_version", "tokens_per_minute", "prompt_price", "completion_price", "structured",
+            "answers", "logprobs")  # fmt: skip
 
 
 def refuse_keys(endpoint: Endpoint, names: Sequence[str], what: str) -> None:

@@ -18,8 +18,11 @@ OPERATIONAL = frozenset({
     "tensor_parallel_size", "vae_slicing", "offload", "context_parallel", "time_limit_s", "store",
     "track", "guard", "keep_checkpoints", "license",
     "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute", "prompt_price",
-    "completion_price", "api_key_env", "answers",
+    "completion_price", "video_price", "second_price", "form", "api_key_env", "answers",
 })  # fmt: skip
+
+# Keys that are so in one place: a video is the same whoever serves its model.
+OPERATIONAL_PATHS = frozenset({("render", "endpoint", "base_url")})
 
 # Mappings whose keys are no keys of ours: one that has such a name is not operational for that.
 FREE = frozenset({
@@ -109,7 +112,7 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[
             chosen = engine_arguments(*((value, {}) if key == "engine_kwargs" else ({}, value)))
             if chosen:
                 yield from _all(chosen, path)
-        elif key in OPERATIONAL:
+        elif key in OPERATIONAL or path in OPERATIONAL_PATHS:
             continue
         elif isinstance(value, Mapping) and value:
             yield from _all(value, path) if key in FREE else _leaves(value, path)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused, require
-from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
+from vpo_ray.recipe.endpoint import Endpoint, VideoEndpoint, refuse_keys
 from vpo_ray.recipe.plugins import Kind, Modelled
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
@@ -35,18 +35,25 @@ class Lora(Section):
 
 
 class Render(Modelled):
-    """The team's own text-to-video model: any diffusers pipeline, or another's (see `Modelled`).
+    """The team's own text-to-video model: any diffusers pipeline, a service of video jobs, or another's
+    (see `Modelled`).
 
     `preset` fills the keys that are not given with a published model's own recommended settings
-    (`vpo_ray/data/video_presets.yaml`). `cache=first_block` needs `batch_size=1`.
+    (`vpo_ray/data/video_presets.yaml`). `cache=first_block` needs `batch_size=1`. With `kind: openai` the
+    model is one of `endpoint`, and what a video is made with is said in `endpoint.request`.
     """
 
     group: ClassVar[str] = "vpo_ray.video"
-    known: ClassVar[tuple[str, ...]] = ("diffusers",)
+    known: ClassVar[tuple[str, ...]] = ("diffusers", "openai")
 
     kind: Kind = "diffusers"
     preset: str | None = None
     model: Source = Field("", description="a plugin may do without")
+    version: Annotated[
+        Annotated[str, BeforeValidator(str)] | None,
+        Field(description="of a service's model; another one renders all videos anew"),
+    ] = None
+    endpoint: VideoEndpoint = VideoEndpoint()
     revision: str | None = None
     lora: Lora | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -99,14 +106,23 @@ class Render(Modelled):
 
     def located(self) -> Render:
         """The settings with absolute paths, which hold on every node that mounts them."""
+        if self.kind == "openai":
+            return self
         lora = self.lora and self.lora.model_copy(update={"path": locate(self.lora.path)})
         return self.model_copy(update={"model": locate(self.model), "lora": lora})
 
     @model_validator(mode="after")
-    def _of_a_known_kind(self) -> Render:
+    def _all_used(self) -> Render:
         if not self.is_plugin:
             require(self, "model")
             refuse_unused(self, "options", f"with kind: {self.kind}")
+        if self.kind == "openai":
+            local = " ".join(name for name in type(self).model_fields if name not in _OF_SERVICES)
+            refuse_unused(
+                self, local, "with kind: openai: say it in endpoint.request, as the service names it"
+            )
+        else:
+            refuse_unused(self, "version endpoint", f"with kind: {self.kind}")
         return self
 
     @model_validator(mode="after")
@@ -123,6 +139,11 @@ class Render(Modelled):
             if getattr(self, option) not in (None, "none"):
                 raise ValueError(f"context_parallel does not go together with {option}")
         return self
+
+
+# Keys that a video service leaves to us. What it makes a video with is in `endpoint.request`.
+_OF_SERVICES = frozenset({"kind", "model", "version", "endpoint", "strategy", "batch_size", "time_limit_s",
+                          "store", "pool"})  # fmt: skip
 
 
 class Checklist(Section):

@@ -61,7 +61,8 @@ class Renderer:
     """Fills the video columns of rows.
 
     Several threads may call one instance: one of them renders while the others encode, write and
-    look up, so a pool that lets two calls into an actor keeps its device busy with one-row blocks.
+    look up, so a pool that lets two calls into an actor keeps its device busy with one-row blocks. Where
+    a service renders, all of them do.
     Several instances may share a store: a video that one of them makes the others wait for.
 
     Args:
@@ -86,12 +87,13 @@ class Renderer:
     def __init__(self, settings: Render, store_uri: str, seed: int, account: Account | None = None) -> None:
         self.settings, self.seed = settings, seed
         self.store = VideoStore(store_uri)
-        self._prepared = prepare(settings, account)
+        self._prepared = prepare(settings.model_copy(update={"store": store_uri}), account)
         self.model = self._prepared.identity
         self.rendered = self.hits = 0
         self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see actor_pools.Stage
         self._engine: VideoModel | None = None
-        self._device = threading.Lock()
+        self._loading = threading.Lock()
+        self._device = nullcontext() if self._prepared.concurrent else threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._writing: dict[str, Future[Made]] = {}
         self._leases = VideoLeases(self.store.folder)
@@ -197,16 +199,18 @@ class Renderer:
         """A video or an error for each job, and the seconds of the device that each took."""
         if not batch:
             return [], 0.0
-        if self._engine is None:
-            with self.warming():
-                engine = self._prepared.load()
-                with _guarded(WARM_UP_LIMIT_S):
-                    engine.warm_up()
-                self._engine = engine
+        with self._loading:
+            if self._engine is None:
+                with self.warming():
+                    engine = self._prepared.load()
+                    with _guarded(WARM_UP_LIMIT_S):
+                        engine.warm_up()
+                    self._engine = engine
         start = time.perf_counter()
         # The engine ends a slow render between two steps. One that hangs within a step can only be
         # ended with its process; the pool then tries its rows elsewhere.
-        with _guarded(2 * self.settings.time_limit_s * len(batch) + GRACE_S):
+        limit_s = 2 * self.settings.time_limit_s * len(batch) + GRACE_S
+        with nullcontext() if self._prepared.concurrent else _guarded(limit_s):
             videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
         return videos, (time.perf_counter() - start) / len(batch)
 
@@ -243,6 +247,8 @@ class Renderer:
         }
         info = self.store.write(job.key, data, sidecar)
         self.rendered += 1
+        assert self._engine is not None
+        self._engine.stored(job.prompt, job.seed)
         return info
 
 

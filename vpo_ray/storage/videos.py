@@ -28,8 +28,8 @@ from vpo_ray.files.folder import Folder, StorageError, chunks
 from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
 
-# Keys of the render section that change how a video is made but not its pixels. `kind`, `model`, `revision`
-# and `lora` are in the key as the model's identity. Every other key of the section is a setting
+# Keys of the render section that change how a video is made but not its pixels. `kind`, `model`, `version`,
+# `revision` and `lora` are in the key as the model's identity. Every other key of the section is a setting
 # that changes pixels, a new one too.
 OPERATIONAL = frozenset(
     {
@@ -49,6 +49,8 @@ OPERATIONAL = frozenset(
         "device",
         "trust_remote_code",
         "pool",
+        "version",
+        "endpoint",
     }
 )
 READERS = 8  # files of a store that are read at once; an object store answers each in tens of ms
@@ -95,7 +97,9 @@ def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str,
     chosen = settings.model_dump(mode="json", exclude=set(OPERATIONAL))
     on = {name: value for name, value in chosen.items() if value not in (None, False, [], {})}
     versions: dict[str, str] = {}
-    if settings.kind == "diffusers":
+    if settings.kind == "openai":
+        on = {"request": settings.endpoint.request}
+    elif settings.kind == "diffusers":
         versions = library_versions() | (_versions("torchao") if settings.quantize else {})
     return {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": versions}
 

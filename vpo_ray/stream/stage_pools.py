@@ -140,10 +140,18 @@ def render_pool(
     stream: Dataset, recipe: Recipe, run: RunDir, models: Models, outcome: Outcome, rows: int, alone: bool
 ) -> Dataset:
     settings = recipe.render.located()
-    stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed)
-    # While one video is encoded and stored, the next renders.
+    account = _account(recipe, outcome)
+    stage = partial(Renderer, settings, recipe.render.store or run.at("videos"), recipe.seed, account)
+    # While one video is encoded and stored, the next renders; a service makes as many as it is asked for.
+    calls = -(-settings.endpoint.concurrency // rows) if settings.kind == "openai" else 2
     return batch_pool(
-        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone, calls=2
+        stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone, calls=calls
+    )
+
+
+def _account(recipe: Recipe, outcome: Outcome) -> RunAccount:
+    return RunAccount(
+        limit=recipe.limits.max_cost, spent=outcome.spent, progress=outcome.progress, stage=outcome.stage
     )
 
 
@@ -152,9 +160,7 @@ def score_pool(
 ) -> Dataset:
     settings = recipe.reward.located()
     more = {name: reward.located() for name, reward in recipe.more_rewards.items()}
-    account = RunAccount(
-        limit=recipe.limits.max_cost, spent=outcome.spent, progress=outcome.progress, stage=outcome.stage
-    )
+    account = _account(recipe, outcome)
     stage = partial(Scorer, settings, recipe.render.store or run.at("videos"), more, account)
     return batch_pool(stream, settings.pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
 

@@ -41,9 +41,13 @@ class Account:
         """An answer that this run paid for before is used: this account was not there then."""
         await self.pay(cost)
 
-    def check(self) -> None:
-        """Raises CostLimitReached. The answers under way when the limit is reached go beyond it."""
-        if self.limit is not None and self.spent >= self.limit:
+    def check(self, coming: float = 0.0) -> None:
+        """Raises CostLimitReached. The answers under way when the limit is reached go beyond it.
+
+        Args:
+            coming: what is known to be paid soon.
+        """
+        if self.limit is not None and self.spent + coming >= self.limit:
             raise CostLimitReached(
                 f"limits.max_cost {self.limit:g} is reached: the endpoints' answers cost {self.spent:.4f} so "
                 "far. Raise it to go on"

@@ -224,22 +224,21 @@ class EndpointClient:
         return reply
 
     async def ask(
-        self, path: str, request: dict[str, Any], *, form: bool = False, idempotency_key: str | None = None
+        self, path: str, request: dict[str, Any], *, form: bool = False, idempotency_key: str = ""
     ) -> Any:
         """What a route answers that is no chat completion: a JSON value. Raises what `create` raises.
 
         Args:
             form: send the request as a multipart form in place of JSON.
-            idempotency_key: of all tries of this request; one of each try when None.
+            idempotency_key: sent with every try, for servers that do once what has the same one.
         """
         self._opened()
-        options: dict[str, Any] = {"idempotency_key": idempotency_key} if idempotency_key else {}
-        if form:
-            options["headers"] = {"Content-Type": "multipart/form-data"}
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        headers |= {"Content-Type": "multipart/form-data"} if form else {}
 
         async def once() -> Any:
             async with self._slot(0):
-                return await self._json(path, request, options)
+                return await self._json(path, request, {"headers": headers})
 
         return await self._retried(once)
 

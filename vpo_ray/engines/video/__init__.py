@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Recipe name -> module; imported when asked for, because they bring torch.
-KINDS = {"diffusers": "vpo_ray.engines.video.engine"}
+KINDS = {
+    "diffusers": "vpo_ray.engines.video.engine",
+    "openai": "vpo_ray.engines.video.openai_video",
+}
 
 
 class RenderError(RuntimeError):
@@ -50,9 +53,14 @@ class VideoModel(Protocol):
 
     def warm_up(self) -> None:
         """Called once before the first render; its time is in no row's seconds."""
+        return None
 
     def cut(self, prompt: str) -> int | None:
         """How many tokens of a prompt the model does not take; None where it does not say."""
+        return None
+
+    def stored(self, prompt: str, seed: int) -> None:
+        """Called when a video that it rendered is in the store."""
         return None
 
 
@@ -63,10 +71,12 @@ class Prepared:
     Args:
         identity: all that changes its videos beside the settings; part of every video's key.
         load: makes the model.
+        concurrent: any number of threads may call its `render` at once, and it keeps its own time limit.
     """
 
     identity: str
     load: Callable[[], VideoModel]
+    concurrent: bool = False
 
 
 def prepare(settings: Render, account: Account | None = None) -> Prepared:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.engines.video import DeviceLostError, Prepared, RenderError
+from vpo_ray.engines.video import DeviceLostError, Prepared, RenderError, VideoModel
 from vpo_ray.engines.video.model import call_arguments, load, text_limit
 from vpo_ray.engines.video.ranks import Denoise, Order, RankLostError, Ranks, decided, reason
 from vpo_ray.engines.video.weights import on_node, weights_identity
@@ -59,7 +59,7 @@ def prepare(settings: Render, account: Account | None = None) -> Prepared:
     return Prepared(weights_identity(here), partial(VideoEngine, here))
 
 
-class VideoEngine:
+class VideoEngine(VideoModel):
     """A loaded pipeline with the settings of one recipe.
 
     Args:
