@@ -314,4 +314,10 @@ def test_four_drivers_at_once_make_what_one_driver_makes(
     one = recipe_for(tmp_path / "one", *more)
     whole = sampled(one)
     finished(one, [f"out={one.out}", *sets], ["generate"])
-    assert made(run, "feedback") == made(whole, "feedback")
+    rows = made(run, "feedback")
+    assert rows == made(whole, "feedback")
+    assert Counter((verdict, error) for verdict, *_, error in rows.values()) == {
+        ("aligned", None): 12,
+        ("imprecise", None): 12,
+    }
+    assert sum(row["score"] is not None for row in run.table("feedback").rows()) == 12
