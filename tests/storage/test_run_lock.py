@@ -16,7 +16,6 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray.files.folder import Folder
-from vpo_ray.loop import phases
 from vpo_ray.records import Shard
 from vpo_ray.storage import run_lock
 from vpo_ray.storage.run_dir import RunDir
@@ -238,7 +237,7 @@ def test_a_driver_of_a_shard_destroys_nothing(tmp_path: Path) -> None:
 DRIVER = """
 import sys, time
 from vpo_ray import recipe
-from vpo_ray.loop import opening, phases
+from vpo_ray.loop import opening
 from vpo_ray.storage import run_lock
 run_lock.BEAT_S, run_lock.STALE_S, run_lock.POLL_S = 0.1, 0.8, 0.02
 try:
@@ -290,7 +289,7 @@ def test_every_command_that_writes_is_refused_and_a_reader_is_not(
     monkeypatch.chdir(Path(__file__).parents[2])
     before = RunDir(tmp_path / "run").read("recipe.yaml")
     monkeypatch.setattr("vpo_ray.plan.check", lambda recipe: None)
-    monkeypatch.setattr(phases, "connect", lambda verbose=False: None)
+    monkeypatch.setattr("vpo_ray.stream.connection.connect", lambda verbose=False: None)
     for command in WRITERS:
         assert cli.main([command, *tiny(tmp_path), "--set", "limits.tries=5"]) == 3, command
         assert f"process {driver.pid}" in capsys.readouterr().err

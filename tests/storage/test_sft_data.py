@@ -43,7 +43,12 @@ def recipe_of(folder: Path, rows: list[tuple[str, str]], *more: str) -> Recipe:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What training is asked for, in place of it."""
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(phases, "_train", lambda *a, **k: calls.append({"rows": a[5], "id": a[6]}) or a[4])
+
+    def trained(_recipe: Any, _run: Any, _phase: str, start: Any, rows: list[Any], identity: str) -> str:
+        calls.append({"rows": rows, "id": identity})
+        return start.policy
+
+    monkeypatch.setattr(phases, "_train", trained)
     return calls
 
 

@@ -28,7 +28,6 @@ from vpo_ray.cli import videos as videos_command
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
     from vpo_ray.records import Shard
-    from vpo_ray.storage.run_dir import RunDir
 
 STAGE_COMMANDS = {
     "curate": "read raw queries into queries/",
@@ -151,8 +150,10 @@ def _parser() -> argparse.ArgumentParser:
         "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
     )
     tiny.add_argument("folder", metavar="DIR")
+    run_of = {"train": _train, "sft": _train, "dpo": _train, "evaluate": _evaluate, "report": _report}
+    run_of |= dict.fromkeys(submit_command.SHARDED, _generate)
     for name, text in STAGE_COMMANDS.items():
-        sub = with_recipe(name, text, _stage)
+        sub = with_recipe(name, text, run_of.get(name, _phase))
         if name in submit_command.RETRYING:
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
         if name in submit_command.SHARDED:
@@ -162,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="I/N",
                 help="the I-th of N parts of the queries, beside others",
             )
-    videos_command.add(command("videos", videos_command.HELP, _stage))
+    videos_command.add(command("videos", videos_command.HELP, _plan))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
     export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")
@@ -205,27 +206,20 @@ def _shard(text: str) -> Shard:
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
-    from vpo_ray import recipe as recipes
+    import vpo_ray
 
     # As a JSON string, so that no name of a folder is read as another YAML value.
     out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
-    overrides = [*arguments.set, *out]
-    return recipes.load(arguments.recipe, overrides)
+    return vpo_ray.load_recipe(arguments.recipe, [*arguments.set, *out])
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import vpo_ray
     from vpo_ray.cli.summary import summary
-    from vpo_ray.loop import phases
-    from vpo_ray.loop.rounds import run_rounds
-    from vpo_ray.plan import check
-    from vpo_ray.report import build_report
 
-    recipe = _load(arguments)
-    check(recipe)
-    phases.connect(arguments.verbose)
-    run = run_rounds(recipe, arguments.rounds, arguments.retry_errors, build_report)
-
-    sys.stdout.write(summary(run))
+    options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
+    run = vpo_ray.run(_load(arguments), rounds=arguments.rounds, **options)
+    sys.stdout.write(summary(run.dir))
     return 0
 
 
@@ -239,10 +233,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from vpo_ray.cli import doctor
-    from vpo_ray.loop import phases
+    from vpo_ray.stream.connection import connect
 
     recipe = _load(arguments) if arguments.recipe else None
-    phases.connect(arguments.verbose)
+    connect(arguments.verbose)
     return doctor.run(recipe, arguments.json)
 
 
@@ -254,63 +248,63 @@ def _tiny(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stage(arguments: argparse.Namespace) -> int:
-
-    from vpo_ray.loop import opening
+def _phase(arguments: argparse.Namespace) -> int:
+    from vpo_ray.loop.commands import run_phase
 
     recipe = _load(arguments)
-    name: str = arguments.name
-    if name == "report":
-        from vpo_ray.report import build_report
+    run_phase(recipe, arguments.name, getattr(arguments, "retry_errors", False), arguments.verbose)
+    return _done(arguments.name, recipe)
 
-        # It looks on while another driver works, so it takes no lock.
-        run = opening.open_run(recipe)
-        opening.write_ledger(recipe, run)
-        where = build_report(run, recipe)
-    elif shard := getattr(arguments, "shard", None):
-        from vpo_ray.loop.shards import generate_shard
 
-        stages = submit_command.GENERATION if name == "generate" else (name,)
-        generate_shard(recipe, shard, stages, arguments.retry_errors, arguments.verbose)
-        sys.stdout.write(f"{name}: shard {shard} is done; run it without --shard when all {shard.of} are\n")
-        return 0
-    else:
-        with opening.opened(recipe) as run:
-            with opening.accounted(recipe, run):
-                _work(name, recipe, run, arguments)
-            opening.write_ledger(recipe, run)
-        where = run.at("ledger.json")
-    sys.stdout.write(f"{name}: done, see {where}\n")
+def _generate(arguments: argparse.Namespace) -> int:
+    """All candidate stages, or one."""
+    import vpo_ray
+
+    recipe, name, shard = _load(arguments), arguments.name, arguments.shard
+    stages = None if name == "generate" else (name,)
+    options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
+    vpo_ray.generate(recipe, stages, shard=shard, **options)
+    if shard is None:
+        return _done(name, recipe)
+    sys.stdout.write(f"{name}: shard {shard} is done; run it without --shard when all {shard.of} are\n")
     return 0
 
 
-def _work(name: str, recipe: Recipe, run: RunDir, arguments: argparse.Namespace) -> None:
-    """What a stage's command does within its run directory."""
-    from vpo_ray.loop import evaluation, pairing, phases
+def _train(arguments: argparse.Namespace) -> int:
+    import vpo_ray
 
-    if name == "curate":
-        phases.curate_queries(recipe, run)
-    elif name == "pair":
-        pairing.make_pairs(recipe, run)
-    elif name == "draft":
-        phases.connect(arguments.verbose)
-        phases.draft_sft(recipe, run, arguments.retry_errors)
-    elif name == "train":
-        phases.connect(arguments.verbose)
-        phases.train_what_is_due(recipe, run)
-    elif name == "evaluate":
-        phases.connect(arguments.verbose)
-        sys.stdout.write(evaluation.summary(evaluation.evaluate(recipe, run, arguments.retry_errors)))
-    else:
-        phases.connect(arguments.verbose)
-        if name == "generate":
-            phases.curate_queries(recipe, run)
-        start = phases.starting_policy(recipe, run, trained=name in ("sft", "generate", "sample", "dpo"))
-        if name == "dpo":
-            phases.train_dpo(recipe, run, start)
-        elif name != "sft":
-            stages = None if name == "generate" else (name,)
-            phases.generate_feedback(recipe, run, start, stages, arguments.retry_errors)
+    recipe, name = _load(arguments), arguments.name
+    vpo_ray.train(recipe, None if name == "train" else name, verbose=arguments.verbose)
+    return _done(name, recipe)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import vpo_ray
+    from vpo_ray.loop.evaluation import summary
+
+    recipe = _load(arguments)
+    options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
+    sys.stdout.write(summary(vpo_ray.evaluate(recipe, **options)))
+    return _done(arguments.name, recipe)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from vpo_ray.loop.opening import open_run, write_ledger
+    from vpo_ray.report import build_report
+
+    recipe = _load(arguments)
+    # It looks on while another driver works, so it takes no lock.
+    run = open_run(recipe)
+    write_ledger(recipe, run)
+    sys.stdout.write(f"report: done, see {build_report(run, recipe)}\n")
+    return 0
+
+
+def _done(name: str, recipe: Recipe) -> int:
+    from vpo_ray.storage.run_dir import RunDir
+
+    sys.stdout.write(f"{name}: done, see {RunDir(recipe.out).at('ledger.json')}\n")
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -326,9 +320,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    import vpo_ray
     from vpo_ray import recipe as recipes
-    from vpo_ray.loop import phases
-    from vpo_ray.serve.run import serve_forever
 
     settings = recipes.load_serve(arguments.recipe, arguments.set)
     if arguments.config:
@@ -336,21 +329,20 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         sys.stdout.write(config_file(recipes.locate(arguments.checkpoint), settings))
         return 0
-    phases.connect(arguments.verbose)
-    serve_forever(recipes.locate(arguments.checkpoint), settings)
+    vpo_ray.serve(arguments.checkpoint, settings, verbose=arguments.verbose)
     return 0
 
 
 def _deploy(arguments: argparse.Namespace) -> int:
     from vpo_ray import recipe as recipes
-    from vpo_ray.loop import phases
     from vpo_ray.serve.deploy import roll_out
     from vpo_ray.storage.run_dir import RunDir
+    from vpo_ray.stream.connection import connect
 
     recipe = _load(arguments)
     phase = "sft" if recipe.dpo is None else "dpo"
     checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
-    phases.connect(arguments.verbose)
+    connect(arguments.verbose)
     roll_out(recipes.locate(checkpoint), recipes.serve_of(recipe), arguments.timeout)
     sys.stdout.write(f"deployed {checkpoint} as {recipe.serve.model_name!r}\n")
     return 0

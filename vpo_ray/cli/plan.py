@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Print the plan. Raises PlanError or ClusterError where there can be none."""
-    from vpo_ray import plan
+    import vpo_ray
     from vpo_ray.plan import cluster, show
 
     described = [arguments.gpus, arguments.cpus, arguments.gpu_type, arguments.gpus_per_node]
@@ -48,7 +48,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         )
     elif any(value is not None for value in described):
         raise cluster.ClusterError("--gpu-type and --gpus-per-node describe a cluster: give --gpus too")
-    made = plan.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour)
+    made = vpo_ray.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour)
     output = json.dumps(show.as_json(made), indent=2) + "\n" if arguments.json else show.text(made)
     sys.stdout.write(output)
     return 0

@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 def generate_shard(
     recipe: Recipe,
     shard: Shard,
-    stages: Sequence[str] = tuple(CANDIDATE_TABLES),
+    stages: Sequence[str] | None = None,
     retry_errors: bool = False,
     verbose: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Take one shard's queries through consecutive candidate stages; see `pipeline.generate`.
+    """Take one shard's queries through consecutive candidate stages, or all; see `pipeline.generate`.
 
     Args:
         verbose: see `connection.connect`.
@@ -38,13 +38,14 @@ def generate_shard(
         LoopError: the run's queries are not curated, or its policy is not trained yet.
         RunInUseError, RunLostError: see `run_lock.driving`.
     """
+    stages = tuple(stages or CANDIDATE_TABLES)
     with opened(recipe, shard) as run:
         if not run.exists(CURATED):
             raise LoopError(f"{run.uri} has no queries yet: run `vpo curate` once, before the shards")
         start = _start(recipe, run, trained="sample" in stages)
         connect(verbose)
         logger.info("shard %s: %s → %s", shard, ", ".join(stages), run.uri)
-        return generate_feedback(recipe, RunDir(run.uri, shard), start, tuple(stages), retry_errors)
+        return generate_feedback(recipe, RunDir(run.uri, shard), start, stages, retry_errors)
 
 
 def _start(recipe: Recipe, run: RunDir, trained: bool) -> Start:
