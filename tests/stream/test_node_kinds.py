@@ -11,6 +11,7 @@ import pytest
 from clusters import Simulated, python, simulated, vpo
 
 from vpo_ray.loop.ledger import reconcile
+from vpo_ray.loop.policies import policy_id
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import Row, query_id
 from vpo_ray.stages.sample import candidates
@@ -48,12 +49,13 @@ def recipe_of(tiny_sets: list[str], folder: Path, *more: str) -> tuple[Recipe, l
 
 
 def verdicts(recipe: Recipe, count: int) -> list[Row]:
-    """Candidates as judging leaves them."""
+    """Candidates of the recipe's policy, as judging leaves them."""
+    policy = policy_id(recipe, RunDir(recipe.out))
     queries = [f"a cat in the rain, take {n}" for n in range(count)]
     rows = [
         {"query_id": query_id(q), "query": q, "source": "t", "split": "dpo", "unsafe": False} for q in queries
     ]
-    first = [next(iter(candidates(row, recipe.sample, "p", recipe.seed))) for row in rows]
+    first = [next(iter(candidates(row, recipe.sample, policy, recipe.seed))) for row in rows]
     return [{**row, "prompt": row["query"], "verdict": "aligned"} for row in first]
 
 
