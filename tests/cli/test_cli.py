@@ -60,6 +60,7 @@ COMMANDS = {
     "evaluate": [*RECIPE, "--retry-errors"],
     "report": RECIPE,
     "videos": ["ACTION", "--help"],
+    "plugins": ["--help"],
     "export": [*RECIPE, "--format", "--to", "--bare"],
     "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
     "deploy": [*RECIPE, "--checkpoint", "--timeout"],

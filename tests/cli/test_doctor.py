@@ -49,6 +49,7 @@ def test_a_good_node_has_no_problem(good: dict[str, Any]) -> None:
         ({"unreadable": {"judge.model": "/models/x: Permission denied"}}, "reads judge.model: /models/x"),
         ({"unwritable": {"out": "s3://b: access denied"}}, "writes out: s3://b"),
         ({"absent": ["OPENAI_API_KEY"]}, "variable OPENAI_API_KEY: not set"),
+        ({"plugins": {"reward.kind": "m:B has version 2 here, and not 1"}}, "reward.kind: m:B has version 2"),
     ],
 )
 def test_each_problem_is_named(good: dict[str, Any], change: dict[str, Any], told: str) -> None:
@@ -149,9 +150,13 @@ def test_a_real_cluster(
     assert status == (0 if all(finding["ok"] for finding in findings.values()) else 1)
 
     bad = ["--set", "policy.model=/no/such/model", "--set", "render.pool.num_gpus=1"]
+    bad += ["--set", "more_rewards.other={kind: 'no.such:Model'}"]
     assert main([*arguments, *bad, "--set", "reward.kind=openai"]) == 1
     problems = [f for f in json.loads(capsys.readouterr().out) if not f["ok"]]
     told = {f["check"]: f["found"] for f in problems}
+    lacks = [f["where"] for f in problems if f["check"] == "more_rewards.other.kind"]
+    assert len(lacks) == 2, "the driver and the node"
+    assert "no.such:Model cannot be imported" in told["more_rewards.other.kind"]
     assert "no node has GPU" in told["room for pools"]
     assert ("variable OPENAI_API_KEY" in told) == ("OPENAI_API_KEY" not in os.environ)
     # A path that exists nowhere is read as a hub id at the driver; the node is asked for it all the same.

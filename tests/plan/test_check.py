@@ -7,7 +7,7 @@ import pytest
 from plan_recipes import recipe
 
 from vpo_ray.plan import PlanError, check
-from vpo_ray.plan.check import hub_ids
+from vpo_ray.plan.check import check_nodes, hub_ids
 
 
 def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
@@ -171,3 +171,17 @@ def test_the_video_models_lora_is_looked_for(
         return
     [line] = problems(tiny, render__lora=asked)
     assert says.replace("FOLDER", str(tmp_path / "lora")) in line
+
+
+@pytest.mark.ray
+def test_a_node_without_the_model_of_another_is_named(
+    ray_cluster: None, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_nodes(recipe(tiny))
+    text = "import pydantic\nclass Model:\n    class Options(pydantic.BaseModel):\n        pass\n"
+    (tmp_path / "only_at_the_driver.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = recipe(tiny, more_rewards="{mine: {kind: 'only_at_the_driver:Model'}}")
+    check(there)
+    with pytest.raises(PlanError, match=r"more_rewards.mine.kind on node .*cannot be imported"):
+        check_nodes(there)

@@ -27,6 +27,8 @@ class Model:
         self.settings, self.options = settings, options
         if options.level == 13:
             raise OSError("no such weights")
+class Bare:
+    Options = BaseModel
 class Loaded(Model):
     version = "weights-7"
     @staticmethod
@@ -128,6 +130,7 @@ def test_a_recipe_is_refused_by_the_key(install: Install, sets: str, says: str) 
         ("broken", "others:gone cannot be imported: AttributeError"),
         ("nowhere.at_all:Model", "nowhere.at_all:Model cannot be imported: ModuleNotFoundError"),
         ("os:system", "os:system is no builder"),
+        ("others:Bare", "others:Bare is no builder"),
         ("others:Model@1.1", "others:Model has version 1.2 here, and not 1.1"),
     ],
 )

@@ -117,6 +117,19 @@ def run(installed: Path, *command: Any) -> str:
     return done.stdout
 
 
+def test_the_command_lists_what_is_here_and_what_cannot_be_imported(installed: Path) -> None:
+    info = installed / "broken-2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2\n")
+    (info / "entry_points.txt").write_text("[vpo_ray.video]\nworse = nowhere_at_all:Model\n")
+    listed = run(installed, "-m", "vpo_ray.cli", "plugins")
+    lines = {tuple(line.split()[:2]): line for line in listed.splitlines()}
+    assert "built in" in lines["render.kind", "diffusers"]
+    assert "vpo-brightness 0.1.0, vpo_brightness:Brightness" in lines["reward.kind", "brightness"]
+    assert "broken 2, nowhere_at_all:Model: " in lines["render.kind", "worse"]
+    assert "ModuleNotFoundError: No module named" in lines["render.kind", "worse"]
+
+
 @pytest.mark.ray
 def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
     (installed / "others.py").write_text(OTHERS)

@@ -16,19 +16,19 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.files.input_files import walk
-from vpo_ray.recipe import Recipe, locate
+from vpo_ray.recipe import Recipe, locate, plugins
+from vpo_ray.recipe.plugins import Modelled
 from vpo_ray.storage import model_cache
 from vpo_ray.stream.chains import draft_model
+from vpo_ray.stream.each_node import each_node
 from vpo_ray.versions import code, versions
 
-# A node that has not answered after this many seconds cannot start a worker.
-ANSWER_S = 60
 # Rows of the stream are a few KB each and videos travel as names; below this many bytes even they spill.
 OBJECT_STORE_MIN = 200 * 2**20
 # Above it Ray stops storing objects on a disk (its `local_fs_capacity_threshold`).
@@ -53,7 +53,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a node is to try: paths to read by the recipe's key, storage to write, variables to have.
+    """What a node is to try: paths to read by the recipe's key, storage to write, variables to have, and
+    models of others to find.
 
     marker: name of a file that the driver wrote into the storage: who does not see it has another disk.
     """
@@ -62,6 +63,7 @@ class Ask:
     writable: Mapping[str, str]
     variables: Sequence[str]
     marker: str = ""
+    plugins: Mapping[str, Modelled] = field(default_factory=dict)
 
 
 def run(recipe: Recipe | None, as_json: bool) -> int:
@@ -76,15 +78,17 @@ def run(recipe: Recipe | None, as_json: bool) -> int:
 
 def examine(recipe: Recipe | None) -> list[Finding]:
     """Everything that was looked at on every node, problems first."""
-    import ray
-
     ask = asked(recipe)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     here = probe(ask)
-    findings: list[Finding] = []
+    findings = list(_plugin_findings("driver", here))
     with _marked(ask) as marked:
-        for node, answer, skew in _answers(nodes, marked):
-            findings += node_findings(node, answer, skew, here)
+        for visit in each_node(probe, marked):
+            skew = 0.0
+            if not visit.failure:
+                # Its clock was read between the two: anything outside is its own.
+                at: float = visit.answer["time"]
+                skew = max(0.0, visit.asked_at - at, at - visit.answered_at)
+            findings += node_findings(visit.node, visit.failure or visit.answer, skew, here)
     if recipe is not None:
         findings += _placement(recipe)
     return sorted(findings, key=lambda finding: finding.ok)
@@ -119,6 +123,7 @@ def asked(recipe: Recipe | None) -> Ask:
         {k: name for k, name in local.items() if name.startswith("/") or (k in models and "://" in name)},
         {key: locate(name) if "://" in name else str(Path(name).resolve()) for key, name in storage.items()},
         tuple(dict.fromkeys(variables)),
+        plugins=plugins.plugins_of(recipe),
     )
 
 
@@ -137,6 +142,7 @@ def probe(ask: Ask) -> dict[str, Any]:
         "unwritable": {
             key: why for key, uri in ask.writable.items() if (why := _unwritable(uri, ask.marker))
         },
+        "plugins": plugins.problems(ask.plugins),
         "absent": [name for name in ask.variables if not os.environ.get(name)],
     }
 
@@ -223,9 +229,16 @@ def _recipe_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]
     for key, why in answer["unwritable"].items():
         fix = "mount it there with write access, or give the node credentials for it"
         yield Finding(f"writes {key}", where, why, False, fix)
+    yield from _plugin_findings(where, answer)
     for name in answer["absent"]:
         fix = "set it where Ray starts (a Kubernetes secret with envFrom); it does not travel with a job"
         yield Finding(f"variable {name}", where, "not set", False, fix)
+
+
+def _plugin_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]:
+    for key, why in answer["plugins"].items():
+        fix = "install the same version of its package on the driver's machine and on every node"
+        yield Finding(key, where, why, False, fix)
 
 
 def _placement(recipe: Recipe) -> Iterator[Finding]:
@@ -243,41 +256,6 @@ def _placement(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(f"room for {name}", "cluster", "may come" if view.autoscaled else "yes", True)
         for line in found:
             yield Finding(f"room for {name}", "cluster", line, False, "add such a node, or change the recipe")
-
-
-def _answers(
-    nodes: Sequence[Mapping[str, Any]], ask: Ask
-) -> Iterator[tuple[Mapping[str, Any], dict[str, Any] | str, float]]:
-    """Each node, with its answer or why there is none, and how far its clock is off."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0, max_retries=0)(probe)
-    asked_at = time.time()
-    calls = {
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            ask
-        ): node
-        for node in nodes
-    }
-    waiting, deadline = list(calls), time.monotonic() + ANSWER_S
-    while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0, deadline - time.monotonic()))
-        if not ready:
-            break
-        answered_at = time.time()
-        for call in ready:
-            try:
-                answer: dict[str, Any] | str = ray.get(call)
-            except ray.exceptions.RayError as error:
-                lines = str(error).strip().splitlines()
-                yield calls[call], f"the probe failed: {lines[-1] if lines else type(error).__name__}", 0.0
-                continue
-            # Its clock was read between the two: anything outside is its own.
-            at: float = answer["time"]  # type: ignore[index, assignment]
-            yield calls[call], answer, max(0.0, asked_at - at, at - answered_at)
-    for call in waiting:
-        yield calls[call], f"no answer within {ANSWER_S} s", 0.0
 
 
 def _gpus() -> list[str]:

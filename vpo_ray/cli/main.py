@@ -6,6 +6,7 @@ vpo submit recipe.yaml              the same as a job of a Ray cluster
 vpo doctor recipe.yaml              check every node of the cluster
 vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
+vpo plugins                         models of others that a recipe can name here
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
 vpo deploy recipe.yaml              the same on a cluster, where it stays
 vpo key NAME                        a key for a caller of that endpoint
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from vpo_ray.cli import console
 from vpo_ray.cli import plan as plan_command
+from vpo_ray.cli import plugins as plugins_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
 
@@ -164,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="the I-th of N parts of the queries, beside others",
             )
     videos_command.add(command("videos", videos_command.HELP, _plan))
+    command("plugins", plugins_command.HELP, lambda _: plugins_command.run())
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
     export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")

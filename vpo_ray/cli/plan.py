@@ -35,13 +35,14 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Print the plan. Raises PlanError or ClusterError where there can be none."""
     import vpo_ray
     from vpo_ray.plan import cluster, show
+    from vpo_ray.plan.check import check_nodes
 
     described = [arguments.gpus, arguments.cpus, arguments.gpu_type, arguments.gpus_per_node]
     shape: cluster.Cluster | None = None
     if arguments.address is not None:
         if any(value is not None for value in described):
             raise cluster.ClusterError("give --address or a described cluster, not both")
-        shape = cluster.live(arguments.address)
+        shape = cluster.live(arguments.address, lambda: check_nodes(recipe))
     elif arguments.gpus is not None or arguments.cpus is not None:
         shape = cluster.described(
             arguments.gpus or 0, arguments.gpu_type, arguments.cpus, arguments.gpus_per_node

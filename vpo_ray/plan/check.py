@@ -62,6 +62,21 @@ def hub_ids(recipe: Recipe) -> list[str]:
     ]
 
 
+def check_nodes(recipe: Recipe) -> None:
+    """Raises PlanError when a node of the connected cluster lacks a model of others that the recipe names,
+    or has another version than this machine."""
+    if named := plugins.plugins_of(recipe):
+        from vpo_ray.stream.each_node import each_node
+
+        found = [
+            f"{key} on node {visit.where}: {why}"
+            for visit in each_node(plugins.problems, named)
+            for key, why in ({"plugins": visit.failure} if visit.failure else visit.answer).items()
+        ]
+        if found:
+            raise PlanError(f"recipe {recipe.name}: {len(found)} problem(s)\n  " + "\n  ".join(found))
+
+
 def _problems(recipe: Recipe) -> Iterator[str]:
     told = list(_of_files(recipe))
     yield from told

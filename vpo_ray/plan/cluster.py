@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -99,8 +99,8 @@ def described(
     return Cluster(tuple(Node(share, size, gpu_type if size else None) for size in sizes))
 
 
-def live(address: str | None) -> Cluster:
-    """The nodes that are up in a running Ray cluster.
+def live(address: str | None, visit: Callable[[], None] = lambda: None) -> Cluster:
+    """The nodes that are up in a running Ray cluster; `visit` is called while it is joined.
 
     Raises:
         ClusterError: there is none at this address.
@@ -116,6 +116,7 @@ def live(address: str | None) -> Cluster:
             raise ClusterError(f"no Ray cluster at {address}: {error}") from error
     try:
         nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+        visit()
     finally:
         if not joined:
             ray.shutdown()

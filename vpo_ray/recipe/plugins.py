@@ -146,10 +146,11 @@ def load(target: str) -> Plugin:
     except Exception as error:  # whatever a module does when it is imported
         raise PluginError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
     options = getattr(builder, "Options", None)
-    if not callable(builder) or not (isinstance(options, type) and issubclass(options, BaseModel)):
+    described = isinstance(options, type) and issubclass(options, BaseModel) and options is not BaseModel
+    if not callable(builder) or not described:
         raise PluginError(
             f"{target} is no builder: it is called with (settings, options), and has an attribute `Options`, "
-            "a pydantic model"
+            "a class of pydantic's BaseModel"
         )
     version = getattr(builder, "version", None) or _version(module)
     if not isinstance(version, str) or not re.fullmatch(r"[\w.!+-]+", version):
