@@ -97,7 +97,7 @@ class Plugin:
         names of the weights in the section. Raises PluginError."""
         if (more := getattr(self.builder, "identity", None)) is not None:
             return f"{self.pin}+{self._asked(more, section)}"
-        weights = section.model_dump(include={"model", "revision", "lora"}, exclude_defaults=True)
+        weights = section.model_dump(include={"model", "revision", "version", "lora"}, exclude_defaults=True)
         return f"{self.pin}+{json.dumps(weights, sort_keys=True)}" if weights else self.pin
 
     def build(self, section: Modelled) -> Any:
