@@ -14,7 +14,8 @@ not the stream. `fill_s` and `tail_s` are the fixed costs at both ends, which a 
 Driver. Stages that do nothing, in a fresh process for each number of rows: CPU seconds of the driver's
 process for each row, and its memory. `alone` has blocks of one row, as renders have them: from CPU
 seconds a row follows how many rows a second one driver can feed, and so how many GPUs of a given time
-a render. `blocks` has blocks of a hundred rows, so that 100,000 fit into an hour.
+a render. `blocks` has blocks of a hundred rows, so that 100,000 fit into an hour. `cpu_over_plain` is the
+ratio to Ray Data by itself: the same rows and blocks through as many pools, without tables and progress.
 
 The last line is one JSON object.
 """
@@ -34,9 +35,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import stream
-from ray.data import DataContext
+from ray.data import ActorPoolStrategy, DataContext
 
 from vpo_ray.stream import pipeline
 
@@ -171,6 +173,7 @@ def driver(rows: int, block: int) -> dict[str, float]:
     if block > 16:
         sizes += [f"{key}.engine.batch_size={block}" for key in ("sample", "judge")]
     with tempfile.TemporaryDirectory() as folder, stream.cluster():
+        peer = plain(rows, [max(block, 16), max(block, 16), block, block])
         pipeline.POOLS.update(dict.fromkeys(pipeline.STAGES, stream.idle_pool))
         recipe, run = stream.prepare(f"{folder}/run", rows // K, sizes)
         before, cpu, wall = stream.status("RssAnon"), time.process_time(), time.monotonic()
@@ -182,10 +185,36 @@ def driver(rows: int, block: int) -> dict[str, float]:
         "block": block,
         "cpu_s": round(cpu, 2),
         "cpu_s_per_row": round(cpu / rows, 6),
+        "plain_cpu_s": round(peer, 2),
         "wall_s": round(wall, 1),
         "memory_mb": round(memory.private, 1),
         "more_memory_mb": round(memory.private - before, 1),
     }
+
+
+class Same:
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return batch
+
+
+def plain(rows: int, blocks: Sequence[int]) -> float:
+    """CPU seconds of this process for so many rows through Ray Data by itself, with its own settings: a pool
+    of one actor for each of `blocks`, the rows of its blocks."""
+    cpu, dataset, flowing = time.process_time(), ray.data.range(rows, override_num_blocks=1), 0
+    for block in blocks:
+        if block != flowing:
+            dataset = dataset.repartition(target_num_rows_per_block=block)
+        dataset = dataset.map_batches(
+            Same,
+            batch_size=block,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=0.01,
+        )
+        flowing = block
+    found = sum(batch.num_rows for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    assert found == rows
+    return time.process_time() - cpu
 
 
 def drivers(rows: Sequence[int], block: int) -> dict[str, Any]:
@@ -200,9 +229,12 @@ def drivers(rows: Sequence[int], block: int) -> dict[str, Any]:
     # The difference of two sizes leaves out what is paid once.
     more = (rows[-1] - rows[0]) or rows[0]
     cpu = (last["cpu_s"] - (first["cpu_s"] if len(rows) > 1 else 0)) / more
+    peer = (last["plain_cpu_s"] - (first["plain_cpu_s"] if len(rows) > 1 else 0)) / more
     return {
         "sizes": found,
         "cpu_s_per_further_row": round(cpu, 6),
+        "plain_cpu_s_per_further_row": round(peer, 6),
+        "cpu_over_plain": round(cpu / peer, 3),
         "rows_per_s_of_one_driver": round(1 / cpu, 1),
         f"gpus_that_one_driver_feeds_at_{RENDER_S:g}_s_a_render": round(RENDER_S / cpu),
         f"share_of_a_core_at_{GPUS}_gpus": round(GPUS / RENDER_S * cpu, 4),

@@ -3,8 +3,10 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.data import DataContext
 
 from vpo_ray.stream import ray_compat
 
@@ -91,3 +93,22 @@ def test_what_is_loaded_has_advice() -> None:
     assert {path for path in loaded if str(path).startswith("ray.") and ":" in str(path)} <= set(
         ray_compat.ADVICE
     )
+
+
+@pytest.mark.parametrize(("seconds", "updates"), [(1000.0, 3), (0.0, 33)])
+def test_budgets_are_shared_out_once_for_many_tasks_or_after_a_while(
+    seconds: float, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    manager = SimpleNamespace(update_usages=lambda: done.append(1))
+    monkeypatch.setattr(ray_compat.Sparing, "SECONDS", seconds)
+    ray_compat.Sparing().before_execution_starts(SimpleNamespace(_resource_manager=manager))
+    for _ in range(2 * ray_compat.Sparing.CALLS + 1):
+        manager.update_usages()
+    assert len(done) == updates
+
+
+def test_an_execution_of_ray_data_calls_sparing() -> None:
+    context = DataContext()
+    ray_compat.spare_driver(context)
+    assert ray_compat.Sparing in context.execution_callback_classes

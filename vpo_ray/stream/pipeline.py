@@ -36,6 +36,7 @@ from vpo_ray.stream.chains import CHAIN_OF, GENERATION, Chain, Models
 from vpo_ray.stream.made_with import refuse_other_inputs
 from vpo_ray.stream.placement import look, pool_shapes, problems, require, watched
 from vpo_ray.stream.progress import StatusTable, spilled_bytes
+from vpo_ray.stream.ray_compat import spare_driver
 from vpo_ray.stream.spending import paid
 from vpo_ray.stream.stage_pools import POOLS, block_rows
 from vpo_ray.stream.stops import first_stop, stream_block
@@ -378,6 +379,7 @@ def _configure(dataset: Dataset) -> None:
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
     # One block may hold a render of half an hour; `render.time_limit_s` ends a hung one.
     context.execution_no_progress_timeout_s = 24 * 3600
+    spare_driver(context)
 
 
 def _nodes() -> set[str]:

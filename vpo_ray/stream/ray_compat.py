@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -24,6 +25,10 @@ ADVICE = {
     "takes less than a CPU for each task",
     "ray.data:Dataset._logical_plan": "look at how Dataset.repartition gets its plan",
     "ray.data:Dataset._from_parent": "look at how Dataset.repartition makes its dataset",
+    "ray.data._internal.execution.streaming_executor:StreamingExecutor._resource_manager": "leave Sparing "
+    "out if `driver_alone` of benchmarks/scale.py is no worse without it",
+    "ray.data._internal.execution.resource_manager:ResourceManager.update_usages": "leave Sparing out if "
+    "`driver_alone` of benchmarks/scale.py is no worse without it",
     "ray.llm._internal.batch.stages.vllm_engine_stage:vLLMEngineStageUDF": "find the class that "
     "ray.data.llm's vLLM processor gives to map_batches: its __init__ makes `llm`",
     "ray.llm._internal.batch.stages.vllm_engine_stage:_VLLM_FATAL_ERRORS": "name vLLM's EngineDeadError and "
@@ -105,6 +110,43 @@ def repartition(dataset: Any, rows: int, num_cpus: float) -> Any:
     )
     plan = _load("ray.data._internal.logical.interfaces:LogicalPlan")(operator, dataset.context)
     return type(dataset)._from_parent(dataset, plan)
+
+
+class Sparing:
+    """A callback of Ray Data's executions that spares the driver most of their bookkeeping.
+
+    Ray adds up what every operator uses, and shares the cluster out to them anew, three times for each
+    task that it starts: more than half of a driver's CPU where blocks have one row. Once for so many
+    tasks, or after so long, is enough where a pool's size and not its budget says how many tasks it has.
+    """
+
+    CALLS, SECONDS = 16, 0.2
+
+    def before_execution_starts(self, executor: Any) -> None:
+        manager = executor._resource_manager
+        update, last, calls = manager.update_usages, 0.0, 0
+
+        def sometimes() -> None:
+            nonlocal last, calls
+            calls += 1
+            if calls >= self.CALLS or time.monotonic() - last >= self.SECONDS:
+                update()
+                last, calls = time.monotonic(), 0
+
+        manager.update_usages = sometimes
+
+    def on_execution_step(self, executor: Any) -> None: ...
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
+def spare_driver(context: Any) -> None:
+    """Have a dataset's execution take less of its driver's CPU; see `Sparing`."""
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Sparing]
+    # It looks at every operator for every task. Rows are small: budgets alone keep the object store free.
+    context.downstream_capacity_backpressure_ratio = None
 
 
 def spilled_bytes() -> int:
