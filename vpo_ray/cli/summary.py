@@ -18,8 +18,8 @@ def summary(run: RunDir) -> str:
     lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
     pair = ledger["stages"]["pair"]
     if "videos" in pair and pair["kinds"].get("video"):
-        told = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())
-        lines.append(f"videos for a video pair, by render.strategy: {told}")
+        rates = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())
+        lines.append(f"videos for a video pair, by render.strategy: {rates}")
     if spilled := ledger.get("last_run", {}).get("spilled_bytes"):
         lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
     if run.exists("example.json"):

@@ -1,6 +1,6 @@
 """Check a recipe against the files that it names, before Ray starts.
 
-`vpo run` and `vpo plan` begin with it, so that a wrong path is told before a GPU is touched.
+`vpo run` and `vpo plan` begin with it, so that a wrong path is found before a GPU is touched.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def check_nodes(recipe: Recipe) -> None:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
-    told = list(_of_files(recipe))
-    yield from told
-    yield from models.problems(recipe, {line.partition(": ")[0] for line in told})
+    missing = list(_of_files(recipe))
+    yield from missing
+    yield from models.problems(recipe, {line.partition(": ")[0] for line in missing})
 
 
 def _of_files(recipe: Recipe) -> Iterator[str]:
@@ -149,8 +149,8 @@ def _lora(settings: Lora) -> Iterator[str]:
         if settings.weight_name is not None and not (path / settings.weight_name).is_file():
             yield f"render.lora.weight_name: {settings.path} has no {settings.weight_name}"
         elif settings.weight_name is None and len(names) != 1:
-            told = f"has {', '.join(names) or 'none'}"
-            yield f"render.lora.path: {settings.path} {told}; name one of *.safetensors with weight_name"
+            given = f"has {', '.join(names) or 'none'}"
+            yield f"render.lora.path: {settings.path} {given}; name one of *.safetensors with weight_name"
     elif path.is_file():
         if path.suffix != ".safetensors":
             yield f"render.lora.path: {settings.path} is no *.safetensors file"

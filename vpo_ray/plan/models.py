@@ -1,7 +1,7 @@
 """The text models of a recipe, looked at as a run will load them, but without their weights.
 
 A chat template through which a query does not pass, a tokenizer or a generation config that does not load or
-could not be exported is told before a GPU is touched. It is looked at in a process of its own, where
+could not be exported is found before a GPU is touched. It is looked at in a process of its own, where
 transformers does without torch: importing that takes longer than the look.
 """
 
@@ -43,13 +43,13 @@ class Ask:
     keeps_base: bool = False  # LoRA adapters alone are exported
 
 
-def problems(recipe: Recipe, told: Set[str]) -> list[str]:
+def problems(recipe: Recipe, known: Set[str]) -> list[str]:
     """A line for each text model in a folder here that will not load, or could not be exported.
 
     Args:
-        told: keys of what is known to be wrong, which is not looked at.
+        known: keys of what is known to be wrong, which is not looked at.
     """
-    asked = [ask for ask in asks(recipe, told) if ask.key not in told]
+    asked = [ask for ask in asks(recipe, known) if ask.key not in known]
     if not asked:
         return []
     state = [
@@ -61,10 +61,10 @@ def problems(recipe: Recipe, told: Set[str]) -> list[str]:
     return list(_looked(json.dumps([asdict(ask) for ask in asked]), repr(state)))
 
 
-def asks(recipe: Recipe, told: Set[str] = frozenset()) -> Iterator[Ask]:
+def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[Ask]:
     """The models in folders of this machine. An adapter is left out: its tokenizer may be another's."""
     policy, phase = recipe.policy, recipe.sft or recipe.dpo
-    if Path(policy.model).is_dir() and "policy.task_prompt" not in told:
+    if Path(policy.model).is_dir() and "policy.task_prompt" not in known:
         yield Ask(
             "policy.model", locate(policy.model), policy.revision, policy.trust_remote_code,
             policy.chat_template_kwargs, read_prompt(policy.task_prompt), phase is not None,
@@ -138,8 +138,8 @@ def _loaded(ask: Ask) -> Any:
     except PromptError:
         raise
     except Exception as error:  # whatever the files of others lead transformers to
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise PromptError(f"{ask.model}: its tokenizer does not load: {told}") from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise PromptError(f"{ask.model}: its tokenizer does not load: {why}") from error
 
 
 def _exports(ask: Ask, tokenizer: Any, task_prompt: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import vpo_ray.engines  # noqa: F401  it quietens what transformers and diffusers say of torchao
 from vpo_ray.files.text_files import read_lines
 
 VERSION = 2
