@@ -1,6 +1,7 @@
 """Rewards, video models and chat engines of others: what a recipe may name, and what it is refused for."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,3 +212,19 @@ def test_options_are_data(install: Install) -> None:
 
     assert build(llm).options.level == hostile  # type: ignore[attr-defined]
     assert hostile in json.loads(json.dumps(llm.model_dump()))["options"].values()
+
+
+def test_the_builders_of_the_documentation_are_builders(install: Install) -> None:
+    page = (Path(__file__).parents[2] / "docs/plugins.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    install(text="\n".join(blocks))
+    for name in ("Size", "Ours", "Gateway"):
+        assert plugins.load(f"others:{name}").version
+    settings = Reward.model_validate({"kind": "others:Size", "options": {"most": 10}})
+    assert [scored.score for scored in rewards.build(settings).score([b"12345"], ["a cat"])] == [0.5]  # type: ignore[union-attr]
+
+
+def test_a_plugin_may_have_an_endpoint_of_its_own(install: Install) -> None:
+    install()
+    endpoint = "{base_url: 'http://127.0.0.1/v1'}"
+    assert tiny(f"render={{kind: 'others:Model', endpoint: {endpoint}, version: v1}}").render.version == "v1"

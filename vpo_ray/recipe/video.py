@@ -121,7 +121,7 @@ class Render(Modelled):
             refuse_unused(
                 self, local, "with kind: openai: say it in endpoint.request, as the service names it"
             )
-        else:
+        elif not self.is_plugin:
             refuse_unused(self, "version endpoint", f"with kind: {self.kind}")
         return self
 
