@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_server import EndpointServer, failure
 from s3_server import bucket
 
 from vpo_ray.cli import doctor, main
@@ -50,12 +51,32 @@ def test_a_good_node_has_no_problem(good: dict[str, Any]) -> None:
         ({"unwritable": {"out": "s3://b: access denied"}}, "writes out: s3://b"),
         ({"absent": ["OPENAI_API_KEY"]}, "variable OPENAI_API_KEY: not set"),
         ({"plugins": {"reward.kind": "m:B has version 2 here, and not 1"}}, "reward.kind: m:B has version 2"),
+        (
+            {"unreachable": {"render.endpoint.base_url": "http://x: refused"}},
+            "reaches render.endpoint.base_url",
+        ),
     ],
 )
 def test_each_problem_is_named(good: dict[str, Any], change: dict[str, Any], told: str) -> None:
     versions = good["versions"] | change.get("versions", {})
     [line] = wrong(NODE, good | change | {"versions": versions}, good)
     assert line.startswith(told)
+
+
+def test_a_video_service_needs_its_key_and_an_answer_and_no_weights() -> None:
+    server = EndpointServer(lambda _: failure(404))
+    service = {"base_url": server.url, "api_key_env": "VIDEO_KEY"}
+    recipe = load(TINY, [f"render={json.dumps({'kind': 'openai', 'model': 'm', 'endpoint': service})}"])
+    ask = doctor.asked(recipe)
+    assert "VIDEO_KEY" in ask.variables
+    assert not [key for key in ask.readable if key.startswith("render")]
+    assert ask.servers == {"render.endpoint.base_url": server.url}
+    ask = replace(ask, readable={}, writable={})
+    assert doctor.probe(ask)["unreachable"] == {}, "an error is an answer"
+    server.close()
+    [why] = doctor.probe(ask)["unreachable"].values()
+    assert why.startswith(f"{server.url}: ")
+    assert "refused" in why
 
 
 def test_gpus_that_ray_offers_and_no_driver_has(good: dict[str, Any]) -> None:

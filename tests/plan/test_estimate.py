@@ -12,7 +12,7 @@ from vpo_ray.plan import PlanError, plan, show
 from vpo_ray.plan.cluster import Cluster, Node, described
 from vpo_ray.recipe import video_presets
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.videos import VideoStore
+from vpo_ray.storage.videos import VideoStore, key_parts
 
 GPU_POOLS = {f"{name}__pool__num_gpus": 1 for name in ("sample", "judge", "render", "reward", "serve")}
 GPU_TRAINING = {
@@ -237,6 +237,30 @@ def test_an_llm_at_an_endpoint_takes_no_gpu(tiny: dict[str, Any]) -> None:
     assert not any("endpoint" in note for note in made.notes)
     wasted = plan(real(tiny, **remote), described(4))
     assert "judge.pool.num_gpus 1: its replicas only ask an endpoint, set it 0" in wasted.notes
+
+
+def test_a_video_service_takes_no_gpu_and_its_price(tiny: dict[str, Any], tmp_path: Path) -> None:
+    endpoint = {"second_price": 0.1, "video_price": 0.2, "request": {"seconds": "4", "size": "64x32"}}
+    service = {"kind": "openai", "model": "zai-org/CogVideoX-2b", "endpoint": endpoint, "version": "1"}
+    videos = {"render": json.dumps(service), "limits__max_cost": 50, "sample__k": 4}
+    del tiny["render.model"]
+    made = plan(recipe(tiny, **videos), described(3), price=2)
+    rendered = stage(made, "render")
+    assert (rendered.rows, rendered.replica.gpus, rendered.gpu_hours) == (400, 0, None)
+    assert rendered.seconds.value is None, "the time that was published for the weights is a GPU's"
+    assert made.video_cost == pytest.approx(240)
+    lines = show.text(made)
+    assert "at most 240.00 for 400 videos at 0.6, paid to the service; " in lines
+    assert "up to 400 of zai-org/CogVideoX-2b; size not known before some are rendered" in lines
+    assert "limits.max_cost 50 stops the run before its last video" in made.notes
+    assert show.as_json(made)["video_cost"] == pytest.approx(240)
+    store = VideoStore(tmp_path / "run/videos")
+    settings = recipe(tiny, **videos).render
+    store.write("ab", b"x" * 1000, {**key_parts(settings, "p", 1, "m"), "generator": settings.model})
+    store.write("cd", b"x" * 10, {"settings": {"request": {}}, "generator": settings.model})
+    assert plan(recipe(tiny, **videos)).video_bytes.value == 1000
+    wasted = plan(recipe(tiny, **videos, render__pool__num_gpus=1))
+    assert "render.pool.num_gpus 1: its replicas only ask an endpoint, set it 0" in wasted.notes
 
 
 def test_adaptive_rendering_is_at_most_all_of_it(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ and the storage of a recipe can be used from there.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +25,7 @@ from typing import Any
 
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.files.input_files import walk
-from vpo_ray.recipe import Recipe, locate, plugins
+from vpo_ray.recipe import Endpoint, Recipe, locate, plugins
 from vpo_ray.recipe.plugins import Modelled
 from vpo_ray.storage import model_cache
 from vpo_ray.stream.chains import draft_model
@@ -53,8 +56,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a node is to try: paths to read by the recipe's key, storage to write, variables to have, and
-    models of others to find.
+    """What a node is to try: paths to read by the recipe's key, storage to write, variables to have,
+    models of others to find, and servers to reach.
 
     marker: name of a file that the driver wrote into the storage: who does not see it has another disk.
     """
@@ -64,6 +67,7 @@ class Ask:
     variables: Sequence[str]
     marker: str = ""
     plugins: Mapping[str, Modelled] = field(default_factory=dict)
+    servers: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(recipe: Recipe | None, as_json: bool) -> int:
@@ -104,17 +108,18 @@ def asked(recipe: Recipe | None) -> Ask:
     files: dict[str, str] = {}
     if recipe.render.lora is not None:
         models["render.lora.path"] = recipe.render.lora.path
-    variables = []
+    endpoints: list[Endpoint] = [recipe.render.endpoint] if recipe.render.kind == "openai" else []
+    url = recipe.render.endpoint.base_url
     for key, llm in {"judge": recipe.judge, draft_model(recipe)[0]: draft_model(recipe)[1]}.items():
         if llm.backend == "vllm":
             models[f"{key}.model"] = llm.model
         elif llm.backend == "openai":
-            variables += [llm.endpoint.api_key_env] if llm.endpoint.api_key_env else []
+            endpoints.append(llm.endpoint)
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
         files |= {f"{key}.checklist.{n}": path for n, path in reward.files().items() if path}
         if reward.kind == "openai":
-            variables += [reward.endpoint.api_key_env] if reward.endpoint.api_key_env else []
+            endpoints.append(reward.endpoint)
         elif reward.kind == "visionreward":
             models[f"{key}.model"] = reward.model
     local = {key: locate(name) for key, name in {**models, **files}.items()}
@@ -122,8 +127,9 @@ def asked(recipe: Recipe | None) -> Ask:
     return Ask(
         {k: name for k, name in local.items() if name.startswith("/") or (k in models and "://" in name)},
         {key: locate(name) if "://" in name else str(Path(name).resolve()) for key, name in storage.items()},
-        tuple(dict.fromkeys(variables)),
+        tuple(dict.fromkeys(name for endpoint in endpoints if (name := endpoint.api_key_env))),
         plugins=plugins.plugins_of(recipe),
+        servers={"render.endpoint.base_url": url} if url else {},
     )
 
 
@@ -144,6 +150,7 @@ def probe(ask: Ask) -> dict[str, Any]:
         },
         "plugins": plugins.problems(ask.plugins),
         "absent": [name for name in ask.variables if not os.environ.get(name)],
+        "unreachable": {key: why for key, url in ask.servers.items() if (why := _unreachable(url))},
     }
 
 
@@ -233,6 +240,9 @@ def _recipe_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]
     for name in answer["absent"]:
         fix = "set it where Ray starts (a Kubernetes secret with envFrom); it does not travel with a job"
         yield Finding(f"variable {name}", where, "not set", False, fix)
+    for key, why in answer["unreachable"].items():
+        fix = "start it, or let the node's network or proxy through to it"
+        yield Finding(f"reaches {key}", where, why, False, fix)
 
 
 def _plugin_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]:
@@ -286,6 +296,17 @@ def _unreadable(path: str) -> str | None:
             file.read(1)
     except OSError as error:
         return f"{path}: {error.strerror}"
+    return None
+
+
+def _unreachable(url: str) -> str | None:
+    """Any answer will do: which it is depends on the path and the key."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{url}: {getattr(error, 'reason', error)}"
     return None
 
 

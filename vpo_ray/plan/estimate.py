@@ -11,7 +11,7 @@ from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, check, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
-from vpo_ray.recipe import Engine, Pool, Recipe, Training
+from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
 from vpo_ray.records import SPLITS
 from vpo_ray.stages.curate import preview
 from vpo_ray.stream.chains import draft_model
@@ -70,6 +70,16 @@ class Plan:
         return [*self.before, *self.stages, *self.training]
 
     @property
+    def videos(self) -> StagePlan:
+        """The stage that renders."""
+        return next(stage for stage in self.stages if stage.name == "render")
+
+    @property
+    def video_cost(self) -> float:
+        """What a service takes for them, by the recipe's prices."""
+        return (self.videos.rows or 0) * self.recipe.render.endpoint.cost
+
+    @property
     def unknown(self) -> list[str]:
         """Stages whose time is not known."""
         return [stage.name for stage in self.phases if stage.work is None]
@@ -122,8 +132,10 @@ def plan(
             "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
         )
     made.notes += [*hub_ids(recipe), *_endpoint_notes(recipe)]
+    if recipe.limits.max_cost is not None and made.video_cost > recipe.limits.max_cost:
+        made.notes.append(f"limits.max_cost {recipe.limits.max_cost:g} stops the run before its last video")
     if recipe.render.strategy == "adaptive":
-        made.notes.append(_adaptive_note(stages))
+        made.notes.append(_adaptive_note(made.videos))
     if cluster is not None:
         refuse(made, cluster)
         _balance(made, cluster)
@@ -161,8 +173,7 @@ def _videos(recipe: Recipe, queries: int, past: Ledger | None) -> tuple[int, boo
     return bound, aligned is not None and recipe.render.strategy == "all"
 
 
-def _adaptive_note(stages: list[StagePlan]) -> str:
-    render = next(stage for stage in stages if stage.name == "render")
+def _adaptive_note(render: StagePlan) -> str:
     if render.expected:
         return f"render.strategy adaptive: {render.rows:,} videos by what that run's pairs took"
     return (
@@ -173,8 +184,9 @@ def _adaptive_note(stages: list[StagePlan]) -> str:
 
 def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
     drafter, llm = draft_model(recipe)
-    for key, model in {"judge": recipe.judge, drafter: llm}.items():
-        if model.backend == "openai" and model.pool.num_gpus:
+    models: dict[str, ChatModel | Render] = {"judge": recipe.judge, drafter: llm, "render": recipe.render}
+    for key, model in models.items():
+        if model.named == "openai" and model.pool.num_gpus:
             yield f"{key}.pool.num_gpus {model.pool.num_gpus:g}: its replicas only ask an endpoint, set it 0"
 
 

@@ -117,6 +117,8 @@ def published_seconds(settings: Render, gpu_type: str | None) -> Figure:
     It holds for the preset's frames and size; steps are taken in proportion. What makes a pipeline
     faster is not in it.
     """
+    if settings.kind != "diffusers":
+        return Figure(None, "no time of a service is published")
     name = next((name for name, preset in video_presets().items() if _same(settings, preset)), None)
     preset = video_presets().get(name or "", {})
     if "seconds" not in preset:
@@ -155,12 +157,19 @@ def bytes_per_video(recipe: Recipe) -> Figure:
     uri = settings.store or Folder(recipe.out).at("videos")
     raw = settings.frames * settings.width * settings.height * 1.5  # yuv420p: 12 bits a pixel
     unknown = f"not known before some are rendered; unencoded, {raw / 1e6:.1f} MB each"
+    alike: dict[str, Any] = {
+        "frames": settings.frames,
+        "width": settings.width + settings.width % 2,
+        "height": settings.height + settings.height % 2,
+    }
+    if settings.kind == "openai":
+        unknown = "not known before some are rendered"
+        alike = {"generator": settings.model, "settings": {"request": settings.endpoint.request}}
     try:
         store = VideoStore(uri)
-        shape = (settings.frames, settings.width + settings.width % 2, settings.height + settings.height % 2)
         infos = (info for _, info in store.infos(store.entries()) if info is not None)
-        alike = (i["length"] for i in infos if (i.get("frames"), i.get("width"), i.get("height")) == shape)
-        sizes = list(itertools.islice(alike, ENOUGH))
+        found = (info["length"] for info in infos if alike == {name: info.get(name) for name in alike})
+        sizes = list(itertools.islice(found, ENOUGH))
     except StorageError as error:
         return Figure(None, f"{unknown} (the store cannot be read: {error})")
     if not sizes:

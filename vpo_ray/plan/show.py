@@ -58,9 +58,11 @@ def _number(value: float | None, form: str = ",.2f") -> str:
 
 
 def _videos(plan: Plan) -> str:
-    render, stage = plan.recipe.render, next(s for s in plan.stages if s.name == "render")
+    render, stage = plan.recipe.render, plan.videos
     bound = "about" if stage.expected else "up to"
     shape = f"{render.frames} x {render.width} x {render.height}, {render.steps} steps"
+    if render.kind != "diffusers":
+        shape = render.model or render.kind
     count = stage.rows or 0
     line = f"{bound} {count:,} of {shape}"
     if plan.video_bytes.value is None:
@@ -89,6 +91,14 @@ def _wall(plan: Plan) -> str:
 
 
 def _price(plan: Plan) -> str:
+    if plan.video_cost:
+        bound = "" if plan.videos.expected else "at most "
+        videos = f"{plan.videos.rows:,} videos at {plan.recipe.render.endpoint.cost:g}"
+        return f"{bound}{plan.video_cost:,.2f} for {videos}, paid to the service; {_gpu_price(plan)}"
+    return _gpu_price(plan)
+
+
+def _gpu_price(plan: Plan) -> str:
     if plan.price is None:
         return "give --price-per-gpu-hour"
     if not plan.gpu_hours:
@@ -110,6 +120,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "queries": {"read": plan.queries.total(), **plan.queries},
         "cluster": [_finite(node._asdict()) for node in plan.cluster.nodes] if plan.cluster else None,
         "stages": {stage.name: _stage(stage) for stage in plan.phases},
+        "video_cost": plan.video_cost,
         "video_bytes": {"value": plan.video_bytes.value, "source": plan.video_bytes.source},
         "not_known": plan.unknown,
         "hours_of_known": plan.hours,
