@@ -11,6 +11,7 @@ import pytest
 
 from vpo_ray.engines import reward as rewards
 from vpo_ray.engines import video
+from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.plan import PlanError, check
 from vpo_ray.recipe import ChatModel, Judge, Recipe, RecipeError, Render, Reward, load, parse_stored, plugins
 from vpo_ray.recipe.plugins import PluginError
@@ -97,6 +98,19 @@ def test_a_module_of_no_package_has_its_text_for_a_version(install: Install) -> 
     assert len(first.partition("@")[2]) == 12
     install(None, MODULE + "# changed")
     assert tiny(REWARD).reward.kind != first
+
+
+def test_a_run_of_another_version_is_not_gone_on_with(install: Install, tmp_path: Path) -> None:
+    install()
+    at = REWARD, f"out={tmp_path / 'run'}"
+    open_run(tiny(*at))
+    open_run(tiny(*at))
+    install("1.3")
+    with pytest.raises(OtherRecipeError, match=r"reward.kind: 'others:Model@1.2' -> 'others:Model@1.3'"):
+        open_run(tiny(*at))
+    install(text="")
+    with pytest.raises(OtherRecipeError, match=r"reward.kind: others:Model cannot be imported"):
+        open_run(tiny(*at))
 
 
 @pytest.mark.parametrize(

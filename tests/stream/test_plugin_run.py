@@ -42,7 +42,7 @@ class Grey(VideoModel):
         return [self._render(*one) for one in zip(prompts, seeds)]
     def _render(self, prompt, seed):
         if not prompt.isdigit():
-            return RenderError("no number")
+            return RenderError("no number") if prompt == "none" else np.zeros((2, 2))
         shape = self.settings.frames, self.settings.height, self.settings.width, 3
         noise = np.random.default_rng(seed).integers(0, self.options.noise, shape)
         return np.clip(int(prompt) * 255 // 100 + noise, 0, 255).astype(np.uint8)
@@ -59,7 +59,7 @@ from vpo_ray.stream.pipeline import GenerationError, Models, generate
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2])
 recipe = load(sys.argv[1])
-prompts = ["10", "50", "90", "none"]
+prompts = ["10", "50", "90", "none", "flat"]
 
 def feedback(recipe):
     run = RunDir(recipe.out)
@@ -144,6 +144,7 @@ def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
         "reward": {"kind": "brightness", "options": {"target": 0.9}, "pool": {"num_cpus": 0.1}},
     }  # fmt: skip
     tree = yaml.safe_load(text) | changes
+    tree["sample"]["k"] = 5
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "run.py").write_text(RUN)
     # The paths of Ray's sockets may have 107 characters, so its folder has a short name.
@@ -152,7 +153,7 @@ def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "told.json").read_text())
     rows = told["rows"]
     assert told["judge"].startswith("others:Kind@")
-    assert [row["verdict"] for row in rows] == ["aligned"] * 4
+    assert [row["verdict"] for row in rows] == ["aligned"] * 5
     assert [(row["frames"], row["width"], row["fps"]) for row in rows[:3]] == [(5, 32, 8.0)] * 3
     assert {row["reward"] for row in rows[:3]} == {"vpo_brightness:Brightness@0.1.0"}
     assert rows[0]["score"] < rows[1]["score"] < rows[2]["score"]
@@ -160,5 +161,6 @@ def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
     assert brightness == pytest.approx([0.2, 0.6, 1.0], abs=0.05)
     assert (rows[3]["error_stage"], rows[3]["score"]) == ("render", None)
     assert "no number" in rows[3]["error"]
+    assert "the video model returned what is no video: frames are uint8" in rows[4]["error"]
     assert rows[0]["usage"]["judge"]["prompt"] == 7
     assert "vpo_brightness:Brightness has version 0.1.0 here, and not 0.0.9" in told["refused"]

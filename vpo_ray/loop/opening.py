@@ -17,7 +17,7 @@ import yaml
 
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
-from vpo_ray.recipe import Recipe, differences, parse_stored
+from vpo_ray.recipe import Recipe, differences, parse_stored, plugins
 from vpo_ray.records import Shard
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import check, driving
@@ -50,6 +50,9 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
         stored = parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
         changed = differences(stored.dump(), recipe.dump())
         if changed:
+            # One that is not here has no version to compare.
+            absent = plugins.problems(plugins.plugins_of(recipe))
+            changed += [f"{key}: {why}" for key, why in absent.items()]
             raise OtherRecipeError(
                 f"{run.uri} was made by another recipe. These keys differ:\n  "
                 + "\n  ".join(changed)
