@@ -127,7 +127,7 @@ def on_nodes(nodes: int, seconds: float, renders: int) -> dict[str, Any]:
         rows = run.table("feedback").count()
         assert rows == queries * K
         done = stream.read_naps(naps, "render")
-        everything = [nap for stage in pipeline.STAGES for nap in stream.read_naps(naps, stage)]
+        everything = [nap for stage in stream.STAGES for nap in stream.read_naps(naps, stage)]
     work = sum(end - start for start, end in done)
     span = stream.span(everything)
     tail = stream.tail(done, replicas)
@@ -174,8 +174,8 @@ def driver(rows: int, block: int) -> dict[str, float]:
         sizes += [f"{key}.engine.batch_size={block}" for key in ("sample", "judge")]
     with tempfile.TemporaryDirectory() as folder, stream.cluster():
         peer = plain(rows, [max(block, 16), max(block, 16), block, block])
-        pipeline.POOLS.update(dict.fromkeys(pipeline.STAGES, stream.idle_pool))
-        recipe, run = stream.prepare(f"{folder}/run", rows // K, sizes)
+        stream.put_idle()
+        recipe, run = stream.prepare(f"{folder}/run", rows // K, [*stream.ONE_REPLICA, *sizes])
         before, cpu, wall = stream.status("RssAnon"), time.process_time(), time.monotonic()
         with stream.Memory() as memory:
             pipeline.generate(recipe, run, pipeline.Models("no model", "benchmark"))

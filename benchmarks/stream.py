@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,15 +41,19 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from vpo_ray.engines.chat import Answer, ChatStage, Message, Sampling
 from vpo_ray.files.folder import chunks
-from vpo_ray.recipe import Engine, Pool, Recipe, load
+from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import Row, query_id, share_of
-from vpo_ray.stages import render
+from vpo_ray.stages import render, spec
+from vpo_ray.stages.spec import Making
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream import pipeline, stage_pools
-from vpo_ray.stream.actor_pools import RESTARTS, ChatRunner, Outcome, batch_pool
+from vpo_ray.stream.actor_pools import RESTARTS, ChatRunner, Outcome
+from vpo_ray.stream.passes import Replicas, VllmModel
 
 # Seconds of one replica for one row (of the text stages: for one answer), and replicas.
 COSTS = {"sample": 0.2, "judge": 0.3, "render": 90.0, "score": 2.0}
+STAGES = spec.names("generation")
+ONE_REPLICA = [f"{s}.pool={{size: 1, num_cpus: 0.01}}" for s in ("sample", "judge", "render", "reward")]
 POOLS = {"sample": 2, "judge": 2, "render": 8, "score": 2}
 ALIGNED = 0.8  # share of candidates that are rendered
 JITTER = 0.1  # a row costs up to this much more or less, so that replicas do not work in step
@@ -113,18 +118,16 @@ class SleepingTextActor:
 
 def sleeping_text_pool(
     stream: Dataset,
-    model: str,
-    engine: Engine,
-    pool: Pool,
-    *,
     stage: Callable[[], ChatStage],
     outcome: Outcome,
-    batch_size: int,
+    replicas: Replicas,
+    model: VllmModel,
+    *,
     folder: str,
     scale: float,
-    **_: Any,
 ) -> Dataset:
     """In place of `stage_pools._vllm_pool`: the same blocks, concurrency and tasks in flight."""
+    pool, engine = replicas.pool, model.engine
     naps = Naps(folder, outcome.stage, scale)
     return stream.map_batches(
         SleepingTextActor,
@@ -134,7 +137,7 @@ def sleeping_text_pool(
             "naps": naps,
             "slots": engine.max_num_seqs,
         },
-        batch_size=batch_size,
+        batch_size=replicas.batch_size,
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=ActorPoolStrategy(
@@ -206,19 +209,23 @@ class Idle:
         return [{**row, **self.fills} for row in rows]
 
 
-def idle_pool(
-    stream: Dataset, recipe: Recipe, run: RunDir, models: Any, outcome: Outcome, rows: int, alone: bool
-) -> Dataset:
-    stage = partial(Idle, outcome.stage)
-    pool = Pool(num_cpus=0.01)
-    return batch_pool(stream, pool, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
+def put_idle() -> None:
+    """Replace every stage by one that does nothing."""
+    for name in STAGES:
+        make = partial(_idle, name)
+        spec.STAGES[name] = replace(spec.stage(name), runs_on="batch", calls=lambda recipe: 1, make=make)
+
+
+def _idle(name: str, making: Making) -> Callable[[], Idle]:
+    return partial(Idle, name)
 
 
 def put_to_sleep(folder: str, scale: float) -> None:
     """Replace what would need models; all else of the pipeline stays as it is."""
     stage_pools._vllm_pool = partial(sleeping_text_pool, folder=folder, scale=scale)
-    stage_pools.Renderer = partial(SleepingRenderer, naps=Naps(folder, "render", scale))
-    stage_pools.Scorer = partial(SleepingScorer, naps=Naps(folder, "score", scale))
+    for name, sleeping in (("render", SleepingRenderer), ("score", SleepingScorer)):
+        stage = partial(sleeping, naps=Naps(folder, name, scale))
+        spec.STAGES[name] = replace(spec.stage(name), make=lambda making, stage=stage: stage)
 
 
 def prepare(folder: str, queries: int, overrides: Sequence[str] = ()) -> tuple[Recipe, RunDir]:
@@ -280,7 +287,7 @@ def execution(queries: int, seconds: float, together: bool) -> dict[str, Any]:
         recipe, run = prepare(f"{folder}/run", queries)
         models = pipeline.Models("no model", "benchmark")
         wall = 0.0
-        for stages in [tuple(pipeline.STAGES)] if together else [(name,) for name in pipeline.STAGES]:
+        for stages in [tuple(STAGES)] if together else [(name,) for name in STAGES]:
             warm_up()
             pipeline.generate(recipe, run, models, stages)
             wall += span([nap for stage in stages for nap in read_naps(naps, stage)])
@@ -295,7 +302,7 @@ def execution(queries: int, seconds: float, together: bool) -> dict[str, Any]:
             "render_busy": round(rendering / (replicas * span(renders)), 4),
             "render_busy_of_wall": round(rendering / (replicas * wall), 4),
             "wall_s": round(wall, 2),
-            "stage_s": {stage: round(span(read_naps(naps, stage)), 2) for stage in pipeline.STAGES},
+            "stage_s": {stage: round(span(read_naps(naps, stage)), 2) for stage in STAGES},
             "wall_over_bound": round(wall / (rendering / replicas), 4),
             "charged_over_rendered": round(charged / rendering, 4),
             "tail_s": round(tail(renders, replicas), 2),
@@ -358,8 +365,8 @@ def driver_memory(queries: int, block: int) -> dict[str, float]:
     """Run `queries` queries through stages that do nothing, and again when all is done."""
     sizes = [f"{key}.batch_size={block}" for key in ("sample.engine", "judge.engine", "render", "reward")]
     with tempfile.TemporaryDirectory() as folder, cluster():
-        pipeline.POOLS.update(dict.fromkeys(pipeline.STAGES, idle_pool))
-        recipe, run = prepare(f"{folder}/run", queries, sizes)
+        put_idle()
+        recipe, run = prepare(f"{folder}/run", queries, [*ONE_REPLICA, *sizes])
         models = pipeline.Models("no model", "benchmark")
         result = {"before_mb": status("RssAnon")}
         for name in ("run", "again"):

@@ -47,8 +47,8 @@ DROPPED = pa.schema(
 
 _SECONDS = pa.struct([(stage, pa.float64()) for stage in ("sample", "judge", "render", "score")])
 # What an LLM read and wrote for a row, and what an endpoint took for it (in its price's currency).
-_TOKENS = pa.struct([("prompt", pa.int64()), ("completion", pa.int64()), ("cost", pa.float64())])
-_USAGE = pa.struct([(stage, _TOKENS) for stage in ("sample", "judge")])
+TOKENS = pa.struct([("prompt", pa.int64()), ("completion", pa.int64()), ("cost", pa.float64())])
+_USAGE = pa.struct([(stage, TOKENS) for stage in ("sample", "judge")])
 _ANSWER = pa.struct([("question", pa.int32()), ("yes", pa.bool_()), ("probability", pa.float32())])
 _DIMENSION = pa.struct([("name", pa.string()), ("score", pa.float64())])
 _SCORE_COLUMNS = [
@@ -126,7 +126,7 @@ DRAFT = pa.schema(
         pa.field("target", pa.string()),
         pa.field("fault", pa.string()),
         pa.field("seconds", pa.struct([("draft", pa.float64())])),
-        pa.field("usage", pa.struct([("draft", _TOKENS)])),
+        pa.field("usage", pa.struct([("draft", TOKENS)])),
         pa.field("error", pa.string()),
         pa.field("error_stage", pa.string()),
     ]
@@ -140,7 +140,7 @@ LABEL = pa.schema(
         pa.field("unsafe", pa.bool_()),
         pa.field("reason", pa.string()),
         pa.field("seconds", pa.struct([("label", pa.float64())])),
-        pa.field("usage", pa.struct([("label", _TOKENS)])),
+        pa.field("usage", pa.struct([("label", TOKENS)])),
         pa.field("error", pa.string()),
         pa.field("error_stage", pa.string()),
     ]

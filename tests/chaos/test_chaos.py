@@ -28,11 +28,11 @@ from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.loop.phases import curate_queries
 from vpo_ray.loop.policies import policy_id
 from vpo_ray.recipe import load
+from vpo_ray.stages.chains import CHAINS
 from vpo_ray.stages.render import Renderer
 from vpo_ray.stages.score import Scorer
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
-from vpo_ray.stream.chains import GENERATION
 from vpo_ray.stream.pipeline import Models
 
 KILLED = ("renderer", "scorer", "raylet, rendering")
@@ -132,7 +132,7 @@ class Videos(Generation):
         recipe = load(RECIPE, [given[i + 1] for i, part in enumerate(given) if part == "--set"])
         run = RunDir(self.reference)
         curate_queries(recipe, run)
-        rows = GENERATION.expand(recipe, Models("", policy_id(recipe, run)))(
+        rows = CHAINS["generation"].expand(recipe, Models("", policy_id(recipe, run)))(
             list(run.table("queries").rows())
         )
         judged = [{**row, "prompt": f"{row['query']}, take {row['k']}", "verdict": "aligned"} for row in rows]

@@ -222,9 +222,9 @@ def test_what_cannot_be_submitted_is_told(work: Path, capsys: pytest.CaptureFixt
 
 
 def test_only_commands_that_exist_can_be_submitted() -> None:
-    from vpo_ray.cli.main import STAGE_COMMANDS
+    from vpo_ray.cli.steps import step_commands
 
-    assert set(submit.COMMANDS) == {"run", "deploy", *STAGE_COMMANDS}
+    assert set(submit.commands()) == {"run", "deploy", *step_commands()}
 
 
 def test_an_option_that_the_command_does_not_take(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.prompts.policy_prompt import prompt_ids
 from vpo_ray.recipe import load
 from vpo_ray.records import VERDICTS, query_id
+from vpo_ray.stages.chains import Models
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.chains import Models
 from vpo_ray.stream.pipeline import generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]

@@ -18,9 +18,9 @@ from vpo_ray.loop.ledger import build_ledger
 from vpo_ray.plan.figures import read_ledger
 from vpo_ray.recipe import Lora, Serve, load
 from vpo_ray.serve.config import serve_config
+from vpo_ray.stages.made_with import facts
 from vpo_ray.storage.cache_folder import VARIABLE
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.made_with import facts
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
 

@@ -27,10 +27,10 @@ from vpo_ray.loop.policies import LoopError, policy_id
 from vpo_ray.loop.shards import generate_shard
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import Shard, query_id
+from vpo_ray.stages import facts
+from vpo_ray.stages.chains import CHAINS, Models
+from vpo_ray.stages.made_with import OtherInputsError, refuse_other_inputs
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream import made_with
-from vpo_ray.stream.chains import GENERATION, Models
-from vpo_ray.stream.made_with import OtherInputsError, refuse_other_inputs
 from vpo_ray.stream.spending import paid
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
@@ -143,10 +143,10 @@ def test_a_shard_adds_to_what_another_began_with_the_same_engine_only(
 ) -> None:
     recipe = recipe_for(tmp_path / "run")
     shard = RunDir(recipe.out, Shard(1, 2))
-    monkeypatch.setattr(made_with, "short_version", lambda name: "0.28")
+    monkeypatch.setattr(facts, "short_version", lambda name: "0.28")
     refuse_other_inputs(recipe, RunDir(recipe.out, Shard(2, 2)), ["judge"])
     refuse_other_inputs(recipe, shard, ["judge"])
-    monkeypatch.setattr(made_with, "short_version", lambda name: "0.29")
+    monkeypatch.setattr(facts, "short_version", lambda name: "0.29")
     with pytest.raises(OtherInputsError, match=r"vllm: 0.28 -> 0.29\n.*delete .*made_with/judge.json"):
         refuse_other_inputs(recipe, shard, ["judge"])
     refuse_other_inputs(recipe, RunDir(recipe.out), ["judge"])  # it is alone, and there are no rows yet
@@ -193,7 +193,7 @@ def sampled(recipe: Recipe) -> RunDir:
     """A run whose candidates are there; so no policy is loaded."""
     run = curated(recipe)
     models = Models("nowhere", policy_id(recipe, run))
-    rows = GENERATION.rows_before(recipe, run, models, "sample")
+    rows = CHAINS["generation"].rows_before(recipe, run, models, "sample")
     run.table("candidates").append([{**row, "prompt": f"{row['query']}, take {row['k']}"} for row in rows])
     return run
 

@@ -8,14 +8,15 @@ import pytest
 
 from vpo_ray.loop import opening, phases, policies
 from vpo_ray.loop.curation import curate_run
+from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import OPERATIONAL, Recipe, Section, differences, load
 from vpo_ray.recipe.result_keys import FREE
 from vpo_ray.records import candidate_id
+from vpo_ray.stages import facts, made_with
 from vpo_ray.stages.draft import draft_key
+from vpo_ray.stages.made_with import OtherInputsError, refuse_other_inputs
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream import made_with
-from vpo_ray.stream.made_with import OtherInputsError, refuse_other_inputs
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")
@@ -176,11 +177,11 @@ def test_another_file_under_the_same_name_adds_no_rows_to_a_table(
     judged(recipe, run)
     (tmp_path / "judge/README.md").write_text("a fine model")
     refuse_other_inputs(recipe, run, ["judge"])
-    made_with.read_prompt.cache_clear()
+    read_prompt.cache_clear()
     (tmp_path / file).write_text(text)
     with pytest.raises(OtherInputsError, match=says):
         refuse_other_inputs(recipe, run, ["judge"])
-    made_with.read_prompt.cache_clear()
+    read_prompt.cache_clear()
 
 
 def test_a_table_without_a_good_row_takes_what_is_there_now(recipe: Recipe, tmp_path: Path) -> None:
@@ -188,27 +189,27 @@ def test_a_table_without_a_good_row_takes_what_is_there_now(recipe: Recipe, tmp_
     run = RunDir(recipe.out)
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run, error="JudgeError: no verdict", error_stage="judge")
-    made_with.read_prompt.cache_clear()
+    read_prompt.cache_clear()
     (tmp_path / "critique.txt").write_text("Judge {query} better, and {prompt}")
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run)
     refuse_other_inputs(recipe, run, ["judge"])
-    made_with.read_prompt.cache_clear()
+    read_prompt.cache_clear()
 
 
 def test_another_engine_adds_no_rows_to_a_table(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(recipe.out)
-    monkeypatch.setattr(made_with, "short_version", lambda name: "0.28" if name == "vllm" else None)
+    monkeypatch.setattr(facts, "short_version", lambda name: "0.28" if name == "vllm" else None)
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run)
-    monkeypatch.setattr(made_with, "short_version", lambda name: "0.29" if name == "vllm" else None)
+    monkeypatch.setattr(facts, "short_version", lambda name: "0.29" if name == "vllm" else None)
     with pytest.raises(
         OtherInputsError, match=r"verdicts was made with other .*\n  vllm: 0.28 -> 0.29\n.* delete (.*)"
     ) as said:
         refuse_other_inputs(recipe, run, ["judge"])
-    monkeypatch.setattr(made_with, "short_version", lambda name: None)  # a driver without engines
+    monkeypatch.setattr(facts, "short_version", lambda name: None)  # a driver without engines
     refuse_other_inputs(recipe, run, ["judge"])
-    monkeypatch.setattr(made_with, "short_version", lambda name: "0.29" if name == "vllm" else None)
+    monkeypatch.setattr(facts, "short_version", lambda name: "0.29" if name == "vllm" else None)
     Path(str(said.value).rpartition("delete ")[2]).unlink()
     refuse_other_inputs(recipe, run, ["judge"])
 

@@ -15,9 +15,9 @@ from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.plan import PlanError, check
 from vpo_ray.recipe import ChatModel, Judge, Recipe, RecipeError, Render, Reward, load, parse_stored, plugins
 from vpo_ray.recipe.plugins import PluginError
+from vpo_ray.stages import made_with
 from vpo_ray.stages.draft import draft_key
 from vpo_ray.stages.render import Renderer
-from vpo_ray.stream import made_with
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 MODULE = """

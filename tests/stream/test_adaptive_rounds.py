@@ -9,9 +9,9 @@ import pytest
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import FEEDBACK, Row, failed
-from vpo_ray.storage.id_sets import among, id_set, union
+from vpo_ray.storage.id_sets import id_set, isin_sorted, union
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.adaptive_rounds import Rounds
+from vpo_ray.stream.adaptive_rounds import AdaptiveRounds
 
 QUERIES, K = 6, 4
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
@@ -73,7 +73,7 @@ def work(run: RunDir, recipe: Recipe, order: random.Random, retry: bool = False,
             raise Killed
         run.table(table).append([row])
 
-    rounds, count = Rounds(recipe, run, BOTH, retry), 0
+    rounds, count = AdaptiveRounds(recipe, run, BOTH, retry), 0
     while (enter := rounds.next()) is not None:
         finished = run.table("feedback").keys()
         waiting = [row for row in run.table("renders").rows() if row["candidate_id"] not in finished]
@@ -140,22 +140,22 @@ def test_a_retry_ends_where_a_run_without_errors_does(tmp_path: Path, recipe: Re
 def test_a_query_that_is_not_judged_yet_waits(tmp_path: Path, recipe: Recipe) -> None:
     run = RunDir(tmp_path)
     run.table("verdicts").append([judged(0, k) for k in range(K - 1)])
-    assert Rounds(recipe, run, BOTH, False).next() is None
+    assert AdaptiveRounds(recipe, run, BOTH, False).next() is None
 
 
 def test_rendering_alone_waits_for_scores(tmp_path: Path, recipe: Recipe) -> None:
     run = judged_run(tmp_path)
-    first = Rounds(recipe, run, ["render"], False).next()
+    first = AdaptiveRounds(recipe, run, ["render"], False).next()
     assert first is not None
     chosen = {candidate.decode() for candidate in first.tolist()}
     rows = [row for row in run.table("verdicts").rows() if row["candidate_id"] in chosen]
     run.table("renders").append([rendered(row, faults=False) for row in rows])
-    assert Rounds(recipe, run, ["render"], False).next() is None
+    assert AdaptiveRounds(recipe, run, ["render"], False).next() is None
     assert not run.table("feedback").count()
 
 
 def test_sets_of_ids() -> None:
     some = id_set(["c", "a"])
-    assert list(among(id_set(["a", "b"]), some)) == [True, False]
+    assert list(isin_sorted(id_set(["a", "b"]), some)) == [True, False]
     assert list(union(some, id_set(["b", "c"]))) == [b"a", b"b", b"c"]
-    assert list(among(some, id_set())) == [False, False]
+    assert list(isin_sorted(some, id_set())) == [False, False]

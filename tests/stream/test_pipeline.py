@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,20 +17,22 @@ import pytest
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.loop.pairing import make_pairs
-from vpo_ray.recipe import Pool, Recipe, load
+from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import query_id
+from vpo_ray.stages import spec
 from vpo_ray.stages.adaptive import ENOUGH
+from vpo_ray.stages.spec import StageSpec
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
 from vpo_ray.stream import pipeline
-from vpo_ray.stream.actor_pools import batch_pool
-from vpo_ray.stream.pipeline import STAGES, GenerationError, Models, generate
+from vpo_ray.stream.pipeline import GenerationError, Models, generate
 
 pytestmark = pytest.mark.ray
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 MODELS = Models("nowhere", "test-policy")
-POOL = Pool(size=1, num_cpus=0.1)
+POOLS = [f"{key}.pool={{size: 1, num_cpus: 0.1}}" for key in ("sample", "judge", "render", "reward")]
+STAGES = spec.names("generation")
 COUNT = 6  # queries of a run, four candidates each
 
 
@@ -72,9 +75,16 @@ class Small:
         return row | {"score": 1.0 if flat else float(row["k"]), "answers": [], "dimensions": []}
 
 
-def small_pool(name, faults, stream, recipe, run, models, outcome, rows, alone):
-    stage = partial(Small, name, faults)
-    return batch_pool(stream, POOL, stage=stage, outcome=outcome, batch_size=rows, alone=alone)
+def small(name: str, faults: Path) -> StageSpec:
+    """The entry of a stage of the package, whose replicas are Small."""
+    make = lambda making: partial(Small, name, str(faults))  # noqa: E731
+    return replace(spec.stage(name), runs_on="batch", calls=lambda recipe: 1, make=make)
+
+
+def no_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, no stage can be made."""
+    for name in STAGES:
+        monkeypatch.setitem(spec.STAGES, name, replace(spec.stage(name), make=None))
 
 
 @pytest.fixture
@@ -87,12 +97,18 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -
     folder = tmp_path / "faults"
     folder.mkdir()
     for name in STAGES:
-        monkeypatch.setitem(pipeline.POOLS, name, partial(small_pool, name, str(folder)))
+        monkeypatch.setitem(spec.STAGES, name, small(name, folder))
     return folder
 
 
 def recipe_for(tmp_path: Path, more: Sequence[str] = (), **limits) -> Recipe:
-    overrides = [*more, f"out={tmp_path / 'run'}", "sample.engine.batch_size=8", "judge.engine.batch_size=8"]
+    overrides = [
+        *POOLS,
+        *more,
+        f"out={tmp_path / 'run'}",
+        "sample.engine.batch_size=8",
+        "judge.engine.batch_size=8",
+    ]
     overrides += [f"limits.{key}={value}" for key, value in limits.items()]
     return load(TINY, overrides)
 
@@ -115,7 +131,9 @@ def outputs(run: RunDir) -> dict[tuple, tuple]:
     }
 
 
-def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> None:
+def test_every_candidate_ends_in_feedback_once(
+    tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_for(tmp_path)
     run = run_of(recipe)
     counts = generate(recipe, run, MODELS)
@@ -132,8 +150,7 @@ def test_every_candidate_ends_in_feedback_once(tmp_path: Path, faults: Path) -> 
 
     # A second run starts no pool: nothing is left to do.
     before = run.table("feedback").parts()
-    for name in STAGES:
-        pipeline.POOLS.pop(name)
+    no_pools(monkeypatch)
     assert sum(count["done"] for count in generate(recipe, run, MODELS).values()) == 0
     assert run.table("feedback").parts() == before
 
@@ -297,7 +314,9 @@ def adaptive_run(tmp_path: Path, faults: Path, count: int = 8) -> tuple[Recipe, 
 
 
 @pytest.mark.slow
-def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(tmp_path: Path, faults: Path) -> None:
+def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(
+    tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, run = adaptive_run(tmp_path, faults)
     counts = generate(recipe, run, MODELS)
     assert counts["render"]["done"] == 4 * 2 + 4 * 3
@@ -324,8 +343,7 @@ def test_adaptive_rendering_makes_no_more_videos_than_the_pairs_take(tmp_path: P
     assert build_ledger(other, whole)["stages"]["pair"]["videos"] == told
 
     parts = run.table("feedback").parts()
-    for name in STAGES:
-        pipeline.POOLS.pop(name)
+    no_pools(monkeypatch)
     assert sum(count["done"] for count in generate(recipe, run, MODELS).values()) == 0
     assert run.table("feedback").parts() == parts
 

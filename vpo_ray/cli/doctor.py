@@ -27,8 +27,9 @@ from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.files.input_files import walk
 from vpo_ray.recipe import Endpoint, Recipe, locate, plugins
 from vpo_ray.recipe.plugins import Modelled
+from vpo_ray.stages import spec
+from vpo_ray.stages.spec import draft_model
 from vpo_ray.storage import model_cache
-from vpo_ray.stream.chains import draft_model
 from vpo_ray.stream.each_node import each_node
 from vpo_ray.versions import code, versions
 
@@ -255,8 +256,11 @@ def _placement(recipe: Recipe) -> Iterator[Finding]:
     from vpo_ray.stream.placement import look, pool_shapes, problems, worker_shapes
 
     view = look()
-    shapes = {"drafting": pool_shapes(recipe, ("draft",))} if recipe.drafts_first else {}
-    shapes |= {"pools": pool_shapes(recipe, ("sample", "judge", "render", "score"))}
+    shapes = {
+        "pools" if chain == "generation" else chain: pool_shapes(recipe, due)
+        for chain in spec.CHAINS
+        if (due := [stage.name for stage in spec.stages(chain) if stage.is_due(recipe)])
+    }
     for phase in ("sft", "dpo"):
         if (settings := getattr(recipe, phase)) is not None:
             shapes[phase] = worker_shapes(phase, settings)

@@ -26,26 +26,11 @@ from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import plugins as plugins_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
+from vpo_ray.cli.steps import retrying_commands, sharded_commands, step_commands
 
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
     from vpo_ray.records import Shard
-
-STAGE_COMMANDS = {
-    "curate": "read raw queries into queries/",
-    "draft": "SFT data for the sft split's queries into drafts/ and sft_data.parquet",
-    "sft": "train the policy on sft.data, or on the drafts, into checkpoints/sft",
-    "generate": "curate what is not yet, then sample, judge, render and score as one stream: to feedback/",
-    "sample": "queries/ to candidates/ with the policy",
-    "judge": "candidates/ to verdicts/ with the judge: critique, refine, judge again",
-    "render": "verdicts/ to renders/ with the video model",
-    "score": "renders/ to feedback/ with the reward model",
-    "pair": "feedback/ to pairs/",
-    "dpo": "train the policy on pairs/ into checkpoints/dpo",
-    "train": "SFT, and once generation is done pairs and DPO",
-    "evaluate": "the policies before and after DPO on the eval split, into evaluation.json",
-    "report": "write ledger.json and report/index.html",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,12 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     tiny.add_argument("folder", metavar="DIR")
     run_of = {"train": _train, "sft": _train, "dpo": _train, "evaluate": _evaluate, "report": _report}
-    run_of |= dict.fromkeys(submit_command.SHARDED, _generate)
-    for name, text in STAGE_COMMANDS.items():
+    run_of |= dict.fromkeys(sharded_commands(), _generate)
+    for name, text in step_commands().items():
         sub = with_recipe(name, text, run_of.get(name, _phase))
-        if name in submit_command.RETRYING:
+        if name in retrying_commands():
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
-        if name in submit_command.SHARDED:
+        if name in sharded_commands():
             sub.add_argument(
                 "--shard",
                 type=_shard,

@@ -17,23 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vpo_ray.cli.steps import retrying_commands, sharded_commands, step_commands
+
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
     from vpo_ray.records import Shard
 
 logger = logging.getLogger(__name__)
-
-COMMANDS = (
-    "run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo",
-    "train", "evaluate", "report", "deploy",
-)  # fmt: skip
-
-# Those whose rows can fail, and be taken again.
-RETRYING = frozenset({"run", "draft", "generate", "sample", "judge", "render", "score", "evaluate"})
-
-# Those that can take a shard of the queries, as `vpo_ray.loop.shards` does.
-GENERATION = ("sample", "judge", "render", "score")
-SHARDED = frozenset({"generate", *GENERATION})
 
 # Each attempt at a run is a job of its own; the number tells them apart.
 _ATTEMPT = re.compile(r"-(\d+)$")
@@ -56,7 +46,7 @@ class AlreadySubmittedError(SubmitError):
 def add(parser: argparse.ArgumentParser) -> None:
     """Give the parser of `vpo submit` its options."""
     parser.add_argument(
-        "--command", dest="task", choices=COMMANDS, help="default: run, or generate with --shards"
+        "--command", dest="task", choices=commands(), help="default: run, or generate with --shards"
     )
     parser.add_argument(
         "--shards",
@@ -75,6 +65,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
     parser.add_argument("--follow", action="store_true", help="show the job's log, and end as it ends")
     parser.add_argument("--print-id", action="store_true", help="print the submission id and submit nothing")
+
+
+def commands() -> list[str]:
+    """What may be a job."""
+    return ["run", *step_commands(), "deploy"]
 
 
 def submission_id(recipe: Recipe, task: str, shard: Shard | None = None) -> str:
@@ -113,7 +108,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     from vpo_ray.cli.submit_package import PackageError, pack
 
-    if arguments.retry_errors and arguments.task not in RETRYING:
+    if arguments.retry_errors and arguments.task not in {"run", *retrying_commands()}:
         raise OptionError(f"--retry-errors: {arguments.task} has no rows that failed to take again")
     entrypoint, path, folder = _entrypoint(arguments)
     _warn_of_what_is_lost(recipe)
@@ -150,7 +145,7 @@ def _shards(arguments: argparse.Namespace) -> list[Shard | None]:
     """What each job takes: a shard, or for a single job None."""
     if arguments.shards is None:
         return [None]
-    if arguments.task not in SHARDED:
+    if arguments.task not in sharded_commands():
         raise OptionError(f"--shards: {arguments.task} does not work on shards of the queries")
     if arguments.shards < 1:
         raise OptionError(f"--shards: {arguments.shards} is not 1 or more")

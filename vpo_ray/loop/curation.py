@@ -15,10 +15,10 @@ import pyarrow as pa
 from vpo_ray.engines.video.weights import sampled
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import content_id
+from vpo_ray.stages.chains import Models
 from vpo_ray.stages.curate import InputError, curate
 from vpo_ray.stages.curate.read import query_files
 from vpo_ray.storage.run_dir import CURATED, UNLABELLED, RunDir
-from vpo_ray.stream.chains import Models
 
 logger = logging.getLogger(__name__)
 

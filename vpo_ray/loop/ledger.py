@@ -8,21 +8,20 @@ for (a run that was stopped has some in flight).
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vpo_ray.recipe import Pair, Recipe
 from vpo_ray.records import Row
+from vpo_ray.stages import spec
+from vpo_ray.stages.chains import CHAINS, Chain, rows_of_stage
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.stages.score import ALARM_AFTER
-from vpo_ray.storage.run_dir import CANDIDATE_TABLES, PAIRED, SFT_DROPPED, RunDir
+from vpo_ray.stages.spec import StageSpec
+from vpo_ray.stages.tally import by_reason, reason_of
+from vpo_ray.storage.run_dir import PAIRED, SFT_DROPPED, RunDir
 from vpo_ray.stream.spending import Charges, spent_at
-
-STAGES = ("curate", "label", "draft", "sample", "judge", "render", "score", "pair", "sft", "dpo")
-MAX_REASONS = 40
 
 Ledger = dict[str, Any]
 
@@ -32,19 +31,17 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
 
     Returns:
         A JSON-able dict: `name`, `fingerprint`, `paid` where endpoints took anything (see `_money`), and
-        `stages` (for each of STAGES, `label` and `draft`
-        only where the recipe has them: `in`, `out`, and `dropped`, `skipped`, `errored` as counts by reason,
-        `seconds` of work and `seconds_per_row`, and what is particular to the stage).
+        `stages` (curation, the stages of `spec` that the recipe has, pairing and training: `in`, `out`, and
+        `dropped`, `skipped`, `errored` as counts by reason, `seconds` of work and `seconds_per_row`, and what
+        is particular to the stage).
     """
     stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
-    if recipe.queries.unsafe_judge:
-        stages["label"] = _label(run)
-    if recipe.draft is not None:
-        stages["draft"] = _draft(run, stages["curate"]["splits"].get("sft", 0))
-    entered = stages["curate"]["splits"].get("dpo", 0) * recipe.sample.k
-    for stage in CANDIDATE_TABLES:
-        stages[stage] = _candidates(run, stage, entered)
-        entered = stages[stage]["out"]
+    for chain in CHAINS.values():
+        entered = _entering(run, chain, stages["curate"]["splits"], recipe)
+        for stage in spec.stages(chain.name):
+            if stage.in_recipe(recipe):
+                stages[stage.name] = _rows(run, stage, entered)
+                entered = stages[stage.name]["out"]
     stages["pair"] = _pair(run, recipe.pair)
     stages["sft"] = _training(run, "sft", run.table("sft").count())
     stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
@@ -113,220 +110,73 @@ def funnel(ledger: Ledger) -> dict[str, int]:
     }
 
 
-def reason_of(error: str) -> str:
-    """An error's first line without what differs from row to row, to count errors of one kind."""
-    line = next((part.strip() for part in error.splitlines() if part.strip()), "no message")
-    line = re.sub(r"(?<![\w.])(?:[a-z]+://|/)[^\s'\",;)]+", "PATH", line)
-    line = re.sub(r"\b(?:0x[0-9a-f]+|(?=[a-f]*\d)[0-9a-f]{8,})\b", "ID", line, flags=re.IGNORECASE)
-    line = re.sub(r"\d+(?:[.,]\d+)*", "N", line)
-    return line if len(line) <= 120 else line[:119] + "…"
-
-
 def _entry(entered: int, left: int, **more: Any) -> dict[str, Any]:
     reasons: dict[str, Any] = {"dropped": {}, "skipped": {}, "errored": {}}
     return {"in": entered, "out": left, **reasons, "seconds": None, "seconds_per_row": None, **more}
-
-
-def _by_reason(counts: Counter[str]) -> dict[str, int]:
-    """Counts, most frequent first; the tail is summed up so that a ledger stays small."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    tail = sum(n for _, n in ordered[MAX_REASONS:])
-    return dict(ordered[:MAX_REASONS]) | ({"other reasons": tail} if tail else {})
 
 
 def _curate(run: RunDir) -> dict[str, Any]:
     splits = Counter(row["split"] for row in run.table("queries").rows(["split"]))
     dropped = Counter(row["reason"] for row in run.table("dropped").rows(["reason"]))
     kept, by_split = splits.total(), dict(sorted(splits.items()))
-    return _entry(kept + dropped.total(), kept, dropped=_by_reason(dropped), splits=by_split)
+    return _entry(kept + dropped.total(), kept, dropped=by_reason(dropped), splits=by_split)
 
 
-def _candidates(run: RunDir, stage: str, entered: int) -> dict[str, Any]:
-    """Count one of the candidate stages in a single pass over its table.
+def _entering(run: RunDir, chain: Chain, splits: dict[str, int], recipe: Recipe) -> int:
+    """Rows that the first stage of a chain gets."""
+    queries = run.table(chain.source).count() if chain.split is None else splits.get(chain.split, 0)
+    return queries * chain.rows_of_query(recipe)
 
-    A row that failed before this stage only passed through and is not counted; one that failed
-    after it (seen where a later table stands in) left this stage well.
+
+def _rows(run: RunDir, stage: StageSpec, entered: int) -> dict[str, Any]:
+    """Count a stage in a single pass over its table, or the nearest later one that holds any rows.
+
+    A row that failed before this stage, or was not rendered and has come to a later stage, only passed
+    through and is not counted; one that failed after it left this stage well.
     """
-    order = list(CANDIDATE_TABLES)
-    position = order.index(stage)
-    facts = _FACTS[stage]()
+    order, tally = spec.names(stage.chain), stage.tally()
+    position = order.index(stage.name)
+    render = order.index("render") if "render" in order else len(order)
     out = timed = 0
-    seconds = 0.0
-    skipped: Counter[str] = Counter()
-    errored: Counter[str] = Counter()
-    usage = Charges()
-    more = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
-    for row in run.rows_of_stage(stage, [*facts.columns, *more]):
+    seconds, usage = 0.0, Charges()
+    dropped, skipped, errored = Counter[str](), Counter[str](), Counter[str]()
+    common = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
+    known = run.table(stage.table).schema.names
+    for row in rows_of_stage(run, stage.name, [n for n in {*tally.columns, *common} if n in known]):
         failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
-        misaligned = row["verdict"] not in (None, "aligned") and failed_at > order.index("judge")
-        if failed_at < position or ((misaligned or row["skipped"]) and stage == "score"):
+        not_rendered = _why_not_rendered(row) if failed_at >= render else None
+        if failed_at < position or (not_rendered and position > render):
             continue
-        spent = (row["seconds"] or {}).get(stage)
+        spent = (row["seconds"] or {}).get(stage.name)
         if spent is not None:
             seconds, timed = seconds + spent, timed + 1
-        usage.add_row(row, stage)
+        usage.add_row(row, stage.name)
         if failed_at == position:
             errored[reason_of(row["error"])] += 1
-        elif misaligned and stage == "render":
-            skipped[f"not aligned: {row['verdict']}"] += 1
-        elif row["skipped"] and stage == "render":
-            skipped[row["skipped"]] += 1
-        else:
-            out += 1
-            facts.add(row)
-    return _entry(
-        entered,
-        out,
-        skipped=_by_reason(skipped),
-        errored=_by_reason(errored),
-        seconds=round(seconds, 3) if timed else None,
-        seconds_per_row=round(seconds / timed, 4) if timed else None,
-        **(usage.shown() if stage == "judge" else {}),
-        **facts.result(),
-    )
-
-
-def _label(run: RunDir) -> dict[str, Any]:
-    """Rows here are queries before the subset is chosen; `verdicts` counts what is unsafe and safe."""
-    timed, seconds, usage = 0, 0.0, Charges()
-    errored: Counter[str] = Counter()
-    verdicts: Counter[str] = Counter()
-    for row in run.table("labels").rows(["unsafe", "seconds", "usage", "error"]):
-        usage.add_row(row, "label")
-        spent = (row["seconds"] or {}).get("label")
-        if spent is not None:
-            seconds, timed = seconds + spent, timed + 1
-        if row["error"] is not None:
-            errored[reason_of(row["error"])] += 1
-        else:
-            verdicts["unsafe" if row["unsafe"] else "safe"] += 1
-    return _entry(
-        run.table("unlabelled").count(),
-        sum(verdicts.values()),
-        errored=_by_reason(errored),
-        seconds=round(seconds, 3) if timed else None,
-        seconds_per_row=round(seconds / timed, 4) if timed else None,
-        verdicts=_by_reason(verdicts),
-        **usage.shown(),
-    )
-
-
-def _draft(run: RunDir, entered: int) -> dict[str, Any]:
-    """Rows here are queries of the sft split; one whose draft has no target is dropped, and told why."""
-    out = timed = refined = 0
-    seconds, usage = 0.0, Charges()
-    dropped: Counter[str] = Counter()
-    errored: Counter[str] = Counter()
-    verdicts: Counter[str] = Counter()
-    columns = ["verdict", "refined_prompt", "target", "fault", "seconds", "usage", "error"]
-    for row in run.table("drafts").rows(columns):
-        usage.add_row(row, "draft")
-        spent = (row["seconds"] or {}).get("draft")
-        if spent is not None:
-            seconds, timed = seconds + spent, timed + 1
-        verdicts[row["verdict"] or "none"] += 1
-        refined += row["refined_prompt"] is not None
-        if row["error"] is not None:
-            errored[reason_of(row["error"])] += 1
-        elif row["target"] is None:
-            dropped[row["fault"] or "no target"] += 1
+            tally.add_failed(row)
+        elif not_rendered and position == render:
+            skipped[not_rendered] += 1
+        elif (reason := tally.add(row)) is not None:
+            dropped[reason] += 1
         else:
             out += 1
     return _entry(
         entered,
         out,
-        dropped=_by_reason(dropped),
-        errored=_by_reason(errored),
+        dropped=by_reason(dropped),
+        skipped=by_reason(skipped),
+        errored=by_reason(errored),
         seconds=round(seconds, 3) if timed else None,
         seconds_per_row=round(seconds / timed, 4) if timed else None,
-        verdicts=_by_reason(verdicts),
-        refined=refined,
-        **usage.shown(),
+        **(usage.shown() if stage.runs_on == "chat" else {}),
+        **tally.result(),
     )
 
 
-class _Sampled:
-    columns = ("prompt_tokens", "completion_tokens")
-
-    def __init__(self) -> None:
-        self.prompt = self.completion = 0
-
-    def add(self, row: Row) -> None:
-        self.prompt += row["prompt_tokens"] or 0
-        self.completion += row["completion_tokens"] or 0
-
-    def result(self) -> dict[str, Any]:
-        return {"tokens": {"prompt": self.prompt, "completion": self.completion}}
-
-
-class _Judged:
-    columns = ("refined_prompt", "refined_fault", "refined_verdict")
-
-    def __init__(self) -> None:
-        self.verdicts: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
-        self.refined = self.refined_aligned = 0
-
-    def add(self, row: Row) -> None:
-        self.verdicts[row["verdict"] or "none"] += 1
-        self.refined += row["refined_prompt"] is not None
-        if row["refined_fault"] is not None:
-            self.faults[row["refined_fault"]] += 1
-        self.refined_aligned += row["refined_verdict"] == "aligned"
-
-    def result(self) -> dict[str, Any]:
-        verdicts = _by_reason(self.verdicts)
-        return {
-            "verdicts": verdicts,
-            "refined": self.refined,
-            "refined_aligned": self.refined_aligned,
-            "refined_faults": _by_reason(self.faults),
-        }
-
-
-class _Rendered:
-    columns = ("video_key", "text_cut")
-
-    def __init__(self) -> None:
-        self.cuts: dict[str, int | None] = {}
-
-    def add(self, row: Row) -> None:
-        self.cuts[row["video_key"]] = row["text_cut"]
-
-    def result(self) -> dict[str, Any]:
-        known = [cut for cut in self.cuts.values() if cut is not None]
-        cut = {
-            "videos": sum(tokens > 0 for tokens in known),
-            "of": len(known),
-            "most_tokens": max(known, default=0),
-        }
-        return {"videos": len(self.cuts), "text_cut": cut if known else None}
-
-
-class _Scored:
-    columns = ("score",)
-
-    def __init__(self) -> None:
-        self.count, self.total = 0, 0.0
-        self.low, self.high = float("inf"), float("-inf")
-
-    def add(self, row: Row) -> None:
-        score = row["score"]
-        self.count, self.total = self.count + 1, self.total + score
-        self.low, self.high = min(self.low, score), max(self.high, score)
-
-    def result(self) -> dict[str, Any]:
-        if not self.count:
-            return {"score": None}
-        return {"score": {"mean": self.total / self.count, "min": self.low, "max": self.high}}
-
-
-_FACTS: dict[str, Callable[[], Any]] = {
-    "sample": _Sampled,
-    "judge": _Judged,
-    "render": _Rendered,
-    "score": _Scored,
-}
+def _why_not_rendered(row: Row) -> str | None:
+    if row.get("verdict") not in (None, "aligned"):
+        return f"not aligned: {row['verdict']}"
+    return row.get("skipped")
 
 
 @dataclass
@@ -400,7 +250,7 @@ def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
     if not kinds and paired_with is None:
         return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)
     dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
-    return _entry(len(tallies), len(paired & tallies.keys()), dropped=_by_reason(dropped), **more)
+    return _entry(len(tallies), len(paired & tallies.keys()), dropped=by_reason(dropped), **more)
 
 
 def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:

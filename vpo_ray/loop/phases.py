@@ -20,6 +20,7 @@ from vpo_ray.loop.policies import LoopError, Start, dpo_id, policy_id, refuse_ot
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.records import Row
+from vpo_ray.stages import spec
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.storage.run_dir import CURATED, ROUND, SFT_DROPPED, RunDir
 from vpo_ray.storage.sft_data import distinct, write_chat
@@ -134,7 +135,7 @@ def train_what_is_due(recipe: Recipe, run: RunDir) -> None:
             raise LoopError(f"{run.at('feedback')} holds nothing to train on: run `vpo generate` first")
         logger.info("SFT is done; DPO waits for `vpo generate`")
         return
-    streamed = ("sample", "judge", "render", "score")
+    streamed = spec.names("generation")
     missing = [line for line in reconcile(build_ledger(run, recipe)) if line.split(":")[0] in streamed]
     if missing:
         raise LoopError("generation is not done, run `vpo generate` again:\n  " + "\n  ".join(missing))
@@ -149,11 +150,11 @@ def generate_feedback(
     stages: tuple[str, ...] | None = None,
     retry_errors: bool = False,
 ) -> dict[str, Any]:
-    from vpo_ray.stream.pipeline import STAGES, Models, generate
+    from vpo_ray.stream.pipeline import Models, generate
 
     refuse_other_policy(recipe, run, start.identity)
     models = Models(start.policy, start.identity)
-    return generate(recipe, run, models, stages or tuple(STAGES), retry_errors)
+    return generate(recipe, run, models, stages or spec.names("generation"), retry_errors)
 
 
 def run_loop(
@@ -184,7 +185,7 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     if recipe.sft is not None and not later_round:
         _say("sft", run)
     start = starting_policy(recipe, run)
-    _say("generate: sample, judge, render, score", run)
+    _say(f"generate: {', '.join(spec.names('generation'))}", run)
     spilled = spilled_bytes()
     did: dict[str, Any] = {"generated": generate_feedback(recipe, run, start, retry_errors=retry_errors)}
     did["spilled_bytes"] = spilled_bytes() - spilled

@@ -12,6 +12,7 @@ from typing import Any
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row, candidate_id, content_id
+from vpo_ray.stages.chains import rows_of_stage
 from vpo_ray.stages.sample import identity_key
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import distinct, draft_rows, sft_rows
@@ -71,7 +72,7 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
 
 def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
     """Raises LoopError where the run has candidates that this policy would not be asked for."""
-    row = next(run.rows_of_stage("sample", ["candidate_id", "query_id", "k", "policy"]), None)
+    row = next(rows_of_stage(run, "sample", ["candidate_id", "query_id", "k", "policy"]), None)
     if row is None or row["policy"] is None:
         return
     key = identity_key(recipe.sample, recipe.seed)

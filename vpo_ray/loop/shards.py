@@ -16,7 +16,8 @@ from vpo_ray.loop.phases import generate_feedback, starting_policy
 from vpo_ray.loop.policies import LoopError, Start, policy_id
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Shard
-from vpo_ray.storage.run_dir import CANDIDATE_TABLES, CURATED, ROUND, RunDir
+from vpo_ray.stages import spec
+from vpo_ray.storage.run_dir import CURATED, ROUND, RunDir
 from vpo_ray.stream.connection import connect
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def generate_shard(
         LoopError: the run's queries are not curated, or its policy is not trained yet.
         RunInUseError, RunLostError: see `run_lock.driving`.
     """
-    stages = tuple(stages or CANDIDATE_TABLES)
+    stages = tuple(stages or spec.names("generation"))
     with opened(recipe, shard) as run:
         if not run.exists(CURATED):
             raise LoopError(f"{run.uri} has no queries yet: run `vpo curate` once, before the shards")

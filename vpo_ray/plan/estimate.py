@@ -13,9 +13,10 @@ from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
 from vpo_ray.records import SPLITS
+from vpo_ray.stages import spec
 from vpo_ray.stages.curate import preview
-from vpo_ray.stream.chains import draft_model
-from vpo_ray.stream.placement import engine_of, no_such_labels
+from vpo_ray.stages.spec import ChainName, StageSpec, draft_model
+from vpo_ray.stream.placement import no_such_labels
 
 MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), then give --ledger PROBE"
 
@@ -25,7 +26,8 @@ class StagePlan:
     """One stage of the stream, labelling or drafting before it, or one training phase.
 
     rows: at most, unless `expected`; None where not known. seconds: replica-seconds a row. size:
-    replicas, smallest and largest. balanced: replicas on the cluster that was given.
+    replicas, smallest and largest. key: the recipe's, of its pool. balanced: replicas on the cluster that
+    was given.
     """
 
     name: str
@@ -34,6 +36,7 @@ class StagePlan:
     seconds: Figure
     replica: Replica
     size: tuple[int, int]
+    key: str = ""
     balanced: int | None = None
 
     @property
@@ -124,8 +127,7 @@ def plan(
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
     stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
     training = list(_training(recipe, queries, past))
-    labelled = sum(counts[name] for name in (*SPLITS, "not in the subset", "over the limit"))
-    before = [*_labelling(recipe, labelled, past), *_drafting(recipe, queries["sft"], past)]
+    before = list(_before(recipe, counts, past))
     made = Plan(recipe, queries, before, stages, training, bytes_per_video(recipe), cluster, price)
     if not exact:
         made.notes.append(
@@ -142,23 +144,35 @@ def plan(
     return made
 
 
+def _before(recipe: Recipe, counts: Counter[str], past: Ledger | None) -> Iterator[StagePlan]:
+    """Labelling and drafting, where the recipe has them."""
+    labelled = sum(counts[name] for name in (*SPLITS, "not in the subset", "over the limit"))
+    entering: dict[ChainName, int] = {"labelling": labelled, "drafting": counts["sft"]}
+    for chain, rows in entering.items():
+        # What columns label is asked of no judge.
+        expected = chain == "drafting" or not recipe.queries.unsafe_columns
+        for stage in spec.stages(chain):
+            if stage.is_due(recipe):
+                yield _planned(stage, recipe, rows, expected, past)
+
+
 def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | None) -> Iterator[StagePlan]:
-    candidates = queries * recipe.sample.k
-    videos, known = _videos(recipe, queries, past)
-    policy, judge = recipe.sample, recipe.judge
-    for name, rows, replica, pool in (
-        ("sample", candidates, chat_replica(policy.pool, policy.engine), policy.pool),
-        ("judge", candidates, chat_replica(judge.pool, engine_of(judge)), judge.pool),
-        ("render", videos, pool_replica(recipe.render.pool), recipe.render.pool),
-        ("score", videos, pool_replica(recipe.reward.pool), recipe.reward.pool),
-    ):
-        seconds = past.seconds(name) if past else None
-        if seconds is None and name == "render":
+    rows, expected = queries * recipe.sample.k, True
+    for stage in spec.stages("generation"):
+        if stage.name == "render":
+            rows, expected = _videos(recipe, queries, past)
+        made = _planned(stage, recipe, rows, expected, past)
+        if made.seconds.value is None and stage.name == "render":
             seconds = published_seconds(recipe.render, gpu_type)
-            if seconds.value is None:
-                seconds = Figure(None, f"{MEASURE}; {seconds.source}")
-        expected = known or name in ("sample", "judge")
-        yield StagePlan(name, rows, expected, seconds or Figure(None, MEASURE), replica, pool.size)
+            made.seconds = seconds if seconds.value else Figure(None, f"{MEASURE}; {seconds.source}")
+        yield made
+
+
+def _planned(stage: StageSpec, recipe: Recipe, rows: int, expected: bool, past: Ledger | None) -> StagePlan:
+    seconds = (past.seconds(stage.name) if past else None) or Figure(None, MEASURE)
+    pool = stage.pool(recipe)
+    replica = chat_replica(pool, stage.engine(recipe))
+    return StagePlan(stage.name, rows, expected, seconds, replica, pool.size, f"{stage.key(recipe)}.pool")
 
 
 def _videos(recipe: Recipe, queries: int, past: Ledger | None) -> tuple[int, bool]:
@@ -188,24 +202,6 @@ def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
     for key, model in models.items():
         if model.named == "openai" and model.pool.num_gpus:
             yield f"{key}.pool.num_gpus {model.pool.num_gpus:g}: its replicas only ask an endpoint, set it 0"
-
-
-def _labelling(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
-    if not recipe.queries.unsafe_judge:
-        return
-    judge = recipe.judge
-    seconds = (past.seconds("label") if past else None) or Figure(None, MEASURE)
-    expected = not recipe.queries.unsafe_columns  # those label some of them
-    replica = chat_replica(judge.pool, engine_of(judge))
-    yield StagePlan("label", queries, expected, seconds, replica, judge.pool.size)
-
-
-def _drafting(recipe: Recipe, queries: int, past: Ledger | None) -> Iterator[StagePlan]:
-    if not recipe.drafts_first:
-        return
-    _, llm = draft_model(recipe)
-    seconds = (past.seconds("draft") if past else None) or Figure(None, MEASURE)
-    yield StagePlan("draft", queries, True, seconds, chat_replica(llm.pool, engine_of(llm)), llm.pool.size)
 
 
 def _training(recipe: Recipe, queries: Counter[str], past: Ledger | None) -> Iterator[StagePlan]:
@@ -276,9 +272,7 @@ def refuse(made: Plan, cluster: Cluster) -> None:
 
 def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
     serve = made.recipe.serve
-    keys = {"sample": "sample.pool", "judge": "judge.pool", "render": "render.pool", "score": "reward.pool"}
-    keys |= {"label": "judge.pool", "draft": f"{draft_model(made.recipe)[0]}.pool"}
-    replicas = {keys[stage.name]: stage.replica for stage in (*made.before, *made.stages)}
+    replicas = {stage.key: stage.replica for stage in (*made.before, *made.stages)}
     replicas["serve.pool"] = chat_replica(serve.pool, serve.engine)
     alone = [line for key, replica in replicas.items() for line in _too_large(key, replica, cluster)]
     yield from alone
@@ -302,7 +296,7 @@ def _misfits(made: Plan, cluster: Cluster) -> Iterator[str]:
             )
     for stage in made.before:
         if not alone and place(cluster, [stage.replica] * stage.size[0]) is False:
-            yield f"{keys[stage.name]}: {stage.size[0]} x {_amount(stage.replica)} have no room on {cluster}"
+            yield f"{stage.key}: {stage.size[0]} x {_amount(stage.replica)} have no room on {cluster}"
 
 
 def _too_large(key: str, replica: Replica, cluster: Cluster) -> Iterator[str]:

@@ -16,21 +16,13 @@ from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.files.input_files import InputError
 from vpo_ray.plan.check import PlanError
 from vpo_ray.recipe import Recipe, Render, differences, parse_stored, video_presets
+from vpo_ray.stages import spec
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import sft_rows
 from vpo_ray.storage.videos import VideoStore
 
-# Recipe sections whose settings decide how long a row of the stage takes.
-SECTIONS = {
-    "label": ("judge",),
-    "draft": ("draft", "judge"),
-    "sample": ("policy", "sample"),
-    "judge": ("judge",),
-    "render": ("render",),
-    "score": ("reward", "more_rewards"),
-    "sft": ("policy", "sft"),
-    "dpo": ("policy", "dpo"),
-}
+# Recipe sections whose settings decide how long a row of a training phase takes.
+PHASE_SETTINGS = {"sft": ("policy", "sft"), "dpo": ("policy", "dpo")}
 PUBLISHED_STEPS = 50  # of the times in data/video_presets.yaml
 ENOUGH = 50  # videos whose sizes make a mean
 
@@ -56,14 +48,15 @@ class Ledger:
     def seconds(self, stage: str) -> Figure | None:
         """Replica-seconds a row of a stage or training phase, or None if it did not run."""
         value = self.stages.get(stage, {}).get("seconds_per_row")
-        if value and stage in ("sft", "dpo"):
+        if value and stage in PHASE_SETTINGS:
             # Training is measured by the clock, with all workers at it.
             if stage not in self.workers:
                 return None
             value *= self.workers[stage]
         if not value:
             return None
-        other = [line for line in self.changed if line.split(".")[0] in SECTIONS[stage]]
+        settings = PHASE_SETTINGS[stage] if stage in PHASE_SETTINGS else spec.stage(stage).settings
+        other = [line for line in self.changed if line.split(".")[0] in settings]
         note = f", with other settings then: {'; '.join(other)}" if other else ""
         return Figure(value, f"measured, {self.uri}{note}")
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from vpo_ray.recipe import Pair
 from vpo_ray.records import Row
 from vpo_ray.stages.pair import pairs_of_query
+from vpo_ray.stages.spec import names
 
 ENOUGH = "not needed: the query has its pair"
 TEXT_FIRST = "not needed: the query's text pair comes first"
@@ -54,6 +55,14 @@ def decide(candidates: Sequence[Row], settings: Pair) -> dict[str, str | None]:
     return decisions
 
 
+def is_renderable(row: Row) -> bool:
+    """Whether a candidate is one to make a video of: its prompt was judged aligned, and nothing failed
+    before it came to the render stage. It may be rendered already, or have failed there."""
+    own = names("generation")
+    failed_before = row.get("error") is not None and row.get("error_stage") not in own[own.index("render") :]
+    return row.get("verdict") == "aligned" and row.get("prompt") is not None and not failed_before
+
+
 def videos_by_strategy(candidates: Sequence[Row], settings: Pair) -> dict[str, int]:
     """Videos that either strategy asks for, told from one query's finished candidates.
 
@@ -73,8 +82,7 @@ def _renderable(candidates: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     first: dict[str, Row] = {}
     twins = []
     for row in sorted(candidates, key=lambda row: row["k"]):
-        failed_before = row["error"] is not None and row["error_stage"] not in ("render", "score")
-        if row["verdict"] != "aligned" or row["prompt"] is None or failed_before:
+        if not is_renderable(row):
             continue
         if first.setdefault(row["prompt"], row) is not row:
             twins.append(row)

@@ -7,16 +7,23 @@ prompt is judged again. A row carries the whole trail; `target` is what the poli
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.files.input_files import InputError
 from vpo_ray.prompts.answers import object_schema, string_schema
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
-from vpo_ray.recipe import Draft, Judge, engine_arguments
+from vpo_ray.recipe import Draft, Judge, Recipe, engine_arguments
 from vpo_ray.records import Row, content_id, seed_of
+from vpo_ray.stages.facts import Fact, content_fact, of_chat, of_judge_prompts, of_prompt
 from vpo_ray.stages.judge import Judgement, Judging, form_fault, parse_prompt
+from vpo_ray.stages.spec import Making, draft_model
+from vpo_ray.stages.tally import Tally, by_reason
+from vpo_ray.storage.sft_data import sft_rows
 
 EXAMPLES = "{examples}"
 _EXAMPLE = "<request>{query}</request>\n<prompt>{prompt}</prompt>"
@@ -113,3 +120,46 @@ def _outcome(row: Row) -> dict[str, Any]:
     if row.get("refined_fault") is not None:
         return {"fault": f"refined prompt: {row['refined_fault']}"}
     return {"fault": f"refined prompt still {row['refined_verdict']}"}
+
+
+def make(making: Making) -> Callable[[], Drafter]:
+    settings = making.recipe.draft
+    assert settings is not None
+    examples = list(sft_rows(settings.examples, "draft.examples"))
+    return partial(Drafter, settings, making.recipe.judge, examples)
+
+
+def facts(recipe: Recipe) -> Iterator[Fact]:
+    assert recipe.draft is not None
+    yield from of_chat(*draft_model(recipe))
+    yield from of_prompt("draft.prompt", recipe.draft.prompt)
+    yield from of_judge_prompts(recipe)
+    try:
+        rows = [[row["query"], row["prompt"]] for row in sft_rows(recipe.draft.examples, "draft.examples")]
+    except InputError:
+        return
+    yield "draft.examples", content_fact(rows)
+
+
+class DraftTally(Tally):
+    """A draft without a target ends here, with its fault."""
+
+    columns = ("verdict", "refined_prompt", "target", "fault")
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.refined = 0
+
+    def add(self, row: Row) -> str | None:
+        self.add_failed(row)
+        return (row["fault"] or "no target") if row["target"] is None else None
+
+    def add_failed(self, row: Row) -> None:
+        self.verdicts[row["verdict"] or "none"] += 1
+        self.refined += row["refined_prompt"] is not None
+
+    def result(self) -> dict[str, Any]:
+        return {"verdicts": by_reason(self.verdicts), "refined": self.refined}
+
+
+tally = DraftTally

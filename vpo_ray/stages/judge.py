@@ -9,7 +9,8 @@ never a silent "no".
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,8 +19,11 @@ from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.prompts.answers import AnswerError, object_schema, parse_object, string_schema
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
-from vpo_ray.recipe import Judge
+from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.records import VERDICTS, Row, Verdict, seed_of
+from vpo_ray.stages.facts import Fact, of_chat, of_judge_prompts
+from vpo_ray.stages.spec import Making
+from vpo_ray.stages.tally import Tally, by_reason
 
 Ask = Callable[[str, dict[str, Any]], Awaitable[str]]
 
@@ -185,3 +189,39 @@ _JUDGEMENT = {
     "added": _TEXTS,
     "verdict": {"type": "string", "enum": list(VERDICTS)},
 }
+
+
+def make(making: Making) -> Callable[[], Judging]:
+    return partial(Judging, making.recipe.judge)
+
+
+def facts(recipe: Recipe) -> Iterator[Fact]:
+    yield from of_chat("judge", recipe.judge)
+    yield from of_judge_prompts(recipe)
+
+
+class JudgeTally(Tally):
+    columns = ("refined_prompt", "refined_fault", "refined_verdict")
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.refined = self.refined_aligned = 0
+
+    def add(self, row: Row) -> None:
+        self.verdicts[row["verdict"] or "none"] += 1
+        self.refined += row["refined_prompt"] is not None
+        if row["refined_fault"] is not None:
+            self.faults[row["refined_fault"]] += 1
+        self.refined_aligned += row["refined_verdict"] == "aligned"
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "verdicts": by_reason(self.verdicts),
+            "refined": self.refined,
+            "refined_aligned": self.refined_aligned,
+            "refined_faults": by_reason(self.faults),
+        }
+
+
+tally = JudgeTally

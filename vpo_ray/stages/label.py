@@ -5,14 +5,20 @@ Labels that come with a query log are noisy; VPO judged its unsafe queries again
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.prompts.answers import AnswerError, object_schema, parse_object, string_schema
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
-from vpo_ray.recipe import Judge
+from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.records import Row, seed_of
+from vpo_ray.stages.facts import Fact, of_chat, of_prompt
+from vpo_ray.stages.spec import Making
+from vpo_ray.stages.tally import Tally, by_reason
 
 
 def label_row(query: Row) -> Row:
@@ -55,3 +61,30 @@ class Labeller:
         if not isinstance(unsafe, bool) or not isinstance(reason, str):
             raise AnswerError(f"the judge's answer has no reason and `unsafe`: {str(answer)[:200]}")
         return {**row, "unsafe": unsafe, "reason": reason}
+
+
+def make(making: Making) -> Callable[[], Labeller]:
+    return partial(Labeller, making.recipe.judge, making.recipe.queries.unsafe_prompt)
+
+
+def facts(recipe: Recipe) -> Iterator[Fact]:
+    yield from of_chat("judge", recipe.judge)
+    yield from of_prompt("queries.unsafe_prompt", recipe.queries.unsafe_prompt)
+
+
+class LabelTally(Tally):
+    """Rows are queries before the subset is chosen."""
+
+    columns = ("unsafe",)
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+
+    def add(self, row: Row) -> None:
+        self.verdicts["unsafe" if row["unsafe"] else "safe"] += 1
+
+    def result(self) -> dict[str, Any]:
+        return {"verdicts": by_reason(self.verdicts)}
+
+
+tally = LabelTally

@@ -28,8 +28,12 @@ from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
 from vpo_ray.engines.video.engine import VideoInfo, encode, probe
 from vpo_ray.files.folder import chunks
-from vpo_ray.recipe import Render
+from vpo_ray.recipe import Recipe, Render
 from vpo_ray.records import Row, failed, seed_of
+from vpo_ray.stages.adaptive import is_renderable
+from vpo_ray.stages.facts import Fact, of_model, of_plugin, of_versions
+from vpo_ray.stages.spec import Making
+from vpo_ray.stages.tally import Tally
 from vpo_ray.storage.video_leases import VideoLeases
 from vpo_ray.storage.videos import VideoStore, key_parts, video_key
 
@@ -54,7 +58,7 @@ class _Job(NamedTuple):
 
 def wants(row: Row) -> bool:
     """Whether this row is to be rendered: its prompt was judged aligned and nothing failed so far."""
-    return row.get("verdict") == "aligned" and row.get("prompt") is not None and row.get("error") is None
+    return is_renderable(row) and row.get("error") is None
 
 
 class Renderer:
@@ -264,3 +268,48 @@ def _guarded(limit_s: float) -> Iterator[None]:
         os._exit(1)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def make(making: Making) -> Callable[[], Renderer]:
+    recipe = making.recipe
+    return partial(Renderer, recipe.render.located(), making.store, recipe.seed, making.account)
+
+
+def calls(recipe: Recipe) -> int:
+    """While one video is encoded and stored, the next renders; a service makes as many as it is asked for."""
+    render = recipe.render
+    return -(-render.endpoint.concurrency // render.batch_size) if render.kind == "openai" else 2
+
+
+def facts(recipe: Recipe) -> Iterator[Fact]:
+    if recipe.render.kind != "diffusers":
+        yield from of_plugin("render", recipe.render)
+        return
+    yield from of_versions(
+        "diffusers", "torch", "transformers", *(["torchao"] if recipe.render.quantize else [])
+    )
+    yield from of_model("render.model", recipe.render.model)
+    if recipe.render.lora is not None:
+        yield from of_model("render.lora.path", recipe.render.lora.path)
+
+
+class RenderTally(Tally):
+    columns = ("video_key", "text_cut")
+
+    def __init__(self) -> None:
+        self.cuts: dict[str, int | None] = {}
+
+    def add(self, row: Row) -> None:
+        self.cuts[row["video_key"]] = row["text_cut"]
+
+    def result(self) -> dict[str, Any]:
+        known = [cut for cut in self.cuts.values() if cut is not None]
+        cut = {
+            "videos": sum(tokens > 0 for tokens in known),
+            "of": len(known),
+            "most_tokens": max(known, default=0),
+        }
+        return {"videos": len(self.cuts), "text_cut": cut if known else None}
+
+
+tally = RenderTally

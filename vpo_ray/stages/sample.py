@@ -6,13 +6,17 @@ so that the same recipe asks for the same candidates on any cluster, in any orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.prompts.thoughts import UnclosedThought, without_thoughts
-from vpo_ray.recipe import Sample, engine_arguments
+from vpo_ray.recipe import Recipe, Sample, engine_arguments
 from vpo_ray.records import Row, candidate_id, failed, seed_of
+from vpo_ray.stages.facts import Fact, of_model, of_versions
+from vpo_ray.stages.spec import Making
+from vpo_ray.stages.tally import Tally
 
 
 def candidates(query: Row, settings: Sample, policy: str, seed: int) -> Iterator[Row]:
@@ -73,3 +77,30 @@ class Sampler:
             "prompt_tokens": answer.prompt_tokens,
             "completion_tokens": answer.completion_tokens,
         }
+
+
+def make(making: Making) -> Callable[[], Sampler]:
+    return partial(Sampler, making.recipe.sample)
+
+
+def facts(recipe: Recipe) -> Iterator[Fact]:
+    # The task prompt and SFT are in the policy's identity, the base model's weights are not.
+    yield from of_versions("vllm")
+    yield from of_model("policy.model", recipe.policy.model)
+
+
+class SampleTally(Tally):
+    columns = ("prompt_tokens", "completion_tokens")
+
+    def __init__(self) -> None:
+        self.prompt = self.completion = 0
+
+    def add(self, row: Row) -> None:
+        self.prompt += row["prompt_tokens"] or 0
+        self.completion += row["completion_tokens"] or 0
+
+    def result(self) -> dict[str, Any]:
+        return {"tokens": {"prompt": self.prompt, "completion": self.completion}}
+
+
+tally = SampleTally

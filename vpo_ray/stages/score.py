@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
-from vpo_ray.recipe import Reward
+from vpo_ray.recipe import Recipe, Reward
 from vpo_ray.records import Row, failed
+from vpo_ray.stages.facts import Fact, of_file, of_model, of_plugin, of_versions
+from vpo_ray.stages.spec import Making
+from vpo_ray.stages.tally import Tally
 from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 log = logging.getLogger(__name__)
@@ -168,3 +172,43 @@ def _columns(result: Scored, kind: str) -> dict[str, Any]:
         "dimensions": [{"name": name, "score": score} for name, score in result.dimensions.items()],
         "score": result.score,
     }
+
+
+def make(making: Making) -> Callable[[], Scorer]:
+    recipe = making.recipe
+    more = {name: reward.located() for name, reward in recipe.more_rewards.items()}
+    return partial(Scorer, recipe.reward.located(), making.store, more, making.account)
+
+
+def facts(recipe: Recipe) -> Iterator[Fact]:
+    rewards = {"reward": recipe.reward}
+    rewards |= {f"more_rewards.{name}": reward for name, reward in recipe.more_rewards.items()}
+    for where, reward in rewards.items():
+        yield from of_plugin(where, reward)
+        for name, path in reward.files().items():
+            if path is not None:
+                yield from of_file(f"{where}.checklist.{name}", path)
+        if reward.kind == "visionreward":
+            yield from of_versions("torch", "transformers")
+            yield from of_model(f"{where}.model", reward.model)
+
+
+class ScoreTally(Tally):
+    columns = ("score",)
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+        self.low, self.high = float("inf"), float("-inf")
+
+    def add(self, row: Row) -> None:
+        score = row["score"]
+        self.count, self.total = self.count + 1, self.total + score
+        self.low, self.high = min(self.low, score), max(self.high, score)
+
+    def result(self) -> dict[str, Any]:
+        if not self.count:
+            return {"score": None}
+        return {"score": {"mean": self.total / self.count, "min": self.low, "max": self.high}}
+
+
+tally = ScoreTally

@@ -23,7 +23,7 @@ def id_set(ids: Iterable[str] = ()) -> np.ndarray:
     return array
 
 
-def among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+def isin_sorted(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     """For each id, whether it is in the sorted array `known`."""
     if not len(known):
         return np.zeros(len(ids), bool)
@@ -32,7 +32,7 @@ def among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def union(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """All ids of a set, and those of another that it has not."""
-    new = other[~among(other, one)]
+    new = other[~isin_sorted(other, one)]
     return np.sort(np.concatenate([one, new])) if len(new) else one
 
 

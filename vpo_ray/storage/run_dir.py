@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from vpo_ray.files.folder import Folder
-from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, Row, Shard
+from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, TOKENS, Row, Shard
 from vpo_ray.storage.tables import META, Table
 
-# Tables of a run directory: schema and key. The four stage tables share one schema; a candidate's
-# row moves from `candidates` to `feedback` and gains columns on the way.
+# Tables of a run directory: schema and key. Tables of one chain of stages share a schema; a candidate's
+# row moves from `candidates` to `feedback` and gains columns on the way. A streaming run may keep only the
+# last. `stages.spec.register` adds those of further stages.
 TABLES: dict[str, tuple[pa.Schema, str]] = {
     "queries": (QUERY, "query_id"),
     "dropped": (DROPPED, "row_id"),
@@ -29,9 +30,6 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
 }
-# The candidate stages in order, each with the table of the rows that left it. A streaming run may
-# keep only the last: a row there carries all that the stages before it did.
-CANDIDATE_TABLES = {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"}
 # Columns that tell rows of one key apart: a query may be taught with several prompts.
 ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
 
@@ -48,6 +46,21 @@ _MOVED = {
     "pairs/videos.json": (PAIRED, "videos"),
     "pairs/reasons.json": (PAIRED, "reasons"),
 }
+
+
+def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> None:
+    """Give the rows of these tables more columns, and a place for the seconds and tokens of one more
+    stage. What was stored before has nulls there."""
+    for name in tables:
+        schema, key = TABLES[name]
+        for column, of_stage in (("seconds", pa.float64()), ("usage", TOKENS)):
+            at = schema.get_field_index(column)
+            inner = [*schema.field(at).type, pa.field(stage, of_stage)]
+            schema = schema.set(at, pa.field(column, pa.struct(inner)))
+        for column in columns:
+            schema = schema.insert(schema.get_field_index("seconds"), column)
+        TABLES[name] = schema, key
+
 
 # In the run directory of a round or an evaluation: which policy it samples.
 ROUND = "round.json"
@@ -96,15 +109,6 @@ class RunDir(Folder):
     def table(self, name: str) -> Table:
         schema, key = TABLES[name]
         return Table(self.at(name), schema, key, ALSO.get(name, ()), self.shard)
-
-    def rows_of_stage(self, stage: str, columns: Sequence[str]) -> Iterator[Row]:
-        """Rows that left a candidate stage, from its own table or the nearest later one that holds any."""
-        order = list(CANDIDATE_TABLES)
-        for later in order[order.index(stage) :]:
-            table = self.table(CANDIDATE_TABLES[later])
-            if table.parts():
-                yield from table.rows(columns)
-                return
 
     def write_metrics(self, phase: str, lines: Sequence[Row]) -> None:
         """Store a training curve: `metrics/<phase>.jsonl`, one JSON object a step."""

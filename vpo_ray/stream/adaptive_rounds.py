@@ -1,4 +1,4 @@
-"""Rounds: the driver's side of adaptive rendering (`stages/adaptive.py` decides).
+"""AdaptiveRounds: the driver's side of adaptive rendering (`stages/adaptive.py` decides).
 
 A round is one pass of the stream's render and score stages over the candidates that are to be
 rendered now. Between two rounds the tables say what comes next; candidates that turn out not to be
@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from vpo_ray.files.folder import chunks
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages.adaptive import decide
-from vpo_ray.storage.id_sets import among, id_set, union
+from vpo_ray.storage.id_sets import id_set, isin_sorted, union
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.tables import Table
 
@@ -28,10 +29,19 @@ logger = logging.getLogger(__name__)
 # What rendering and scoring made of a candidate, as far as pairing looks at it.
 _RESULTS = ["candidate_id", "query_id", "video_key", "answers", "dimensions", "score", "more_rewards",
             "skipped", "error", "error_stage"]  # fmt: skip
-_SETTLED_ROWS = 1000
+_ROWS_PER_PART = 1000
 
 
-class Rounds:
+@dataclass
+class _Round:
+    """What a round finds: who is to be rendered, why others are not, and whether videos have no score."""
+
+    render_ids: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    waits_for_scores: bool = False
+
+
+class AdaptiveRounds:
     """The rounds of one call of the pipeline.
 
     Args:
@@ -55,37 +65,33 @@ class Rounds:
         Raises:
             StorageError: a table cannot be read or written.
         """
+        found = _Round()
+        for rows in chunks(self._not_needed(found), _ROWS_PER_PART):
+            for target in self._targets:
+                target.append(rows)
+        for reason, count in found.skipped.items():
+            logger.info("%d candidates are not rendered, %s", count, reason)
+        if not found.render_ids and not (found.waits_for_scores and self._scores):
+            return None
+        logger.info("a round of %d candidates", len(found.render_ids))
+        chosen = id_set(found.render_ids)
+        self._entered = union(self._entered, chosen)
+        return chosen
+
+    def _not_needed(self, found: _Round) -> Iterator[Row]:
+        """The rows to store as skipped, from a walk through all queries that fills `found`."""
         verdicts = _Queries(self._run.table("verdicts"))
         renders = _Queries(self._run.table("renders"), _RESULTS)
         feedback = _Queries(self._run.table("feedback"), _RESULTS)
-        enter: list[str] = []
-        pending = False
-        counts: Counter[str] = Counter()
-
-        def settled() -> Iterator[Row]:
-            nonlocal pending
-            for query in verdicts:
-                rows = verdicts.rows(query)
-                rendered, finished = renders.rows(query), feedback.rows(query)
-                pending = pending or any(candidate not in finished for candidate in rendered)
-                for row, reason in self._decided(rows, rendered | finished):
-                    if reason is None:
-                        enter.append(row["candidate_id"])
-                    else:
-                        counts[reason] += 1
-                        yield {**row, "skipped": reason}
-
-        for rows in chunks(settled(), _SETTLED_ROWS):
-            for target in self._targets:
-                target.append(rows)
-        for reason, count in counts.items():
-            logger.info("%d candidates are not rendered, %s", count, reason)
-        if not enter and not (pending and self._scores):
-            return None
-        chosen = id_set(enter)
-        self._entered = union(self._entered, chosen)
-        logger.info("a round of %d candidates", len(enter))
-        return chosen
+        for query in verdicts:
+            rendered, finished = renders.rows(query), feedback.rows(query)
+            found.waits_for_scores |= any(candidate not in finished for candidate in rendered)
+            for row, reason in self._decided(verdicts.rows(query), rendered | finished):
+                if reason is None:
+                    found.render_ids.append(row["candidate_id"])
+                else:
+                    found.skipped[reason] += 1
+                    yield {**row, "skipped": reason}
 
     def _decided(self, verdicts: dict[str, Row], results: dict[str, Row]) -> Iterator[tuple[Row, str | None]]:
         """The verdict rows of one query to render now (None) or to skip (why)."""
@@ -113,7 +119,7 @@ class Rounds:
         return skipped or self._is_again(candidate, verdicts[candidate], stored)
 
     def _has_entered(self, candidate: str) -> bool:
-        return bool(among(np.array([candidate], self._entered.dtype), self._entered)[0])
+        return bool(isin_sorted(np.array([candidate], self._entered.dtype), self._entered)[0])
 
 
 class _Queries:

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Training
+from vpo_ray.recipe import Recipe, Training
+from vpo_ray.stages import spec
+from vpo_ray.stages.spec import StageSpec
 from vpo_ray.stream import ray_compat
-from vpo_ray.stream.chains import draft_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ Amounts = Mapping[str, float]
 
 # How often a waiting or streaming run looks at the cluster, in seconds.
 LOOK_EVERY_S = 2.0
+
+
+# Ray's own label of each node.
+NODE_LABEL = "ray.io/node-id"
 
 
 class PlacementError(RuntimeError):
@@ -69,32 +74,32 @@ class View:
     infeasible: Sequence[Amounts] = ()
 
 
-def pool_shapes(recipe: Recipe, stages: Sequence[str]) -> list[Shape]:
-    """The replicas of these stages; the stream moves once there is one of each."""
-    drafter, llm = draft_model(recipe)
-    pools: dict[str, tuple[str, Pool, Engine | None]] = {
-        "label": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),
-        "draft": (f"{drafter}.pool", llm.pool, engine_of(llm)),
-        "sample": ("sample.pool", recipe.sample.pool, recipe.sample.engine),
-        "judge": ("judge.pool", recipe.judge.pool, engine_of(recipe.judge)),
-        "render": ("render.pool", recipe.render.pool, None),
-        "score": ("reward.pool", recipe.reward.pool, None),
-    }
-    return [_pool_shape(*pools[stage]) for stage in stages]
+def pool_shapes(recipe: Recipe, stages: Sequence[str], excluded: Sequence[str] = ()) -> list[Shape]:
+    """The replicas of these stages; the stream moves once there is one of each.
+
+    Args:
+        excluded: ids of nodes that take none.
+    """
+    return [_pool_shape(spec.stage(name), recipe, excluded) for name in stages]
 
 
-def engine_of(model: ChatModel) -> Engine | None:
-    """The engine of a replica's own. One that asks an endpoint has none, and is one piece."""
-    return model.engine if model.backend == "vllm" else None
-
-
-def _pool_shape(where: str, pool: Pool, engine: Engine | None) -> Shape:
+def _pool_shape(stage: StageSpec, recipe: Recipe, excluded: Sequence[str]) -> Shape:
+    pool, engine = stage.pool(recipe), stage.engine(recipe)
     amounts = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     if pool.accelerator_type:
         amounts[f"accelerator_type:{pool.accelerator_type}"] = 0.001
     # The pieces of a tensor-parallel engine may lie on several nodes.
     pieces = 1 if engine is None else engine.pieces
-    return Shape(where, {k: v for k, v in amounts.items() if v}, pool.labels, pieces)
+    labels = off_nodes(pool.labels, excluded, pieces)
+    return Shape(f"{stage.key(recipe)}.pool", {k: v for k, v in amounts.items() if v}, labels, pieces)
+
+
+def off_nodes(labels: Mapping[str, str], excluded: Sequence[str], pieces: int = 1) -> dict[str, str]:
+    """A pool's labels, with what keeps its replicas off nodes. Ray places the pieces of one engine without
+    labels, and a pool that names its nodes by id keeps them."""
+    if not excluded or pieces > 1 or NODE_LABEL in labels:
+        return dict(labels)
+    return {**labels, NODE_LABEL: f"!in({','.join(excluded)})"}
 
 
 def worker_shapes(phase: str, settings: Training) -> list[Shape]:
@@ -250,44 +255,51 @@ def watched(shapes: Sequence[Shape], timeout_s: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    main = threading.get_ident()
-    over = threading.Event()
-    reason: list[str] = []
+    watch = _Watch(shapes, timeout_s)
+    before = signal.signal(signal.SIGUSR1, watch.interrupt)
+    watch.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if watch.reason is not None:
+            raise PlacementError(watch.reason) from None
+        raise
+    finally:
+        watch.over.set()
+        watch.join(timeout=15)
+        signal.signal(signal.SIGUSR1, before)
 
-    def interrupt(*_: Any) -> None:
-        if not over.is_set():
-            # Of all exceptions, a wait inside `ray.get` lets only this one through.
-            raise KeyboardInterrupt
 
-    def watch() -> None:
+class _Watch(threading.Thread):
+    """Looks at the cluster until `over`, and interrupts the thread that made it, with a `reason`."""
+
+    def __init__(self, shapes: Sequence[Shape], timeout_s: float) -> None:
+        super().__init__(name="placement", daemon=True)
+        self.shapes, self.timeout_s = shapes, timeout_s
+        self.over = threading.Event()
+        self.reason: str | None = None
+        self._watched = threading.get_ident()
+
+    def run(self) -> None:
         since: float | None = None
-        while not over.wait(LOOK_EVERY_S):
+        while not self.over.wait(LOOK_EVERY_S):
             try:
                 view = look()
             except Exception:
                 # The next look tells more; the work itself finds out when the cluster is gone.
                 logger.debug("the cluster could not be looked at", exc_info=True)
                 continue
-            found = problems(shapes, view)
+            found = problems(self.shapes, view)
             since = (since or time.monotonic()) if found else None
-            if since is not None and time.monotonic() - since > timeout_s:
-                reason[:] = [_message(found, view)]
+            if since is not None and time.monotonic() - since > self.timeout_s:
+                self.reason = _message(found, view)
                 # A real signal also ends a wait inside Ray.
-                signal.pthread_kill(main, signal.SIGUSR1)
+                signal.pthread_kill(self._watched, signal.SIGUSR1)
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    thread = threading.Thread(target=watch, name="placement", daemon=True)
-    thread.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if reason:
-            raise PlacementError(reason[0]) from None
-        raise
-    finally:
-        over.set()
-        thread.join(timeout=15)
-        signal.signal(signal.SIGUSR1, before)
+    def interrupt(self, *_: Any) -> None:
+        if not self.over.is_set():
+            # Of all exceptions, a wait inside `ray.get` lets only this one through.
+            raise KeyboardInterrupt
 
 
 def _message(found: Sequence[str], view: View) -> str:

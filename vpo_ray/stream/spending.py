@@ -19,6 +19,8 @@ from vpo_ray.engines.chat import Usage
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.records import Row
+from vpo_ray.stages import spec
+from vpo_ray.stages.chains import rows_of_stage
 from vpo_ray.storage.run_dir import RunDir
 
 ACCOUNT = "account"
@@ -149,15 +151,10 @@ def spent_at(root: RunDir, place: str | None = None) -> dict[str, dict[str, Char
 
 
 def _of_rows(run: RunDir) -> dict[str, Charges]:
-    tables = {
-        "label": run.table("labels").rows(["usage"]),
-        "draft": run.table("drafts").rows(["usage"]),
-        "judge": run.rows_of_stage("judge", ["usage"]),
-    }
-    found = {stage: Charges() for stage in tables}
-    for stage, rows in tables.items():
-        for row in rows:
-            found[stage].add_row(row, stage)
+    found = {stage.name: Charges() for stage in spec.stages() if stage.runs_on == "chat"}
+    for stage, charges in found.items():
+        for row in rows_of_stage(run, stage, ["usage"]):
+            charges.add_row(row, stage)
     return found
 
 

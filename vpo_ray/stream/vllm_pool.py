@@ -22,9 +22,9 @@ from vpo_ray.engines.chat import ChatStage
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat.vllm_chat import VllmChat
 from vpo_ray.lifetime import bind_worker
-from vpo_ray.recipe import Engine, Pool
 from vpo_ray.storage.model_cache import fetch, fetch_for_engine
 from vpo_ray.stream.actor_pools import RESTARTS, ChatRunner, Outcome, of_stage
+from vpo_ray.stream.passes import Replicas, VllmModel
 from vpo_ray.stream.ray_compat import VLLM_FATAL_ERRORS, VllmBatchActor
 
 logger = logging.getLogger(__name__)
@@ -76,39 +76,26 @@ def _leave() -> None:
 
 
 def vllm_pool(
-    dataset: Any,
-    model: str,
-    engine: Engine,
-    pool: Pool,
-    *,
-    stage: Callable[[], ChatStage],
-    tokenizer: Callable[[], Any],
-    outcome: Outcome,
-    batch_size: int,
-    alone: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    dataset: Any, stage: Callable[[], ChatStage], outcome: Outcome, replicas: Replicas, model: VllmModel
 ) -> Any:
     """Run a text stage over a dataset of FEEDBACK rows on a pool of vLLM engines.
 
     Args:
-        model: a folder, URI or hub id of a model, or of a LoRA adapter, which names its model.
-        stage, tokenizer: made once in every actor.
+        stage: made once in every replica.
         outcome: where rows go and how they are counted.
-        alone: give an engine one batch at a time, so that one that kills it kills no other.
     """
-    adapter = adapter_of(model)
-    base = model if adapter is None else adapter.base
+    adapter, engine, pool = adapter_of(model.name), model.engine, replicas.pool
+    base = model.name if adapter is None else adapter.base
     bundle: dict[str, float] = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
     kwargs: dict[str, Any] = {
         "dtype": engine.dtype,
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel_size,
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": model.trust_remote_code,
         "enable_prefix_caching": True,
         # A model that may put white space between JSON tokens may never stop doing so.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "revision": revision,
+        "revision": model.revision,
         "max_model_len": engine.max_model_len,
         **engine.executor(),
         **(adapter.engine_kwargs() if adapter is not None else {}),
@@ -119,9 +106,9 @@ def vllm_pool(
         model_source=fetch(base, weights=False),
         engine_kwargs={key: value for key, value in kwargs.items() if value is not None},
         concurrency=pool.size,
-        batch_size=batch_size,
-        max_concurrent_batches=1 if alone else engine.max_concurrent_batches,
-        max_tasks_in_flight_per_actor=1 if alone else None,
+        batch_size=replicas.batch_size,
+        max_concurrent_batches=1 if replicas.one_at_a_time else engine.max_concurrent_batches,
+        max_tasks_in_flight_per_actor=1 if replicas.one_at_a_time else None,
         accelerator_type=pool.accelerator_type,
         placement_group_config={"bundle_per_worker": {k: v for k, v in bundle.items() if v}},
         runtime_env={"env_vars": {"VLLM_LOGGING_LEVEL": "WARNING", **engine.env}},
@@ -131,11 +118,12 @@ def vllm_pool(
     )
     with _as_before():
         processor = build_processor(config)
-    arguments = processor.get_stage_by_name("vLLMEngineStage").get_dataset_map_batches_kwargs(batch_size, "")
+    engine_stage = processor.get_stage_by_name("vLLMEngineStage")
+    arguments = engine_stage.get_dataset_map_batches_kwargs(replicas.batch_size, "")
     arguments["fn_constructor_kwargs"] |= {
         "model": base,
         "stage": stage,
-        "tokenizer": tokenizer,
+        "tokenizer": model.tokenizer,
         "outcome": outcome,
         "adapter": adapter,
     }

@@ -2,24 +2,26 @@
 
 There are three: labelling (which raw queries are unsafe, for curation), drafting (SFT data for the
 queries of the sft split), and generation (candidates, verdicts, videos and scores for those of the
-dpo split). `pipeline` runs any of them as one stream.
+dpo split). `spec` says which stages they have; `stream.pipeline` runs any of them as one stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vpo_ray.recipe import ChatModel, Recipe, Sample
-from vpo_ray.records import DRAFT, FEEDBACK, LABEL, Row
+from vpo_ray.recipe import Recipe, Sample
+from vpo_ray.records import Row
+from vpo_ray.stages import spec
 from vpo_ray.stages.draft import draft_key, draft_row
 from vpo_ray.stages.label import label_row
 from vpo_ray.stages.sample import candidates
-from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stages.spec import ChainName, draft_model
+from vpo_ray.storage.run_dir import TABLES, RunDir
 from vpo_ray.storage.sft_data import sft_rows
 from vpo_ray.storage.tables import Table
 
@@ -41,36 +43,46 @@ class Models:
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages in a row, one table each.
+    """Stages in a row, one table each, all of one schema; a stage reads the table before its own.
 
     Args:
-        stages: name and table; a stage reads the table before its own, the first one `source`.
         split: of the queries that enter, None for all.
         expand: makes the function from Query rows to the rows of the first stage.
-        schema, key: of all its tables.
+        rows_of_query: how many of them a query has.
+        source: the table that the first stage reads.
     """
 
-    stages: Mapping[str, str]
+    name: ChainName
     split: str | None
     expand: Callable[[Recipe, Models], Expand]
-    schema: pa.Schema
-    key: str
+    rows_of_query: Callable[[Recipe], int] = lambda recipe: 1
     source: str = "queries"
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return spec.names(self.name)
+
+    @property
+    def key(self) -> str:
+        return TABLES[spec.stages(self.name)[0].table][1]
+
+    @property
+    def schema(self) -> pa.Schema:
+        return TABLES[spec.stages(self.name)[0].table][0]
+
     def enters(self, stage: str) -> bool:
-        return stage == next(iter(self.stages))
+        return stage == self.stages[0]
 
     @property
     def queries(self) -> pc.Expression | None:
         return None if self.split is None else pc.field("split") == self.split
 
     def table(self, run: RunDir, stage: str) -> Table:
-        return run.table(self.stages[stage])
+        return run.table(spec.stage(stage).table)
 
     def table_before(self, run: RunDir, stage: str) -> Table:
         """What a stage reads; not for the first."""
-        names = list(self.stages)
-        return self.table(run, names[names.index(stage) - 1])
+        return self.table(run, self.stages[self.stages.index(stage) - 1])
 
     def rows_before(self, recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator[Row]:
         """Every row that a stage has to see, finished or not."""
@@ -82,11 +94,19 @@ class Chain:
             yield from expand([query])
 
 
-def draft_model(recipe: Recipe) -> tuple[str, ChatModel]:
-    """The recipe's key of the LLM that drafts, and its settings."""
-    if recipe.draft is not None and recipe.draft.llm is not None:
-        return "draft.llm", recipe.draft.llm
-    return "judge", recipe.judge
+def chain_of(stage: str) -> Chain:
+    return CHAINS[spec.stage(stage).chain]
+
+
+def rows_of_stage(run: RunDir, stage: str, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows that left a stage, from its own table or the nearest later one of its chain that holds any: a
+    row there has all that the stages before it gave it."""
+    chain = chain_of(stage)
+    for later in chain.stages[chain.stages.index(stage) :]:
+        table = chain.table(run, later)
+        if table.parts():
+            yield from table.rows(columns)
+            return
 
 
 def _to_candidates(recipe: Recipe, models: Models) -> Expand:
@@ -116,13 +136,8 @@ def _labels(queries: list[Row]) -> list[Row]:
     return [label_row(query) for query in queries]
 
 
-GENERATION = Chain(
-    {"sample": "candidates", "judge": "verdicts", "render": "renders", "score": "feedback"},
-    "dpo",
-    _to_candidates,
-    FEEDBACK,
-    "candidate_id",
-)
-DRAFTING = Chain({"draft": "drafts"}, "sft", _to_drafts, DRAFT, "draft_id")
-LABELLING = Chain({"label": "labels"}, None, _to_labels, LABEL, "query_id", source="unlabelled")
-CHAIN_OF = {stage: chain for chain in (GENERATION, DRAFTING, LABELLING) for stage in chain.stages}
+CHAINS: dict[ChainName, Chain] = {
+    "labelling": Chain("labelling", None, _to_labels, source="unlabelled"),
+    "drafting": Chain("drafting", "sft", _to_drafts),
+    "generation": Chain("generation", "dpo", _to_candidates, lambda recipe: recipe.sample.k),
+}
