@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from vpo_ray.recipe import load
-from vpo_ray.stream.placement import Node, View, pool_shapes, problems, worker_shapes
+from vpo_ray.stream.placement import ClusterState, Node, pool_shapes, problems, worker_shapes
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sample", "judge", "render", "score")
@@ -62,8 +62,8 @@ def test_the_nodes_take_the_recipes(cloud: str) -> None:
         ROOT / "jobs/recipes/vpo_cogvideox_2b.yaml",
         [*pools, "sft.labels={vpo-group: train}", "dpo.labels={vpo-group: train}"],
     )
-    assert problems(pool_shapes(recipe, STAGES), View(nodes["generate"])) == []
+    assert problems(pool_shapes(recipe, STAGES), ClusterState(nodes["generate"])) == []
     replicas = sum(p.pool.size[0] for p in (recipe.sample, recipe.judge, recipe.render, recipe.reward))
     assert replicas <= len(nodes["generate"])
     for phase in ("sft", "dpo"):
-        assert problems(worker_shapes(phase, getattr(recipe, phase)), View(nodes["train"])) == []
+        assert problems(worker_shapes(phase, getattr(recipe, phase)), ClusterState(nodes["train"])) == []

@@ -18,7 +18,7 @@ import yaml
 from kustomize import KustomizeError, build
 
 from vpo_ray.recipe import Recipe, Serve, load
-from vpo_ray.stream.placement import Node, View, pool_shapes, problems, worker_shapes
+from vpo_ray.stream.placement import ClusterState, Node, pool_shapes, problems, worker_shapes
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster/kuberay"
@@ -239,23 +239,23 @@ def nodes_of(name: str) -> list[Node]:
 def test_every_replica_and_worker_of_the_recipe_has_a_place(name: str) -> None:
     recipe_file, overrides = entry(name)
     recipe = load(ROOT / recipe_file, overrides)
-    view = View(nodes_of(name))
-    assert problems(pool_shapes(recipe, STAGES), view) == []
+    state = ClusterState(nodes_of(name))
+    assert problems(pool_shapes(recipe, STAGES), state) == []
     pools = [recipe.sample.pool, recipe.judge.pool, recipe.render.pool, recipe.reward.pool]
-    generate = [node for node in view.nodes if node.labels == {"vpo-group": "generate"}]
+    generate = [node for node in state.nodes if node.labels == {"vpo-group": "generate"}]
     for resource, wanted in (
         ("GPU", sum(p.num_gpus * p.size[0] for p in pools)),
         ("CPU", sum(p.num_cpus * p.size[0] for p in pools)),
     ):
         assert wanted <= sum(node.resources[resource] for node in generate)
     for phase in ("sft", "dpo"):
-        assert_trains(recipe, phase, view)
+        assert_trains(recipe, phase, state)
 
 
-def assert_trains(recipe: Recipe, phase: str, view: View) -> None:
+def assert_trains(recipe: Recipe, phase: str, state: ClusterState) -> None:
     shapes = worker_shapes(phase, getattr(recipe, phase))
     assert shapes[0].labels == {"vpo-group": "train"}
-    train = View([node for node in view.nodes if node.labels == {"vpo-group": "train"}])
+    train = ClusterState([node for node in state.nodes if node.labels == {"vpo-group": "train"}])
     assert problems(shapes, train) == []
 
 

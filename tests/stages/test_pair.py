@@ -174,8 +174,8 @@ def test_precedence(precedence: str, expected: list[Any]) -> None:
     assert pairs(*MIXED, precedence=precedence) == expected
 
 
-def test_the_pair_that_gave_way_is_counted() -> None:
-    assert why(*MIXED, dominance="none") == {"gave way to the text pair": 1}
+def test_the_pair_that_is_superseded_is_counted() -> None:
+    assert why(*MIXED, dominance="none") == {"superseded by the text pair": 1}
 
 
 @pytest.mark.parametrize("precedence", ["text", "video"])

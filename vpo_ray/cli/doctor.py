@@ -253,9 +253,9 @@ def _plugin_findings(where: str, answer: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def _placement(recipe: Recipe) -> Iterator[Finding]:
-    from vpo_ray.stream.placement import look, pool_shapes, problems, worker_shapes
+    from vpo_ray.stream.placement import cluster_state, pool_shapes, problems, worker_shapes
 
-    view = look()
+    state = cluster_state()
     shapes = {
         "pools" if chain == "generation" else chain: pool_shapes(recipe, due)
         for chain in spec.CHAINS
@@ -265,9 +265,9 @@ def _placement(recipe: Recipe) -> Iterator[Finding]:
         if (settings := getattr(recipe, phase)) is not None:
             shapes[phase] = worker_shapes(phase, settings)
     for name, group in shapes.items():
-        found = problems(group, view)
+        found = problems(group, state)
         if not found:
-            yield Finding(f"room for {name}", "cluster", "may come" if view.autoscaled else "yes", True)
+            yield Finding(f"room for {name}", "cluster", "may come" if state.autoscaled else "yes", True)
         for line in found:
             yield Finding(f"room for {name}", "cluster", line, False, "add such a node, or change the recipe")
 

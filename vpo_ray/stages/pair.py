@@ -33,7 +33,7 @@ def pairs_of_query(candidates: Sequence[Row], settings: Pair, reasons: Counter[s
     )
     if text and video and settings.precedence != "both":
         loser = video if settings.precedence == "text" else text
-        reasons[f"gave way to the {settings.precedence} pair"] += len(loser)
+        reasons[f"superseded by the {settings.precedence} pair"] += len(loser)
         loser.clear()
     return text + video
 

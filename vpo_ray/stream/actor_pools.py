@@ -269,16 +269,16 @@ def batch_pool(
     stage: Callable[[], Stage],
     outcome: Outcome,
     batch_size: int,
-    alone: bool = False,
+    one_at_a_time: bool = False,
     calls: int = 1,
 ) -> Dataset:
     """Run a batch stage over a dataset of FEEDBACK rows whose blocks have `batch_size` rows.
 
     Args:
-        alone: give a replica one batch at a time, so that one that kills it kills no other.
+        one_at_a_time: give a replica one batch at a time, so that one that kills it kills no other.
         calls: batches that one replica works on at once, for stages whose calls may overlap.
     """
-    calls = 1 if alone else calls
+    calls = 1 if one_at_a_time else calls
     return dataset.map_batches(
         of_stage(StageActor, outcome.stage),
         fn_constructor_kwargs={"stage": stage, "outcome": outcome},
@@ -288,7 +288,7 @@ def batch_pool(
         compute=ActorPoolStrategy(
             min_size=pool.size[0],
             max_size=pool.size[1],
-            max_tasks_in_flight_per_actor=calls if alone else calls + 1,
+            max_tasks_in_flight_per_actor=calls if one_at_a_time else calls + 1,
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
         ),

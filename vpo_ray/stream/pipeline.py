@@ -29,7 +29,7 @@ from vpo_ray.stream.actor_pools import Outcome, progress_handle, split_blocks
 from vpo_ray.stream.adaptive_rounds import AdaptiveRounds
 from vpo_ray.stream.entering import entering, every_id
 from vpo_ray.stream.passes import Pass
-from vpo_ray.stream.placement import look, pool_shapes, problems, require, watched
+from vpo_ray.stream.placement import cluster_state, pool_shapes, problems, require, watched
 from vpo_ray.stream.progress import StatusTable, spilled_bytes
 from vpo_ray.stream.ray_compat import spare_driver
 from vpo_ray.stream.spending import paid
@@ -254,7 +254,7 @@ def _without_node(this: Pass, stages: Sequence[str], full: StoppedError) -> Pass
     """The pass, with the pools of these stages kept off one more node. Raises what it is given where no
     other node can take them."""
     excluded = (*this.excluded, str(full.node))
-    if problems(pool_shapes(this.recipe, stages, excluded), look()):
+    if problems(pool_shapes(this.recipe, stages, excluded), cluster_state()):
         raise full
     return replace(this, excluded=excluded)
 

@@ -65,7 +65,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class View:
+class ClusterState:
     """The cluster now. `autoscaled`: an autoscaler runs, so that nodes may come; it names requests
     that none of its node types fits as `infeasible`."""
 
@@ -113,25 +113,25 @@ def worker_shapes(phase: str, settings: Training) -> list[Shape]:
     ]
 
 
-def problems(shapes: Sequence[Shape], view: View) -> list[str]:
+def problems(shapes: Sequence[Shape], state: ClusterState) -> list[str]:
     """What cannot be placed, a line each; empty where everything may be.
 
     An autoscaler may add nodes of which nothing is known here: then only what it calls infeasible
     is a problem.
     """
-    if view.autoscaled:
+    if state.autoscaled:
         return [
             f"{shape.where}: a replica needs {shape}, and no node type of the autoscaler has that"
             for shape in shapes
             # Another job may ask for the same with other labels: what a node here has is no problem.
-            if any(_same(shape.resources, request) for request in view.infeasible)
-            and any(_homeless(shape, view.nodes))
+            if any(_same(shape.resources, request) for request in state.infeasible)
+            and any(_unplaceable(shape, state.nodes))
         ]
-    found = [line for shape in shapes for line in _homeless(shape, view.nodes)]
-    return found or list(_crowded(shapes, view.nodes))
+    found = [line for shape in shapes for line in _unplaceable(shape, state.nodes)]
+    return found or list(_oversubscribed(shapes, state.nodes))
 
 
-def _homeless(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
+def _unplaceable(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
     right = [node for node in nodes if labelled(shape.labels, node.labels)]
     if any(_fits(shape.resources, node.resources) for node in right):
         return
@@ -150,7 +150,7 @@ def _homeless(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
         yield line + "no node has all of these at once"
 
 
-def _crowded(shapes: Sequence[Shape], nodes: Sequence[Node]) -> Iterator[str]:
+def _oversubscribed(shapes: Sequence[Shape], nodes: Sequence[Node]) -> Iterator[str]:
     needed: Counter[str] = Counter()
     for shape in shapes:
         for name, amount in shape.resources.items():
@@ -194,7 +194,7 @@ def no_such_labels(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, str]]
     return f"no node has these labels (there are {', '.join(sorted(names)) or 'none of these names'})"
 
 
-def look() -> View:
+def cluster_state() -> ClusterState:
     """The nodes that are up in the connected cluster, and what its autoscaler says."""
     import ray
 
@@ -207,7 +207,7 @@ def look() -> View:
         for gang in state.infeasible_gang_resource_requests
         for request in gang.requests
     ]
-    return View(nodes, autoscaled, infeasible)
+    return ClusterState(nodes, autoscaled, infeasible)
 
 
 def _autoscaled(nodes: Sequence[Node], version: int, report: bytes | None) -> bool:
@@ -232,12 +232,12 @@ def require(shapes: Sequence[Shape], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     told = False
     while True:
-        view = look()
-        found = problems(shapes, view)
+        state = cluster_state()
+        found = problems(shapes, state)
         if not found:
             return
         if time.monotonic() >= deadline:
-            raise PlacementError(_message(found, view))
+            raise PlacementError(_message(found, state))
         if not told:
             logger.warning("waiting up to %g s for nodes: %s", timeout_s, "; ".join(found))
             told = True
@@ -284,15 +284,15 @@ class _Watch(threading.Thread):
         since: float | None = None
         while not self.over.wait(LOOK_EVERY_S):
             try:
-                view = look()
+                state = cluster_state()
             except Exception:
                 # The next look tells more; the work itself finds out when the cluster is gone.
                 logger.debug("the cluster could not be looked at", exc_info=True)
                 continue
-            found = problems(self.shapes, view)
+            found = problems(self.shapes, state)
             since = (since or time.monotonic()) if found else None
             if since is not None and time.monotonic() - since > self.timeout_s:
-                self.reason = _message(found, view)
+                self.reason = _message(found, state)
                 # A real signal also ends a wait inside Ray.
                 signal.pthread_kill(self._watched, signal.SIGUSR1)
 
@@ -302,10 +302,10 @@ class _Watch(threading.Thread):
             raise KeyboardInterrupt
 
 
-def _message(found: Sequence[str], view: View) -> str:
+def _message(found: Sequence[str], state: ClusterState) -> str:
     lines = "\n  ".join(found)
     return (
-        f"the cluster cannot run this:\n  {lines}\nIts nodes: {_nodes(view.nodes)}\n"
+        f"the cluster cannot run this:\n  {lines}\nIts nodes: {_nodes(state.nodes)}\n"
         "Add such a node, or change the recipe's pools (`vpo plan --address auto` helps)"
     )
 

@@ -31,7 +31,7 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
             stage=make,
             outcome=outcome,
             batch_size=replicas.batch_size,
-            alone=replicas.one_at_a_time,
+            one_at_a_time=replicas.one_at_a_time,
             calls=spec.calls(recipe),
         )
     if spec.runs_on == "policy":
