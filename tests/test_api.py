@@ -143,10 +143,10 @@ def test_polars_reads_a_table_where_it_is_installed(made: vpo_ray.Run) -> None:
 
 
 def test_every_phase_is_a_command() -> None:
-    from vpo_ray.cli.main import STAGE_COMMANDS
-    from vpo_ray.storage.run_dir import CANDIDATE_TABLES
+    from vpo_ray.cli.steps import step_commands
+    from vpo_ray.stages import spec
 
-    assert {*PHASES, *CANDIDATE_TABLES, "report"} == set(STAGE_COMMANDS)
+    assert {*PHASES, *spec.names("generation"), "report"} == set(step_commands())
 
 
 # Batch inference

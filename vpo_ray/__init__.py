@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from vpo_ray.plan.estimate import Plan
     from vpo_ray.recipe import Recipe, Serve
     from vpo_ray.records import Shard
+    from vpo_ray.stages.spec import StageSpec, register
     from vpo_ray.storage.run import Run
 
 __all__ = [
-    "Optimised", "Recipe", "Run", "evaluate", "generate", "load_recipe", "optimise", "plan", "run", "serve",
-    "train",
+    "Optimised", "Recipe", "Run", "StageSpec", "evaluate", "generate", "load_recipe", "optimise", "plan",
+    "register", "run", "serve", "train",
 ]  # fmt: skip
 
 # Names that are given out as they are: where they are defined.
@@ -38,7 +39,9 @@ _LAZY = {
     "Optimised": "vpo_ray.engines.chat.batch",
     "Recipe": "vpo_ray.recipe",
     "Run": "vpo_ray.storage.run",
+    "StageSpec": "vpo_ray.stages.spec",
     "optimise": "vpo_ray.engines.chat.batch",
+    "register": "vpo_ray.stages.spec",
 }
 
 
