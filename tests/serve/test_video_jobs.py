@@ -14,6 +14,7 @@ from tiny_endpoint import SETTINGS, TINY
 from vpo_ray.engines.reward.frames import read_frames
 from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import RecipeError, load, load_serve
+from vpo_ray.serve.app import video_app
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import make_key
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJobs, parse_video
@@ -37,6 +38,15 @@ def test_jobs_are_kept_apart_until_they_end(tmp_path: Path) -> None:
     assert not hasattr(found.shown(), "owner")
     for name in ("none", "../video1", "open/video0", "", "é"):
         assert jobs.read(name) is None
+
+
+def test_a_replica_that_asks_a_service_takes_as_many_jobs_as_that_may_have(tmp_path: Path) -> None:
+    service = "serve.videos.render={kind: openai, model: m, endpoint: {concurrency: 9}}"
+    for given, calls in (("seed=7", 2), (service, 9)):
+        settings = load_serve(str(TINY), [f"serve.videos={{store: {tmp_path}, score: false}}", given])
+        jobs = video_app(None, None, settings, ())
+        renderer = jobs._bound_deployment.init_args[2]._bound_deployment
+        assert renderer.max_ongoing_requests == calls
 
 
 DAMAGE = {

@@ -89,7 +89,8 @@ def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...])
         missing = "render" if videos.render is None else "reward"
         raise RecipeError(f"serve.videos.{missing} is missing: give it, or a recipe with a {missing} section")
     render = videos.render.located()
-    renderer = serve.deployment(VideoRenderer, **_pool(render.pool)).bind(render, videos.store)
+    calls = render.endpoint.concurrency if render.kind == "openai" else 2
+    renderer = serve.deployment(VideoRenderer, **_pool(render.pool, calls)).bind(render, videos.store)
     scorer = None
     if videos.score and videos.reward is not None:
         reward = videos.reward.located()
@@ -100,16 +101,16 @@ def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...])
     return jobs.bind(main, canary, renderer, scorer, settings, control)
 
 
-def _pool(pool: Pool) -> dict[str, Any]:
+def _pool(pool: Pool, calls: int = 2) -> dict[str, Any]:
     """A deployment's options from a recipe's pool. Two calls at once: one is on the device while the
     other's video is encoded."""
-    scaling = {"min_replicas": pool.size[0], "max_replicas": pool.size[1], "target_ongoing_requests": 2}
+    scaling = {"min_replicas": pool.size[0], "max_replicas": pool.size[1], "target_ongoing_requests": calls}
     size = {"num_replicas": pool.size[0]} if pool.size[0] == pool.size[1] else {"autoscaling_config": scaling}
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     options |= {"resources": pool.resources} if pool.resources else {}
     options |= {"accelerator_type": pool.accelerator_type} if pool.accelerator_type else {}
     # A job outlives a replica, so none has to be waited for, and none needs a second place to start in.
-    return {**size, "max_ongoing_requests": 2, "ray_actor_options": options}
+    return {**size, "max_ongoing_requests": calls, "ray_actor_options": options}
 
 
 def _checked(checkpoint: str) -> tuple[str, tuple[str, ...]]:
