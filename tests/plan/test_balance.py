@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.plan.balance import balance, makespan
-from vpo_ray.plan.cluster import Cluster, Node, Replica, described, place
+from vpo_ray.plan.cluster import Cluster, NodeSize, Replica, described, place
 
 GPU = Replica(gpus=1)
 
@@ -51,7 +51,7 @@ _STAGES = st.lists(
 @given(_NODES, _STAGES)
 def test_no_sizes_end_sooner(nodes: list[tuple[int, int]], stages: list[tuple[int, float, int]]) -> None:
     """Against every allocation there is: each stage asks a CPU at least, so sizes are bounded."""
-    cluster = Cluster(tuple(Node(cpus, gpus, None) for cpus, gpus in nodes))
+    cluster = Cluster(tuple(NodeSize(cpus, gpus, None) for cpus, gpus in nodes))
     replicas = {f"stage {i}": Replica(cpus, gpus) for i, (cpus, gpus, _) in enumerate(stages)}
     work = {f"stage {i}": float(seconds) for i, (_, _, seconds) in enumerate(stages)}
     most = int(cluster.cpus)

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.plan import cluster as clusters
-from vpo_ray.plan.cluster import Cluster, ClusterError, Node, Replica, described, live, place
+from vpo_ray.plan.cluster import Cluster, ClusterError, NodeSize, Replica, described, live, place
 
 
 def test_a_cluster_by_its_totals() -> None:
-    assert described(16, "H100", 128) == Cluster((Node(64, 8, "H100"),) * 2)
-    assert described(2, "A100").nodes == (Node(math.inf, 2, "A100"),)
+    assert described(16, "H100", 128) == Cluster((NodeSize(64, 8, "H100"),) * 2)
+    assert described(2, "A100").nodes == (NodeSize(math.inf, 2, "A100"),)
     assert [node.gpus for node in described(10, gpus_per_node=4).nodes] == [4, 4, 2]
-    assert described(0, cpus=4) == Cluster((Node(4, 0, None),))
+    assert described(0, cpus=4) == Cluster((NodeSize(4, 0, None),))
     assert str(described(16, "H100", 128)) == "16 H100, 128 CPUs, 2 nodes"
     assert str(described(1)) == "1 GPU, CPUs not given, 1 node"
 
@@ -65,14 +65,14 @@ def test_room(replicas: list[Replica], room: bool) -> None:
 
 def test_first_fit_is_not_the_last_word() -> None:
     """Largest first puts 4 beside 3 and finds no room for the twos; 3 + 3 beside 4 + 2 does."""
-    nodes = Cluster((Node(6, 0, None), Node(6, 0, None), Node(6, 0, None)))
+    nodes = Cluster((NodeSize(6, 0, None), NodeSize(6, 0, None), NodeSize(6, 0, None)))
     assert place(nodes, [Replica(cpus=n) for n in (4, 3, 3, 2, 2, 2, 2)]) is True
     assert place(nodes, [Replica(cpus=n) for n in (4, 4, 4, 3, 3)]) is False
 
 
 def test_a_search_that_is_given_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "TRIES", 3)
-    nodes = Cluster((Node(6, 0, None), Node(5, 0, None), Node(7, 0, None)))
+    nodes = Cluster((NodeSize(6, 0, None), NodeSize(5, 0, None), NodeSize(7, 0, None)))
     assert place(nodes, [Replica(cpus=n) for n in (4, 4, 4, 3, 3)]) is None
 
 
@@ -91,7 +91,7 @@ def test_room_is_found_where_there_is_any(
 
     places = itertools.product(range(len(nodes)), repeat=len(pieces))
     room = any(all(holds(w, n, k) for n in range(len(nodes)) for k in (0, 1)) for w in places)
-    cluster = Cluster(tuple(Node(cpus, gpus, None) for cpus, gpus in nodes))
+    cluster = Cluster(tuple(NodeSize(cpus, gpus, None) for cpus, gpus in nodes))
     assert place(cluster, [Replica(cpus, gpus) for cpus, gpus in pieces]) is room
 
 
@@ -112,10 +112,10 @@ _A, _B = (("group", "a"),), (("group", "b"),)
 )
 def test_labels_keep_replicas_apart(nodes: list[Any], labels: list[Any], room: bool) -> None:
     """One replica fits on each node. Labels of a described cluster are not known, and may be there."""
-    cluster = Cluster(tuple(Node(1, 1, None, given) for given in nodes))
+    cluster = Cluster(tuple(NodeSize(1, 1, None, given) for given in nodes))
     assert place(cluster, [Replica(1, 1, labels=asked) for asked in labels]) is room
 
 
 def test_a_label_goes_before_who_has_a_choice() -> None:
-    nodes = Cluster((Node(1, 0, None, _A), Node(1, 0, None, ())))
+    nodes = Cluster((NodeSize(1, 0, None, _A), NodeSize(1, 0, None, ())))
     assert place(nodes, [Replica(cpus=1), Replica(cpus=1, labels=_A)]) is True

@@ -9,7 +9,7 @@ from plan_recipes import ROOT, recipe
 
 from vpo_ray import cli
 from vpo_ray.plan import PlanError, plan, show
-from vpo_ray.plan.cluster import Cluster, Node, described
+from vpo_ray.plan.cluster import Cluster, NodeSize, described
 from vpo_ray.recipe import video_presets
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore, key_parts
@@ -287,7 +287,7 @@ def test_labels_of_a_live_cluster(tiny: dict[str, Any]) -> None:
     labels = {f"{name}__pool__labels": "{vpo-group: generate}" for name in ("sample", "render", "reward")}
     labels |= {"dpo__labels": "{vpo-group: train}", "judge__pool__num_gpus": 0, "sft__workers": 2}
     generate, train = (("vpo-group", "generate"),), (("vpo-group", "train"),)
-    nodes = [Node(8, 1, "H100", generate)] * 3 + [Node(8, 4, "H100", train)]
+    nodes = [NodeSize(8, 1, "H100", generate)] * 3 + [NodeSize(8, 4, "H100", train)]
     made = plan(real(tiny, **labels), Cluster(tuple(nodes)))
     assert stage(made, "render").balanced == 1
     assert show.as_json(made)["cluster"][0]["labels"] == {"vpo-group": "generate"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from vpo_ray.stream.placement import labelled
+from vpo_ray.stream.placement import covers, labelled
 
 # Placing replicas is a packing problem; after so many tries it is given up.
 TRIES = 20_000
@@ -31,7 +31,7 @@ class ClusterError(ValueError):
     """A cluster that cannot be, or cannot be reached; the message says which."""
 
 
-class Node(NamedTuple):
+class NodeSize(NamedTuple):
     cpus: float  # infinite where nobody said
     gpus: float
     gpu_type: str | None
@@ -53,14 +53,17 @@ class Replica:
     def all_gpus(self) -> float:
         return self.gpus * self.pieces
 
-    def fits(self, node: Node) -> bool:
-        right = self.gpu_type in (None, node.gpu_type) and _has(node.labels, self.labels)
-        return right and self.cpus <= node.cpus and self.gpus <= node.gpus
+    def fits(self, node: NodeSize) -> bool:
+        mine, its = (
+            {"CPU": one.cpus, "GPU": one.gpus, **({f"{_TYPE}{one.gpu_type}": 1} if one.gpu_type else {})}
+            for one in (self, node)
+        )
+        return _has(node.labels, self.labels) and covers(its, mine)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    nodes: tuple[Node, ...]
+    nodes: tuple[NodeSize, ...]
 
     @property
     def gpus(self) -> float:
@@ -96,7 +99,7 @@ def described(
         raise ClusterError("a cluster has GPUs, CPUs or both: give positive numbers")
     sizes = [min(each, gpus - taken) for taken in range(0, gpus, each)] or [0]
     share = math.inf if cpus is None else cpus / len(sizes)
-    return Cluster(tuple(Node(share, size, gpu_type if size else None) for size in sizes))
+    return Cluster(tuple(NodeSize(share, size, gpu_type if size else None) for size in sizes))
 
 
 def live(address: str | None, visit: Callable[[], None] = lambda: None) -> Cluster:
@@ -134,12 +137,12 @@ def _knock(address: str | None) -> None:
         raise ClusterError(f"no Ray cluster at {address}: {error}") from error
 
 
-def _node(resources: dict[str, float], labels: dict[str, str]) -> Node:
+def _node(resources: dict[str, float], labels: dict[str, str]) -> NodeSize:
     kind = next((name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)), None)
     gpus = resources.get("GPU", 0.0)
     # Every node has some of its own (its id among them), which would make each look another than the next.
     own = tuple(sorted((k, v) for k, v in labels.items() if not k.startswith("ray.io/")))
-    return Node(resources.get("CPU", 0.0), gpus, kind if gpus else None, own)
+    return NodeSize(resources.get("CPU", 0.0), gpus, kind if gpus else None, own)
 
 
 def place(cluster: Cluster, replicas: Sequence[Replica]) -> bool | None:
@@ -154,7 +157,7 @@ def place(cluster: Cluster, replicas: Sequence[Replica]) -> bool | None:
     if not all(any(piece.fits(node) for node in cluster.nodes) for piece in pieces):
         return False
     free = [_counted(node) for node in cluster.nodes]
-    wanted = [_counted(Node(p.cpus, p.gpus, p.gpu_type, p.labels)) for p in pieces]
+    wanted = [_counted(NodeSize(p.cpus, p.gpus, p.gpu_type, p.labels)) for p in pieces]
     if _total(wanted)[0] > _total(free)[0] or _total(wanted)[1] > _total(free)[1]:
         return False
     if _first_fit(list(free), wanted):
@@ -163,7 +166,7 @@ def place(cluster: Cluster, replicas: Sequence[Replica]) -> bool | None:
     return search.found() if len(wanted) <= DEEPEST else None
 
 
-def _counted(node: Node) -> _Amounts:
+def _counted(node: NodeSize) -> _Amounts:
     """Amounts in ten-thousandths, in which Ray counts: sums of them are exact."""
     cpus = node.cpus if math.isinf(node.cpus) else round(node.cpus * 10_000)
     return cpus, round(node.gpus * 10_000), node.gpu_type, node.labels

@@ -133,7 +133,7 @@ def problems(shapes: Sequence[Shape], state: ClusterState) -> list[str]:
 
 def _unplaceable(shape: Shape, nodes: Sequence[Node]) -> Iterator[str]:
     right = [node for node in nodes if labelled(shape.labels, node.labels)]
-    if any(_fits(shape.resources, node.resources) for node in right):
+    if any(covers(node.resources, shape.resources) for node in right):
         return
     line = f"{shape.where}: a replica needs {shape}, and "
     if not right:
@@ -167,7 +167,8 @@ def _oversubscribed(shapes: Sequence[Shape], nodes: Sequence[Node]) -> Iterator[
             yield f"{users}: together {amount:g} {name}, and the cluster has {there:g}"
 
 
-def _fits(wanted: Amounts, has: Amounts) -> bool:
+def covers(has: Amounts, wanted: Amounts) -> bool:
+    """Whether a node's amounts are enough for a replica's."""
     return all(has.get(name, 0) >= amount for name, amount in wanted.items())
 
 
