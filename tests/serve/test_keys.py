@@ -239,5 +239,5 @@ def test_what_is_refused_for_its_body_costs_one() -> None:
     limits = CallerLimits(3, None, now=Clock())
     for _ in range(5):
         with limits.admit(ANYONE) as admission:
-            admission.spoilt()
+            admission.charge_invalid()
     assert refusal(limits) == "20"

@@ -1,4 +1,4 @@
-"""The forms of an answer on the wire: chat completions, their chunks, server-sent events."""
+"""Wire formats of an answer: chat completions, their chunks, server-sent events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def event(name: str, data: Any) -> str:
 
 
 def chunks_in(part: str) -> Iterator[dict[str, Any]]:
-    """The chunks in a piece of a chat completion's stream; errors among them."""
+    """The chunks, errors included, in a piece of a chat completion's stream."""
     for line in part.split("\n"):
         data = line.removeprefix("data: ")
         if data != line and data != "[DONE]":
@@ -26,14 +26,14 @@ def chunks_in(part: str) -> Iterator[dict[str, Any]]:
 
 
 def usage_in(part: str) -> dict[str, Any] | None:
-    """The usage that a piece of a stream tells, most tell none."""
+    """The usage in a piece of a stream, or None; most have none."""
     if '"usage":{' not in part:
         return None
     return next((chunk["usage"] for chunk in chunks_in(part) if chunk.get("usage")), None)
 
 
 def completion(result: Optimization, request_id: str) -> dict[str, Any]:
-    """A chat completion that says what `/v1/optimize` says; what OpenAI has no field for is in `vpo`."""
+    """A chat completion with the content of `/v1/optimize`; what OpenAI has no field for is in `vpo`."""
     texts = [result.prompt or "", *result.alternatives]
     usage = result.usage.model_dump()
     return {

@@ -20,27 +20,27 @@ from vpo_ray.serve.engine import PolicyServer, llm_config, operation
 from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
 
-# Light replicas that mostly wait; what bounds them is the engine's queue.
+# Light replicas that mostly wait; the engine's queue is the limit.
 INGRESS_REQUESTS = 4096
 
 
 class Arguments(Section):
-    """What `serve run` and the `args` of a Serve config file give. `files` names the checkpoint's files
-    where they may change in place: Serve then sees another version."""
+    """Arguments of `serve run`, and `args` of a Serve config file. `files` is a fingerprint of the
+    checkpoint's files, so that Serve sees a new version when they change in place."""
 
     checkpoint: str
     files: str | None = None
     serve: Serve = Serve()
 
 
-# Ray reads the annotation itself to know what to make of the arguments, so that it may not be postponed.
+# Ray reads the annotation to parse the arguments, so it must not be postponed.
 def app(arguments: Arguments) -> Application:
     """The application for Ray's own tools; see `build_app`."""
     return build_app(arguments.checkpoint, arguments.serve)
 
 
 def build_app(checkpoint: str, settings: Serve) -> Application:
-    """The application of one checkpoint, and of a canary beside it where the settings name one.
+    """The application of one checkpoint, and of a canary where the settings name one.
 
     Args:
         checkpoint: a folder or URI as training leaves it: weights, or an adapter that names its base
@@ -63,10 +63,10 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
 
 
 def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...]) -> Application:
-    """The HTTP side, and videos where the settings name them, on engines that are deployed or will be.
+    """The HTTP side, and videos where the settings name them.
 
     Args:
-        main, canary: `PolicyServer` applications, or handles of ones that run.
+        main, canary: `PolicyServer` applications, or handles of running ones.
 
     Raises:
         RecipeError: videos without a video model.
@@ -102,14 +102,14 @@ def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...])
 
 
 def _pool(pool: Pool, calls: int = 2) -> dict[str, Any]:
-    """A deployment's options from a recipe's pool. Two calls at once: one is on the device while the
-    other's video is encoded."""
+    """A deployment's options from a recipe's pool. Two concurrent calls: one on the device while the other's
+    video is encoded."""
     scaling = {"min_replicas": pool.size[0], "max_replicas": pool.size[1], "target_ongoing_requests": calls}
     size = {"num_replicas": pool.size[0]} if pool.size[0] == pool.size[1] else {"autoscaling_config": scaling}
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
     options |= {"resources": pool.resources} if pool.resources else {}
     options |= {"accelerator_type": pool.accelerator_type} if pool.accelerator_type else {}
-    # A job outlives a replica, so none has to be waited for, and none needs a second place to start in.
+    # A job outlives a replica, so that no replica has to drain, or needs room for its successor.
     return {**size, "max_ongoing_requests": calls, "ray_actor_options": options}
 
 
@@ -120,7 +120,7 @@ def _checked(checkpoint: str) -> tuple[str, tuple[str, ...]]:
     if not {"config.json", "adapter_config.json"} & set(files):
         what = "does not exist"
         if files:
-            what = "is no checkpoint: it has no config.json or adapter_config.json"
+            what = "is not a checkpoint: it has no config.json or adapter_config.json"
         raise PromptError(f"{checkpoint} {what}; give the folder that training wrote")
     if not any(name.endswith(".safetensors") for name in files):
         raise PromptError(

@@ -3,7 +3,7 @@
     vpo serve runs/one/checkpoints/dpo --recipe recipe.yaml --config > serve.yaml
     serve deploy serve.yaml
 
-Deploying a file with another checkpoint rolls it out; the file before rolls it back.
+Deploying a file with another checkpoint rolls it out; the previous file rolls it back.
 """
 
 from __future__ import annotations

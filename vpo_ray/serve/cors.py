@@ -1,8 +1,8 @@
-"""Which pages of other sites may call the endpoint from a browser: those of `serve.cors_origins`.
+"""Cross-origin requests: pages of the sites in `serve.cors_origins` may call the endpoint from a browser.
 
-A browser asks first which headers it may send. Clients send what their authors like (OpenAI's
-`X-Stainless-*`, `OpenAI-Beta`, `traceparent`, a proxy's own), so that a page that is admitted may send
-what it asks for: whoever may call is decided by the key, never by a header that a browser adds itself.
+A browser asks first which headers it may send. Clients add all kinds (OpenAI's `X-Stainless-*`,
+`OpenAI-Beta`, `traceparent`, a proxy's own), so an admitted page may send any. Access is decided by the key,
+never by a header that a browser adds itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_NAMES = 128
 
 
 class Cors:
-    """Answers browsers of the recipe's origins; without any, those of other sites get none.
+    """CORS headers for the recipe's origins; none for other sites.
 
     The origins are known when the replica starts, after the application was made.
     """
@@ -50,7 +50,7 @@ class Cors:
 
 
 class _Echoing(CORSMiddleware):
-    """Starlette's answers, in which an admitted origin is allowed the headers that it asks for."""
+    """Starlette's middleware, but an admitted origin may send the headers that it asks for."""
 
     def __init__(self, app: Any, origins: list[str]) -> None:
         known = [normal_origin(origin) for origin in origins]
@@ -77,5 +77,5 @@ class _Echoing(CORSMiddleware):
 
 
 def _pattern(origin: str) -> str:
-    """`https://*.example.com`: a star stands for labels of a host, or for a port, and nothing else."""
+    """In `https://*.example.com` a star matches labels of a host, or a port, and nothing else."""
     return "[a-z0-9.-]+".join(map(re.escape, origin.split("*")))

@@ -1,7 +1,7 @@
-"""`vpo deploy`: bring the Serve instance of a cluster to a checkpoint, wait until it answers, and return.
+"""`vpo deploy`: deploy a checkpoint into a cluster's Serve instance, and wait until it answers.
 
-It is what `serve deploy` does with a config file, for a job that follows training: the endpoint stays
-when the job has ended. Other applications of the cluster are left as they are.
+It does what `serve deploy` does with a config file, for a job that follows training: the endpoint stays when
+the job has ended. Other applications of the cluster are not changed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LOOK_EVERY_S = 1.0
 
 
 class DeployError(RuntimeError):
-    """The endpoint does not come up; the message has what Serve says."""
+    """The endpoint does not start; the message has what Serve says."""
 
 
 def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
     """Make the cluster's endpoint serve this checkpoint with these settings.
 
-    The same again changes nothing; another checkpoint, or other files in its folder, replaces the
-    replicas one by one. Ray must be connected; Serve is started where it does not run yet.
+    Repeating the call changes nothing. Another checkpoint, or changed files in its folder, replaces the
+    replicas one by one. Ray must be connected; Serve is started if it does not run yet.
 
     Args:
         timeout_s: how long the new replicas may take to load.
@@ -38,20 +38,20 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
         PromptError: the folder is not a checkpoint of a policy.
         StorageError: a checkpoint's URI cannot be read.
         KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
-        DeployError: the replicas do not start, or not in time. What was deployed before goes on.
+        DeployError: the replicas do not start, or not in time. The earlier deployment keeps running.
     """
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     check_settings(settings)
-    # Whatever is wrong with the folder is told here in one line, and not by a task of Serve's.
+    # A fault of the folder is reported here in one line, not by a task of Serve's.
     build_app(checkpoint, settings)
     wanted = serve_config(checkpoint, settings)
     wanted["applications"][0]["args"]["files"] = fingerprint(checkpoint)
     serve.start(proxy_location=wanted["proxy_location"], http_options=wanted["http_options"])
     client = serve_client()
-    # A config names all applications of a cluster: one that it leaves out would be deleted.
+    # A config names all applications of a cluster: Serve would delete one that it leaves out.
     others = [
         app["deployed_app_config"]
         for name, app in client.get_serve_details()["applications"].items()
@@ -67,13 +67,13 @@ def _wait(timeout_s: float) -> None:
 
     deadline = time.monotonic() + timeout_s
     while (status := serve.status().applications[APP]).status != "RUNNING":
-        told = "; ".join(
+        messages = "; ".join(
             part for part in (status.message, *(each.message for each in status.deployments.values())) if part
         )
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise DeployError(f"the endpoint does not come up: {told}")
+            raise DeployError(f"the endpoint does not start: {messages}")
         if time.monotonic() > deadline:
             raise DeployError(
-                f"the endpoint is {status.status} after {timeout_s:g} s: {told or 'no reason told'}"
+                f"the endpoint is {status.status} after {timeout_s:g} s: {messages or 'no reason given'}"
             )
         time.sleep(LOOK_EVERY_S)

@@ -1,7 +1,7 @@
 """The engine's replica: vLLM as `ray.serve.llm` deploys it, with one checkpoint of the policy.
 
-It speaks JSON, so that what calls it need not import vLLM. It is healthy when it answers: an engine
-that has not for a while is asked for one token.
+It takes and returns JSON, so that its callers need not import vLLM. It is healthy while it answers: after a
+while without an answer it is asked for one token.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vpo_ray.stream.ray_compat import VllmServer, chat_request, forget_engine_co
 
 logger = logging.getLogger("ray.serve")
 
-# Room beyond the longest answer for what surrounds it: queues, the network, the last chunk.
+# Seconds beyond the longest answer: for queues, the network, the last chunk.
 DRAIN_ROOM_S = 15
-# An answer this recent proves that the engine works.
+# Seconds in which an answer proves that the engine works.
 FRESH_S = 10
 
 EngineRefusal = dict[str, Any]
@@ -40,11 +40,11 @@ EngineRefusal = dict[str, Any]
 
 @dataclass(frozen=True)
 class Thoughts:
-    """What of a checkpoint's thoughts the text of its answers does not show by itself.
+    """Marks of a checkpoint's thoughts that the text of its answers would lack.
 
     Attributes:
-        opened: the mark with which its chat template opens one, or nothing.
-        asked: fields of a request with which marks that are special tokens are in the text.
+        opened: the mark with which its chat template opens a thought, or "".
+        asked: request fields that keep marks which are special tokens in the text.
     """
 
     opened: str
@@ -62,8 +62,8 @@ class PolicyServer(VllmServer):
     """One replica; see the module."""
 
     async def start(self) -> None:
-        bind_worker()  # the engine's core is a process that would outlive this one
-        # OpenAI's field for which model answered: a client can tell one checkpoint from the next.
+        bind_worker()  # the engine's core is a process, which would outlive this one
+        # OpenAI's field for the model that answered, by which a client can tell checkpoints apart.
         name = await asyncio.to_thread(fingerprint, self.config.engine_kwargs["tokenizer"])
         await asyncio.to_thread(_bring, self.config)
         self.skip_download()
@@ -97,15 +97,15 @@ class PolicyServer(VllmServer):
             raise
 
     def _leave_if_dead(self) -> None:
-        """vLLM's engine is a process of its own. Without it this replica would fail every request
-        until Serve has seen three bad health checks; a replica that is gone is replaced at once, and
-        what it had is asked again elsewhere."""
+        """Exit when vLLM's engine, a process of its own, has died. This replica would fail every request
+        until Serve has seen three bad health checks. One that exits is replaced at once, and its requests
+        are retried on another."""
         if self.engine_died:
-            logger.error("the vLLM engine died, leaving for a fresh replica")
+            logger.error("the vLLM engine died, exiting to be replaced")
             os._exit(1)
 
     async def check_health(self) -> None:
-        """Serve calls it every few seconds, and replaces a replica that fails. Raises RuntimeError."""
+        """Called by Serve every few seconds; a replica that fails is replaced. Raises RuntimeError."""
         self._leave_if_dead()
         await super().check_health()
         if time.monotonic() - self.answered > FRESH_S:
@@ -119,7 +119,7 @@ PROBE = {"role": "user", "content": "a"}
 
 
 def fingerprint(checkpoint: str | Path) -> str:
-    """A name of the files of a checkpoint's folder or URI, by where they lie, their sizes and times."""
+    """A fingerprint of the files of a checkpoint's folder or URI: path, sizes and modification times."""
     if "://" in str(checkpoint):
         return f"vpo-{version(str(checkpoint))[:16]}"
     folder = Path(checkpoint).resolve()
@@ -128,7 +128,7 @@ def fingerprint(checkpoint: str | Path) -> str:
 
 
 def _bring(config: LLMConfig) -> None:
-    """Put this node's copies in place of the URIs of a replica's checkpoint, its adapter and its base."""
+    """Replace the URIs of a replica's checkpoint, adapter and base model by this node's copies."""
     loading, kwargs = config.model_loading_config, config.engine_kwargs
     loading.model_source = fetch_for_engine(loading.model_source)
     kwargs["tokenizer"] = fetch_for_engine(kwargs["tokenizer"])
@@ -138,8 +138,7 @@ def _bring(config: LLMConfig) -> None:
 
 
 def llm_config(folder: str | Path, settings: Serve) -> LLMConfig:
-    """What `ray.serve.llm` needs to know of a checkpoint, which may be an adapter, and the recipe's
-    settings.
+    """The `ray.serve.llm` configuration of a checkpoint, which may be an adapter, with the recipe's settings.
 
     Args:
         folder: an absolute path, or a URI, which every replica fetches when it starts.
@@ -154,14 +153,14 @@ def llm_config(folder: str | Path, settings: Serve) -> LLMConfig:
         "max_model_len": engine.max_model_len,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "max_num_seqs": engine.max_num_seqs,
-        # The sampling settings are the recipe's, not those that the base model's authors left.
+        # Sampling follows the recipe, not the base model's generation config.
         "generation_config": "vllm",
         # The folded template joins the query to the task prompt as a string, not as a list of parts.
         "chat_template_content_format": "string",
         **(_adapted(adapter, settings.model_name) if adapter is not None else {}),
         **({} if pool.num_gpus else engine.executor()),
         **engine.engine_kwargs,
-        # An adapter comes with the tokenizer whose template has the task prompt; its base has another.
+        # The template with the task prompt is in the adapter's tokenizer, not in its base model's.
         "tokenizer": str(folder),
     }
     source = str(folder) if adapter is None else adapter.base
@@ -189,7 +188,7 @@ def llm_config(folder: str | Path, settings: Serve) -> LLMConfig:
             **operation(settings),
             "max_ongoing_requests": engine.max_num_seqs * 2,
             "max_queued_requests": settings.max_queued_requests,
-            # A full engine may take a whole answer's time before it starts on the probe.
+            # A full engine may need the time of a whole answer before it starts on the probe.
             "health_check_timeout_s": settings.timeout_s,
             "ray_actor_options": {"num_cpus": 0},
         },
@@ -198,14 +197,14 @@ def llm_config(folder: str | Path, settings: Serve) -> LLMConfig:
 
 
 def _adapted(adapter: Adapter, name: str) -> dict[str, Any]:
-    """Engine options with which every request for `name` is for the adapter: vLLM looks among adapters
-    first, and nobody is to reach the base model alone."""
+    """Engine options with which `name` means the adapter: vLLM looks up adapters first, and the base model
+    alone must not be reachable."""
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
     return {**adapter.engine_kwargs(), "lora_modules": [LoRAModulePath(name, adapter.folder)]}
 
 
 def operation(settings: Serve) -> dict[str, Any]:
-    """Options of every deployment: answers are finished before a replica ends, and new replicas
-    stand before old ones go, so that a roll-out fails no request."""
+    """Options of every deployment: a replica finishes its answers before it ends, and new replicas start
+    before old ones stop, so that a roll-out fails no request."""
     return {"graceful_shutdown_timeout_s": settings.timeout_s + DRAIN_ROOM_S, "max_surge_percent": 100}

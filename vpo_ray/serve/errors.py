@@ -1,4 +1,4 @@
-"""Refusals of the endpoint, in OpenAI's form: a status, a message that says what to do, a code."""
+"""Errors of the endpoint, in OpenAI's form: a status, a message that says what to do, a code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 
 class ApiError(ValueError):
-    """A request that is refused: an HTTP status, and what OpenAI's error body says."""
+    """A request that is refused: an HTTP status, and the content of OpenAI's error body."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ApiError(ValueError):
 
 
 def explained(error: ValidationError, status: int) -> ApiError:
-    """The first fault of a body that does not validate, by the client's own field names."""
+    """The first fault of an invalid body, by the client's own field names."""
     first = error.errors(include_url=False, include_input=False)[0]
     # A union names its branches in the location; a client knows fields and indices only.
     parts = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]

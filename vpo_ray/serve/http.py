@@ -1,4 +1,4 @@
-"""The HTTP application around the routes: errors in OpenAI's form, what a body may weigh."""
+"""The HTTP application around the routes: errors in OpenAI's form, a limit on the body, event streams."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def application() -> FastAPI:
 
 
 def internal(error: Exception) -> JSONResponse:
-    """What went wrong goes to the log; a client learns that it was not its fault, and no internals.
-    The message is left out: it may quote the query."""
+    """An error 500, without internals, for the client. The log gets the kind and place of the error, but not
+    its message, which may quote the query."""
     where = error.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
@@ -53,7 +53,7 @@ def internal(error: Exception) -> JSONResponse:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, read no further than the limit. Raises ApiError (413)."""
+    """The body. Raises ApiError (413) as soon as it exceeds the limit, in bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > limit:
         raise _too_large(limit)
@@ -70,11 +70,11 @@ def _too_large(limit: int) -> ApiError:
 
 
 class Events(StreamingResponse):
-    """Server-sent events; `done` is called however the answer ends, a client that leaves included.
+    """Server-sent events; `done` is called however the answer ends, also when the client disconnects.
 
     Args:
-        events: closed at the end, and so is `source`, from which they are made (a generator that was
-            never begun closes nothing).
+        events: closed at the end, and so is `source`, from which they are made (a generator that never
+            started closes nothing).
     """
 
     def __init__(

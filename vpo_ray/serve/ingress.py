@@ -1,7 +1,7 @@
 """The routes of the endpoint, in front of the engine's deployment.
 
-A request is admitted by its key and the key's limits, checked, and only then shown to the engine.
-What the routes answer is decided in `optimiser`; here it gets its HTTP form.
+A request passes the key and its limits and is validated before the engine sees it. `optimiser` decides on
+the answer; here it gets its HTTP form.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from vpo_ray.storage.videos import VideoStore
 logger = logging.getLogger("ray.serve")
 http = application()
 
-# Without a replica that can take it a call waits for one: whoever asks for health is told sooner.
+# Seconds that a health check waits: without a free replica, a call would wait for one.
 HEALTH_SECONDS = 5
-# An answer this recent is proof of health, so that a busy engine is not asked on top.
+# Seconds in which an answer proves health, so that a busy engine gets no extra request.
 FRESH_SECONDS = 5
 
 
 def _documented(model: type[BaseModel]) -> dict[str, Any]:
-    """What the OpenAPI document says of a body that is read by hand."""
+    """The OpenAPI description of a body that FastAPI does not parse."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
     def inlined(value: Any) -> Any:
-        """References point into the document, where FastAPI puts only the models that it reads itself."""
+        """The schema without references: FastAPI adds only models to the document that it parses itself."""
         if isinstance(value, list):
             return [inlined(item) for item in value]
         if not isinstance(value, dict):
@@ -71,18 +71,18 @@ def _documented(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
 
 
-# `serve.ingress` copies the routes when the class is made: what they call is defined before it.
+# `serve.ingress` copies the routes when the class is created: what they call is defined before it.
 def _id(request: Request) -> str:
-    """The request's id, that Serve gives or takes from the client; the engine's log has it too."""
+    """The request's id, from Serve or the client; it is in the engine's log too."""
     return request.headers.get("x-request-id", "")[:128]
 
 
-# What a route calls once it knows how many prompts its request asks for.
+# A route calls it once it knows how many prompts its request asks for.
 Take = Callable[[int], None]
 
 
 def _nothing(work: int) -> None:
-    """For routes that cost nothing."""
+    """For routes that are free."""
 
 
 def _json(answer: Any) -> Response:
@@ -124,7 +124,7 @@ class Ingress:
 
     @http.get("/health")
     async def health(self) -> dict[str, str]:
-        """Answers once the engine does."""
+        """200 once the engine answers."""
         if time.monotonic() - self.policy.answered > FRESH_SECONDS:
             try:
                 await asyncio.wait_for(self.engine.check_health.remote(), HEALTH_SECONDS)
@@ -254,7 +254,7 @@ class Ingress:
         scope: str | None,
         answer: Callable[[Key, Take], Awaitable[Response]],
     ) -> Response:
-        """Answer a caller who may ask, count what came of it, and give its place back at the end."""
+        """Answer an admitted caller, count the outcome, and release its place at the end."""
         began, hold, key = time.monotonic(), ExitStack(), ANYONE
         admission: Admission | None = None
         self._run(1)
@@ -266,14 +266,14 @@ class Ingress:
             response = await answer(key, admission.take if admission else _nothing)
         except ApiError as error:
             if admission and error.status != 429:
-                admission.spoilt()
+                admission.charge_invalid()
             response = refused(error)
         except PolicyFailed as error:
             response = refused(failure(error))
-        except Exception as error:  # noqa: BLE001  a client gets an answer whatever happens
+        except Exception as error:  # noqa: BLE001  a client always gets an answer
             response = internal(error)
         except BaseException:
-            hold.close()  # the client left
+            hold.close()  # the client disconnected
             self.metrics.answered(endpoint, "left", key.name, time.monotonic() - began)
             raise
         status = str(response.status_code)
@@ -298,7 +298,7 @@ class Ingress:
         return key
 
     async def _chat_direct(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
-        """The engine's own answer, passed on as it comes."""
+        """The engine's own answer, passed on as it arrives."""
         checked = await self.optimiser.check_query(query)
         result = self.optimiser.result(checked)
         if checked.refused:
@@ -324,7 +324,7 @@ class Ingress:
             yield part
 
     async def _chat_checked(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
-        """An answer that is looked at as a whole before any of it leaves."""
+        """An answer that is checked as a whole before any of it is sent."""
         result = await self.optimiser(query, fields, request_id)
         return self._chat_answer(result, fields, key, request_id)
 
@@ -348,7 +348,7 @@ class Ingress:
     async def _entry(
         self, asked: Asked, index: int, key: Key, request_id: str
     ) -> Optimization | dict[str, Any]:
-        """One of several queries: its failure is its own."""
+        """The answer to one of several queries, or its error."""
         try:
             return await self._optimised(asked, index, key, request_id)
         except ApiError as error:
@@ -359,7 +359,7 @@ class Ingress:
     async def _events(self, asked: Asked, key: Key, request_id: str) -> AsyncIterator[str]:
         """`prompt` events with the text as it is written, then one `result` or `error`."""
         try:
-            # Several candidates, or ones that are checked or ranked first, are shown at the end.
+            # Several candidates, or ones that are checked or ranked first, are sent at the end.
             if asked.fields["n"] == 1 and not self.optimiser.needs_whole_prompts:
                 stream = self.optimiser.stream(asked.queries[0], asked.fields, request_id, asked.flags[0])
                 async with aclosing(stream):
@@ -376,11 +376,11 @@ class Ingress:
             yield event("error", error.body())
         except PolicyFailed as error:
             yield event("error", failure(error).body())
-        except Exception as error:  # noqa: BLE001  a stream ends with an answer whatever happens
+        except Exception as error:  # noqa: BLE001  a stream always ends with a result or an error
             yield event("error", json.loads(bytes(internal(error).body)))
 
     def _note(self, query: str, key: Key) -> None:
-        """A line in the log about a query, where the recipe asks for it."""
+        """Log a query, as `log_queries` says."""
         if self.settings.log_queries == "yes":
             logger.info("key %s asks %r", key.name, query)
         elif self.settings.log_queries == "hash":

@@ -1,8 +1,8 @@
 """API keys: who may call the endpoint. Made by `vpo key NAME`, read from a file or mounted Secret.
 
-A line is `NAME SHA256 [option=value ...]`; the key itself is printed once and stored nowhere. Keys
-have 256 random bits, so that a plain hash of one cannot be searched. The source is read again when
-it changes: a line that is removed is a key that is revoked.
+A line is `NAME SHA256 [option=value ...]`; the key itself is printed once and stored nowhere. Keys have 256
+random bits, so a plain hash cannot be searched. The source is read again when it changes: removing a line
+revokes the key.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger("ray.serve")
 
 PREFIX = "vpo-"
 SCOPES = ("optimize", "videos")
-# How often the source is looked at; a revoked key works for so many seconds at most.
+# Seconds between two looks at the source, and how long a revoked key may still work.
 LOOK_EVERY_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class KeyFileError(ValueError):
-    """A file of keys that cannot be used as it is."""
+    """A file of keys that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ ANYONE = Key("anyone", "")
 
 
 def make_key(name: str) -> tuple[str, str]:
-    """A fresh key, and the line for the file of keys. Raises KeyFileError for a name that cannot be one."""
+    """A new key, and its line for the file of keys. Raises KeyFileError for a bad name."""
     if not _NAME.fullmatch(name):
         raise KeyFileError(f"{name!r} cannot name a key: use up to 64 letters, digits, dots, dashes")
     key = PREFIX + secrets.token_urlsafe(32)
@@ -57,10 +57,10 @@ def make_key(name: str) -> tuple[str, str]:
 
 
 def parse_line(line: str) -> Key:
-    """Raises KeyFileError with what is wrong; the message holds no digest."""
+    """The key of a line. Raises KeyFileError with the fault; the message has no digest."""
     name, *rest = line.split()
     if not _NAME.fullmatch(name):
-        raise KeyFileError(f"{name[:64]!r} is no name of a key")
+        raise KeyFileError(f"{name[:64]!r} is not a name for a key")
     if not rest or not _DIGEST.fullmatch(rest[0]):
         raise KeyFileError(
             f"{name}: the name is followed by 64 hex digits; make a line with `vpo key {name}`"
@@ -87,7 +87,7 @@ def parse_line(line: str) -> Key:
 
 
 class KeyRing:
-    """The keys of a file, or of all files of a folder, as they are now.
+    """The current keys of a file, or of all files of a folder.
 
     Args:
         source: a file, or a folder as Kubernetes mounts a Secret (names with a leading dot are its
@@ -95,14 +95,14 @@ class KeyRing:
         now: a clock in seconds.
 
     Raises:
-        KeyFileError: no such file, a line that is no key, or no key at all. Later, while serving, a
-            bad line is logged and left out, and a source that is gone admits nobody.
+        KeyFileError: no such file, a bad line, or no key at all. Later, while serving, a
+            bad line is logged and skipped, and a missing source admits nobody.
     """
 
     def __init__(self, source: str | Path, now: Callable[[], float] = time.monotonic) -> None:
         if "://" in str(source):
             raise KeyFileError(
-                f"serve.keys: {source} is a URI: name a file or folder of this machine, which is looked at "
+                f"serve.keys: {source} is a URI: name a file or folder of this machine, which is checked "
                 "every second"
             )
         self.source, self._now = Path(source).expanduser(), now
@@ -152,7 +152,7 @@ class KeyRing:
             logger.error("%s: left out, %s", self.source, fault)
 
     def _read(self, before: object = None) -> tuple[object, list[tuple[str, str]], str | None]:
-        """What tells a change, name and text of every file unless nothing changed, and what is wrong."""
+        """A state that changes with the files, the name and text of each (unless unchanged), and faults."""
         try:
             files = [self.source]
             if self.source.is_dir():

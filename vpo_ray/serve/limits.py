@@ -1,7 +1,7 @@
 """Limits of a caller: prompts a minute as a token bucket, and prompts at once.
 
-What is counted is work, not requests: a request takes as many as the policy writes prompts for it
-(queries x candidates). Each ingress replica counts by itself and admits its share of a key's limits.
+The unit is a prompt that the policy writes: a request counts as queries x candidates. Each ingress replica
+counts for itself and admits its share of a key's limits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import Key
 
-# What a bucket may lack by rounding of the clock: whoever comes back when told finds it full enough.
+# Allowed rounding of the clock, so that a client that retries after `Retry-After` is admitted.
 ROUNDING_S = 1e-6
 
 
@@ -27,14 +27,14 @@ class _Caller:
 
 
 class CallerLimits:
-    """Counts callers by name.
+    """Limits per caller, by the name of the key.
 
     Args:
-        requests_per_minute, concurrency: of a key without own ones, in prompts; None is no limit.
+        requests_per_minute, concurrency: defaults of a key, in prompts; None is no limit.
         share: replicas that split the limits between them.
         now: a clock in seconds.
-        least: prompts of the smallest request there is (best of n). A caller who has nothing running
-            and a full bucket may always ask for so many, however small its limits.
+        least: prompts of the smallest possible request (best of n). A caller with nothing running and a
+            full bucket may always ask for that many, however small its limits.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class CallerLimits:
 
     @contextmanager
     def admit(self, key: Key) -> Iterator[Admission]:
-        """Hold one of the caller's places, before it is known what the request asks for.
+        """Hold one of the caller's places, before the size of the request is known.
 
         Raises:
-            ApiError: 429 with `Retry-After`: all are taken.
+            ApiError: 429 with `Retry-After` when all are taken.
         """
         admission = Admission(self, key)
         try:
@@ -67,7 +67,7 @@ class CallerLimits:
         return None if limit is None else math.ceil(limit / self.share)
 
     def caller(self, key: Key, rate: int | None) -> _Caller:
-        """The caller, its bucket filled up to now."""
+        """The caller, with its bucket filled up to now."""
         now = self._now()
         caller = self._callers.setdefault(key.name, _Caller(rate or 0, now))
         if rate is not None:
@@ -77,7 +77,7 @@ class CallerLimits:
 
 
 class Admission:
-    """A request that is inside: one place, and more once its work is known."""
+    """An admitted request: it holds one place, and more once its size is known."""
 
     def __init__(self, limits: CallerLimits, key: Key) -> None:
         self._limits, self._key, self.held, self.taken = limits, key, 0, False
@@ -89,12 +89,12 @@ class Admission:
         self._hold(1)
 
     def take(self, work: int) -> None:
-        """Take what the request costs: prompts that are written for it. A burst may take a whole
-        minute's at once; more than a replica's share of it is lent once the share is there.
+        """Charge the request for its prompts. A burst may use a whole minute's at once; a request larger than
+        the replica's share is admitted, on credit, once the bucket is full.
 
         Raises:
-            ApiError: 429 with `Retry-After`, in which the bucket has filled far enough for this
-                request; 413 when it asks for more than the whole limit.
+            ApiError: 429 with `Retry-After`, after which the bucket is full enough for this request; 413
+                when it asks for more than the whole limit.
         """
         for limit, span in ((self.rate, "a minute"), (self.places, "at once")):
             if limit is not None and work > max(limit, self._limits.least):
@@ -116,16 +116,16 @@ class Admission:
         if rate is not None:
             self.caller.tokens -= work
 
-    def spoilt(self) -> None:
-        """A request that is refused for what it says costs one prompt, so that nobody tries for ever."""
+    def charge_invalid(self) -> None:
+        """Charge an invalid request for one prompt, so that these are limited too."""
         if not self.taken and self.rate is not None:
             self.caller.tokens = max(self.caller.tokens - 1, min(self.caller.tokens, 0))
 
     def _hold(self, more: int) -> None:
-        """Raises ApiError (429) unless the caller may run so many more, or runs nothing else."""
+        """Raises ApiError (429) unless the caller may run `more` prompts, or runs nothing else."""
         places, others = self._limits.part(self.places), self.caller.running - self.held
         if places is not None and others and others + self.held + more > places:
-            raise _refusal(f"{others} prompts of this key are being written, {places} may", 1)
+            raise _refusal(f"{others} prompts of this key are being written, at most {places} are allowed", 1)
         self.caller.running += more
         self.held += more
 

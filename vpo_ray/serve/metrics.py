@@ -1,7 +1,7 @@
-"""What the endpoint counts, as Prometheus metrics that Ray exports on every node.
+"""The endpoint's Prometheus metrics, which Ray exports on every node.
 
-Serve's own metrics beside them tell of replicas, queues (`serve_deployment_queued_queries`) and
-latency by deployment; these tell of callers and outcomes.
+They count callers and outcomes. Serve's own metrics cover replicas, queues
+(`serve_deployment_queued_queries`) and latency by deployment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 
 
 class ServeMetrics:
-    """Metrics of one ingress replica; made in the replica, so that they carry its tags."""
+    """Metrics of one ingress replica; created in the replica, so that they have its tags."""
 
     def __init__(self) -> None:
         by_caller = ("endpoint", "outcome", "key")

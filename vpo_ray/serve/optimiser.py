@@ -1,6 +1,6 @@
 """A query's way through the endpoint: gate, policy, gate again, ranking, and the fallback.
 
-Behind both `/v1/optimize` and `/v1/chat/completions`, so that they agree on every outcome.
+Both `/v1/optimize` and `/v1/chat/completions` use it, so that they agree on every outcome.
 """
 
 from __future__ import annotations
@@ -186,12 +186,12 @@ class Optimiser:
     def _asked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         best_of = self.settings.best_of
         if fields["temperature"] == 0:
-            return {**fields, "n": 1}  # greedy candidates are all the same one
+            return {**fields, "n": 1}  # greedy candidates are all the same
         return {**fields, "n": max(fields["n"], best_of.n) if best_of else fields["n"]}
 
 
 class _Clock:
-    """Seconds of a query, by what they went to."""
+    """Seconds of a query, by part."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -206,7 +206,7 @@ class _Clock:
             self._parts[name] = self._parts.get(name, 0) + time.perf_counter() - began
 
     def written(self, began: float, ended: float | None) -> None:
-        """Count an answer that was streamed, without what its reader took beyond its end."""
+        """Count a streamed answer, without the time that its reader took after its end."""
         now = time.perf_counter()
         ended = now if ended is None else ended
         self._parts["optimiser"] = self._parts.get("optimiser", 0) + ended - began
@@ -228,7 +228,7 @@ LATER = {"Retry-After": "2"}
 
 
 def _facts(reply: Mapping[str, Any]) -> dict[str, Any]:
-    """What a completion, or a chunk of one, says of itself. Raises PolicyFailed for an error."""
+    """Usage and fingerprint in a completion, or a chunk of one. Raises PolicyFailed for an error."""
     if "error" in reply:
         raise PolicyFailed(reply["error"]["message"], timeout=reply["error"].get("code") == "timeout")
     facts: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""`/v1/optimize`: what a client may ask, and what it is told about its query.
+"""Requests and answers of `/v1/optimize`.
 
-The chat API has no place for what a caller of a prompt optimiser wants to know: whether the query
-was changed, what the safety gate said, the other candidates. Pure: neither Ray nor an engine.
+They have what the chat API has no fields for: whether the query was changed, what the safety gate said, the
+other candidates. Nothing here needs Ray or an engine.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SafetyOutcome(BaseModel):
 
 
 class Latency(BaseModel):
-    """Seconds of this query: its whole way, and the parts that took some."""
+    """Seconds of this query, in total and by part."""
 
     total: float = 0
     gate: float = 0
@@ -72,14 +72,14 @@ class TokenUsage(BaseModel):
 
 
 class GeneratorFlag(BaseModel):
-    """A setting of the video generator that stood in the query, such as ar 16:9; see `vpo_ray.flags`."""
+    """A setting of the video generator from the query, such as ar 16:9; see `vpo_ray.flags`."""
 
     name: str
     value: str
 
 
 class Optimization(BaseModel):
-    """A query's answer. `prompt` is null where it was refused, and the raw query where `fallback`."""
+    """The answer to a query. `prompt` is null if it was refused, and the raw query if `fallback`."""
 
     object: Literal["optimization"] = "optimization"
     prompt: str | None = None
@@ -96,7 +96,7 @@ class Optimization(BaseModel):
 
 
 class OptimizationList(BaseModel):
-    """The answers of several queries, in their order; one that is refused as a request has `error`."""
+    """The answers to several queries, in order; a failed one has `error`."""
 
     object: Literal["list"] = "list"
     data: list[Optimization | dict[str, Any]]
@@ -105,7 +105,7 @@ class OptimizationList(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request: its queries without generator flags, these, and the engine's fields."""
+    """A validated request: its queries without generator flags, the flags, and the engine's fields."""
 
     queries: list[str]
     flags: list[list[GeneratorFlag]]
@@ -115,7 +115,7 @@ class Asked:
 
 
 def parse_optimize(body: bytes, settings: Serve) -> Asked:
-    """A checked request.
+    """Parse and validate a body.
 
     Raises:
         ApiError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, 404
@@ -130,7 +130,7 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
         raise ApiError(422, f"n is {request.n}, at most {settings.max_n} is allowed here", "n")
     queries = [request.query] if request.queries is None else request.queries
     if len(queries) > settings.max_queries:
-        message = f"{len(queries)} queries, at most {settings.max_queries} are taken"
+        message = f"{len(queries)} queries, at most {settings.max_queries} are allowed"
         raise ApiError(413, message, "queries", "too_many_queries")
     for index, query in enumerate(queries):
         check_query(query or "", settings, "query" if request.queries is None else f"queries.{index}")
@@ -141,7 +141,7 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
 
 
 def separate(query: str) -> tuple[str, list[GeneratorFlag]]:
-    """A query's text and its generator flags. One of nothing but flags stays as it is."""
+    """A query's text and its generator flags. A query of flags only is left as it is."""
     text, flags = split_flags(query)
     if not text.strip():
         return query, []

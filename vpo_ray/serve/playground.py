@@ -1,4 +1,4 @@
-"""The playground page at `/`: try a query in a browser; nothing comes from elsewhere."""
+"""The playground page at `/`: try a query in a browser. Nothing is loaded from other sites."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vpo_ray.recipe import Serve
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-# Scripts and styles of this page's own files only; text that is shown can never become one.
+# Scripts and styles from this page's own files only, so that no text it shows can become one.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self' blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -24,7 +24,7 @@ HEADERS = {
 
 
 def page(settings: Serve) -> Response:
-    """The page, with what it must know of the endpoint in its root element."""
+    """The page, with facts about the endpoint in its root element."""
     html = (FOLDER / "index.html").read_text("utf-8")
     facts = f'data-keys="{settings.keys is not None}" data-max-n="{settings.max_n}"'
     facts += f' data-videos="{settings.videos is not None}"'
@@ -33,7 +33,7 @@ def page(settings: Serve) -> Response:
 
 
 def asset(name: str) -> Response | None:
-    """A file that the page names, or None."""
+    """A file of the page, or None."""
     known = {file.name: file for file in FOLDER.iterdir() if file.suffix in (".css", ".js")}
     return _file(known[name]) if name in known else None
 

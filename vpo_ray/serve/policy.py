@@ -1,7 +1,6 @@
 """The policy as the ingress calls it: its replicas behind retries, a time limit and a canary.
 
-A replica that dies takes its requests with it. They are asked again of another one, where nothing
-has been sent to the client yet.
+The requests of a replica that dies are retried on another one, if nothing has been sent to the client yet.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ ALL_THOUGHT = (
     "the policy's answer ends within a thought: raise serve.max_tokens, or turn thinking off "
     "(policy.chat_template_kwargs)"
 )
-# Between tries, doubled each time: a replica that died is taken off the list meanwhile.
+# Seconds between tries, doubled each time; in the meantime Serve drops a dead replica.
 FIRST_WAIT_S = 0.1
 
 T = TypeVar("T")
 
 
 class PolicyFailed(RuntimeError):
-    """No answer could be had: replicas died, the engine failed, or the time was over."""
+    """There is no answer: replicas died, the engine failed, or time ran out."""
 
     def __init__(self, message: str, *, timeout: bool = False) -> None:
         super().__init__(message)
@@ -67,7 +66,7 @@ class PolicyClient:
         self._main, self._canary = main, canary
         self._share = settings.canary.share if settings.canary else 0.0
         self.settings, self.control, self.metrics = settings, control, metrics
-        self.answered = -math.inf  # when the engine last gave anything, by time.monotonic()
+        self.answered = -math.inf  # the time of the engine's last answer, by time.monotonic()
 
     async def answer(self, query: str, fields: Mapping[str, Any], request_id: str) -> dict[str, Any]:
         """A whole chat completion.
@@ -93,21 +92,26 @@ class PolicyClient:
             raise PolicyFailed(ALL_THOUGHT) from None
 
     async def stream(self, query: str, fields: Mapping[str, Any], request_id: str) -> Parts:
-        """The first part is there when this returns; see `answer` for what it raises. A failure
-        behind the first part ends the stream with an error event. It has to be closed."""
+        """A chat completion in parts, to be closed by the caller. Returns once the first part has arrived.
+
+        A failure after the first part ends the stream with an error event.
+
+        Raises:
+            ApiError, PolicyFailed: see `answer`.
+        """
         handle = self._handle(query).options(stream=True)
         body = {**self._body(query, fields, request_id), "stream": True}
         deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
 
         async def once() -> tuple[str, Any, SpokenParts]:
-            parts, voice, told = handle.stream.remote(body), SpokenParts(), ""
+            parts, voice, ready = handle.stream.remote(body), SpokenParts(), ""
             rest = aiter(parts)
-            # Until something of the prompt is there, nothing is sent, and all can be asked again.
-            while not told and (part := await _cancelled_with(parts, anext(rest, None))) is not None:
+            # Nothing is sent before some text of the prompt is here, so that all can be retried.
+            while not ready and (part := await _cancelled_with(parts, anext(rest, None))) is not None:
                 if isinstance(part, dict):
                     raise _refused(part)
-                told = voice.feed(part)
-            return told, parts, voice
+                ready = voice.feed(part)
+            return ready, parts, voice
 
         try:
             first, parts, voice = await self._tried(once)
@@ -141,7 +145,7 @@ class PolicyClient:
                     except BackPressureError as error:
                         raise overloaded(self.settings.overload_status) from error
                     except (RayError, RayServeException, PolicyFailed) as error:
-                        # Only the kind of error is told: its text may hold the query.
+                        # Only the kind of error is logged: its text may contain the query.
                         logger.warning("the engine failed (%s), %d tries left", _kind(error), left)
                         if not left:
                             raise PolicyFailed("the engine failed; try again") from error
@@ -163,12 +167,12 @@ class PolicyClient:
 
 
 def takes_canary(query: str, share: float) -> bool:
-    """Whether the canary answers a query: always the same one, as long as the share does not shrink."""
+    """Whether the canary answers a query. It is a function of the query; a larger share keeps its queries."""
     return share_of("canary", query) < share
 
 
 async def _cancelled_with(response: Any, result: Awaitable[Any] | None = None) -> Any:
-    """Await a call. When that is given up, the engine must stop too: it would write to its end."""
+    """Await a call; cancel the engine's work too when the caller is cancelled."""
     try:
         return await (response if result is None else result)
     except asyncio.CancelledError:
@@ -177,7 +181,7 @@ async def _cancelled_with(response: Any, result: Awaitable[Any] | None = None) -
 
 
 def failure(error: PolicyFailed) -> ApiError:
-    """What a client is told when there is no answer and no fallback."""
+    """The error that a client gets when there is no answer and no fallback."""
     status, code = (504, "timeout") if error.timeout else (503, "engine_failed")
     return ApiError(status, str(error), code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
 

@@ -1,4 +1,4 @@
-"""Best of n: candidates of one query in the order that a judge or a text reward gives them."""
+"""Best of n: rank the candidates of one query by a judge or a text reward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = {
 
 
 class Ranker:
-    """Scores every candidate and sorts them, best first; equal ones keep the policy's order.
+    """Scores every candidate and sorts them, best first; equal scores keep the policy's order.
 
     Raises:
         ServiceError, PromptError: the settings cannot be used.
@@ -38,7 +38,7 @@ class Ranker:
         self.client = ServiceClient(service, f"best_of.{kind}")
 
     async def rank(self, query: str, prompts: Sequence[str]) -> list[Rank] | None:
-        """The candidates, best first; None when the ranker fails, which costs the ranking alone."""
+        """The candidates, best first; None when the ranker fails, and they stay unranked."""
         try:
             ranks = await (
                 self._judged(query, prompts) if self.settings.judge else self._reranked(query, prompts)

@@ -1,7 +1,7 @@
-"""What a client may ask of `/v1/chat/completions`: its body, checked.
+"""Requests of `/v1/chat/completions`, validated.
 
-Only the fields that mean something for a prompt optimiser are read; others of OpenAI's are ignored,
-so that any client works by changing `base_url`. Nothing here knows Ray or the engine.
+Only the fields that matter to a prompt optimiser are read; OpenAI's others are ignored, so that any client
+works by changing `base_url`. Nothing here needs Ray or the engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RequestBody(BaseModel):
 
 
 def _whole(text: str) -> str:
-    text.encode("utf-8")  # half a character is a ValueError here, and the engine's failure later
+    text.encode("utf-8")  # a lone surrogate is a ValueError here, and would fail in the engine
     return text
 
 
@@ -67,7 +67,7 @@ def max_body_bytes(settings: Serve, queries: int = 1) -> int:
 
 
 def read_json(body: bytes) -> Any:
-    """The value of a body. Raises ApiError (400) with where it stops being JSON."""
+    """The JSON value of a body. Raises ApiError (400) with the position of the fault."""
     try:
         return json.loads(body)
     except UnicodeDecodeError as error:
@@ -83,7 +83,7 @@ def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
     the task prompt lives in the checkpoint's chat template.
 
     Raises:
-        ApiError: 400 for a body that is not as it should be, 404 for an unknown model, 413 for
+        ApiError: 400 for an invalid body, 404 for an unknown model, 413 for
             a query that is too long.
     """
     try:
@@ -95,7 +95,7 @@ def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
 
 
 def check_model(model: str | None, settings: Serve) -> None:
-    """Raises ApiError (404) for another model than the one that is served."""
+    """Raises ApiError (404) for any model but the served one."""
     if model not in (None, settings.model_name):
         message = f"the model {model[:100]!r} does not exist; this endpoint serves {settings.model_name!r}"
         raise ApiError(404, message, "model", "model_not_found")
@@ -106,22 +106,22 @@ def check_query(query: str, settings: Serve, param: str) -> None:
     if not query.strip():
         raise ApiError(400, "the query is empty", param, "empty_query")
     if len(query) > settings.max_query_chars:
-        message = f"the query has {len(query)} characters, at most {settings.max_query_chars} are taken"
+        message = f"the query has {len(query)} characters, at most {settings.max_query_chars} are allowed"
         raise ApiError(413, message, param, "query_too_long")
     try:
         query.encode("utf-8")
     except UnicodeEncodeError:
-        raise ApiError(400, "the query is not valid Unicode: a surrogate stands alone", param) from None
+        raise ApiError(400, "the query is not valid Unicode: it has a lone surrogate", param) from None
 
 
 def _query(messages: list[ChatMessage], settings: Serve) -> str:
-    """The user's first message with the later ones as edits of it, or the last alone.
+    """The user's first message with the later ones as edits of it, or the last one only.
 
-    The policy learned to rewrite one query, so a conversation ("a cat", "make it night") becomes
-    one; what the assistant answered in between is the policy's own and not part of it.
+    The policy learned to rewrite one query, so a conversation ("a cat", "make it night") becomes one query.
+    The assistant's answers in between are the policy's own, and not part of it.
     """
     if len(messages) > settings.max_messages:
-        message = f"{len(messages)} messages, at most {settings.max_messages} are taken"
+        message = f"{len(messages)} messages, at most {settings.max_messages} are allowed"
         raise ApiError(400, message, "messages", "too_many_messages")
     texts = [_text(message) for message in messages if message.role == "user" and message.content is not None]
     if not texts:

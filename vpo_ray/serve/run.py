@@ -1,4 +1,4 @@
-"""Run the endpoint: until interrupted (`vpo serve CHECKPOINT`), or for one question (`make demo`)."""
+"""Run the endpoint until interrupted (`vpo serve CHECKPOINT`), or for one query (`make demo`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOK_EVERY_S = 0.5
 
 @contextmanager
 def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
-    """Deploy the endpoint, give its base URL for an OpenAI client, and remove it at the end.
+    """Deploy the endpoint, yield its base URL for an OpenAI client, and remove it at the end.
 
     Ray must be connected.
 
@@ -36,7 +36,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
 
     from vpo_ray.serve.app import build_app
 
-    # Serve tells every step of a deployment; what is wrong is told above this level too.
+    # Serve logs every step of a deployment; problems are logged above this level.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     check_settings(settings)
     app = build_app(checkpoint, settings)
@@ -55,15 +55,15 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
 
 
 def _stop(gcs: str) -> None:
-    """Remove the endpoint, unless its cluster is gone: the same signal may have ended that too (a
-    service manager sends it to all processes), and Ray would wait a minute for its answer."""
+    """Remove the endpoint, unless its cluster is gone: the same signal may have stopped that too (a service
+    manager sends it to all processes), and Ray would wait a minute for an answer."""
     from ray import serve
 
     failures: list[BaseException] = []
 
     def remove() -> None:
         try:
-            # Deleting waits for running answers; shutting down does not.
+            # Deleting waits for running answers, shutting down does not.
             serve.delete(APP)
             serve.shutdown()
         except BaseException as error:  # noqa: BLE001  raised below
@@ -90,10 +90,10 @@ def _answers(address: str) -> bool:
 
 
 def deploy(checkpoint: str, settings: Serve) -> None:
-    """Put a checkpoint into the running Serve instance, in place of the one that is there.
+    """Replace the checkpoint in the running Serve instance.
 
-    New replicas stand before old ones stop, and these finish what they have, so that no request
-    fails; it returns when only the new ones answer. Deploying the old checkpoint rolls it back.
+    New replicas start before old ones stop, and the old ones finish their requests, so that none fails. It
+    returns when only the new ones answer. Deploying the old checkpoint rolls it back.
     """
     from ray import serve
 
@@ -103,7 +103,7 @@ def deploy(checkpoint: str, settings: Serve) -> None:
 
 
 def check_settings(settings: Serve) -> None:
-    """What replicas would fail on is told here in one line. Raises what `serving` names."""
+    """Check early, in one line, what replicas would fail on. Raises what `serving` names."""
     if settings.keys:
         KeyRing(settings.keys)
     elif settings.host not in ("127.0.0.1", "localhost", "::1"):
@@ -114,7 +114,7 @@ def check_settings(settings: Serve) -> None:
 
 
 def serve_forever(checkpoint: str, settings: Serve) -> None:
-    """Serve until SIGINT or SIGTERM; answers that are being written are finished first."""
+    """Serve until SIGINT or SIGTERM; running answers are finished first."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -125,10 +125,10 @@ def serve_forever(checkpoint: str, settings: Serve) -> None:
 
 
 def ask(checkpoint: str, settings: Serve, query: str) -> str:
-    """One query through the real endpoint, on loopback and a free port; the optimised prompt."""
+    """The optimised prompt of one query, from the real endpoint on loopback and a free port."""
     from openai import OpenAI
 
-    # Whoever may call and what the gate says is no matter of this question.
+    # Keys and the gate do not matter for this query.
     local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "keys": None})
     with serving(checkpoint, local) as url:
         client = OpenAI(base_url=url, api_key="none", timeout=120)

@@ -1,7 +1,7 @@
-"""The safety gate: what may reach the optimiser, and what may leave it.
+"""The safety gate: which queries reach the policy, and which prompts leave the endpoint.
 
-Checkers are a keyword list, an endpoint with OpenAI's `/v1/moderations`, and a chat endpoint that is
-asked for a verdict. One that does not answer decides by `safety.on_error`: closed or open.
+Checkers are a keyword list, an endpoint with OpenAI's `/v1/moderations`, and a chat endpoint that is asked
+for a verdict. When one does not answer, `safety.on_error` decides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SafetyFileError(ValueError):
 
 @dataclass(frozen=True)
 class SafetyVerdict:
-    """Why a text is flagged, or None; `unavailable` when no checker could tell."""
+    """Why a text is flagged, or None; `unavailable` when a checker did not answer."""
 
     reason: str | None = None
     unavailable: bool = False
@@ -46,7 +46,7 @@ CLEAR = SafetyVerdict()
 
 class Checker(Protocol):
     async def check(self, text: str) -> str | None:
-        """Why the text is unsafe, or None. Raises ServiceError when it cannot be told."""
+        """Why the text is unsafe, or None. Raises ServiceError when the checker fails."""
         ...
 
 
@@ -69,7 +69,7 @@ class Keywords:
 
 
 class Moderation:
-    """A classifier behind OpenAI's `/v1/moderations`. Mistral's says no more than its categories."""
+    """A classifier behind OpenAI's `/v1/moderations`. Mistral's gives categories only, without `flagged`."""
 
     def __init__(self, service: Service) -> None:
         self.client = ServiceClient(service, "safety.moderation")
@@ -87,14 +87,14 @@ class Moderation:
 
 
 def _flagged(result: Any) -> tuple[bool, list[str]]:
-    """Whether a moderation's result is one of an unsafe text, and its categories."""
+    """Whether a moderation result flags the text, and the categories that apply."""
     categories = result.get("categories") if isinstance(result, dict) else None
-    told = categories if isinstance(categories, dict) else {}
-    on = [str(name) for name, value in told.items() if value is True]
+    known = categories if isinstance(categories, dict) else {}
+    on = [str(name) for name, value in known.items() if value is True]
     flagged = result.get("flagged") if isinstance(result, dict) else None
     if isinstance(flagged, bool):
         return flagged, on
-    if flagged is not None or not told or not all(isinstance(value, bool) for value in told.values()):
+    if flagged is not None or not known or not all(isinstance(value, bool) for value in known.values()):
         raise ServiceError("safety.moderation: a result that does not say whether the text is flagged")
     return bool(on), on
 
@@ -135,13 +135,13 @@ class Gate:
         return self.settings.query != "off"
 
     async def check(self, text: str) -> SafetyVerdict:
-        """What the checkers say; one that fails counts as `safety.on_error` says."""
+        """The verdict of the checkers; one that fails counts as `safety.on_error` says."""
         failed = False
         for checker in self.checkers:
             try:
                 reason = await checker.check(text)
             except Declined as error:
-                # A filter of the service's own took the text: that is a verdict.
+                # The service's own filter refused the text, which is a verdict.
                 return SafetyVerdict(str(error))
             except ServiceError as error:
                 logger.error("%s; it counts as %s", error, self.settings.on_error)

@@ -1,7 +1,7 @@
-"""The endpoints that the ingress asks: a safety classifier, a judge, a text reward.
+"""The endpoints that the ingress uses: a safety classifier, a judge, a text reward.
 
-They are asked by the client that a run asks its endpoints by, so every key of `endpoint` means the same.
-What an endpoint answers may hold a query, so errors tell no more than its status.
+The client is that of a run, so every key of `endpoint` means the same. An answer may contain a query, so
+errors give no more than its status.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 
 class ServiceError(RuntimeError):
-    """An endpoint that cannot be asked, or did not give an answer that can be read."""
+    """An endpoint that cannot be used, or gave no readable answer."""
 
 
 class Declined(ServiceError):
-    """An endpoint whose model or filter refuses to look at this text."""
+    """An endpoint whose model or filter refuses this text."""
 
 
 class ServiceClient:
-    """Asks one service within its time.
+    """Asks one service, within its time limit.
 
     Args:
         where: its key in the recipe's `serve` section, for errors.
@@ -47,12 +47,12 @@ class ServiceClient:
             raise ServiceError(str(error)) from error
 
     async def ask(self, path: str, request: dict[str, Any]) -> Any:
-        """What a route answers: a JSON value. Raises ServiceError."""
+        """A route's answer, a JSON value. Raises ServiceError."""
         return await self._in_time(self._client.ask(path, request))
 
     async def chat(self, text: str, properties: dict[str, Any], needed: str) -> dict[str, Any]:
-        """The JSON object with which the model answers a question; all but the needed property may be
-        missing or of another type. Raises ServiceError."""
+        """The model's answer to a question, a JSON object. Only the `needed` property is sure to be there and
+        of its type. Raises ServiceError."""
         schema = object_schema(properties)
         request: dict[str, Any] = {
             "messages": [{"role": "user", "content": text}],
@@ -68,7 +68,7 @@ class ServiceClient:
         least = {"type": "object", "properties": {needed: properties[needed]}, "required": [needed]}
         found = find_object(reply.text, least)
         if schema_fault(found, least) is not None:
-            raise ServiceError(f"{self.where} gave no answer that can be read (finish_reason {reply.finish})")
+            raise ServiceError(f"{self.where} gave no readable answer (finish_reason {reply.finish})")
         answer: dict[str, Any] = json.loads(found, strict=False)
         return answer
 

@@ -1,7 +1,7 @@
 """The policy's answers without the thoughts of a model that thinks aloud, whole or as a stream.
 
-The engine's replica knows its checkpoint, so it puts back the mark of a thought that the chat template
-opened; what calls the engine takes thoughts out.
+The engine's replica knows its checkpoint, so it restores the mark of a thought that the chat template opened.
+The engine's caller removes the thoughts.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def spoken(completion: dict[str, Any]) -> dict[str, Any]:
 
 
 class SpokenParts:
-    """Takes the thoughts out of a stream. What comes before the first words of an answer is held back
-    until they are there, so that one that has none can still be answered in another way."""
+    """Removes the thoughts from a stream. Everything before the first words of the answer is held back until
+    they arrive, so that an answer without any can still be replaced."""
 
     def __init__(self) -> None:
         self._voices: defaultdict[int, Spoken] = defaultdict(Spoken)
@@ -91,7 +91,7 @@ def _without(text: str | None) -> str | None:
 
 
 def _rewritten(part: str, change: Callable[[dict[str, Any]], bool]) -> str:
-    """A piece of a stream after a change of its choices; the same text where nothing changed."""
+    """A piece of a stream with its choices changed; the same text if nothing changed."""
     chunks = list(chunks_in(part))
     changed = [change(choice) for chunk in chunks for choice in chunk.get("choices", [])]
     if not any(changed):

@@ -1,8 +1,8 @@
-"""An answer of the engine in parts, for a client that reads them when it likes.
+"""An answer of the engine in parts, for a client that reads at its own pace.
 
-A task of its own takes the parts from the engine. So the time limit is one of writing the answer, and a
-client that reads slowly neither uses it up nor holds the engine; and no time limit stands around a
-`yield`, where it would end whatever the reader is doing instead.
+A separate task takes the parts from the engine, so that the time limit covers writing the answer only. A slow
+client neither uses it up nor holds the engine, and there is no time limit around a `yield`, where it would
+interrupt the reader.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ logger = logging.getLogger("ray.serve")
 
 
 class Parts(AsyncIterator[str]):
-    """Server-sent events, to be closed however the reading ends: the engine stops then.
+    """Server-sent events, which the reader must close: the engine stops then.
 
     A failure ends them with an error event, in OpenAI's form and without `[DONE]`.
 
     Args:
         first, parts: the first part, and the handle's response that gives the others.
-        deadline: when the answer must be whole, by the event loop's clock.
-        read: makes an event of a part, or nothing; what it raises as ApiError ends the answer.
-        late: what a client is told behind the deadline.
+        deadline: for the whole answer, by the event loop's clock.
+        read: turns a part into an event, or ""; an ApiError from it ends the answer.
+        late: the error that a client gets after the deadline.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Parts(AsyncIterator[str]):
         self._parts, self._read, self._late = parts, read, late
         self._queue: asyncio.Queue[str | None] = asyncio.Queue()
         self._queue.put_nowait(first)
-        self.ended: float | None = None  # when the answer was whole, by time.perf_counter()
+        self.ended: float | None = None  # when the answer was complete, by time.perf_counter()
         self._task = asyncio.create_task(self._take(deadline))
 
     async def __anext__(self) -> str:
         part = await self._queue.get()
         if part is None:
-            self._queue.put_nowait(None)  # whoever asks again is told again
+            self._queue.put_nowait(None)  # for the next call
             raise StopAsyncIteration
         return part
 
     async def aclose(self) -> None:
-        """Stop: nobody reads on. What is written by then is lost."""
+        """Stop the engine; parts that were not read are lost."""
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -69,10 +69,10 @@ class Parts(AsyncIterator[str]):
         except TimeoutError:
             failure = self._late
         except (RayError, RayServeException) as error:
-            logger.error("an answer broke off: %s", type(error).__name__)
-            failure = ApiError(503, "the answer broke off; ask again", code="engine_failed")
-        except Exception as error:  # noqa: BLE001  a stream ends with an answer whatever happens
-            logger.error("an answer broke off: %s", type(error).__name__)
+            logger.error("an answer was interrupted: %s", type(error).__name__)
+            failure = ApiError(503, "the answer was interrupted; ask again", code="engine_failed")
+        except Exception as error:  # noqa: BLE001  a stream always ends with a result or an error
+            logger.error("an answer was interrupted: %s", type(error).__name__)
             failure = ApiError(500, "the endpoint failed; try again")
         finally:
             self.ended = time.perf_counter()

@@ -1,8 +1,8 @@
 """`/v1/videos`: a query in, a video out, as a job that outlives the request and its replica.
 
 One replica of `VideoJobs` owns all jobs: it optimises the query, has the prompt rendered into the
-content-addressed store, and scored where the recipe says so. A job is a JSON file in the store:
-in `jobs/open/` until it ends, so that a restarted replica finds what was left and goes on.
+content-addressed store, and scored if the recipe says so. A job is a JSON file in the store, in `jobs/open/`
+until it ends, so that a restarted replica finds it and continues.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, r
 
 logger = logging.getLogger("ray.serve")
 
-# A render that kills its process is given up after so many.
+# Tries of a render that kills its process.
 TRIES = 2
 
 T = TypeVar("T")
 
 
 class VideoRequest(RequestBody):
-    """A video of a query; OpenAI's field `prompt` is the query too. The seed is the video's."""
+    """A request for a video. OpenAI's field `prompt` may hold the query too. The seed is the video's."""
 
     query: Text | None = None
     prompt: Text | None = None
@@ -53,7 +53,7 @@ class VideoRequest(RequestBody):
 
 
 class Video(BaseModel):
-    """What a finished job made."""
+    """The result of a finished job."""
 
     key: str
     frames: int
@@ -65,7 +65,7 @@ class Video(BaseModel):
 
 
 class VideoJob(BaseModel):
-    """A job as its caller sees it; times are in seconds since 1970."""
+    """A job as its caller sees it; times in seconds since 1970."""
 
     id: str
     object: Literal["video"] = "video"
@@ -83,7 +83,7 @@ class VideoJob(BaseModel):
 
 
 class StoredJob(VideoJob):
-    """A job as it is stored: with the name of the key that may see it."""
+    """A job as it is stored, with the name of the key that may see it."""
 
     owner: str
 
@@ -110,10 +110,10 @@ class JobFolder:
         self.folder = Folder(store) / "jobs"
 
     def read(self, job_id: str) -> StoredJob | None:
-        """None for an unknown id, and for one whose file holds no such job. Raises StorageError."""
+        """The job; None for an unknown id, or where the file does not hold this job. Raises StorageError."""
         if not job_id.isascii() or not job_id.isalnum():
             return None
-        for name in (f"{job_id}.json", f"open/{job_id}.json", f"{job_id}.json"):  # it may end in between
+        for name in (f"{job_id}.json", f"open/{job_id}.json", f"{job_id}.json"):  # it may move when it ends
             try:
                 job = StoredJob.model_validate_json(self.folder.read(name))
             except FileNotFoundError:
@@ -121,11 +121,11 @@ class JobFolder:
             except OSError as error:
                 raise StorageError(f"cannot read job {job_id}: {error}") from error
             except ValueError as error:
-                logger.error("%s is no job, and left alone: %s", self.folder.at(name), _in_one_line(error))
+                logger.error("%s is not a job and is ignored: %s", self.folder.at(name), _in_one_line(error))
                 continue
             if job.id == job_id:
                 return job
-            logger.error("%s is no job, and left alone: it has another id", self.folder.at(name))
+            logger.error("%s is not a job and is ignored: it has another id", self.folder.at(name))
         return None
 
     def write(self, job: StoredJob) -> None:
@@ -135,7 +135,7 @@ class JobFolder:
             self.folder.delete(f"open/{job.id}.json")
 
     def unfinished(self) -> list[StoredJob]:
-        """Jobs that an earlier replica left, oldest first. A file that cannot be read stops none of them."""
+        """Unfinished jobs of an earlier replica, oldest first. Unreadable files are logged and skipped."""
         left = []
         for name in (self.folder / "open").files(".json"):
             try:
@@ -149,7 +149,7 @@ class JobFolder:
 
 
 def _in_one_line(error: ValueError) -> str:
-    """Why a file is no job, without what is in it: it may be a user's."""
+    """Why a file is not a job, without its content, which may be a user's."""
     if not isinstance(error, ValidationError):
         return type(error).__name__
     return "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()[:3])
@@ -206,7 +206,7 @@ class VideoJobs:
         self.max_waiting = settings.videos.max_waiting
         self.tasks: set[asyncio.Task[None]] = set()
         for job in self.jobs.unfinished():
-            logger.info("job %s goes on", job.id)
+            logger.info("job %s continues", job.id)
             self._start(job)
 
     async def submit(self, query: str, seed: int, owner: str) -> str | None:
@@ -221,14 +221,14 @@ class VideoJobs:
             created_at=int(time.time()),
             owner=owner,
         )
-        # It takes its place at once, and a caller that leaves meanwhile takes no stored job away.
+        # It takes its place at once, and a caller that disconnects does not cancel a stored job.
         stored = asyncio.get_running_loop().create_future()
         self._start(job, stored)
         await asyncio.shield(stored)
         return job.shown().model_dump_json()
 
     def _start(self, job: StoredJob, stored: asyncio.Future[None] | None = None) -> None:
-        """Begin a job; `stored` is told when a new one is in the store, or why it is not."""
+        """Start a job; `stored` is resolved when a new one is in the store, or gets the error."""
         task = asyncio.get_running_loop().create_task(self._run(job, stored))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -237,7 +237,7 @@ class VideoJobs:
         if stored is not None:
             try:
                 await asyncio.to_thread(self.jobs.write, job)
-            except Exception as error:  # noqa: BLE001  the caller hears it
+            except Exception as error:  # noqa: BLE001  the caller gets it
                 stored.set_exception(error)
                 return
             stored.set_result(None)
@@ -250,7 +250,7 @@ class VideoJobs:
         except (RayError, RayServeException) as error:
             logger.error("job %s failed: %s", job.id, type(error).__name__)
             job.error = ApiError(500, "the video model failed").body()["error"]
-        except Exception as error:  # noqa: BLE001  a job ends with an answer whatever happens
+        except Exception as error:  # noqa: BLE001  a job always ends with a result or an error
             logger.error("job %s failed: %s", job.id, type(error).__name__)
             job.error = ApiError(500, "the job failed").body()["error"]
         job.status = "completed" if job.error is None else "failed"
@@ -258,11 +258,15 @@ class VideoJobs:
         try:
             await asyncio.to_thread(self.jobs.write, job)
         except StorageError as error:
-            logger.error("job %s is over, but the next replica does it again: %s", job.id, error)
+            logger.error(
+                "job %s is done but not stored, the next replica repeats it: %s",
+                job.id,
+                error,
+            )
 
     async def _make(self, job: StoredJob) -> None:
         fields = engine_fields(self.settings, 1, job.seed, None)
-        # The video model's settings are the recipe's: flags in the query are only taken out.
+        # The video model's settings are the recipe's: flags in the query are dropped.
         query, flags = separate(job.query)
         result = await self.optimiser(query, fields, job.id, flags)
         job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
@@ -270,7 +274,7 @@ class VideoJobs:
             raise ApiError(400, f"refused by the safety gate: {result.safety.reason}", code="content_filter")
         job.status = "in_progress"
         await asyncio.to_thread(self.jobs.write, job)
-        # The seed of a video comes from the query's id; here the caller's seed is part of it.
+        # The seed of a video follows from the query's id; here the caller's seed is part of the id.
         row: dict[str, Any] = {
             "query_id": f"{query_id(job.query)}-{job.seed}",
             "query": job.query,
