@@ -14,10 +14,10 @@ from vpo_ray.prompts.thoughts import UnclosedThought, is_spoken, without_thought
 
 Schema = dict[str, Any]
 
-# Places where an object may begin that are tried in one answer, from its end.
+# Places tried as the start of an object in one answer, from its end.
 MAX_STARTS = 500
 LENGTHS = frozenset({"maxLength", "maxItems"})
-# What OpenAI's strict mode has refused, now or before.
+# What OpenAI's strict mode refuses, or used to.
 REFUSED = LENGTHS | {"minLength", "minItems", "minimum", "maximum", "pattern", "format"}
 _IN_WORDS = (
     "\n\nAnswer with one JSON object alone, without any text or code fence around it. It must be of this "
@@ -66,8 +66,8 @@ def parse_object(text: str, properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_object(text: str, schema: Schema) -> str:
-    """The JSON object of a schema in an answer: the whole of it, or the last such object outside its
-    thoughts. Where there is none, the text without thoughts, whose `schema_fault` says why."""
+    """The JSON object of a schema in an answer: all of it, or the last such object outside its thoughts.
+    If there is none, the text without thoughts, whose `schema_fault` says why."""
     if schema_fault(text, schema) is None:
         return text
     inner = _quoted(text)
@@ -78,8 +78,8 @@ def find_object(text: str, schema: Schema) -> str:
     except UnclosedThought:
         said = text
     if _is_json(said):
-        return said  # and so nothing within it is the answer
-    # Marks within an object are text that it quotes: it is looked for in all of the answer.
+        return said  # then nothing inside it is the answer
+    # Marks of thoughts inside an object are quoted text, so the whole answer is searched.
     for start, end in _objects(text):
         if schema_fault(text[start:end], schema) is None and is_spoken(text[:start], text[end:]):
             return text[start:end]
@@ -87,12 +87,12 @@ def find_object(text: str, schema: Schema) -> str:
 
 
 def schema_fault(text: str, schema: Schema) -> str | None:
-    """Why a text is no JSON of this schema, or None. Lengths are a grammar's matter, no fault."""
+    """Why a text is not JSON of this schema, or None. Lengths are not checked."""
     import jsonschema
 
     try:
         value = json.loads(text, strict=False, parse_constant=_no_number)
-        # An escape may hold half a character, which no table takes.
+        # An escape may hold half of a surrogate pair, which no table takes.
         json.dumps(value, ensure_ascii=False).encode()
         jsonschema.validate(value, without(schema, LENGTHS))
     except jsonschema.ValidationError as error:
@@ -103,18 +103,18 @@ def schema_fault(text: str, schema: Schema) -> str | None:
 
 
 def response_format(schema: Schema) -> dict[str, Any]:
-    """What asks a server for a JSON schema, without the limits that some refuse: an answer is checked."""
+    """The `response_format` of a schema, without the limits that some servers refuse."""
     json_schema = {"name": "answer", "strict": True, "schema": without(schema, REFUSED)}
     return {"type": "json_schema", "json_schema": json_schema}
 
 
 def in_words(messages: Sequence[Any], schema: Schema) -> list[Any]:
-    """The messages, the last of which says the schema: for a server that takes none."""
+    """The messages with the schema appended to the last: for a server that takes no schema."""
     *before, last = messages
-    told = _IN_WORDS + json.dumps(without(schema, REFUSED), ensure_ascii=False)
+    added = _IN_WORDS + json.dumps(without(schema, REFUSED), ensure_ascii=False)
     if isinstance(last["content"], str):
-        return [*before, {**last, "content": last["content"] + told}]
-    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": told.strip()}]}]
+        return [*before, {**last, "content": last["content"] + added}]
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": added.strip()}]}]
 
 
 def without(schema: Any, keywords: frozenset[str]) -> Any:
@@ -127,7 +127,7 @@ def without(schema: Any, keywords: frozenset[str]) -> Any:
 
 
 def _objects(text: str) -> Iterator[tuple[int, int]]:
-    """Where the JSON objects of a text begin and end, the last one first."""
+    """Start and end of the JSON objects in a text, the last one first."""
     at = len(text)
     for _ in range(MAX_STARTS):
         at = text.rfind("{", 0, at)
@@ -141,11 +141,11 @@ def _objects(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _quoted(text: str) -> str:
-    """The string that a text is in JSON, or nothing: some servers encode an answer twice."""
+    """The string that a text encodes in JSON, or "": some servers encode an answer twice."""
     if not text.lstrip().startswith('"'):
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Text of users in questions to LLMs: material, that no text can turn into a part of the question."""
+"""User text in prompts for LLMs, quoted so that no text can become a part of the instructions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ QUOTES = "\"'`“”„«»‘’‚「」『』"
 
 
 def fill(template: str, blocks: Mapping[str, str] | None = None, /, **values: str) -> str:
-    """Put values into `{name}` slots as JSON strings, in one pass, so that a value's own braces
-    are never read as slots and nothing in it can end the string, open a tag or spell a control
-    token (all known ones begin with `<` or `[`, and an endpoint may take them from text). Quotation
-    marks around such a slot are the string's own. Blocks are texts that `fill` made: they go in as
-    they are."""
+    """Put values into `{name}` slots as JSON strings, in one pass.
+
+    A value's own braces are never read as slots, and nothing in it can end the string, open a tag or spell a
+    control token (all known ones begin with `<` or `[`, and an endpoint may parse them from text). Quotation
+    marks around a slot are replaced by the string's own. Blocks are texts made by `fill`, inserted as they
+    are.
+    """
     encoded = {f"{{{name}}}": text for name, text in (blocks or {}).items()}
     strings = {f"{{{name}}}": quoted(value) for name, value in values.items()}
     slots = "|".join([*map(in_quotes, strings), *map(re.escape, encoded)])
@@ -22,7 +24,7 @@ def fill(template: str, blocks: Mapping[str, str] | None = None, /, **values: st
 
 
 def in_quotes(slot: str) -> str:
-    """A pattern of a slot, with the quotation marks around it where there are some."""
+    """A pattern for a slot, with any quotation marks around it."""
     return rf"[{QUOTES}]{re.escape(slot)}[{QUOTES}]|{re.escape(slot)}"
 
 

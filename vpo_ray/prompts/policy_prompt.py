@@ -1,8 +1,8 @@
 """The policy's prompt: one place that turns a user's query into the tokens the policy sees.
 
-The task prompt travels with the checkpoint, folded into its chat template, so that sampling,
-training and serving cannot disagree: each applies the tokenizer's own template to one user
-message. User text is data: control tokens in it are broken up before it reaches the template.
+The task prompt is folded into the checkpoint's chat template, so that sampling, training and serving cannot
+disagree: each applies the tokenizer's own template to one user message. User text is data: control tokens in
+it are broken up before it reaches the template.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vpo_ray.prompts.template_arguments import literal
 
 SLOT = "{query}"
 _MARK = "{#- vpo_ray: the task prompt is part of this template -#}"
-# A server may hand over content as a list of parts.
+# A server may pass content as a list of parts.
 _FLATTENED = (
     "{%- if vpo_query is not string -%}{%- set vpo_query = vpo_query | selectattr('type', 'equalto', 'text')"
     " | map(attribute='text') | join('\n') -%}{%- endif -%}"
@@ -51,10 +51,9 @@ def read_prompt(name: str) -> str:
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Every string that this tokenizer turns into one control token, longest first.
 
-    Added tokens that a tokenizer does not call special are among them: `<think>` and `<tool_call>`
-    of Qwen and GLM steer a model no less. White space and single characters are none, whatever a
-    tokenizer calls them. Of one with white space around it, what is inside counts too: the white space
-    may stand in front of the text already.
+    Added tokens that a tokenizer does not call special are included: `<think>` and `<tool_call>` of Qwen and
+    GLM steer a model as well. White space and single characters are not. For a token with white space around
+    it, its inside counts too, since the white space may already precede the text.
     """
     added = tokenizer.added_tokens_decoder.values()
     tokens = {t.content for t in added} | set(tokenizer.all_special_tokens)
@@ -65,10 +64,9 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 def neutralise(text: str, tokens: Sequence[str]) -> str:
     """Break up control tokens in user text, so that it can never become one or open a chat turn.
 
-    A space goes behind the first character of every occurrence. Where that makes another token of the
-    list, or its own (one that begins with a space), a character that no token has goes there instead:
-    whatever the list, the result holds none of it. Text without a token is returned as it is. Takes
-    time in proportion to the text and to the list.
+    A space is inserted after the first character of every occurrence. Where that creates another token of the
+    list, a character that no token has is used instead, so that the result never contains a token. Text
+    without a token is returned unchanged. Takes time linear in the text and in the list.
     """
     starts = _starts(text, tokens)
     if not starts:
@@ -80,7 +78,7 @@ def neutralise(text: str, tokens: Sequence[str]) -> str:
 
 
 def _starts(text: str, tokens: Sequence[str]) -> list[int]:
-    """Where a token begins in a text, overlapping ones included, in order."""
+    """Start positions of tokens in a text, in order, overlapping ones included."""
     found: set[int] = set()
     for token in tokens:
         start = text.find(token) if token else -1
@@ -91,8 +89,8 @@ def _starts(text: str, tokens: Sequence[str]) -> list[int]:
 
 
 def _broken(text: str, starts: list[int], tokens: Sequence[str], separator: str) -> str:
-    """The text with a separator behind the first character of each start; a token of one character,
-    which cannot be broken up, becomes the separator."""
+    """The text with a separator after the first character of each start; a token of one character, which
+    cannot be broken up, becomes the separator."""
     single = {token for token in tokens if len(token) == 1}
     cuts = [0, *(start + 1 for start in starts), len(text)]
     pieces = [text[start:end] for start, end in pairwise(cuts)]
@@ -120,8 +118,8 @@ def fold_task_prompt(chat_template: str, task_prompt: str) -> str:
 
 
 def own_template(chat_template: str, task_prompt: str) -> str | None:
-    """The model's own template in one that holds this task prompt; None when it holds another."""
-    for flattened in (_FLATTENED, ""):  # without, as earlier versions folded it
+    """The model's own template inside one with this task prompt; None if it has another."""
+    for flattened in (_FLATTENED, ""):  # without, as in earlier versions
         head = _head(task_prompt, flattened)
         if chat_template.startswith(head):
             return chat_template.removeprefix(head)

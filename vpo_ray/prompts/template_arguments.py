@@ -1,7 +1,7 @@
 """Arguments of a chat template (`chat_template_kwargs` of a recipe), such as `enable_thinking: false`.
 
-They are written into the template, so that they travel with a checkpoint as its task prompt does:
-sampling, training and serving apply the same template.
+They are written into the template and saved with a checkpoint, as its task prompt is, so that sampling,
+training and serving apply the same template.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
 
 
 def unknown_arguments(template: str, arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments that a template does not name, and that would change nothing."""
+    """Arguments that a template does not use."""
     return [name for name in arguments if not re.search(rf"\b{re.escape(name)}\b", template)]
 
 
@@ -31,7 +31,7 @@ def _block(arguments: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value of JSON as Jinja writes it."""
+    """A JSON value in Jinja syntax."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{literal(str(key))}: {_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):

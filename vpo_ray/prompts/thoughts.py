@@ -1,7 +1,7 @@
-"""Thoughts of models that think aloud, as they stand in the text of an answer; they are no part of it.
+"""Thoughts of reasoning models in the text of an answer, and how they are removed.
 
-A thought has a mark at its beginning and one at its end. Where the chat template writes the first, an
-answer has the second alone, and all before it is thought.
+A thought has a mark at its start and one at its end. Where the chat template writes the first, an answer has
+only the second, and everything before it is a thought.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 _NAMES = "(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|inner_monologue)"
 # <think>, <seed:think>, <think:x>; Magistral; Kimi; Cohere and others; harmony's channels, and what is left
-# of them where special tokens are taken out; Gemma; Granite.
+# of them without special tokens; Gemma; Granite.
 _OPEN = rf"""
     <(?:\w+:)?{_NAMES}(?::\w+)?\s*> | \[THINK\] | ◁think▷
     | <\|(?:START_THINKING|begin_of_thought|think(?:ing)?|inner_prefix)\|>
@@ -31,7 +31,7 @@ _CLOSE = rf"""
 _FLAGS = re.VERBOSE | re.IGNORECASE
 _MARKS = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", _FLAGS)
 _OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", _FLAGS)
-# What some models put around the answer behind their thought.
+# What some models put around the answer after their thought.
 _FRAME = re.compile(
     r"""\A(?:\s|<\|(?:START_RESPONSE|START_TEXT|begin_of_solution)\|>|<\|open\|>\s*response\s*<\|sep\|>
         |<(?:answer|response|output|assistant)>)+
@@ -39,11 +39,11 @@ _FRAME = re.compile(
         |<\|close\|>\s*\w+\s*<\|sep\|>|</(?:answer|response|output|assistant)>)+\Z""",
     _FLAGS,
 )
-# What at the end of a piece of text may be the beginning of a mark.
+# The end of a piece of text that may be the start of a mark.
 _PART = re.compile(r"(?:<\|[^\n]{0,60}|[<\[◁][^>\]▷\n]{0,40})\Z")
 _BEGINNINGS = ("analysis.", "here is my thought process:", "here's my thought process:")
 
-# Tokens at the end of a prompt in which a template may have opened a thought.
+# Tokens at the end of a prompt where a template may have opened a thought.
 TAIL = 32
 
 
@@ -77,7 +77,7 @@ def without_thoughts(text: str) -> str:
 
 
 def is_spoken(before: str, after: str) -> bool:
-    """Whether what stands between two pieces of an answer is outside its thoughts."""
+    """Whether the text between two pieces of an answer is outside its thoughts."""
     try:
         without_thoughts(before)
     except UnclosedThought:
@@ -123,20 +123,20 @@ class Spoken:
 
 
 def _may_hold_marks(text: str) -> bool:
-    """False for most texts, in a thousandth of the time that looking for marks takes."""
+    """False for most texts, a thousand times faster than searching for marks."""
     words = ("<", "[", "◁", "assistantfinal", "my response:", "my thought process:")
     return text.startswith("analysis") or any(word in text for word in words)
 
 
 def opened_thought(prompt: str) -> str:
-    """The mark with which a prompt ends where its template opened a thought, or nothing."""
+    """The mark at the end of a prompt whose template opened a thought, or ""."""
     mark = _OPENED.search(prompt)
     return mark[0] if mark is not None else ""
 
 
 def marks_among(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
-    """Ids of a tokenizer's special tokens that are marks of thoughts, and of those that are none. Text
-    that is decoded without special tokens does not show where a thought ends."""
+    """Ids of a tokenizer's special tokens that are marks of thoughts, and of the others. Text decoded without
+    special tokens does not show where a thought ends."""
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = frozenset(id for id, content in special.items() if _MARKS.fullmatch(content))
     return marks, frozenset(special) - marks

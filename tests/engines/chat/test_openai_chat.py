@@ -226,7 +226,7 @@ def test_a_refusal_is_no_answer(reply: Reply, says: str, serve_endpoint: Serve, 
 @pytest.mark.parametrize(
     ("reply", "says"),
     [
-        (completion('{"verdict": "yes', finish="length"), "cut at max_tokens 50"),
+        (completion('{"verdict": "yes', finish="length"), "cut off at max_tokens 50"),
         (completion(None), "has no text"),
         (completion(""), "has no text"),
         (failure(400, "max context length is 8192"), "max context length"),

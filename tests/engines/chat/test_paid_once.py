@@ -129,7 +129,7 @@ def test_a_server_that_tells_no_usage_is_named(
     server = serve_endpoint(lambda _: Reply({"choices": [{"message": {"content": "a cat"}}]}))
     said, account = ask(server, tmp_path)
     assert (said.text, account.spent) == ("a cat", 0)
-    assert "judge.endpoint tells no usage" in caplog.text
+    assert "judge.endpoint reports no usage" in caplog.text
 
 
 def test_an_object_in_a_thought_alone_is_repaired(serve_endpoint: Serve, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(folder: Path) -> Non
         ({"architectures": ["LlamaForCausalLM"]}, r"architectures is \['LlamaForCausalLM'\]"),
         ({"hidden_size": None}, "no number for hidden_size"),
         ({"vision_config": None}, "vision_config is missing"),
-        ({"num_attention_heads": 5}, "hidden_size is no multiple of num_attention_heads"),
+        ({"num_attention_heads": 5}, "hidden_size is not a multiple of num_attention_heads"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(

@@ -1,7 +1,7 @@
-"""Chat: messages in, text out. What a text stage asks of an LLM, whichever backend answers.
+"""Chat: messages in, text out, for every text stage and any backend.
 
 A stage's work on a row is an async function that takes a `Chat`; a pool runs many rows at once on
-one engine, so that several turns of one row (critique, refine, judge again) load the model once.
+one engine, so that the turns of a row (critique, refine, judge again) load the model once.
 A backend is the package's own, which its pool builds, or another's (see `recipe.plugins`).
 """
 
@@ -19,7 +19,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written, and what an endpoint took for them (0 on our own engines)."""
+    """Prompt and completion tokens, and their cost at an endpoint (0 on our own engines)."""
 
     prompt: int = 0
     completion: int = 0
@@ -33,7 +33,7 @@ class ChatError(RuntimeError):
     """A request that has no usable answer, for example one longer than the model's context.
 
     Attributes:
-        usage: what was spent on it all the same.
+        usage: tokens and cost of the request.
     """
 
     def __init__(self, message: str, usage: Usage = Usage()) -> None:
@@ -42,12 +42,12 @@ class ChatError(RuntimeError):
 
 
 class Refusal(ChatError):
-    """The model declined to answer, or a content filter stopped it: no text to go on with."""
+    """The model declined to answer, or a content filter stopped it."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. `top_k` -1 is no limit."""
+    """Sampling parameters. `top_k` -1 is no limit."""
 
     temperature: float
     max_tokens: int
@@ -82,13 +82,13 @@ class Chat(Protocol):
 
 
 def build(settings: ChatModel) -> Chat:
-    """Another's chat engine. Raises PluginError where it cannot be found or built."""
+    """A chat engine from outside the package. Raises PluginError if it cannot be found or built."""
     chat: Chat = plugins.find(settings).build(settings)
     return chat
 
 
 class Metered:
-    """A chat for one row, that adds up what the row's turns used; failed turns count too."""
+    """A chat for one row that adds up the usage of its turns, failed ones included."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat, self.usage = chat, Usage()
@@ -106,7 +106,7 @@ class Metered:
 
 
 class ChatStage(Protocol):
-    """A text stage: which rows it takes, and what it does to one."""
+    """A text stage: which rows it takes, and what it does with one."""
 
     name: str
 

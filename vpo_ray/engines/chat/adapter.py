@@ -1,4 +1,4 @@
-"""A policy that is a LoRA adapter (arXiv 2106.09685): files, as peft saves them, that name their base."""
+"""A policy that is a LoRA adapter (arXiv 2106.09685), as peft saves it: its files name the base model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vpo_ray.recipe import locate
 from vpo_ray.storage.model_cache import fetch_for_engine
 
 _SETTINGS = "adapter_config.json"
-# The ranks that vLLM makes room for.
+# The maximum ranks that vLLM supports.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -22,7 +22,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as peft saves it: its folder or URI, the model that it is for, and its rank."""
+    """A LoRA adapter as peft saves it: its folder or URI, its base model, and its rank."""
 
     folder: str
     base: str
@@ -33,12 +33,12 @@ class Adapter:
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
     def on_node(self) -> Adapter:
-        """The same where this node's engine reads it: a URI is fetched."""
+        """The adapter with local paths: URIs are fetched to this node."""
         return replace(self, folder=fetch_for_engine(self.folder), base=fetch_for_engine(self.base))
 
 
 def adapter_of(model: str) -> Adapter | None:
-    """The adapter in a local folder or at a URI, or None where there is a whole model.
+    """The adapter in a local folder or at a URI, or None for a whole model.
 
     Raises:
         AdapterError: its `adapter_config.json` cannot be used.

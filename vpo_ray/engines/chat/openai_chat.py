@@ -1,7 +1,7 @@
 """The endpoint backend of the chat engine: any OpenAI-compatible server, each answer paid once.
 
-An answer is kept by the content of its question as soon as it is there, so that a run which was
-killed asks nothing twice. What it cost is added up for the whole run, and `limits.max_cost` stops it.
+An answer is stored under the content of its request at once, so that a killed run pays for nothing twice.
+Costs are added up over the whole run, and `limits.max_cost` stops it.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ _REPAIR = (
 
 
 class Answers:
-    """Answers by the content of their question, a file each, in a folder that runs may share.
+    """Stored answers, a file each, under the content of their request, in a folder that runs may share.
 
     Args:
-        run: who pays here. What another run paid for costs this one nothing.
+        run: the run that pays. Answers that another run paid for are free.
     """
 
     def __init__(self, uri: str, run: str) -> None:
         self.folder, self.run = Folder(uri), content_id("run", run, digits=16)
 
     def find(self, key: str) -> Answer | None:
-        """Raises StorageError when the folder cannot be read; a damaged file is as none."""
+        """A stored answer, or None. A damaged file counts as none. Raises StorageError."""
         try:
             kept = json.loads(self.folder.read(self._name(key)))
             answer, mine = Answer(**kept["answer"]), kept["run"] == self.run
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError):
-            logger.warning("%s/%s is damaged, its question is asked again", self.folder.uri, self._name(key))
+            logger.warning("%s/%s is damaged, the request is sent again", self.folder.uri, self._name(key))
             return None
         return answer if mine else replace(answer, cost=0.0)
 
     def keep(self, key: str, answer: Answer) -> None:
-        """Raises StorageError when the folder cannot be written."""
+        """Store an answer. Raises StorageError."""
         kept = {"answer": asdict(answer), "run": self.run}
         self.folder.write(self._name(key), json.dumps(kept, ensure_ascii=False).encode())
 
@@ -73,20 +73,20 @@ class OpenAIChat:
         self.model, self.client, self.answers, self.account = model, client, answers, account
         client.account = account
         self._under_way, self._idle = 0, asyncio.Event()
-        # As many files at once as requests: a slow disk or store then slows no request.
+        # As many threads as requests, so that a slow disk or store delays no request.
         self._files = ThreadPoolExecutor(model.endpoint.concurrency, "answers")
 
     async def complete(
         self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None = None
     ) -> Answer:
-        """One answer, from the kept ones where it is among them.
+        """One answer, stored or new.
 
         Raises:
             Refusal: the model declined, or a content filter stopped it.
-            ChatError: no answer, one that was cut off, or none of the schema after a repair round.
+            ChatError: no answer, one that was cut off, or not of the schema even after a repair round.
             EndpointError: the endpoint cannot be used at all.
-            CostLimitReached: the run may pay no more. What this client has under way is kept by then.
-            StorageError: kept answers cannot be read or written.
+            CostLimitReached: the limit is reached. This client's running requests are stored by then.
+            StorageError: stored answers cannot be read or written.
         """
         endpoint = self.model.endpoint
         asked = [self.model.model, list(messages), asdict(sampling), schema]
@@ -111,7 +111,7 @@ class OpenAIChat:
                     answer = await self._of_schema(answer, messages, sampling, schema)
                 await files(self.answers.keep, key, answer)
         except CostLimitReached:
-            # The run stops, and this process with it: what is paid for is kept first.
+            # The run stops, and this process with it: store first what is paid for.
             while self._under_way:
                 self._idle.clear()
                 await self._idle.wait()
@@ -131,7 +131,7 @@ class OpenAIChat:
     async def _of_schema(
         self, first: Answer, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any]
     ) -> Answer:
-        """The answer with the JSON object alone, after a repair round where there is none in it."""
+        """The answer reduced to its JSON object, after a repair round if it has none."""
         text = find_object(first.text, schema)
         fault = schema_fault(text, schema)
         if fault is None:
@@ -150,7 +150,7 @@ class OpenAIChat:
         text = find_object(second.text, schema)
         if (fault := schema_fault(text, schema)) is not None:
             raise ChatError(
-                f"the answer is not the JSON asked for, nor after a repair round: {fault}: "
+                f"the answer is not the requested JSON, even after a repair round: {fault}: "
                 f"{second.text[:200]!r}",
                 usage,
             )
@@ -168,7 +168,7 @@ class OpenAIChat:
         }
         if self.model.chat_template_kwargs:
             request["chat_template_kwargs"] = self.model.chat_template_kwargs
-        # Four bytes a token: an estimate for the budget, put right when the answer is there.
+        # Four bytes a token: an estimate for the budget, corrected when the answer arrives.
         tokens = sum(len(m["content"].encode()) for m in messages) // 4 + sampling.max_tokens
         try:
             reply = await self.client.create(request, tokens, schema)
@@ -181,11 +181,11 @@ class OpenAIChat:
         if reply.refusal:
             raise Refusal(reply.refusal, usage)
         if reply.cut:
-            raise ChatError(f"the answer was cut at max_tokens {sampling.max_tokens}: raise it", usage)
+            raise ChatError(f"the answer was cut off at max_tokens {sampling.max_tokens}: raise it", usage)
         if reply.finish == "error" or (reply.error and not reply.text):
             filtered = about(400, reply.error, str(reply.error)) == "input"
             raise (Refusal if filtered else ChatError)(
-                f"the answer broke off: {str(reply.error)[:300]}", usage
+                f"the answer was interrupted: {str(reply.error)[:300]}", usage
             )
         if not reply.text:
             raise ChatError(f"the answer has no text (finish_reason {reply.finish})", usage)

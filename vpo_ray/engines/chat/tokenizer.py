@@ -1,4 +1,4 @@
-"""Tokenizers of policies and judges, loaded with a proof that what a user says survives the chat template."""
+"""Tokenizers of policies and judges, loaded with a check that user text survives the chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpo_ray.prompts.policy_prompt import (
 from vpo_ray.prompts.template_arguments import has_arguments, unknown_arguments, with_arguments
 from vpo_ray.storage.model_cache import fetch
 
-# In front of a template that takes content only as such a list.
+# Prepended to a template that takes content only as a list of parts.
 _PARTS = (
     "{#- vpo_ray: this template takes content as a list of parts -#}"
     "{%- set vpo = namespace(messages=[]) -%}{%- for message in messages -%}"
@@ -32,19 +32,19 @@ def load_chat_tokenizer(
     trust_remote_code: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A tokenizer with one chat template, through which what a user says is proven to pass.
+    """A tokenizer with one chat template, checked to pass user text unchanged.
 
-    Of several named templates it is the one named `default`. One that takes content only as a list of
-    parts is given such a list.
+    Of several named templates it is `default`. One that takes content only as a list of parts is given such
+    a list.
 
     Args:
         model: a local folder, URI or hub id.
         arguments: of the chat template (`chat_template_kwargs`); they become part of it.
 
     Raises:
-        PromptError: no chat template, one that takes no such argument, or one that changes or leaves out
-            a user's message.
-        StorageError: nothing can be read at the URI.
+        PromptError: no chat template, one without such an argument, or one that changes or leaves out a
+            user's message.
+        StorageError: the URI cannot be read.
     """
     tokenizer = _tokenizer(model, revision, trust_remote_code, arguments)
     if not is_folded(tokenizer.chat_template):
@@ -59,16 +59,16 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The policy's tokenizer with the task prompt folded in (kept as it is when it already is).
+    """The policy's tokenizer with the task prompt folded in (unchanged if it already is).
 
     Args:
         model: a local folder, URI or hub id.
-        task_prompt: text with a `{query}` slot; None asks for a checkpoint that carries its own.
-        arguments: of the chat template; a checkpoint that carries its own task prompt has them in it.
+        task_prompt: text with a `{query}` slot; None requires a checkpoint that has its own.
+        arguments: of the chat template; a checkpoint with its own task prompt includes them.
 
     Raises:
-        PromptError: no chat template, no task prompt to be had, or a template that does not show a
-            query, or the task prompt around it, as it is.
+        PromptError: no chat template, no task prompt, or a template that changes the query or the task
+            prompt around it.
     """
     tokenizer = _tokenizer(model, revision, trust_remote_code, arguments)
     if is_folded(tokenizer.chat_template):
@@ -109,7 +109,7 @@ def _tokenizer(
     return tokenizer
 
 
-# What must pass through a template: the forms of text that templates in use cut, trim or rewrite.
+# Text that must pass through a template unchanged: forms that known templates cut, trim or rewrite.
 _PROBES = (
     "a red kite",
     "  A cat\n\n\ttwo Dogs,  3 birds \r\n{{ 7*7 }} {% if x %} {query} {} %s \\n \"quoted\" 'so' &amp; <b>",
@@ -120,7 +120,7 @@ _PROBES = (
 
 
 def _proven(model: str, tokenizer: Any, task_prompt: str) -> str:
-    """The tokenizer's template with the task prompt, if one is given, in the form that shows a query."""
+    """The tokenizer's template, with the task prompt if given, in a form that shows the query."""
     own = tokenizer.chat_template
     before, after = task_prompt.split(SLOT) if task_prompt.count(SLOT) == 1 else ("", "")
     forms = [fold_task_prompt(form, task_prompt) if task_prompt else form for form in (own, _PARTS + own)]
@@ -135,7 +135,7 @@ def _proven(model: str, tokenizer: Any, task_prompt: str) -> str:
 
 
 def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -> None:
-    """Raises PromptError when the template does not show a user's message, with what is around it."""
+    """Raises PromptError if the template changes a user's message or the text around it."""
     tokens = control_tokens(tokenizer)
     for probe in _PROBES:
         safe = neutralise(probe, tokens)
@@ -146,7 +146,7 @@ def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except Exception as error:  # a template is a program of others
+        except Exception as error:  # a template is somebody else's program
             raise PromptError(
                 f"{model}: the chat template refuses a conversation of one user message "
                 f"({type(error).__name__}: {str(error)[:200]}). {_ADVICE}"
@@ -163,14 +163,14 @@ def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -
 
 
 def _apart(model: str, before: str, after: str, tokens: Sequence[str]) -> None:
-    """Raises PromptError when a query could make a control token of the text that it stands between."""
+    """Raises PromptError if a query could complete a control token with the text around it."""
     for token in tokens:
         for cut in range(1, len(token)):
             begun, ended = token[:cut], token[cut:]
             if (begun.strip() and before.endswith(begun)) or (ended.strip() and after.startswith(ended)):
-                side = f"behind {begun!r}" if before.endswith(begun) else f"in front of {ended!r}"
+                side = f"after {begun!r}" if before.endswith(begun) else f"before {ended!r}"
                 raise PromptError(
-                    f"{model}: the query stands {side}, a part of the control token {token!r}, and could "
+                    f"{model}: the query comes {side}, a part of the control token {token!r}, and could "
                     "complete it: put a space or an end of line between them, in policy.task_prompt or the "
                     "chat template"
                 )

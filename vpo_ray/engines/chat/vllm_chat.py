@@ -65,8 +65,8 @@ class VllmChat:
         return Answer(text, answer.finish_reason or "unknown", len(ids), len(answer.token_ids))
 
     def _text(self, answer: Any, prompt: Sequence[int], schema: dict[str, Any] | None) -> str:
-        """The answer with the marks of its thoughts: those that are special tokens, and the one that the
-        chat template wrote."""
+        """The answer with the marks of its thoughts: special tokens, and the mark that the chat template
+        wrote."""
         text: str = answer.text
         if self._marks.intersection(answer.token_ids):
             shown = [token for token in answer.token_ids if token not in self._special]

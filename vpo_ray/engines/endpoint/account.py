@@ -1,4 +1,4 @@
-"""What endpoints were paid, and the limit that stops a run."""
+"""The cost of endpoints' answers, and the limit that stops a run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from vpo_ray.engines.chat import Usage
 
 
 class CostLimitReached(RuntimeError):
-    """`limits.max_cost` is spent; the run goes on when it is raised."""
+    """`limits.max_cost` is spent; the run can continue when it is raised."""
 
     stops_run = True  # see stream/stops.py
 
 
 @dataclass
 class Account:
-    """What the run has paid to endpoints.
+    """The run's costs of endpoints, in the currency of their prices.
 
-    Every `EndpointClient` has one, and pays every answer that it gets into it, readable or not, before
-    anything else is made of the answer. By default it is its own and has no limit.
+    Every `EndpointClient` has one, and charges every answer to it, readable or not, before using the answer.
+    By default each client has its own, without a limit.
 
     Args:
-        add: adds a cost, and returns all that the run has paid, whoever paid it.
+        add: adds a cost, and returns the total of the run over all its processes.
         limit: `limits.max_cost`.
     """
 
@@ -38,14 +38,14 @@ class Account:
         await self.pay(usage.cost)
 
     async def found(self, cost: float) -> None:
-        """An answer that this run paid for before is used: this account was not there then."""
+        """Count a stored answer that this run paid for before this account existed."""
         await self.pay(cost)
 
     def check(self, coming: float = 0.0) -> None:
-        """Raises CostLimitReached. The answers under way when the limit is reached go beyond it.
+        """Raises CostLimitReached. Requests already sent when the limit is reached may exceed it.
 
         Args:
-            coming: what is known to be paid soon.
+            coming: costs that are known to follow soon.
         """
         if self.limit is not None and self.spent + coming >= self.limit:
             raise CostLimitReached(

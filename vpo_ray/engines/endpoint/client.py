@@ -1,8 +1,8 @@
-"""The client of an OpenAI-compatible endpoint, for every engine that asks one (chat, reward).
+"""The client of an OpenAI-compatible endpoint, for every engine that uses one (chat, reward, video).
 
-It adds to the `openai` client what a cluster needs: replicas share a budget of requests and tokens
-a minute, a server that says Retry-After is left alone by all of them, and an error says whether it
-is the recipe's (`EndpointError`, which stops the run) or one request's (`RequestError`).
+It adds to the `openai` client what a cluster needs. Replicas share a budget of requests and tokens a minute,
+all of them pause when a server sends Retry-After, and errors are either the recipe's fault (`EndpointError`,
+which stops the run) or one request's (`RequestError`).
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds: the first pause between two tries (doubled each time), the longest, and the longest that
-# a server may ask for.
+# Seconds: the first pause between tries (doubled each time), the longest, and the longest that a server
+# may ask for.
 FIRST_DELAY_S, MAX_DELAY_S, MAX_RETRY_AFTER_S = 0.5, 30.0, 600.0
-# 403s in a row that may be about the key or about their input, before the first is believed.
+# Consecutive 403s, which may be about the key or the input, before they count as the key's.
 MAX_FORBIDDEN = 5
-# Errors that went on without the JSON schema, before no more are taken for its refusal.
+# Requests repeated without the JSON schema to find out whether an error was due to it.
 MAX_PROBES = 3
 
 
 class EndpointClient:
     """Sends chat completions to one model of an endpoint.
 
-    It opens in the event loop that uses it; where there are several, one after the other, use it as an
-    async context manager in each, which leaves no connection open.
+    It opens in the event loop that uses it. With several loops, one after the other, use it as an async
+    context manager in each, so that no connection stays open.
 
     Args:
         endpoint: its settings.
-        model: the model's name there.
+        model: the model's name at the endpoint.
         where: the recipe's key of these settings, for messages.
-        account: what every answer is paid into; its limit keeps requests from being sent.
+        account: every answer is charged to it; at its limit no request is sent.
     """
 
     def __init__(self, endpoint: Endpoint, model: str, where: str, account: Account | None = None) -> None:
@@ -77,7 +77,7 @@ class EndpointClient:
         self._key = ""
         self._reached = self._answered = False
         self._forbidden = 0  # 403s since the last answer
-        # Whether the server takes JSON schemas; None until one was taken or refused.
+        # Whether the server takes JSON schemas; None while unknown.
         self._schemas = None if endpoint.structured == "auto" else endpoint.structured == "json_schema"
         self._probes = self._with_schema = 0
         self._priced = endpoint.prompt_price + endpoint.completion_price > 0
@@ -104,14 +104,14 @@ class EndpointClient:
         return ClusterRateLimiter(f"endpoint-budget-{account}")
 
     def open(self) -> None:
-        """Make the connection pool. Raises EndpointError: no key, or an address that is none."""
+        """Make the connection pool. Raises EndpointError: no key, or not a valid address."""
         self._key = self.read_key()
-        # Ours know of the budget, so the client's own retries are off.
+        # Our retries respect the budget, so the client's own are off.
         options: dict[str, Any] = {
             "api_key": self._key,
             "timeout": self.endpoint.timeout_s,
             "max_retries": 0,
-            # aiohttp sends a request for half of the CPU time of the client's own transport.
+            # aiohttp takes half of the CPU time of the client's default transport.
             "http_client": openai.DefaultAioHttpClient(timeout=self.endpoint.timeout_s),
         }
         url, azure = self.endpoint.base_url, self.endpoint.azure_api_version
@@ -121,7 +121,7 @@ class EndpointClient:
             else:
                 self._client = openai.AsyncOpenAI(base_url=url, **options)
         except (openai.OpenAIError, ValueError) as error:
-            raise EndpointError(f"{self.where}: {self._told(error)}") from None
+            raise EndpointError(f"{self.where}: {self._message(error)}") from None
         self._loop = asyncio.get_running_loop()
         self._slots = asyncio.Semaphore(self.endpoint.concurrency)
         self._turn = asyncio.Lock()
@@ -139,22 +139,21 @@ class EndpointClient:
     async def create(
         self, request: dict[str, Any], tokens: int = 0, schema: dict[str, Any] | None = None
     ) -> Completion:
-        """One chat completion, paid into the account.
+        """One chat completion, charged to the account.
 
-        One that was generated is returned however strange it is, since it was paid for: look at its
-        `refusal` and `text`.
+        Any answer that was generated is returned, since it was paid for: check its `refusal` and `text`.
 
         Args:
-            request: the body but the model; the recipe's `request` goes on top.
-            tokens: an estimate of what it reads and writes, for the budget.
-            schema: of the JSON object that the text is to be. With `structured: auto` a server that
-                refuses schemas, in whatever words, is told this one in words from then on. The text
-                may still be none: see `structured.find_object`.
+            request: the body without the model; the recipe's `request` overrides it.
+            tokens: an estimate of prompt and completion tokens, for the budget.
+            schema: of the JSON object that the text should be. With `structured: auto`, a server that
+                refuses schemas gets them as text in the last message from then on. The text may still
+                be something else: see `answers.find_object`.
 
         Raises:
             EndpointError: the key is refused, the model is not known, or there is no such server.
             RequestError: this request has no answer after all retries.
-            CostLimitReached: the account may pay no more; nothing was sent.
+            CostLimitReached: the limit is reached; nothing was sent.
         """
         self._opened()
         if schema is None:
@@ -185,11 +184,10 @@ class EndpointClient:
     async def _without_schema(
         self, request: dict[str, Any], tokens: int, schema: dict[str, Any], refused: Exception
     ) -> Completion:
-        """The same in words, where the error may come from the schema; raises it where it does not."""
+        """Repeat a request with its schema in words, if the error may be due to the schema; else raise it."""
         assert isinstance(refused, EndpointError | RequestError)
         async with self._schema_news:
-            # A request with a schema that is under way may show that they are taken, and one in words
-            # that they are not.
+            # A running request may settle the question: one with a schema by succeeding, one in words too.
             await self._schema_news.wait_for(lambda: self._schemas is not None or not self._with_schema)
             unknown = self._schemas is None
             if self._schemas is not False and not about_schema(refused):
@@ -199,9 +197,11 @@ class EndpointClient:
             self._with_schema += unknown
         try:
             reply = await self._in_words(request, tokens, schema)
-            # A server that was out of order may have come back in between: the second time it is believed.
+            # A server that was down may have come back in between: the second time counts.
             if self._schemas is None and not (may_pass(refused) and self._probes < 2):
-                logger.warning("%s takes no JSON schema (%s): asked in words", self.where, refused.status)
+                logger.warning(
+                    "%s takes no JSON schema (%s): it is given in words", self.where, refused.status
+                )
                 self._schemas = False
             return reply
         finally:
@@ -210,8 +210,8 @@ class EndpointClient:
                 self._schema_news.notify_all()
 
     async def _in_words(self, request: dict[str, Any], tokens: int, schema: dict[str, Any]) -> Completion:
-        told = {**request, "messages": in_words(request["messages"], schema)}
-        return _found(await self._completed(told, tokens), schema)
+        worded = {**request, "messages": in_words(request["messages"], schema)}
+        return _found(await self._completed(worded, tokens), schema)
 
     async def _completed(self, request: dict[str, Any], tokens: int) -> Completion:
         async def once() -> Completion:
@@ -226,11 +226,11 @@ class EndpointClient:
     async def ask(
         self, path: str, request: dict[str, Any], *, form: bool = False, idempotency_key: str = ""
     ) -> Any:
-        """What a route answers that is no chat completion: a JSON value. Raises what `create` raises.
+        """The answer, a JSON value, of a route other than chat completions. Raises what `create` raises.
 
         Args:
-            form: send the request as a multipart form in place of JSON.
-            idempotency_key: sent with every try, for servers that do once what has the same one.
+            form: send a multipart form in place of JSON.
+            idempotency_key: sent with every try, for servers that run requests of one key only once.
         """
         self._opened()
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
@@ -243,7 +243,7 @@ class EndpointClient:
         return await self._retried(once)
 
     async def get(self, path: str) -> bytes:
-        """The body of what is at a path. It costs nothing, so it waits for no budget and no slot.
+        """The body at a path, by GET. It is free, so it waits for no budget and no slot.
 
         Raises:
             EndpointError: as `create`; also where nothing is at the path (`status` 404).
@@ -271,7 +271,7 @@ class EndpointClient:
                 delay = spread if again.after is None else again.after + spread
                 logger.info("%s: %s; again in %.1f s", self.where, again.failure, delay)
                 await asyncio.sleep(delay)
-        raise AssertionError("the loop returns or raises")
+        raise AssertionError("unreachable")
 
     @asynccontextmanager
     async def _slot(self, tokens: int) -> AsyncIterator[None]:
@@ -289,14 +289,14 @@ class EndpointClient:
         try:
             return parse_body(data)
         except ValueError as error:
-            message = f"{self.where}: the answer is not readable: {self._told(error)}"
+            message = f"{self.where}: the answer is not readable: {self._message(error)}"
             raise _Again(RequestError(message)) from None
 
     async def _explained(self, sent: Awaitable[bytes]) -> bytes:
-        """The body of an answer. Raises `_Again` for a failure that another try may not have."""
+        """The body of an answer. Raises `_Again` for a failure that may pass."""
         try:
-            # The client's own limit is on every read: a server that sends a byte now and then
-            # would hold this slot for ever.
+            # The client's own limit is per read: a server that sends a byte now and then would hold this
+            # slot forever.
             async with asyncio.timeout(self.endpoint.timeout_s):
                 data = await sent
         except openai.APIStatusError as error:
@@ -305,7 +305,7 @@ class EndpointClient:
                 error.status_code, error.body, self._without_key(_said(error)), error.response.headers
             ) from None
         except (openai.APITimeoutError, TimeoutError) as error:
-            # The client takes every failure to connect for a timeout.
+            # The client reports every failure to connect as a timeout.
             if lost := _lost_connection(error):
                 raise _Again(self._unreachable(lost)) from None
             message = f"{self.where}: no answer in {self.endpoint.timeout_s:g} s"
@@ -316,38 +316,38 @@ class EndpointClient:
         return data
 
     async def _read(self, body: Any) -> Completion:
-        """The completion, which is in the account, or the failure that stands in its place."""
+        """The completion, charged to the account. Raises the error that the body has in place of one."""
         reply = await self._paid(read_completion(body))
         if reply.answered or reply.refusal or reply.usage.prompt + reply.usage.completion:
             return reply
         if reply.error is None:
             raise _Again(RequestError(f"{self.where}: the answer has no choices"))
-        # Some services answer 200 and put the error's status into the body, or none.
+        # Some services answer 200 with the error's status in the body, or with none.
         text = self._without_key(str(reply.error))
         codes = (str(reply.error.get(name)) for name in ("status", "code"))
-        told = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
-        status = told or (400 if about(400, reply.error, text) == "input" else 500)
+        given = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
+        status = given or (400 if about(400, reply.error, text) == "input" else 500)
         raise await self._failure(status, reply.error, text, {})
 
     async def _paid(self, reply: Completion) -> Completion:
-        """The answer with its cost, which is in the account: the one place where money is counted."""
+        """The answer with its cost, charged to the account: the only place where costs are counted."""
         prompt, completion = reply.usage.prompt, reply.usage.completion
         cost = (prompt * self.endpoint.prompt_price + completion * self.endpoint.completion_price) / 1e6
         usage = Usage(prompt, completion, cost)
         if reply.answered and not prompt + completion and self._priced:
-            logger.warning("%s tells no usage: its answers count as free", self.where)
-            self._priced = False  # told once
-        # Before another request may take its place.
+            logger.warning("%s reports no usage: its answers count as free", self.where)
+            self._priced = False  # logged once
+        # Before another request takes its slot.
         await self.account.charge(usage)
         return replace(reply, usage=usage)
 
     async def _post(self, path: str, request: dict[str, Any], options: dict[str, Any]) -> bytes:
-        # Answers that come together are worked on together, and the first next request leaves when the
-        # last is built. One at a time, each leaves when it is built.
+        # One request at a time: otherwise those that are ready together are all built before the first
+        # is sent.
         async with self._turn:
             await asyncio.sleep(0)
-        # `chat.completions.create` walks through the whole request to transform it, and makes a
-        # random key for each: a third of all that the client does. A plain dict needs none of that.
+        # `chat.completions.create` transforms the whole request and makes a random key for each: a third
+        # of the client's CPU time. A plain dict avoids that.
         assert self._client is not None
         merged = {"model": self.model, **request, **self.endpoint.request}
         body = {name: value for name, value in merged.items() if value is not None}
@@ -355,19 +355,19 @@ class EndpointClient:
         return await self._client.post(path, body=body, cast_to=bytes, options=known)
 
     async def _failure(self, status: int, body: Any, text: str, headers: Any) -> Exception:
-        told = f"{self.where}: {text[:500]}"
+        message = f"{self.where}: {text[:500]}"
         subject = about(status, body, text)
         if subject == "either":
-            # A key that was good before is most likely good still, and this input is refused.
+            # A key that worked before most likely still does, so the input is refused.
             self._forbidden += 1
             subject = "input" if self._answered and self._forbidden < MAX_FORBIDDEN else "account"
         if subject == "input":
-            return RequestError(told, status, filtered=True, body=text)
+            return RequestError(message, status, filtered=True, body=text)
         code = body.get("code") if isinstance(body, dict) else None
-        # OpenAI answers an empty account with 429, which no waiting mends.
+        # OpenAI answers an empty account with 429, but waiting does not help.
         if subject == "account" or status in STOPS or code == "insufficient_quota":
             return EndpointError(f"{self.where} refuses this: {text[:500]}", status, text)
-        failure = RequestError(told, status, body=text)
+        failure = RequestError(message, status, body=text)
         if (status not in RETRIED and status < 500) or status == 501:
             return failure
         if self.endpoint.structured == "auto" and about_schema(failure):
@@ -381,11 +381,11 @@ class EndpointClient:
 
     def _unreachable(self, error: BaseException) -> Exception:
         address = self.endpoint.base_url or "the client's default address"
-        message = f"{self.where}: cannot reach {address}: {self._told(error)}"
-        # A server that never answered is most likely not there; one that did may be restarting.
+        message = f"{self.where}: cannot reach {address}: {self._message(error)}"
+        # A server that never answered most likely does not exist; one that did may be restarting.
         return RequestError(message) if self._reached else EndpointError(message)
 
-    def _told(self, error: BaseException) -> str:
+    def _message(self, error: BaseException) -> str:
         return self._without_key(str(error))[:500]
 
     def _without_key(self, text: str) -> str:
@@ -393,25 +393,25 @@ class EndpointClient:
 
 
 def _found(reply: Completion, schema: dict[str, Any]) -> Completion:
-    """An answer that a server took whole for a thought is the answer all the same."""
+    """The answer, taken from its thoughts where a server mistook all of it for a thought."""
     if reply.text.strip() or schema_fault(reply.thoughts, schema) is not None:
         return reply
     return replace(reply, text=reply.thoughts)
 
 
 def _said(error: openai.APIStatusError) -> str:
-    """What a server said: the client's message, or all of the body where it took none from it."""
-    told = str(error)
-    if told != f"Error code: {error.status_code}":
-        return told
+    """The server's message, or the whole body where the client found none in it."""
+    message = str(error)
+    if message != f"Error code: {error.status_code}":
+        return message
     try:
-        return f"{told} - {error.response.text.strip()}"
+        return f"{message} - {error.response.text.strip()}"
     except (RuntimeError, UnicodeError):  # the body was not read
-        return told
+        return message
 
 
 class _Again(Exception):
-    """A try that failed in a way that another may not; `failure` is raised after the last."""
+    """A try that failed, to be repeated; `failure` is raised after the last."""
 
     def __init__(self, failure: Exception, after: float | None = None) -> None:
         super().__init__(str(failure))
@@ -419,7 +419,7 @@ class _Again(Exception):
 
 
 def _lost_connection(error: BaseException) -> BaseException | None:
-    """The connection's failure that an error comes from, if it is one and no timeout."""
+    """The connection failure behind an error, if there is one that is not a timeout."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, aiohttp.ClientConnectionError) and not isinstance(cause, TimeoutError):

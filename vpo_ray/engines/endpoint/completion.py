@@ -1,9 +1,9 @@
-"""What an endpoint's answer says, whichever server wrote it.
+"""Reads chat completions of any server.
 
-An answer that came was paid for, and is never asked for again because we could not read it. So what is
-read here is no more than what is used, each thing by itself, and nothing in an answer is an error of
-reading: tokens of usage first, then text, refusal, the reason of its end. OpenAI's shape is the common one;
-content in parts (Mistral), Anthropic's and Gemini's own shapes, and events of a stream are read as well.
+An answer was paid for, and is not requested again because it is hard to read. So only what is used is read,
+each field by itself, and no content is an error: usage first, then text, refusal, the reason it ended.
+OpenAI's form is the common one; content in parts (Mistral), Anthropic's and Gemini's forms, and stream events
+are read too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vpo_ray.engines.chat import Usage
 
 JsonObject = dict[str, Any]
 
-# Counts beyond these are no counts of tokens.
+# A higher number is not a token count.
 MAX_TOKENS = 10**12
-# Of Anthropic's count, which leaves them out of `input_tokens`.
+# Anthropic's, which are not part of its `input_tokens`.
 _CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _READ = ("prompt_tokens", "input_tokens", "promptTokenCount", "prompt_token_count", "prompt_eval_count")
 _WROTE = (
@@ -38,7 +38,7 @@ _FILTERED = ("filter", "safety", "prohibited", "blocklist", "blocked", "spii", "
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of the answer, and those that might have stood there with their log-probabilities."""
+    """A token of the answer, and the alternatives at its position with their log-probabilities."""
 
     token: str
     alternatives: list[tuple[str, float]]
@@ -46,16 +46,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an answer says.
+    """An answer.
 
     Attributes:
         usage: tokens read and written; its cost is set by the client, which knows the prices.
-        text: the text without parts that are thoughts; empty where there is none.
-        thoughts: the text of a field that is for thoughts; some servers put all of an answer there.
+        text: the text without thoughts; may be empty.
+        thoughts: the text of a field for thoughts, where some servers put the whole answer.
         finish: why it ended, in lower case.
-        refusal: why there is no answer, where the model or a filter says so.
-        answered: there is something that was generated, of whatever shape.
-        error: the error that stands in place of an answer.
+        refusal: why the model or a filter refused, or None.
+        answered: whether anything was generated.
+        error: the error in place of an answer.
     """
 
     usage: Usage = field(default_factory=Usage)
@@ -77,7 +77,7 @@ class Completion:
 
 
 def parse_body(data: bytes) -> Any:
-    """The JSON value of a response's body. Raises ValueError where it is none."""
+    """The JSON value of a response's body. Raises ValueError."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -88,7 +88,7 @@ def parse_body(data: bytes) -> Any:
 
 
 def read_completion(body: Any) -> Completion:
-    """What a chat completion says, of any JSON value; raises nothing."""
+    """The chat completion in any JSON value. Never raises."""
     body = _dict(body)
     usage, choice = _usage(body), _choice(body)
     try:
@@ -109,11 +109,11 @@ def read_completion(body: Any) -> Completion:
 
 
 def _choice(body: JsonObject) -> JsonObject:
-    """The first thing that was generated: a choice, a candidate, or the body itself."""
+    """The first generated item: a choice, a candidate, or the body itself."""
     for name in ("choices", "candidates", "output"):
         found = body.get(name)
         if isinstance(found, list):
-            # A Responses body has its thoughts as an item before the message.
+            # In a Responses body the thoughts are an item before the message.
             found = next((i for i in found if isinstance(i, dict) and i.get("type") != "reasoning"), {})
         if isinstance(found, dict) and found:
             return found
@@ -121,8 +121,8 @@ def _choice(body: JsonObject) -> JsonObject:
 
 
 def _finish(choice: JsonObject) -> str:
-    told = (choice.get(name) for name in _REASONS)
-    return str(next((value for value in told if value not in (None, "")), "unknown")).lower()
+    reasons = (choice.get(name) for name in _REASONS)
+    return str(next((value for value in reasons if value not in (None, "")), "unknown")).lower()
 
 
 def _error(body: JsonObject, choice: JsonObject) -> JsonObject | None:
@@ -134,7 +134,7 @@ def _error(body: JsonObject, choice: JsonObject) -> JsonObject | None:
 
 
 def _content(content: Any) -> str:
-    """The text of a message's content. An object that is no part is the answer itself, parsed by a server
+    """The text of a message's content. An object that is not a part is the answer itself, parsed by a server
     that was asked for JSON."""
     if isinstance(content, dict) and not {"type", "text", "parts", "content", "value"} & content.keys():
         return json.dumps(content, ensure_ascii=False)
@@ -156,8 +156,8 @@ def _text(part: Any) -> str:
 
 
 def _thoughts(message: Any) -> str:
-    told = (_dict(message).get(name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return next((_clean(value) for value in told if value and isinstance(value, str)), "")
+    fields = (_dict(message).get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return next((_clean(value) for value in fields if value and isinstance(value, str)), "")
 
 
 def _is_thought(part: JsonObject) -> bool:
@@ -166,7 +166,7 @@ def _is_thought(part: JsonObject) -> bool:
 
 
 def _refusal(body: JsonObject, choice: JsonObject, message: Any, content: Any, text: str) -> str:
-    """What says that the model declined, or that a filter took the question or the answer."""
+    """The statement that the model declined, or that a filter blocked the question or the answer."""
     parts = content if isinstance(content, list) else []
     for holder in (message, *parts):
         said = holder.get("refusal") if isinstance(holder, dict) else None
@@ -181,7 +181,7 @@ def _refusal(body: JsonObject, choice: JsonObject, message: Any, content: Any, t
 
 
 def _filtered(results: Any) -> bool:
-    """Whether Azure's filter results say so anywhere."""
+    """Whether any of Azure's filter results says `filtered`."""
     if isinstance(results, list):
         return any(_filtered(item) for item in results)
     if not isinstance(results, dict):
@@ -190,11 +190,11 @@ def _filtered(results: Any) -> bool:
 
 
 def _usage(body: JsonObject) -> Usage:
-    """Tokens, from wherever they stand. What only the sum counts was written: thoughts, by some servers."""
+    """Token counts, wherever they are. What only the total includes was written: some servers' thoughts."""
     choices = body.get("choices")
     holders = [body, _dict(choices), _dict(body.get("x_groq"))]
-    told = [_dict(holder.get(name)) for holder in holders for name in _USAGES]
-    for counts in (*told, body):
+    found = [_dict(holder.get(name)) for holder in holders for name in _USAGES]
+    for counts in (*found, body):
         prompt, wrote, total = (_count(counts, names) for names in (_READ, _WROTE, _BOTH))
         if prompt is None and wrote is None and total is None:
             continue
@@ -230,7 +230,7 @@ def _tokens(logprobs: Any) -> Iterator[TokenLogprob]:
         if isinstance(top, dict):
             top = [{"token": token, "logprob": value} for token, value in top.items()]
         found = [_alternative(other) for other in [*(top if isinstance(top, list) else []), item]]
-        # The token itself is mostly among the alternatives.
+        # The token itself is usually among the alternatives.
         known = dict(other for other in reversed(found) if other is not None)
         yield TokenLogprob(item["token"], list(known.items()))
     legacy = _dict(logprobs)
@@ -251,7 +251,7 @@ def _alternative(item: Any) -> tuple[str, float] | None:
 
 
 def _of_stream(text: str) -> JsonObject:
-    """A completion from the events of a stream, which some servers send unasked."""
+    """A completion from stream events, which some servers send unasked."""
     chunks = []
     for line in text.split("\n"):
         data = line.removeprefix("data:").strip()
@@ -285,5 +285,5 @@ def _dict(value: Any) -> JsonObject:
 
 
 def _clean(text: str) -> str:
-    """Text that every table and file takes: half a character becomes U+FFFD."""
+    """Text that every table and file can hold: a lone surrogate becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,6 +1,6 @@
-"""What an endpoint's error is about: the settings, one input, the form of the answer, or the moment.
+"""The cause of an endpoint's error: the settings, one input, the requested form, or a passing condition.
 
-Services say it with every status and in every wording, so their codes, keys and words are looked at.
+Services use all kinds of statuses and wordings, so their codes, keys and words are searched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 # Wrong settings or an empty account, not a wrong request.
 STOPS = frozenset({401, 402, 403, 404})
 RETRIED = frozenset({408, 409, 425, 429})
-# Of an error's text that is looked at.
+# Characters of an error's text that are searched.
 LOOKED_AT = 20_000
 
 
@@ -33,7 +33,7 @@ class EndpointError(ValueError):
 
 
 class RequestError(RuntimeError):
-    """One request that the endpoint did not answer; others may be.
+    """One request that the endpoint did not answer; others may succeed.
 
     Attributes:
         status: HTTP status, or None where there was no answer at all.
@@ -49,7 +49,7 @@ class RequestError(RuntimeError):
 
 
 # Codes of a refused input, without case and punctuation: OpenAI, Azure, OpenRouter, Gemini, DashScope,
-# Volcengine, MiniMax, Zhipu (1301), Bedrock and others have such words in theirs.
+# Volcengine, MiniMax, Zhipu (1301), Bedrock and others use such words.
 _CODE = re.compile(
     "contentfilter|contentpolicy|policyviolation|moderat|datainspection|prohibitedcontent|sensitive"
     "|flagged|safety|guardrail|inappropriate|unsafe|riskcontrol|invalidprompt|blocklist|harmful|^1301$"
@@ -83,7 +83,7 @@ _ACCOUNT = re.compile(
     | 欠费 | 余额 | 权限 | 密钥 | 账户 | 账号""",
     re.VERBOSE | re.IGNORECASE,
 )
-# An account that was shut, for what it asked before: nothing of this input.
+# An account that was suspended, for earlier requests: this says nothing about the input.
 _SHUT = re.compile(
     r"(?:account|organi[sz]ation|api[\s_-]*key|access|project)\b[^.]{0,40}"
     r"(?:suspend|deactivat|disabled|banned|blocked|terminated|revoked|restricted|flagged)",
@@ -103,12 +103,12 @@ _LENGTH = re.compile(
 
 
 def about(status: int, body: Any, text: str) -> Literal["input", "account", "either", "other"]:
-    """What an error is about: an input that is refused by what it says, the account or key, one of both
-    (403 alone), or something else.
+    """What an error is about: an input refused for its content, the account or key, either of these (a bare
+    403), or something else.
 
     Args:
-        body: the JSON value of the error, whatever it is.
-        text: all of it as text.
+        body: the JSON value of the error.
+        text: the same as text.
     """
     text = text[:LOOKED_AT]
     if status in (401, 402):
@@ -138,19 +138,19 @@ def about_schema(error: EndpointError | RequestError) -> bool:
 
 
 def maybe_schema(error: EndpointError | RequestError) -> bool:
-    """Whether an error may come from a JSON schema though it does not say so."""
+    """Whether an error may be due to a JSON schema although it does not say so."""
     status = error.status or 0
     refused = status >= 400 and status not in {401, 402, 403, 413, *RETRIED}
     return refused and not error.filtered and _LENGTH.search(error.body[:LOOKED_AT]) is None
 
 
 def may_pass(error: EndpointError | RequestError) -> bool:
-    """Whether an error may be of the moment alone, and says nothing of the requests that follow."""
+    """Whether an error may be temporary, and says nothing about later requests."""
     return (error.status or 0) >= 500 and error.status != 501 and not about_schema(error)
 
 
 def _leaves(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Every key of an error without case and punctuation, with what stands there as text."""
+    """Every key of an error, without case and punctuation, with its value as text."""
     if depth > 20:
         return
     if isinstance(value, dict):

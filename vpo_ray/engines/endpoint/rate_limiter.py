@@ -1,4 +1,4 @@
-"""The budget of requests and tokens a minute that all replicas of an endpoint's clients share."""
+"""The budget of requests and tokens a minute that all clients of an endpoint share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from vpo_ray.engines.endpoint.failures import RequestError
 
 
 class RateLimiter:
-    """Spaces requests so that a minute has no more of them, and of their tokens, than it may.
+    """Spaces requests so that no minute exceeds the limits of requests and tokens.
 
-    Requests are spread evenly: there is no burst at the start of a minute, nor after this object
-    was lost with its process and made again. Whoever calls gives the limits, so that two runs may
-    share one object.
+    Requests are spread evenly, without a burst at the start of a minute or after this object was lost with
+    its process. Callers pass the limits, so that two runs may share one object.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -27,8 +26,8 @@ class RateLimiter:
         """Seconds to wait before a request of so many tokens is sent.
 
         Args:
-            tokens: an estimate of what it reads and writes; see `refund`.
-            per_minute: how many requests, how many tokens.
+            tokens: an estimate of prompt and completion tokens; see `refund`.
+            per_minute: limits of requests and of tokens; None is no limit.
         """
         now = self._now()
         request_at, tokens_at = max(now, self._request_at), max(now, self._tokens_at)
@@ -39,16 +38,16 @@ class RateLimiter:
         return max(request_at, tokens_at) - now
 
     def refund(self, unused: int, tokens_per_minute: int) -> None:
-        """Give back tokens that were reserved and not used (or, negative, take those that were)."""
+        """Return reserved tokens that were not used (negative: reserve more)."""
         self._tokens_at -= 60 * unused / tokens_per_minute
 
     def pause(self, seconds: float) -> None:
-        """Let no request pass for so long: the server asked for it."""
+        """Hold all requests for so many seconds, as the server asked."""
         self._request_at = max(self._request_at, self._now() + seconds)
 
 
 class ClusterRateLimiter:
-    """One `RateLimiter` for the whole cluster: a named Ray actor, made by whoever comes first."""
+    """One `RateLimiter` for the whole cluster: a named Ray actor, made by the first caller."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -58,7 +57,7 @@ class ClusterRateLimiter:
         import ray
 
         for _ in range(5):
-            # It dies with the process that made it; the next caller makes another.
+            # It dies with the process that made it; the next caller makes a new one.
             if self._actor is None:
                 options = {"name": self._name, "namespace": "vpo_ray", "get_if_exists": True, "num_cpus": 0}
                 self._actor = await asyncio.to_thread(ray.remote(RateLimiter).options(**options).remote)
@@ -66,11 +65,11 @@ class ClusterRateLimiter:
                 return await getattr(self._actor, method).remote(*arguments)
             except ray.exceptions.RayActorError:
                 self._actor = None
-        raise RequestError("the cluster's budget of requests cannot be had: its actor died five times")
+        raise RequestError("the cluster's rate limiter is not available: its actor died five times")
 
 
 class LocalRateLimiter:
-    """A rate limiter of this process only, where no budget is shared."""
+    """A rate limiter of this process only."""
 
     def __init__(self) -> None:
         self._limiter = RateLimiter()

@@ -1,4 +1,4 @@
-"""Reward models: a score of a video, and the answers and dimensions that it comes from.
+"""Reward models: the score of a video, with the answers and dimensions it is made of.
 
 Every reward has one interface, `RewardModel`, and is built by the name in `reward.kind` of the recipe:
 one of `KINDS`, or another's (see `recipe.plugins`).
@@ -14,7 +14,7 @@ from typing import Protocol
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.recipe import Reward, plugins
 
-# Recipe name -> module; imported when asked for, because they bring torch.
+# Recipe name -> module; imported on demand, because they import torch.
 KINDS = {
     "visionreward": "vpo_ray.engines.reward.visionreward",
     "openai": "vpo_ray.engines.reward.endpoint",
@@ -27,7 +27,7 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """One answer: `question` counts from 1, `probability` is that of yes against no."""
+    """One answer: `question` counts from 1, `probability` is P(yes) among yes and no."""
 
     question: int
     yes: bool
@@ -36,8 +36,8 @@ class QuestionAnswer:
 
 @dataclass(frozen=True)
 class Scored:
-    """A scored video. `neither` counts answers whose most likely token is neither yes nor no:
-    a broken tokenizer or template shows as a high count."""
+    """A scored video. `neither` counts answers whose most likely token is neither yes nor no; a broken
+    tokenizer or template gives a high count."""
 
     answers: list[QuestionAnswer]
     dimensions: dict[str, float]
@@ -58,7 +58,7 @@ def build(settings: Reward, account: Account | None = None) -> RewardModel:
     """The reward model of a recipe, loaded and ready. Raises ValueError when it cannot be loaded.
 
     Args:
-        account: what the answers of an endpoint are paid into.
+        account: the answers of an endpoint are charged to it.
     """
     if settings.is_plugin:
         model: RewardModel = plugins.find(settings).build(settings)

@@ -1,4 +1,4 @@
-"""The checklist: yes/no questions about a video, their weights, and the score of the answers."""
+"""The checklist: yes/no questions about a video with weights, and the score of the answers."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Question:
     dimension: str | None
 
     def ask(self, query: str) -> str:
-        """The question with the user's query in its slot, where it has one, as VisionReward was trained
-        on it. A slot in the query itself stays as text."""
+        """The question with the user's query in its slot, if it has one, as VisionReward was trained. A slot
+        in the query itself stays as text."""
         return self.text.replace(SLOT, query)
 
     def ask_quoted(self, query: str) -> str:
-        """The question with the query as a JSON string, in place of the slot and the quotation marks
-        around it: no text of a query ends it. For models that were not trained on the question."""
+        """The question with the query as a JSON string in place of the slot and the quotation marks around
+        it, so that no query can end the string. For models that were not trained on the question."""
         return _SLOT.sub(lambda _: quoted(query), self.text)
 
 
@@ -49,7 +49,7 @@ class LoadedChecklist:
     questions: tuple[Question, ...]
 
     def score(self, yes: Sequence[bool], convention: Convention) -> tuple[float, dict[str, float]]:
-        """Score of one answer per question, and the part of it that each dimension adds.
+        """The score of one answer per question, and each dimension's part of it.
 
         `sum01` adds the weights of the questions answered yes (VisionReward paper eq. 4, VPO);
         `mean_pm1` averages weight * (+1 for yes, -1 for no) over all n questions (VisionReward's
@@ -74,10 +74,9 @@ def load_checklist(settings: recipe.Checklist | None) -> LoadedChecklist:
     """Read the checklist of a recipe: our YAML, or published questions with their weights.
 
     Raises:
-        ChecklistError: a file that cannot be read or parsed, another number of weights than of
-            questions, a weight that is no finite number, a dimension that covers no or the same
-            question, or a question of a dimension named alignment without the `[[prompt]]` slot; or
-            there is none.
+        ChecklistError: there is none, a file that cannot be read or parsed, unequal numbers of weights and
+            questions, a weight that is not finite, a question in no dimension or in two, or a question
+            of a dimension named alignment without the `[[prompt]]` slot.
     """
     if settings is None:
         raise ChecklistError("the reward has no checklist")

@@ -1,8 +1,8 @@
 """The published CogVLM2-Video checkpoint: its config.json, its tensor names, and how it is read.
 
-Tensors are read by their published names from safetensors files (one, or shards with an index),
-straight into a model built on the meta device: one shard is open at a time, so that 12.5 B
-parameters never lie in memory twice. No remote code is run.
+Tensors are read by their published names from safetensors files (one, or shards with an index), directly into
+a model built on the meta device, one open shard at a time, so that 12.5 B parameters are never in memory
+twice. No remote code is run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TensorShape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
-    """A folder that is not a usable CogVLM2-Video checkpoint; the message names what is wrong."""
+    """A folder that is not a usable CogVLM2-Video checkpoint; the message says why."""
 
     stops_run = True  # see stream/stops.py
 
@@ -91,10 +91,11 @@ def read_config(folder: str | Path) -> Config:
     vision = config.vision
     positions = vision.grid**2 + 1
     wrong = {
-        "hidden_size is no multiple of num_attention_heads": config.hidden_size % config.num_attention_heads,
-        "num_attention_heads is no multiple of num_multi_query_heads": config.num_attention_heads
+        "hidden_size is not a multiple of num_attention_heads": config.hidden_size
+        % config.num_attention_heads,
+        "num_attention_heads is not a multiple of num_multi_query_heads": config.num_attention_heads
         % config.num_multi_query_heads,
-        "vision_config.hidden_size is no multiple of num_heads": vision.hidden_size % vision.num_heads,
+        "vision_config.hidden_size is not a multiple of num_heads": vision.hidden_size % vision.num_heads,
         "vision_config: an odd number of patches a side cannot be merged 2 x 2": vision.grid % 2,
         f"vision_config.num_positions is {vision.num_positions}, {vision.grid} x {vision.grid} patches and "
         f"cls make {positions}": vision.num_positions != positions,

@@ -1,8 +1,8 @@
 """A vision-language model behind an OpenAI-compatible endpoint as the reward.
 
 It answers the same checklist as VisionReward, from frames chosen the same way and sent as images.
-Frames come first in every request, so that an endpoint with prefix caching reads a video once.
-Where the endpoint gives log-probabilities, an answer has a real probability; otherwise 0 or 1.
+Frames come first in every request, so that an endpoint with prefix caching reads a video once. Where the
+endpoint gives log-probabilities, an answer has a real probability; otherwise it is 0 or 1.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _SCHEMA = {
     "required": ["answer"],
     "additionalProperties": False,
 }
-# What must be in an answer that no grammar held to the schema.
+# The least that an answer must have where the schema was not enforced.
 _LEAST = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 
 
 class EndpointReward:
-    """Asks every question in a request of its own, `reward.endpoint.concurrency` at once.
+    """Asks every question in its own request, `reward.endpoint.concurrency` at once.
 
     Attributes:
         prompt_tokens, completion_tokens: what the endpoint reported so far.
@@ -93,7 +93,7 @@ class EndpointReward:
         if self.settings.endpoint.logprobs:
             request |= {"logprobs": True, "top_logprobs": 5}
         try:
-            # Images are most of what is read; how many tokens, only the endpoint knows.
+            # Images are most of the tokens; how many, only the endpoint knows.
             reply = await self._client.create(request, tokens=1000 * len(images), schema=_SCHEMA)
         except RequestError as error:
             raise RewardError(f"question {number}: the endpoint failed: {error}") from error
@@ -111,7 +111,7 @@ class EndpointReward:
 
 
 async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or the first error once none is under way any more: what comes then is paid for, too."""
+    """All results, or the first error once all have ended: every answer is paid for."""
     tasks = [asyncio.ensure_future(one) for one in asked]
     if tasks:
         await asyncio.wait(tasks)
@@ -119,18 +119,17 @@ async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def build(settings: Reward, account: Account | None = None) -> EndpointReward:
-    """The reward of a recipe with `kind: openai`; what it asks is paid into the account.
+    """The reward of a recipe with `kind: openai`; its answers are charged to the account.
 
     Raises:
         EndpointError: the variable with the key is not set.
-        ChecklistError: see `checklist.load`.
+        ChecklistError: see `load_checklist`.
     """
     return EndpointReward(settings, account)
 
 
 def _parse(text: str, number: int) -> bool:
-    """An answer is the JSON object asked for, or its one word; anything else is an error, never a silent
-    no."""
+    """Yes or no, from the JSON object or a single word; anything else is an error, never a silent no."""
     said = find_object(text, _LEAST)
     word = _word(said if schema_fault(said, _LEAST) is not None else json.loads(said, strict=False)["answer"])
     if word not in ("yes", "no"):
@@ -139,9 +138,9 @@ def _parse(text: str, number: int) -> bool:
 
 
 def _probability(tokens: Sequence[TokenLogprob], yes: bool) -> float | None:
-    """Yes against no among the alternatives of the answer's own token; None when it is not found.
+    """P(yes) among yes and no, from the alternatives of the answer's own token; None if it is not found.
 
-    It is the last that says what the answer is: a model that thinks aloud says both before.
+    That is the last such token: a model that thinks aloud says both before.
     """
     said = "yes" if yes else "no"
     token = next((token for token in reversed(tokens) if _word(token.token) == said), None)
@@ -160,7 +159,7 @@ def _word(text: str) -> str:
 
 
 def _image(frame: np.ndarray) -> dict[str, Any]:
-    """A frame as an image part: JPEG of high quality, a tenth of a PNG's upload for every question."""
+    """A frame as an image part: high-quality JPEG, a tenth of the size of a PNG."""
     from PIL import Image
 
     stream = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Video in: an mp4's bytes or address to the frames that the reward model looks at, and their pixels.
+"""Frames of a video (an mp4's bytes or address) for the reward model, and their pixels.
 
-Frame choice, resize and crop follow VisionReward's `inference-video.py` and CogVLM2-Video's
-processor exactly: the scores of a checkpoint mean something only for the input it was trained on.
+Frame choice, resize and crop follow VisionReward's `inference-video.py` and CogVLM2-Video's processor
+exactly: a checkpoint's scores are valid only for the input it was trained on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def choose_frames(timestamps: Sequence[float], fps: float, strategy: Strategy) -> list[int]:
-    """Indices of the frames to look at.
+    """Indices of the chosen frames.
 
     Args:
         timestamps: seconds of every frame, in display order.
@@ -47,7 +47,7 @@ def choose_frames(timestamps: Sequence[float], fps: float, strategy: Strategy) -
 
 
 def read_frames(video: bytes | str, pick: Callable[[list[float], float], list[int]]) -> np.ndarray:
-    """Decode some frames of a video: uint8 RGB (T, H, W, 3).
+    """Decode frames of a video: uint8 RGB (T, H, W, 3).
 
     Args:
         video: an mp4 or another file that FFmpeg reads: its bytes, its path, or a URI of any scheme
@@ -94,7 +94,7 @@ def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tu
 
 
 def _decode(container: av.container.InputContainer, stream: av.VideoStream, chosen: list[int]) -> np.ndarray:
-    """Frames are converted to RGB only where chosen; decoding stops after the last of them."""
+    """The chosen frames in RGB; decoding stops after the last of them."""
     wanted, found = set(chosen), {}
     for index, frame in enumerate(container.decode(stream)):
         if index in wanted:

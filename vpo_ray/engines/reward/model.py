@@ -1,12 +1,11 @@
 """CogVLM2-Video on transformers' own Llama, and the pass that answers all questions at once.
 
-Videos and questions are packed into one row without padding: [prefix][tree of questions] for each
-video. Everything but attention sees one long row; attention runs within a prefix, and from a group of
-chains to their prefix, their ancestors and themselves, so that no other pair costs anything. The last
-layer computes the tokens where an answer is read, and of all others their keys and values only.
-Two habits of the reference's bfloat16 arithmetic are kept, because answers near the boundary
-depend on them: the rotation's angles are computed in the model's dtype, and RMSNorm multiplies by
-its weight before the one cast at the end.
+Videos and questions are packed into one row without padding: [prefix][tree of questions] for each video.
+Everything but attention sees one long row. Attention runs within a prefix, and from a group of chains to
+their prefix, their ancestors and themselves, so that no other pair costs anything. The last layer computes
+only the tokens where an answer is read, and keys and values of the others.
+Two details of the reference's bfloat16 arithmetic are kept, because answers near the boundary depend on them:
+rotary angles are computed in the model's dtype, and RMSNorm multiplies by its weight before the final cast.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class LastLayer(LlamaDecoderLayer):
-    """With `read`, the layer's output at these tokens alone: (1, len(read), hidden_size)."""
+    """With `read`, the layer's output at these tokens only: (1, len(read), hidden_size)."""
 
     def forward(
         self,
@@ -276,8 +275,8 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def group_size(device: torch.device) -> int:
-    """Chains of one attention call: one on a CPU, where a small product without waste is the
-    cheapest; all on a GPU, where a call costs more than the masked part of it."""
+    """Number of chains in one attention call: one on a CPU, where small products without waste are fastest;
+    all on a GPU, where a call costs more than its masked part."""
     return 1 if device.type == "cpu" else 1 << 30
 
 
@@ -291,7 +290,7 @@ def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
         for i in range(0, len(layout.chains), size):
             chains = layout.chains[i : i + size]
             begin, end = chains[0].start, chains[-1].end
-            # The tokens that the group sees outside of itself are its ancestors'.
+            # Outside of itself the group sees its ancestors' tokens.
             rows = sees[begin - layout.prefix : end - layout.prefix]
             columns = rows.any(0).nonzero()[:, 0]
             mask = F.pad(rows[:, columns], (layout.prefix, 0), value=True)
@@ -306,8 +305,8 @@ def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
 
 
 def _sees(layout: Layout) -> torch.Tensor:
-    """True where a question token (row) sees another (column): its ancestors' and its own chain so far;
-    both are counted from the end of the prefix."""
+    """True where a question token (row) sees another (column): those of its ancestors, and earlier ones of
+    its own chain. Both are counted from the end of the prefix."""
     count = len(layout.tokens.ids) - layout.prefix
     sees = torch.zeros(count, count, dtype=torch.bool)
     for number, chain in enumerate(layout.chains):
@@ -325,7 +324,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
 
 
 def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Products in the model's dtype, softmax in float32: what the reference does under padding."""
+    """Products in the model's dtype, softmax in float32, as the reference does with padding."""
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     weights = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5

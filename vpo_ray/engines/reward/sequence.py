@@ -1,9 +1,9 @@
-"""What the model reads: token ids and positions of a video and the questions about it.
+"""The model's input: token ids and positions of a video and the questions about it.
 
-A sequence is [bos][frames][question]. Frames and bos are the prefix that all questions share, and
-questions that begin alike ("Is the ...") share their beginnings too: one pass lays out the prefix and
-then the tree of questions, each token at the position that it has in its own sequence. Templates and
-positions are those of CogVLM2-Video's own input builder.
+A sequence is [bos][frames][question]. All questions share the prefix of bos and frames, and questions that
+begin alike ("Is the ...") share their beginnings too: one row has the prefix and then the tree of questions,
+each token at the position that it has in its own sequence. Templates and positions are those of
+CogVLM2-Video's own input builder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TEXT = {"chat": "Question: {} Answer:", "vqa": "Question: {} Short answer:", "b
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids, positions and which of them are places for vision tokens; all of one length."""
+    """Ids, positions, and which are placeholders of vision tokens; all of the same length."""
 
     ids: list[int]
     positions: list[int]
@@ -28,7 +28,7 @@ class Tokens:
 
 
 class QuestionChain(NamedTuple):
-    """Tokens [start, end) that every question through them has, and the chain that they follow."""
+    """Tokens [start, end) that some questions share, and the chain before them."""
 
     start: int
     end: int
@@ -41,7 +41,7 @@ class Layout:
 
     Args:
         prefix: the tokens 0 to `prefix` are the video's.
-        chains: the tree of questions behind them, every parent before its children.
+        chains: the tree of questions after them, every parent before its children.
         last: index of each question's last token, where its answer is read.
     """
 
@@ -51,7 +51,7 @@ class Layout:
     last: list[int]
 
     def ancestors(self, chain: int) -> list[int]:
-        """The chains before this one, the first first."""
+        """The chains before this one, in order."""
         found: list[int] = []
         parent = self.chains[chain].parent
         while parent is not None:

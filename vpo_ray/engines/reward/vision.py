@@ -1,4 +1,4 @@
-"""CogVLM2-Video's eyes: the EVA2-CLIP-E tower and the adapter to the language model.
+"""The vision part of CogVLM2-Video: the EVA2-CLIP-E tower and the adapter to the language model.
 
 Module names are the checkpoint's, below `model.vision.`.
 """

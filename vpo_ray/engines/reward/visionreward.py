@@ -1,7 +1,7 @@
 """VisionReward: CogVLM2-Video answers a checklist about a video, all questions in one pass.
 
-A video is decoded once, its frames are encoded once, and one forward reads every question's
-answer from the logits of its last token. What the reference does 29 times is done once.
+A video is decoded once, its frames are encoded once, and one forward pass gives every question's answer in
+the logits of its last token. The reference does each of these 29 times.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Rule:
     kind: str
 
     def decide(self, logits: torch.Tensor) -> tuple[list[bool], list[float], int]:
-        """Answers and probabilities of yes against no for logits (questions, vocabulary), and how
-        many most likely tokens are neither."""
+        """Answers and P(yes) among yes and no for logits (questions, vocabulary), and the number of questions
+        whose most likely token is neither."""
         margin = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
         top = logits.argmax(-1)
         is_yes = torch.isin(top, torch.tensor(self.yes, device=top.device))
@@ -50,7 +50,7 @@ class Rule:
 
 
 class VisionReward:
-    """The published reward model behind the reward interface. Built by `build`."""
+    """The published reward model. Built by `build`."""
 
     def __init__(self, settings: Reward) -> None:
         self.settings = settings
@@ -78,7 +78,7 @@ class VisionReward:
         except torch.OutOfMemoryError as error:
             if len(videos) == 1:
                 return [RewardError(f"out of memory with this video alone: {error}")]
-        log.warning("out of memory with %d videos at once, going on one by one", len(videos))
+        log.warning("out of memory with %d videos at once, continuing one by one", len(videos))
         torch.cuda.empty_cache()
         return [self.score([v], [q])[0] for v, q in zip(videos, queries, strict=True)]
 
@@ -88,7 +88,7 @@ class VisionReward:
     def logits(
         self, videos: Sequence[bytes | str], queries: Sequence[str]
     ) -> list[torch.Tensor | RewardError]:
-        """For each video the logits (questions, vocabulary) where the answers are read, or why not."""
+        """For each video the logits (questions, vocabulary) of the answers, or the error."""
         results: dict[int, torch.Tensor | RewardError] = {}
         pixels: dict[int, torch.Tensor] = {}
         layouts: dict[int, sequence.Layout] = {}
@@ -110,7 +110,7 @@ class VisionReward:
     def layout(
         self, frame_count: int, query: str, questions: Sequence[checklist.Question] | None = None
     ) -> sequence.Layout:
-        """The row of tokens that asks questions (all of the checklist) about a video."""
+        """The row of tokens with the questions (default: the whole checklist) about a video."""
         s, config = self.settings, self.model.config
         tokens, placeholder = config.vision.frame_tokens, config.pad_token_id
         before = sequence.prefix(self.tokenizer, s.template, frame_count, tokens, placeholder)
@@ -132,8 +132,8 @@ def build(settings: Reward) -> VisionReward:
     """Load the checkpoint and checklist that a recipe names.
 
     Raises:
-        CheckpointError: see `model.load`; also a tokenizer that does not fit.
-        ChecklistError: see `checklist.load`.
+        CheckpointError: see `load_reward_model`; also a tokenizer that does not fit.
+        ChecklistError: see `load_checklist`.
     """
     return VisionReward(settings)
 
@@ -150,14 +150,14 @@ def _folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(
-            f"reward.model: {name} is no folder here and no hub id that could be fetched: {error}"
+            f"reward.model: {name} is neither a folder here nor a hub id that could be fetched: {error}"
         ) from error
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder}: no tokenizer.json; the reward model reads a fast tokenizer only")
-    # The plain class: AutoTokenizer would ask about the remote code that config.json names.
+    # The plain class, because AutoTokenizer would ask about the remote code in config.json.
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
