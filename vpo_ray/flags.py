@@ -1,9 +1,8 @@
 """Generator flags in a user's query: `-ar 16:9`, `--neg blur, text`, `-camera zoom in`.
 
-Users of video services write settings of the generator behind their query. Curation takes them out
-of the text into a column of their own, and serving can do the same. Nothing is lost: `join_flags` puts a
-query together again. Known are the flags of Pika and Midjourney, in the forms in which people type
-them in the queries that VPO released.
+Users of video services write settings of the generator after their query. Curation moves them to a separate
+column, as serving can. Nothing is lost: `join_flags` restores a query. Known are the flags of Pika and
+Midjourney, in the forms found in the queries that VPO released.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Flag(NamedTuple):
 
 ROUNDS = 16
 
-# Short and mistyped names, by what they stand for.
+# Short and mistyped names, and their meaning.
 _ALIASES = {
     "m": "motion", "cam": "camera", "camer": "camera", "as": "ar", "aspect": "ar", "negative": "neg",
     "nge": "neg", "no": "neg", "version": "v", "s": "stylize", "q": "quality", "seeds": "seed",
@@ -34,8 +33,8 @@ _TURN = (
 )
 _MOVE = rf"(?:(?:zoom|pan|rotate|tilt|orbit|{_TURN})(?![\w:]))"
 _GAP = r"[ \t]*[,:=]?[ \t]*"
-# A dash inside a word is a hyphen ("slow-motion 4"): there, one dash makes a flag only of names that
-# are no English words.
+# A dash inside a word is a hyphen ("slow-motion 4"): there a single dash starts a flag only with a name that
+# is not an English word.
 _START = r"(?: (?<![\w–—-])[-–—]{1,2} | (?<=\w)(?:--|[–—]) | (?<=\w)-(?=ar|fps|gs|seed|neg) )"
 _HEAD = re.compile(
     rf"""
@@ -57,7 +56,7 @@ _LOOSE = " \t\n,-–—"  # what users put between flags
 
 
 def split_flags(query: str) -> tuple[str, tuple[Flag, ...]]:
-    """A query as its text and its flags, in the order in which they stand.
+    """A query as its text and its flags, in order.
 
     What only looks like a flag (no value, or one of the wrong kind) stays text. Taking a flag out may join
     the parts of another, so this repeats until none is left: splitting what `join_flags` made of a split
@@ -73,7 +72,7 @@ def split_flags(query: str) -> tuple[str, tuple[Flag, ...]]:
 
 
 def join_flags(text: str, flags: Sequence[Flag]) -> str:
-    """What the user meant, as one query: the text, and the flags behind it."""
+    """One query: the text, followed by the flags."""
     return " ".join([*([text] if text else []), *(f"-{name} {value}".rstrip() for name, value in flags)])
 
 
@@ -85,7 +84,7 @@ def _find(query: str) -> Iterator[tuple[int, int, Flag]]:
         kind = next(name for name in _KINDS if head[name] is not None)
         name, end = head[kind].lower(), head.end()
         if kind == "free":
-            # Free text goes on to the next flag, the end of the line or of a bracket.
+            # Free text extends to the next flag, the end of the line or of a bracket.
             stop = _STOP.search(query, end, bound)
             end = stop.start() if stop else bound
             value = query[head.end() : end].strip(_LOOSE)
@@ -99,7 +98,7 @@ def _find(query: str) -> Iterator[tuple[int, int, Flag]]:
 
 
 def _without(query: str, spans: list[tuple[int, int]]) -> str:
-    """The query without these spans, nor what only stood between them."""
+    """The query without these spans and what separated them."""
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), len(query)]
     pieces = [query[end:start].rstrip(_LOOSE) for end, start in zip(ends, starts, strict=True)]

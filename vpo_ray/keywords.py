@@ -1,13 +1,13 @@
-"""A list of words and phrases, and whether a text has one: for the safety gate and for curation.
+"""Search a text for words and phrases of a list: for the safety gate and for curation.
 
-A file has a word or phrase a line; `#` at the beginning of a line, or behind white space, begins a
-comment. Text and list are compared as a reader sees them: in any case, whatever the form of the
-characters (full width, ligatures, circled), with or without marks on letters, and without what
-cannot be seen (soft hyphens, zero-width and bidirectional characters, variation selectors, tags).
+A file has a word or phrase per line; `#` at the start of a line, or after white space, starts a comment. Text
+and list are compared as a reader sees them: in any case, in any form of the characters (full width,
+ligatures, circled), with or without marks on letters, and without invisible characters (soft hyphens,
+zero-width and bidirectional characters, variation selectors, tags).
 
-A word is found whole ("ass" is not in "class"), one of a script that is written without spaces
-anywhere. Between the words of a phrase may be any white space or punctuation. A term with symbols
-("c++", "f*ck", an emoji) is found as it stands.
+Only whole words match ("ass" is not in "class"), except in scripts written without spaces. The words of a
+phrase may be separated by any white space or punctuation. A term with symbols ("c++", "f*ck", an emoji) must
+match exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class KeywordFileError(ValueError):
 
 
 class _Lazy(dict[int, str]):
-    """A table for `str.translate` that is filled as characters come."""
+    """A table for `str.translate` that is filled on demand."""
 
     def __init__(self, of: Callable[[str], str]) -> None:
         self.of = of
@@ -37,10 +37,10 @@ class _Lazy(dict[int, str]):
 
 
 class KeywordList:
-    """Terms to look for.
+    """Terms to search for.
 
     Args:
-        terms: words and phrases; ones of white space and punctuation alone are left out.
+        terms: words and phrases; those of only white space and punctuation are ignored.
     """
 
     def __init__(self, terms: Iterable[str]) -> None:
@@ -58,18 +58,18 @@ class KeywordList:
 
     @classmethod
     def read(cls, path: str | Path) -> KeywordList:
-        """The terms of a file. Raises KeywordFileError when it cannot be read, or holds none."""
+        """The terms of a file. Raises KeywordFileError if it cannot be read or has none."""
         try:
             lines = read_lines(path)
         except TextFileError as error:
             raise KeywordFileError(str(error)) from error
         found = cls(_COMMENT.split(line, maxsplit=1)[0] for line in lines)
         if not found.size:
-            raise KeywordFileError(f"{path} holds no word; give one a line")
+            raise KeywordFileError(f"{path} holds no word; write one per line")
         return found
 
     def find(self, text: str) -> str | None:
-        """The first term that the text has, as it is compared; None when it has none."""
+        """The first term in the text, in folded form, or None."""
         folded = fold(text)
         return _search(self._plain, _spaced(folded.translate(_WORDS))) or (
             _search(self._symbolic, _spaced(folded.translate(_SYMBOLS))) if self._symbolic else None
@@ -77,22 +77,22 @@ class KeywordList:
 
 
 def fold(text: str) -> str:
-    """A text as it is compared: compatible forms, cases and letters with marks as one, nothing invisible.
+    """A text for comparison: without differences of form, case and marks, or invisible characters.
 
     Vowel signs of Indic scripts, tone marks of Thai and voicing marks of kana are letters, not marks.
     """
-    # Marks go first: to put a long row of them in order takes time with the square of their number.
+    # Marks are removed first: normalising a long run of them takes quadratic time.
     text = unicodedata.normalize("NFKD", text.translate(_LETTERS)).casefold()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFKD", text).translate(_LETTERS))
 
 
-# What is not shown, of Unicode's Default_Ignorable_Code_Point, beside all of category Cf.
+# Invisible characters of Unicode's Default_Ignorable_Code_Point; so is all of category Cf.
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-# Canonical combining classes of marks without which a word is the same: overlays, Hebrew points,
-# Arabic and Syriac vowel marks, and what stands around a letter (U+0300 and its like).
+# Canonical combining classes of marks that do not change a word: overlays, Hebrew points, Arabic and Syriac
+# vowel marks, and marks around a letter (such as U+0300).
 _MARKS = {1, *range(10, 37), 202, *range(214, 241)}
 _ASIDE = re.compile(r"(?:LATIN|GREEK|CYRILLIC) SMALL LETTER .+?(?= WITH )")
 _DRAWN = re.compile(
@@ -108,15 +108,15 @@ _DENSE = (
 )
 _IS_DENSE = re.compile(f"[{_DENSE}]")
 _DENSE_GAP = re.compile(f"(?<=[{_DENSE}]) (?=[{_DENSE}])")
-# Whether there is a space between scripts of the two kinds is a matter of typography.
+# A space between the two kinds of scripts is only typography.
 _MIXED_GAP = re.compile(f"(?<=[{_DENSE}]) (?=[^ {_DENSE}])|(?<=[^ {_DENSE}]) (?=[{_DENSE}])")
 _TERM = ""
 
 
 def _letter(character: str) -> str:
-    """What a character in decomposed form counts as."""
+    """The folded form of a decomposed character."""
     category = unicodedata.category(character)
-    if category == "Cf" or _IGNORABLE.match(character) or character == "\u0640":  # Arabic's stretched line
+    if category == "Cf" or _IGNORABLE.match(character) or character == "\u0640":  # the Arabic tatweel
         return ""
     if category == "Cc":
         return " " if character.isspace() else ""
@@ -140,7 +140,7 @@ def _symbol(character: str) -> str:
 
 
 def _side(character: str) -> str:
-    """`w` for what a word goes on with, where words are written with spaces."""
+    """`w` for a character of a word in a script written with spaces, else `-`."""
     return "w" if _word(character) != " " and not _IS_DENSE.match(character) else "-"
 
 
@@ -159,7 +159,7 @@ def _insert(trie: dict[str, Any], term: str) -> None:
 
 
 def _search(trie: dict[str, Any], text: str) -> str | None:
-    """The first of the longest terms of a trie in a text; no term ends or begins inside a word."""
+    """The first match in a text of a trie's terms, the longest there; none starts or ends inside a word."""
     sides = text.translate(_SIDES)
     for match in _START.finditer(sides):
         node, end, found = trie, match.start(), None

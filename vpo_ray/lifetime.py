@@ -1,9 +1,9 @@
-"""No process of a worker outlives the worker, and no worker its raylet, however these ended.
+"""Ends the processes of a worker with the worker, and the worker with its raylet, however these ended.
 
-A worker that is killed (SIGKILL, out of memory) takes nothing with it: the core of a vLLM engine
-would stay, and keep the memory of its GPU. So each of our workers starts a small guard, which notes
-what the worker starts, waits for the end of the worker, and then ends what is left. The guard has a
-session of its own: a signal to the worker's process group does not reach it.
+The children of a killed worker (SIGKILL, out of memory) live on: the core of a vLLM engine would keep its GPU
+memory. So each of our workers starts a small guard, which records what the worker starts, waits until the
+worker ends, and then ends what is left. The guard has its own session, so that a signal to the worker's
+process group does not reach it.
 
 The kernel's parent-death signal cannot do this: it is sent when the *thread* that started a process
 ends, and engines are started by threads of a pool.
@@ -22,17 +22,17 @@ import sys
 import time
 
 LOOK_EVERY_S = 0.5
-# For what is left to end by itself, which frees shared memory and files of /tmp.
+# Seconds for the rest to end by itself, which frees shared memory and temporary files.
 GRACE_S = 3.0
-# For a worker to end by itself when its raylet has. Most do at once; one waits a minute for the GCS.
+# Seconds for a worker to end after its raylet. Most end at once; one may wait a minute for the GCS.
 PARENT_GRACE_S = 5.0
 
 _guarded: int | None = None
 
 
 def bind_worker() -> None:
-    """Let everything that this process starts, now or later, end with this process, and this process
-    with the raylet that started it, if one did. Calling it again does nothing.
+    """End everything that this process starts, now or later, with this process, and this process with the
+    raylet that started it, if any. A second call does nothing.
 
     Raises:
         OSError, subprocess.SubprocessError: the guard cannot be started.
@@ -43,7 +43,7 @@ def bind_worker() -> None:
     pid = os.getpid()
     program = [sys.executable, "-I", "-S", __file__, str(pid), str(_born(pid))]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    # It leaves at once a child behind that is nobody's: Ray kills a worker's children with the worker.
+    # It double-forks: Ray kills a worker's children with the worker.
     subprocess.run(
         program,
         stdin=subprocess.DEVNULL,
@@ -83,7 +83,7 @@ def _guard(pid: int, born: int) -> None:
 
 
 def _end_of(pid: int) -> int | None:
-    """A descriptor that is readable when the process has ended; None where the kernel has none."""
+    """A descriptor that becomes readable when the process ends; None without kernel support."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -91,10 +91,8 @@ def _end_of(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name: state, parent, ..; empty when there is no such process.
-
-    A process that has ended and was not waited for is none.
-    """
+    """The fields of /proc/PID/stat after the name: state, parent, ..; empty for no such process or a
+    zombie."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].decode("ascii").split()
@@ -104,7 +102,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _born(pid: int) -> int:
-    """When a process began, in ticks since boot (with its id it names it for ever); 0 for none."""
+    """The start of a process in ticks since boot, which with its id identifies it; 0 for none."""
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
 
@@ -123,7 +121,7 @@ def _is_raylet(pid: int) -> bool:
 
 
 def _with_children(known: dict[int, int]) -> dict[int, int]:
-    """Those of the known processes (id: when it began) that still run, and all that they started."""
+    """The known processes (id: start) that still run, and all that they started."""
     found: dict[int, int] = {}
     waiting = [pid for pid, born in known.items() if _born(pid) == born]
     while waiting:

@@ -1,8 +1,8 @@
 """The records that flow through the loop: schemas, ids and seeds.
 
-A row starts as a query, becomes K candidates, and grows through the stages; nothing is joined by
-position. Ids and seeds are functions of content, never of time or order, so that the same recipe
-gives the same rows on 1 worker or 100 and a resumed run adds no duplicate.
+A row starts as a query, becomes K candidates, and grows through the stages; nothing is joined by position.
+Ids and seeds are functions of content, never of time or order, so that a recipe gives the same rows on 1
+worker or 100, and a resumed run adds no duplicate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Verdict = Literal["aligned", "unsafe", "imprecise", "refusal"]
 VERDICTS: tuple[Verdict, ...] = ("aligned", "unsafe", "imprecise", "refusal")
 SPLITS = ("sft", "dpo", "eval")
 
-# Generator flags that were taken out of a query: see flags.py.
+# Generator flags removed from a query: see flags.py.
 FLAGS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
 
 QUERY = pa.schema(
@@ -46,7 +46,7 @@ DROPPED = pa.schema(
 )
 
 _SECONDS = pa.struct([(stage, pa.float64()) for stage in ("sample", "judge", "render", "score")])
-# What an LLM read and wrote for a row, and what an endpoint took for it (in its price's currency).
+# An LLM's tokens for a row, and their cost at an endpoint (in the currency of its prices).
 TOKENS = pa.struct([("prompt", pa.int64()), ("completion", pa.int64()), ("cost", pa.float64())])
 _USAGE = pa.struct([(stage, TOKENS) for stage in ("sample", "judge")])
 _ANSWER = pa.struct([("question", pa.int32()), ("yes", pa.bool_()), ("probability", pa.float32())])
@@ -58,8 +58,8 @@ _SCORE_COLUMNS = [
     pa.field("score", pa.float64()),
 ]
 
-# The judge on a prompt: its verdict, with the details of the query that the prompt lacks and those
-# that it adds; for a misaligned prompt, the refined one, its form's fault or its own verdict.
+# The judge's verdict on a prompt, with the details of the query that it lacks and adds; for a misaligned
+# prompt, the refined one, with the fault of its form or its own verdict.
 _REVIEW = [
     pa.field("verdict", pa.string()),
     pa.field("critique", pa.string()),
@@ -160,7 +160,7 @@ PAIR = pa.schema(
     ]
 )
 
-# A query may have several rows, one a prompt.
+# A query may have several rows, one for each prompt.
 SFT = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -188,7 +188,7 @@ def query_id(query: str) -> str:
 
 
 def sft_id(query_id: str, prompt: str) -> str:
-    """Of a query and one of the prompts that it is taught with; ids are in the order of their queries."""
+    """The id of an SFT row: a query with one of its prompts. Ids sort by query."""
     return f"{query_id}-{content_id('sft', prompt, digits=16)}"
 
 
@@ -206,7 +206,7 @@ def seed_of(*parts: Any) -> int:
 
 
 def share_of(*parts: Any) -> float:
-    """A uniform number in [0, 1) from content; splits and choices are made with it."""
+    """A uniform number in [0, 1) from content, for splits and choices."""
     return int(content_id("share", *parts)[:13], 16) / 16**13
 
 
@@ -265,7 +265,7 @@ def table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     for field in schema:
         if not field.nullable and any(row.get(field.name) is None for row in rows):
             raise ValueError(f"column {field.name} is null in a row, the schema allows none")
-        # Arrow would cut the fraction off without a word.
+        # Arrow would silently truncate it.
         if pa.types.is_integer(field.type) and any(isinstance(row.get(field.name), float) for row in rows):
             raise ValueError(f"a row does not fit the schema: {field.name} is no integer")
     try:

@@ -108,7 +108,7 @@ def test_a_mounted_secret_is_a_folder_of_keys(tmp_path: Path) -> None:
     [
         ("web", "64 hex digits"),
         ("web vpo-in-the-clear", "64 hex digits"),
-        ("!web " + "0" * 64, "no name"),
+        ("!web " + "0" * 64, "not a name"),
         ("web " + "0" * 64 + " speed=3", "no option"),
         ("web " + "0" * 64 + " concurrency=0", "no option"),
         ("web " + "0" * 64 + " scopes=admin", "no option"),

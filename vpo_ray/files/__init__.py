@@ -1,1 +1,1 @@
-"""Files that users hand in, and folders in which a file appears whole or not at all."""
+"""Input files of users, and folders in which files are written atomically."""

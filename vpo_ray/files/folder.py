@@ -1,9 +1,9 @@
-"""A folder of files, on a local disk or in an object store, in which a file appears whole or not at all.
+"""A folder on a local disk or in an object store, in which files are written atomically.
 
-Everything goes through `pyarrow.fs`, so a folder is a local one or a URI (`s3://bucket/runs/a`,
-`gs://...`). On a local disk a file is written beside its place, flushed and renamed, so that a power cut
-leaves the old file or the new one too. Object stores publish an object when its upload is complete; one
-that is there already is replaced by a copy within the store.
+Everything goes through `pyarrow.fs`, so a folder is a local one or a URI (`s3://bucket/runs/a`, `gs://...`).
+On a local disk a file is written under another name, flushed and renamed, so that even a power cut leaves the
+old file or the new one. Object stores publish an object when its upload is complete; an existing one is
+replaced by a copy within the store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vpo_ray.files.input_files import walk
 
 T = TypeVar("T")
 
-READS = 3  # of an object that changes under its reader
+READS = 3  # tries to read an object that changes meanwhile
 
 
 def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -43,7 +43,7 @@ class StorageError(RuntimeError):
 
 
 class DamagedError(StorageError, ValueError):
-    """A file that does not hold what it should; the message says which."""
+    """A file with the wrong content; the message says which."""
 
 
 def join(uri: str, name: str) -> str:
@@ -53,19 +53,19 @@ def join(uri: str, name: str) -> str:
 
 
 def beside(uri: str, name: str) -> str:
-    """The path or URI of `name` in the folder that a folder is in, and that folder's own name after it."""
+    """The path or URI of `name` in the parent of a folder, followed by that folder's own name."""
     place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
     above, _, own = place.rpartition("/")
     return f"{above}/{name}/{own}{sign}{options}"
 
 
 def flush(path: str | Path) -> None:
-    """Bring a local file, or the names in a folder, to the disk. Raises OSError (full)."""
+    """Flush a local file, or a folder's entries, to the disk. Raises OSError (full)."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     except OSError as error:
-        # Some shared filesystems cannot do so for a folder.
+        # Some shared filesystems cannot flush a folder.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
@@ -78,11 +78,11 @@ class Folder:
     Args:
         uri: a local path or a URI, with options as pyarrow takes them, such as
             `s3://bucket/path?endpoint_override=host:port&scheme=http`. Credentials come from the
-            environment, as pyarrow looks for them.
+            environment, where pyarrow looks for them.
 
     Raises:
-        StorageError: a URI of no known filesystem or with a password in it, a bucket that cannot be found,
-            or the home of nobody.
+        StorageError: a URI of an unknown filesystem or with a password, a bucket that is not found, or the
+            home of an unknown user.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -104,7 +104,7 @@ class Folder:
             # A small object is then one request, not an upload of one part.
             uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
         if remote and urlsplit(self.uri).password is not None:
-            # It would stand in tables, logs and the report.
+            # It would appear in tables, logs and the report.
             raise StorageError("a URI must not hold a password: give credentials by the environment")
         try:
             self.fs, self.path = pafs.FileSystem.from_uri(uri)
@@ -127,17 +127,17 @@ class Folder:
 
     @property
     def is_objects(self) -> bool:
-        """An object store: it has no folders, and an object appears when its upload is complete."""
+        """Whether this is an object store: no folders, and an object appears when its upload is complete."""
         return self.fs.type_name in ("s3", "gcs", "abfs")
 
     def write(self, name: str, data: bytes) -> int | None:
-        """Write one file whole or not at all. Raises StorageError (read-only, full, no access).
+        """Write one file atomically. Raises StorageError (read-only, full, no access).
 
         Returns:
-            The file's modification time in ns; None on an object store, which would have to be asked.
+            The file's modification time in ns; None on an object store, where it would cost a request.
         """
         target = f"{self.path}/{name}"
-        # A leading dot hides what a kill leaves from those who read the folder as a Parquet data set.
+        # A leading dot hides leftovers of a kill from readers of the folder as a Parquet dataset.
         folder, base = os.path.split(target)
         written = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
         opened = whole = False
@@ -173,7 +173,7 @@ class Folder:
         return modified
 
     def _make_folder(self, path: str) -> None:
-        """Make a folder, and those above it, so that a power cut does not take them away."""
+        """Create a folder and its parents, flushed to the disk."""
         if not self.is_local:
             self.fs.create_dir(path, recursive=True)
         elif not os.path.isdir(path):
@@ -183,7 +183,7 @@ class Folder:
             flush(above)
 
     def delete(self, name: str) -> None:
-        """Delete a file; one that is gone is fine. Raises StorageError."""
+        """Delete a file, which may be gone already. Raises StorageError."""
         try:
             self.fs.delete_file(f"{self.path}/{name}")
         except FileNotFoundError:
@@ -192,7 +192,7 @@ class Folder:
             raise StorageError(f"cannot delete {self.at(name)}: {error}") from error
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when there is no such file, OSError when it cannot be read."""
+        """The bytes of a file. Raises FileNotFoundError, or OSError if it cannot be read."""
         path = f"{self.path}/{name}"
         if not self.is_objects:
             with self.fs.open_input_stream(path) as stream:
@@ -218,14 +218,14 @@ class Folder:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        """Raises FileNotFoundError when there is no such file, DamagedError when it is not JSON."""
+        """The JSON value of a file. Raises FileNotFoundError, or DamagedError if it is not JSON."""
         try:
             return json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
             raise DamagedError(f"{self.at(name)} is damaged, it is not JSON: {error}") from error
 
     def files(self, suffix: str = "") -> list[str]:
-        """Sorted names (relative, recursive) of the files here; none when the folder is absent.
+        """Sorted relative names of all files below this folder; none if it is absent.
 
         Raises:
             StorageError: the folder cannot be listed.
@@ -234,9 +234,9 @@ class Folder:
         return sorted(i.path[base:] for i in self.infos() if i.path.endswith(suffix))
 
     def infos(self) -> list[pafs.FileInfo]:
-        """Paths, sizes and times of the files here, recursive; none when the folder is absent.
+        """Paths, sizes and times of all files below this folder; none if it is absent.
 
-        Links on a local disk are followed, each folder once: pyarrow would go round in a circle of links.
+        Links on a local disk are followed, each folder once: pyarrow would follow a cycle of links forever.
 
         Raises:
             StorageError: the folder cannot be listed.

@@ -1,9 +1,9 @@
-"""Files that users hand in: where they are, and how they are opened.
+"""Input files of users: finding and opening them.
 
-A path is a file, a glob or a folder (a Hugging Face dataset saved to disk, or as the hub has it), on a
-local disk (`~` is the user's home), on a store that `pyarrow.fs` opens (`s3://`, `gs://`), or on any
-other that fsspec knows (`https://`). A file that ends in .gz, .bz2, .xz or .zst is unpacked as it is
-read. Text is read by `text_files`, rows by `record_files`.
+A path is a file, a glob or a folder (a Hugging Face dataset saved to disk, or as on the hub), on a local disk
+(`~` is the user's home), on a store that `pyarrow.fs` opens (`s3://`, `gs://`), or on any other that fsspec
+knows (`https://`). A file that ends in .gz, .bz2, .xz or .zst is decompressed while it is read. `text_files`
+reads text, `record_files` reads rows.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
-# What reading a file raises, its unpacking included. pyarrow's errors are OSError or ValueError, but for one.
+# Errors of reading and decompressing a file. pyarrow's are OSError or ValueError, with one exception.
 READ_ERRORS = (OSError, EOFError, ValueError, ImportError, NotImplementedError, zlib.error, lzma.LZMAError)
 
-# Beside the data of a dataset's folder.
+# Files without data in a dataset's folder.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 class InputError(ValueError):
-    """Input that cannot be read, or does not hold what is asked of it; the message says what to do."""
+    """Input that cannot be read, or lacks what is needed; the message says what to do."""
 
 
 def why_unreadable(error: BaseException) -> str:
@@ -65,18 +65,18 @@ class InputFile:
 
     @property
     def packing(self) -> str:
-        """The ending that says how the file is packed: ".gz", ".bz2", ".xz", ".zst" or ""."""
+        """The ending of the compression: ".gz", ".bz2", ".xz", ".zst" or ""."""
         ending = PurePosixPath(self.name).suffix.lower()
         return ending if ending in _UNPACKERS else ""
 
     @property
     def kind(self) -> str:
-        """The ending that says what is in it, such as ".jsonl", in small letters."""
+        """The ending of the format in lower case, such as ".jsonl"."""
         return PurePosixPath(self.name[: len(self.name) - len(self.packing)]).suffix.lower()
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """A stream of the file's bytes, unpacked. Raises one of READ_ERRORS, as reading from it does."""
+        """A stream of the file's decompressed bytes. It and its reads raise READ_ERRORS."""
         with open(self.path, "rb") if self.root is None else _opened(self.path, self.root) as stream:
             if not self.packing:
                 yield stream
@@ -85,7 +85,7 @@ class InputFile:
                 yield unpacked
 
     def size(self) -> int:
-        """Bytes; 0 where that is not known."""
+        """Bytes; 0 if unknown."""
         try:
             fs = None if self.root is None else filesystem(self.root)[0]
             return Path(self.path).stat().st_size if fs is None else fs.size(self.path) or 0
@@ -104,12 +104,12 @@ def file_at(source: str | os.PathLike[str]) -> InputFile:
 def find_files(
     patterns: str | Sequence[str], key: str, kinds: Container[str], any_kind: bool = False
 ) -> list[InputFile]:
-    """The files that paths name, in their order, those of a glob or folder by name; each of them once.
+    """The files of some paths, in order, those of a glob or folder by name; each file once.
 
     Args:
-        key: the recipe's key that names them, for messages.
-        kinds: endings of files with data; in a folder, others are passed over.
-        any_kind: a file that is named may have any ending.
+        key: the recipe's key of the paths, for messages.
+        kinds: endings of files with data; in a folder, others are skipped.
+        any_kind: a file that is named itself may have any ending.
 
     Raises:
         InputError: nothing there, a filesystem that cannot be opened, or a kind that is not known.
@@ -124,7 +124,7 @@ def find_files(
             else:
                 found = _local(os.path.expanduser(pattern), kinds)
         except READ_ERRORS as error:
-            # Not to repeat a password.
+            # Does not repeat a password.
             where = key if "must not hold a password" in str(error) else f"{key} {pattern}"
             raise InputError(f"{where}: {why_unreadable(error)}") from error
         if not found:
@@ -140,7 +140,7 @@ def find_files(
     return list(once.values())
 
 
-# Where files are
+# Finding files
 
 
 def walk(
@@ -149,13 +149,13 @@ def walk(
     every_name: bool = False,
     folders: bool = False,
 ) -> Iterator[Path]:
-    """Paths in a local folder, by name. Links are followed; one to a folder that holds it is passed over.
+    """Paths in a local folder, by name. Links are followed, except one to a folder that contains it.
 
     Args:
-        entered: whether to go into a folder, the first one included.
-        every_name: a folder that has several names by links is given under each; else under one, which
-            is no link if there is such a one.
-        folders: folders are given, too, before what is in them.
+        entered: whether to descend into a folder, the first one included.
+        every_name: yield a folder with several names (by links) under each; else under one, preferably not
+            a link.
+        folders: yield folders too, before their content.
     """
     yield from _walk(folder, entered, folders, [] if every_name else None, set())
 
@@ -174,10 +174,10 @@ def _walk(
             return
         seen.add(this)
         with os.scandir(folder) as entries:
-            # Links come last: a folder is given under a name of its own where it has one.
+            # Links come last, so that a folder is yielded under its own name if possible.
             inside = sorted((entry.is_symlink(), entry.name, _leads_to_folder(entry)) for entry in entries)
     except FileNotFoundError:
-        return  # it went meanwhile
+        return  # it was deleted meanwhile
     if folders:
         yield folder
     for _, name, is_folder in inside:
@@ -195,7 +195,7 @@ def _local(pattern: str, kinds: Container[str]) -> list[InputFile]:
     if Path(pattern).is_dir():
         paths = _data_files(pattern, map(str, walk(Path(pattern))), kinds)
         if absent := next((path for path in paths if not os.path.exists(path)), None):
-            raise InputError(f"{absent} is a link to what is not there")
+            raise InputError(f"{absent} is a broken link")
         return [InputFile(path) for path in paths]
     if Path(pattern).exists() or not glob.has_magic(pattern):
         return [InputFile(pattern)]
@@ -216,7 +216,7 @@ def path_of_uri(uri: str) -> str:
 
 
 def matches(pattern: str) -> list[str]:
-    """What a glob matches. `**` is any folders, each once; Python's follows links for ever."""
+    """Paths that match a glob. `**` is any folders, each once; Python's own follows cycles of links."""
     absolute = os.path.isabs(pattern)
     paths, parts = [os.sep if absolute else ""], Path(pattern).parts[absolute:]
     for number, part in enumerate(parts, start=1):
@@ -249,7 +249,7 @@ def _remote(uri: str, kinds: Container[str]) -> list[InputFile]:
     if first is not None:
         found = fs.glob("/".join([path.rstrip("/"), *parts[first:]]), detail=True)
         names = sorted(name for name, info in found.items() if info["type"] == "file")
-    # A web server has no folders; to ask for one would fetch the file.
+    # A web server has no folders; asking for one would fetch the file.
     elif not location.startswith("http") and fs.isdir(path):
         names = _data_files(path, fs.find(path), kinds)
     else:
@@ -258,7 +258,7 @@ def _remote(uri: str, kinds: Container[str]) -> list[InputFile]:
 
 
 def _data_files(folder: str, paths: Iterable[str], kinds: Container[str]) -> list[str]:
-    """The data of a folder: without metadata, hidden files and caches; columnar files if it has any."""
+    """The data files of a folder, without metadata, hidden files and caches; only columnar ones if any."""
     data: list[InputFile] = []
     for path in sorted(paths):
         file, relative = InputFile(path), PurePosixPath(path[len(folder) :].lstrip("/"))
@@ -275,7 +275,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """An fsspec filesystem and the path in it. pyarrow's own filesystems come first.
 
     Raises:
-        InputError: a password in the URI, which would stand in logs, or a filesystem that is not known.
+        InputError: a password in the URI, which would appear in logs, or an unknown filesystem.
     """
     import fsspec
     import pyarrow as pa
@@ -299,11 +299,11 @@ def _opened(path: str, root: str) -> Any:
         return filesystem(root)[0].open(path, "rb")
     except READ_ERRORS:
         raise
-    except Exception as error:  # each filesystem has errors of its own, such as aiohttp's
+    except Exception as error:  # each filesystem has its own errors, such as aiohttp's
         raise OSError(f"it cannot be read: {error}") from error
 
 
-# How they are packed
+# Compression
 
 
 def _zstandard(stream: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Rows of files that users hand in: text, JSONL, JSON, CSV, TSV, Parquet and Arrow, one reader for all.
+"""Rows of users' input files: text, JSONL, JSON, CSV, TSV, Parquet and Arrow.
 
-Queries, SFT data and examples come through it. Every reader yields a row's values, or why they could
-not be read, so that one bad row costs itself only; it holds a batch of rows at a time (JSON: the file).
+Queries, SFT data and examples are read here. A reader yields the values of each row, or why it is unreadable,
+so that a bad row costs only itself. It holds a batch of rows at a time (JSON: the file).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ INVALID = "invalid UTF-8"
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row that could not be read: a reason of `stages.curate.rules`, and what is there."""
+    """An unreadable row: a reason of `stages.curate.rules`, and its bytes."""
 
     reason: str
     raw: bytes = b""
 
 
-# A row is a tuple of the columns' values, a JSON value that is no object, or unreadable.
+# Yields a tuple of the columns' values, a JSON value that is not an object, or an `Unreadable`.
 Reader = Callable[[BinaryIO, Sequence[str]], Iterator[Any]]
 
 
@@ -40,22 +40,22 @@ def records(file: InputFile, columns: Sequence[str], key: str, kind: str | None 
     """The rows of a file.
 
     Args:
-        columns: those that are wanted, the needed one first: an object of JSON without it is
-            unreadable, others may be absent there. Tables have all of them.
-        key: the recipe's key that names the file, for messages.
-        kind: read it as this kind, one of READERS, whatever its name is.
+        columns: wanted columns, the required one first: a JSON object without it is unreadable, others
+            may be absent. Tables must have all of them.
+        key: the recipe's key of the file, for messages.
+        kind: one of READERS, in place of the file's ending.
 
     Yields:
-        A tuple of the columns' values; a line of text or a JSON value that is no object as it is;
-        or an `Unreadable`.
+        A tuple of the columns' values; a line of text or a JSON value other than an object, as it is; or
+        an `Unreadable`.
 
     Raises:
-        InputError: the file cannot be read, or has not each column once.
+        InputError: the file cannot be read, or lacks a column or has it twice.
     """
     name = file.kind if kind is None else kind
     try:
         with file.open() as stream:
-            # Unpacked streams cannot be read from the end.
+            # Decompressed streams cannot be read from the end.
             whole = file.packing and name in (".parquet", ".arrow")
             yield from READERS[name](io.BytesIO(stream.read()) if whole else stream, columns)
     except (*READ_ERRORS, pa.ArrowException, csv.Error) as error:
@@ -63,7 +63,8 @@ def records(file: InputFile, columns: Sequence[str], key: str, kind: str | None 
 
 
 def json_line(value: Any) -> str:
-    """A value as a line of JSONL, with its end. Characters at which some readers end a line are escaped."""
+    """A value as a line of JSONL, with its end. Characters that some readers take for line ends are
+    escaped."""
     text = json.dumps(value, ensure_ascii=False)
     for character in "\x85\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -95,7 +96,7 @@ class _Utf8(io.RawIOBase):
 
 
 class _Joined(io.RawIOBase):
-    """Bytes that were read already, and the rest of their stream."""
+    """Bytes that were read already, followed by the rest of their stream."""
 
     def __init__(self, head: bytes, stream: BinaryIO) -> None:
         self._head, self._stream = head, stream
@@ -134,7 +135,7 @@ def _text(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _fields(value: Any, columns: Sequence[str]) -> Any:
-    """A record's values: the value itself, or its columns; a record without the first is unreadable."""
+    """A record's values: the value itself, or its columns; without the first it is unreadable."""
     if not isinstance(value, dict):
         return value
     if isinstance(value, _Twice) and not value.names.isdisjoint(columns):
@@ -159,7 +160,7 @@ def _jsonl(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
 
 
 class _Twice(dict[str, Any]):
-    """An object in which names are given twice: each has two values, of which a parser takes the last."""
+    """An object with duplicate names, of which a parser would take the last value."""
 
     names: set[str]
 
@@ -175,13 +176,13 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
     raw = stream.read()
     try:
-        # Bytes that are no text come as lone surrogates, which `normalise` refuses row by row.
+        # Bytes that are not text become lone surrogates, which `normalise` refuses row by row.
         values = json.loads(
             raw.decode(json.detect_encoding(raw), "surrogateescape"), object_pairs_hook=_mapping
         )
     except (ValueError, RecursionError) as error:
         if raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-            # Many a file of lines is called .json.
+            # Many JSONL files are called .json.
             yield from _jsonl(io.BytesIO(raw), columns)
             return
         raise InputError(f"not a JSON file: {error}") from error
@@ -196,7 +197,7 @@ def _json(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _csv(stream: BinaryIO, columns: Sequence[str], delimiter: str = ",") -> Iterator[Any]:
-    # Bytes that are no UTF-8 come as lone surrogates, as in `_json`.
+    # Bytes that are not UTF-8 become lone surrogates, as in `_json`.
     text = io.TextIOWrapper(_utf8(stream), "utf-8", "surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter)
     positions = _positions(columns, next(rows, []))
@@ -246,7 +247,7 @@ def _arrow(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _positions(columns: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Where the columns are. Raises InputError for one that is absent, or there twice: which is meant?"""
+    """Positions of the columns. Raises InputError for one that is absent or ambiguous."""
     for column in columns:
         if column not in names:
             raise InputError(f"no column {column!r}; it has {list(names)}")
@@ -260,7 +261,7 @@ def _columns(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _python(array: pa.Array) -> list[Any]:
-    """Values of a column. Bytes are taken for UTF-8, as many writers of Parquet do not say so."""
+    """Values of a column. Bytes are read as UTF-8, since many writers of Parquet do not mark strings."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     if isinstance(array, pa.DictionaryArray):
@@ -284,7 +285,7 @@ def _scalar(value: pa.Scalar) -> Any:
         return Unreadable(INVALID, value.as_buffer().to_pybytes())
 
 
-# The kinds of files, by the ending of their name.
+# Readers by the ending of a file's name.
 READERS: dict[str, Reader] = {
     ".txt": _text,
     ".jsonl": _jsonl,

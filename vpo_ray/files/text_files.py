@@ -1,8 +1,8 @@
-"""Text that users hand in: recipes, prompts, checklists, weights, lists of words and of keys.
+"""Text files of users: recipes, prompts, checklists, weights, lists of words and of keys.
 
-Text is UTF-8. A byte order mark is taken off; one of UTF-16 or UTF-32 is obeyed. Only `\\n`, with or
-without a `\\r` before it, ends a line: `str.splitlines` would also end it at U+2028, U+0085 and others,
-which may stand in a sentence or in a line of JSON.
+Text is UTF-8. A byte order mark is removed; one of UTF-16 or UTF-32 is respected. Only `\\n`, with or without
+a `\\r` before it, ends a line: `str.splitlines` also splits at U+2028, U+0085 and others, which may occur in
+a sentence or in a line of JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 
 from vpo_ray.files.input_files import READ_ERRORS, file_at, why_unreadable
 
-# UTF-32's marks come first: the one of its little-endian form begins with UTF-16's.
+# UTF-32 comes first: its little-endian mark begins with that of UTF-16.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -23,7 +23,7 @@ MARKS = (
 
 
 class TextFileError(ValueError):
-    """A text file that cannot be read; `reason` says why, the message names the file, too."""
+    """A text file that cannot be read; `reason` says why, the message also names the file."""
 
     def __init__(self, source: str | os.PathLike[str], why: str) -> None:
         super().__init__(f"cannot read {os.fspath(source)}: {why}")
@@ -31,18 +31,18 @@ class TextFileError(ValueError):
 
 
 class NotTextError(TextFileError):
-    """A file that can be read but holds no text in an encoding that is known."""
+    """A file that can be read but is not text in a known encoding."""
 
 
 def read_text(source: str | os.PathLike[str]) -> str:
-    """The text of a file, without its byte order mark, each line's end as `\\n`.
+    """The text of a file, without byte order mark and with `\\n` as line ends.
 
     Args:
-        source: a local path, with `~` or not, or a URI; see `input_files`.
+        source: a local path (`~` is the home) or a URI; see `input_files`.
 
     Raises:
         TextFileError: no such file, or one that cannot be read.
-        NotTextError: no text; the message names the line.
+        NotTextError: not text; the message names the line.
     """
     try:
         with file_at(source).open() as stream:
@@ -71,7 +71,8 @@ def decode(raw: bytes, source: str | os.PathLike[str]) -> str:
     if "\x00" in text:
         line = text[: text.index("\x00")].count("\n") + 1
         raise NotTextError(
-            source, f"line {line} holds a null character: it is no text, or not UTF-8; save the file as UTF-8"
+            source,
+            f"line {line} holds a null character: it is no text, or not UTF-8; save the file as UTF-8",
         )
     return text.replace("\r\n", "\n")
 
@@ -84,7 +85,7 @@ def encoding_of(raw: bytes) -> tuple[bytes, str]:
 def lines(text: str, keepends: bool = False) -> list[str]:
     """The lines of a text, which end at `\\n` or `\\r\\n` only.
 
-    A byte order mark that begins a line is taken off: joined files have them inside.
+    A byte order mark at the start of a line is removed: concatenated files have them inside.
     """
     found = text.split("\n")
     last = found.pop()

@@ -1,1 +1,1 @@
-"""What a run keeps: tables of Parquet parts, its directory and lock, videos, copies of models."""
+"""What a run stores: tables of Parquet parts, its directory and lock, videos, copies of models."""

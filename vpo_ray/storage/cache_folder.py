@@ -1,8 +1,8 @@
-"""Where copies of models lie on a node: a folder that belongs to this user alone.
+"""The folder for copies of models on a node, which belongs to this user alone.
 
-`VPO_MODEL_CACHE` where it is set, else `vpo_ray/models` of `XDG_CACHE_HOME` (`~/.cache`), else of a
-folder with the user's number in the temporary directory, for users without a home. Whoever could
-write there could put weights, or code, in place of the user's.
+`VPO_MODEL_CACHE` if it is set, else `vpo_ray/models` in `XDG_CACHE_HOME` (`~/.cache`), else in a folder with
+the user's number in the temporary directory, for users without a home. Others who could write there could
+replace the user's weights, or code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ VARIABLE = "VPO_MODEL_CACHE"
 
 
 def cache_folder() -> Path:
-    """The cache, made if absent: a folder of this user that nobody else can look into.
+    """The cache, a private folder of this user, created if absent.
 
     Raises:
-        StorageError: it is another's, a link, or open to others; the message says what to do.
+        StorageError: it belongs to another user, is a link, or is open to others; the message says what to
+            do.
     """
     if given := os.environ.get(VARIABLE):
         return _private(Path(given).expanduser().absolute())

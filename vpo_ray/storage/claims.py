@@ -1,11 +1,11 @@
-"""Claims: who is at work on something, as files with a heartbeat in a folder that all machines reach.
+"""Claims: files with a heartbeat, in a folder that all machines reach, that say who works on something.
 
-Whoever wants to be the only one writes a claim, then lists the folder, and is it if nobody else's claim
-is there: of two that claim at once, at least the later one sees the other. This asks no more of a store
-than that it lists what was written, as local disks, S3, GCS and Azure do; `pyarrow.fs` has no conditional
-write. A claim is written again every few seconds while its owner lives. Others watch whether it
-changes, by a clock of their own, so the machines' clocks need not agree. One that does not change for
-long enough is deleted, and at once where its process was on this machine and is gone.
+A process writes a claim, then lists the folder, and is the only one if there is no other claim: of two that
+claim at once, at least the later one sees the other. This needs only a store that lists what was written, as
+local disks, S3, GCS and Azure do; `pyarrow.fs` has no conditional write. A claim is rewritten every few
+seconds while its owner lives. Others watch for changes by their own clock, so the machines' clocks need not
+agree. A claim that does not change for long enough is deleted, or at once if its process was on this machine
+and has ended.
 
 `run_lock` has one for a run directory, `stages.render` one for a video that it makes.
 """
@@ -42,7 +42,7 @@ _own: set[tuple[str, str]] = set()
 
 @dataclass
 class Seen:
-    """Another's claim as it was last read, since when it is so, and whether it has changed before."""
+    """Another's claim: its last content, since when, and whether it has changed before."""
 
     data: bytes
     at: float
@@ -53,18 +53,18 @@ class Seen:
         return _facts(self.data)
 
     def __str__(self) -> str:
-        told = {name: str(value)[:100] for name, value in self.facts.items()}
+        known = {name: str(value)[:100] for name, value in self.facts.items()}
         names = ("user", "host", "pid", "since", "beat")
         text = "by {user} on {host}, process {pid}, since {since}, last heartbeat {beat}"
-        return text.format(**{name: told.get(name, "?") for name in names})
+        return text.format(**{name: known.get(name, "?") for name in names})
 
 
 class Claim:
-    """One's own claim.
+    """This process's own claim.
 
     Args:
         claims: of the folder.
-        subject: what it is for.
+        subject: what is claimed.
     """
 
     def __init__(self, claims: Claims, subject: str) -> None:
@@ -73,7 +73,7 @@ class Claim:
         self._since, self._beats, self._pid = _now(), 0, os.getpid()
 
     def write(self, **facts: Any) -> None:
-        """Write it, again as a heartbeat. Raises StorageError."""
+        """Write the claim; repeated as a heartbeat. Raises StorageError."""
         self._beats += 1
         _own.add((self._claims.folder.path, self.name))
         owner = {
@@ -88,17 +88,17 @@ class Claim:
         self._claims.folder.write_json(self.name, {**owner, **facts})
 
     def withdraw(self, stale_s: float = STALE_S) -> None:
-        """Delete it. One that cannot be deleted is stale in a while."""
+        """Delete the claim. One that cannot be deleted becomes stale."""
         try:
             self._claims.folder.delete(self.name)
         except StorageError as error:
-            logger.warning("a claim is left behind, and is stale in %.0f s: %s", stale_s, error)
-        # Not before it is gone: another thread of this process would take it for one that was left behind.
+            logger.warning("a claim could not be deleted and becomes stale in %.0f s: %s", stale_s, error)
+        # Not earlier: another thread of this process would take it for an orphan.
         _own.discard((self._claims.folder.path, self.name))
 
 
 class Claims:
-    """The claims in a folder. One object watches them: it remembers what it has seen."""
+    """The claims in a folder. The object remembers what it has seen of them."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class Claims:
         return [name for name, match in found if match and subject in (None, match[1])]
 
     def others(self, names: Iterable[str], own: str | None, stale_s: float) -> dict[str, Seen]:
-        """Those of the named claims that are another's who may be alive; those of the dead are deleted.
+        """The named claims whose owner is another and may be alive; those of dead owners are deleted.
 
         Raises:
             StorageError: a claim cannot be read or deleted.
@@ -124,7 +124,7 @@ class Claims:
             if seen is None or seen.data != data:
                 seen = Seen(data, now, alive=seen is not None)
             if self._is_gone(name, seen.facts) or now - seen.at > stale_s:
-                logger.warning("taking over from one that is gone: %s: %s", self.folder.at(name), seen)
+                logger.warning("taking over from an owner that is gone: %s: %s", self.folder.at(name), seen)
                 self.folder.delete(name)
             else:
                 others[name] = seen
@@ -133,18 +133,18 @@ class Claims:
         return others
 
     def read(self, name: str) -> bytes | None:
-        """None for a claim that is no more. Raises StorageError."""
+        """A claim's content; None for a deleted one. Raises StorageError."""
         for again in reversed(range(TRIES)):
             try:
                 return self.folder.read(name)
             except FileNotFoundError:
                 return None
             except OSError as error:
-                # A store may fail to read an object that is replaced or deleted in this moment.
+                # A store may fail to read an object that is just being replaced or deleted.
                 if not again:
                     raise StorageError(f"cannot read {self.folder.at(name)}: {error}") from error
             time.sleep(RETRY_S)
-        raise AssertionError("the loop returns or raises")
+        raise AssertionError("unreachable")
 
     def _is_gone(self, name: str, facts: dict[str, Any]) -> bool:
         """Whether a claim's process was on this machine and has ended."""
@@ -154,12 +154,12 @@ class Claims:
         if process.get("machine") != here["machine"]:
             return False
         if process == here and pid == os.getpid():
-            return (self.folder.path, name) not in _own  # one that could not be withdrawn
+            return (self.folder.path, name) not in _own  # one that could not be deleted
         return _process(pid) != process
 
 
 def _facts(data: bytes) -> dict[str, Any]:
-    """What a claim says; nothing where it cannot be read: then only its heartbeat counts."""
+    """The facts in a claim; empty if it is not readable: then only its heartbeat counts."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -179,8 +179,8 @@ def _user() -> str:
 
 
 def _process(pid: int) -> dict[str, Any] | None:
-    """What tells a process from any other, on this machine and in this namespace of process ids: None
-    where the system does not say, or there is no such process."""
+    """The identity of a process on this machine and in this namespace of process ids. None if the system
+    does not say, or there is no such process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino

@@ -1,7 +1,7 @@
-"""Sets of ids as sorted arrays: what the driver compares tables with.
+"""Sets of ids as sorted arrays, by which the driver compares tables.
 
-32 bytes an id: sets of strings would take five times that in the driver, and workers look into an
-array where it lies in the object store.
+An id takes 32 bytes. A set of strings would take five times that, and workers read an array in the object
+store without a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ID = "S32"
 
 
 def id_set(ids: Iterable[str] = ()) -> np.ndarray:
-    """Sorted; an id that comes twice stays twice."""
+    """Ids as a sorted array; duplicates are kept."""
     array = np.fromiter(ids, ID)
     array.sort()
     return array
@@ -31,7 +31,7 @@ def isin_sorted(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def union(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """All ids of a set, and those of another that it has not."""
+    """The union of two sets."""
     new = other[~isin_sorted(other, one)]
     return np.sort(np.concatenate([one, new])) if len(new) else one
 

@@ -1,8 +1,8 @@
-"""Models of an object store on the node that needs them: each copied once a node, checked, and cleaned.
+"""Local copies of models in object stores: downloaded once per node, verified, and cleaned up.
 
-A recipe may name a model by URI, and a run on an object store has its checkpoints there; the engines
-read folders. `fetch` brings a URI into the cache, a folder of this user alone (see `cache_folder`),
-where all processes of a node share one copy. Of each copy there are:
+A recipe may name a model by URI, and a run on an object store has its checkpoints there, but engines read
+folders. `fetch` downloads a URI into the cache, a private folder of this user (see `cache_folder`), where all
+processes of a node share one copy. A copy consists of:
 
     KEY/          the files; KEY is a function of the URI and of what the store has there now
     KEY.json      written last: sizes, SHA-256 and times of the files, and what the store had
@@ -43,21 +43,21 @@ _LARGE = (*WEIGHTS, ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 _KEY = re.compile("[0-9a-f]{24}")
 
-# Of copies that no process uses, these many are kept, for so long, on so much of the disk.
+# Limits for unused copies: number, age, share of the disk.
 KEPT, KEPT_S, KEPT_SHARE = 8, 7 * 24 * 3600, 0.25
-# A store whose files change under a download is read again so many times.
+# Tries to download files that change meanwhile.
 TRIES = 3
 _FILES_AT_ONCE = 8
 _CHUNK = 8 * 2**20
 _LOOK_EVERY_S = 0.1
 
-# Held until this process ends: which copies it uses.
+# Locks of the copies that this process uses, held until it ends.
 _in_use: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file as the store lists it. `version` is the store's own name of its content."""
+    """A file as the store lists it. `version` is the store's id of its content."""
 
     name: str
     size: int
@@ -81,21 +81,21 @@ class _Source:
 
     @property
     def state(self) -> list[list[Any]]:
-        """What decides whether it is still the same: where the store names a content, that same content
-        uploaded again is no other."""
+        """The identity of the content: by the store's version where it has one, so that the same content
+        uploaded again is the same."""
         return [[file.name, file.size, file.version or file.modified] for file in self.files]
 
 
 def fetch(model: str, weights: bool = True) -> str:
-    """The folder (or file) of a model on this node: a URI is copied unless it is here already, anything
-    else is returned as it is. The copy stays as long as this process lives.
+    """The local folder (or file) of a model. A URI is downloaded unless there is a copy already; anything
+    else is returned unchanged. The copy stays as long as this process lives.
 
     Args:
-        weights: False leaves the weights out, for what reads only configuration and tokenizer.
+        weights: False leaves out the weights, for callers that need only configuration and tokenizer.
 
     Raises:
         StorageError: there is nothing at the URI, it cannot be read, files are missing or keep
-            changing, the disk is full, or the cache is not this user's own.
+            changing, the disk is full, or the cache is not private to this user.
     """
     if "://" not in model:
         return model
@@ -112,17 +112,17 @@ def fetch(model: str, weights: bool = True) -> str:
                 return copy.path
             copy.release()
             copy.remove_if_unused()
-    except OSError as error:  # a file system without locks, for one
+    except OSError as error:  # e.g. a filesystem without locks
         raise StorageError(f"cannot keep {model} in {root}: {error}; set {VARIABLE}") from error
-    raise StorageError(f"{model}: its files change while they are fetched; try again when it is written")
+    raise StorageError(f"{model}: its files change during the download; try again when it is complete")
 
 
 def fetch_for_engine(model: str) -> str:
-    """`fetch` on this node and on every other one of this actor's placement group: the workers of one
-    engine may lie on several, and all look for the model in the same place.
+    """`fetch` on every node of this actor's placement group: the workers of an engine may be on several, and
+    all read the model from the same path.
 
     Raises:
-        StorageError: as `fetch`, or a node has its cache elsewhere.
+        StorageError: as `fetch`, or a node has its cache at another path.
     """
     path = fetch(model)
     if path == model:
@@ -142,24 +142,24 @@ def fetch_for_engine(model: str) -> str:
     for there in ray.get([task.options(scheduling_strategy=each).remote(model) for each in on]):
         if there != path:
             raise StorageError(
-                f"{model} lies at {path} here and at {there} on another node of the same engine: set "
+                f"{model} is at {path} here and at {there} on another node of the same engine: set "
                 f"{VARIABLE} to the same folder on every node"
             )
     return path
 
 
 def version(model: str) -> str:
-    """Names what the store has at a URI now, without reading it: another name when a file changes.
+    """An id of the current files at a URI, without reading them; it changes when a file does.
 
     Raises:
-        StorageError: there is nothing, or it cannot be read.
+        StorageError: there is nothing, or it cannot be listed.
     """
     source = _source(Folder(model))
     return content_id("model", source.uri, source.state)
 
 
 def names(model: str) -> list[str]:
-    """The files at a URI, by their names in its folder.
+    """Names of the files at a URI.
 
     Raises:
         StorageError: there is none, they cannot be listed, or weights that an index names are absent.
@@ -170,10 +170,10 @@ def names(model: str) -> list[str]:
 
 
 def _source(place: Folder) -> _Source:
-    """What the store has; a URI may also be that of one file.
+    """The files at a URI, or the one file that it names.
 
     Raises:
-        StorageError: nothing, a name that leads out of the folder, or a shard that an index names is absent.
+        StorageError: nothing there, a name that leads out of the folder, or a missing shard of an index.
     """
     try:
         path = place.path.rstrip("/")
@@ -200,14 +200,14 @@ def _source(place: Folder) -> _Source:
 
 
 def _version(fs: pafs.FileSystem, path: str) -> str:
-    """What the store calls this content: times have whole seconds, within which a file may change."""
+    """The store's id of this content: times have whole seconds, within which a file may change."""
     with fs.open_input_stream(path) as stream:
         found = stream.metadata() or {}
     return next((value.decode() for name, value in found.items() if name.lower() == "etag"), "")
 
 
 class _Place:
-    """Where a copy is, whether there is one or not."""
+    """A copy, which may or may not exist yet."""
 
     def __init__(self, root: Path, key: str) -> None:
         self.root, self.key = root, key
@@ -215,8 +215,8 @@ class _Place:
         self.aside = root / f"{key}.json.part"
         self.manifest, self.lock, self.use = (root / f"{key}.{end}" for end in ("json", "lock", "use"))
 
-    def told(self) -> dict[str, Any]:
-        """What the manifest says; empty without a good one."""
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; empty if it is missing or damaged."""
         try:
             found = json.loads(self.manifest.read_text("utf-8"))
         except (OSError, ValueError):
@@ -225,12 +225,11 @@ class _Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the copy's lock, once whoever has it is done. The kernel takes it from a process that
-        ends, however that ends."""
+        """Wait for the copy's lock and hold it. The kernel releases it when a process ends."""
         told_at = time.monotonic() + 10
         while (descriptor := self._try_lock()) is None:
             if time.monotonic() > told_at:
-                logger.info("waiting for another process of this node that fetches %s", self.folder)
+                logger.info("waiting for another process of this node that downloads %s", self.folder)
                 told_at = float("inf")
             time.sleep(_LOOK_EVERY_S)
         try:
@@ -242,7 +241,7 @@ class _Place:
         descriptor = _opened(self.lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that was removed with its copy meanwhile locks nothing.
+            # A lock file that was removed with its copy locks nothing.
             if os.path.samestat(os.fstat(descriptor), os.stat(self.lock)):
                 return descriptor
         except (BlockingIOError, FileNotFoundError):
@@ -251,7 +250,7 @@ class _Place:
         return None
 
     def hold(self) -> None:
-        """Mark the copy as used by this process until it ends. With the lock held."""
+        """Mark the copy as used by this process until it ends. Needs the lock."""
         os.utime(self.manifest)
         if self.key not in _in_use:
             descriptor = _opened(self.use)
@@ -269,7 +268,7 @@ class _Place:
             return False
         used = _opened(self.use)
         try:
-            # Who wants to use it needs the lock first, and that is ours.
+            # A new user would need the lock first, which we hold.
             fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.remove()
             self.use.unlink(missing_ok=True)
@@ -285,7 +284,7 @@ class _Place:
         return True
 
     def remove(self) -> None:
-        # The manifest first: without it there is no copy, however much of it is left.
+        # The manifest first: without it the rest does not count as a copy.
         for file in (self.manifest, self.aside):
             file.unlink(missing_ok=True)
         for folder in (self.folder, self.part):
@@ -294,7 +293,7 @@ class _Place:
 
 
 class _Copy(_Place):
-    """The copy of what a store has now, with its weights or without."""
+    """The copy of a source, with or without weights."""
 
     def __init__(self, root: Path, source: _Source, weights: bool) -> None:
         self.source, self.weights = source, weights
@@ -306,20 +305,20 @@ class _Copy(_Place):
         return str(self.folder / self.files[0].name) if self.source.lone else str(self.folder)
 
     def take(self) -> bool:
-        """Use the copy, fetched now where it is not here or is damaged; whether it was here."""
+        """Use the copy, downloading it if it is absent or damaged. Returns whether it was there."""
         with self.locked():
             here = self._is_whole()
             if not here:
                 if self.manifest.exists():
-                    logger.warning("%s is damaged, and is fetched again", self.folder)
+                    logger.warning("%s is damaged and is downloaded again", self.folder)
                 self.remove()
                 self._download()
             self.hold()
             return here
 
     def _is_whole(self) -> bool:
-        """Whether every file is as it came."""
-        files = self.told().get("files")
+        """Whether every file is as downloaded."""
+        files = self.read_manifest().get("files")
         if not isinstance(files, dict) or set(files) != {file.name for file in self.files}:
             return False
         try:
@@ -331,7 +330,7 @@ class _Copy(_Place):
         uri, size = self.source.uri, sum(file.size for file in self.files)
         _check(self.source)
         _make_room(self.root, size, uri)
-        logger.info("fetching %s (%.2f GB) to %s", uri.partition("?")[0], size / 1e9, self.folder)
+        logger.info("downloading %s (%.2f GB) to %s", uri.partition("?")[0], size / 1e9, self.folder)
         try:
             self.part.mkdir(mode=0o700)
             with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
@@ -349,7 +348,7 @@ class _Copy(_Place):
             raise StorageError(f"cannot fetch {uri} to {self.root}: {error}") from error
 
     def _copy(self, file: _File) -> str:
-        """Copy one file to the unfinished folder; its SHA-256."""
+        """Download one file to the unfinished folder. Returns its SHA-256."""
         target = self.part / file.name
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         total, size = hashlib.sha256(), 0
@@ -362,13 +361,13 @@ class _Copy(_Place):
             out.flush()
             os.fsync(out.fileno())
         if size != file.size:
-            raise OSError(f"{file.name} came with {size} of its {file.size} bytes")
+            raise OSError(f"{file.name} arrived with {size} of {file.size} bytes")
         return total.hexdigest()
 
 
 def _check(source: _Source) -> None:
-    """Raises StorageError for a whole run, and where an index names weights that are not there: an upload
-    that was cut off."""
+    """Raises StorageError for a run directory, and for weights of an index that are missing: an incomplete
+    upload."""
     names = {file.name for file in source.files}
     if {"recipe.yaml", "versions.json"} <= names:
         raise StorageError(f"{source.uri} is a run, not a model: name one of its checkpoints/")
@@ -380,11 +379,11 @@ def _check(source: _Source) -> None:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise StorageError(f"{source.uri}: cannot read {index}: {error}") from error
         if absent := sorted(shard for shard in shards if os.path.join(folder, shard) not in names):
-            raise StorageError(f"{source.uri} is not whole: it lacks {', '.join(absent[:3])} of {index}")
+            raise StorageError(f"{source.uri} is incomplete: it lacks {', '.join(absent[:3])} of {index}")
 
 
 def _is_as_it_came(path: Path, was: dict[str, Any]) -> bool:
-    """A file whose size or times are others than they were is read."""
+    """Whether a file is unchanged: by size and times, or else by its content."""
     now = _times(path)
     if now == was["times"]:
         return True
@@ -395,7 +394,7 @@ def _is_as_it_came(path: Path, was: dict[str, Any]) -> bool:
 
 
 def _times(path: Path) -> list[int]:
-    """Size, and the times of the last change of content and of anything."""
+    """Size, and the times of the last change of content and of metadata."""
     found = path.lstat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -414,18 +413,18 @@ def _opened(path: Path) -> int:
 
 
 def _unused(root: Path, but: str = "") -> list[tuple[float, _Place, dict[str, Any]]]:
-    """The copies that this process does not use, the latest used first: when, which, its manifest."""
+    """Copies that this process does not use, last used first: time of use, copy, manifest."""
     found = []
     for path in root.glob("*.json"):
         copy = _Place(root, path.stem)
         if _KEY.fullmatch(copy.key) and copy.key not in _in_use and copy.key != but:
             with suppress(FileNotFoundError):
-                found.append((path.stat().st_mtime, copy, copy.told()))
+                found.append((path.stat().st_mtime, copy, copy.read_manifest()))
     return sorted(found, key=lambda each: -each[0])
 
 
 def _size(manifest: dict[str, Any]) -> int:
-    """Bytes of a copy; 0 where its manifest is damaged."""
+    """Bytes of a copy; 0 if its manifest is damaged."""
     try:
         return sum(int(each["times"][0]) for each in manifest["files"].values())
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -433,10 +432,10 @@ def _size(manifest: dict[str, Any]) -> int:
 
 
 def _make_room(root: Path, size: int, uri: str) -> None:
-    """Remove copies that no process uses, the longest unused first, until the disk takes `size` bytes.
+    """Remove unused copies, the longest unused first, until `size` bytes fit on the disk.
 
     Raises:
-        StorageError: it does not, with all of them gone.
+        StorageError: they do not fit even without all of these copies.
     """
     unused = _unused(root)
     while shutil.disk_usage(root).free < size:
@@ -450,12 +449,12 @@ def _make_room(root: Path, size: int, uri: str) -> None:
 
 
 def _tidy(root: Path, just: _Place) -> None:
-    """Remove what killed downloads left, older states of the same model, and what was long not used."""
-    mine = just.told()
+    """Remove unfinished downloads, older states of the same model, and copies unused for long."""
+    mine = just.read_manifest()
     kept, kept_bytes, room = 0, 0, shutil.disk_usage(root).total * KEPT_SHARE
-    for used, copy, told in _unused(root, just.key):
-        same = (told.get("uri"), told.get("weights")) == (mine.get("uri"), mine.get("weights"))
-        size = _size(told)
+    for used, copy, manifest in _unused(root, just.key):
+        same = (manifest.get("uri"), manifest.get("weights")) == (mine.get("uri"), mine.get("weights"))
+        size = _size(manifest)
         old = time.time() - used > KEPT_S
         if same or old or kept >= KEPT or kept_bytes + size > room:
             copy.remove_if_unused()

@@ -1,4 +1,4 @@
-"""The run directory: every table of a run, and the files beside them."""
+"""The run directory: all tables and files of a run."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
 }
-# Columns that tell rows of one key apart: a query may be taught with several prompts.
+# Columns that identify a row together with its key: SFT may teach several prompts of one query.
 ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
 
-# What is known of a table beside its rows: how many raw queries became which, why queries have no pair,
-# which SFT rows were left out.
+# Facts about a table: counts of raw queries by outcome, why queries have no pair, which SFT rows were left
+# out.
 CURATED, UNLABELLED, PAIRED, SFT_DROPPED = (
     f"{META}/{name}.json" for name in ("queries", "unlabelled", "pairs", "sft")
 )
-# Where earlier versions wrote it: in the table's folder.
+# Where earlier versions wrote them: in the table's folder.
 _MOVED = {
     "queries/curated.json": (CURATED, None),
     "unlabelled/curated.json": (UNLABELLED, None),
@@ -47,6 +47,7 @@ _MOVED = {
     "pairs/reasons.json": (PAIRED, "reasons"),
 }
 
+<<<<<<< HEAD
 
 def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> None:
     """Give the rows of these tables more columns, and a place for the seconds and tokens of one more
@@ -63,6 +64,9 @@ def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> Non
 
 
 # In the run directory of a round or an evaluation: which policy it samples.
+=======
+# In the run directory of a round or an evaluation: the policy that it samples.
+>>>>>>> f52c4c1 (Say it plainly in storage, files and the modules below)
 ROUND = "round.json"
 
 
@@ -82,8 +86,8 @@ class RunDir(Folder):
         return (type(self), (self.uri, self.shard))
 
     def root(self) -> tuple[RunDir, str]:
-        """The run directory that this one is a round or an evaluation of, directly or not, and its place
-        in there; itself and "" where it is none."""
+        """The outermost run directory that this one is a round or an evaluation of, and its path in it;
+        itself and "" for a run of its own."""
         run, place = RunDir(self.uri), ""
         while run.exists(ROUND):
             path, sign, options = run.uri.partition("?") if "://" in run.uri else (run.uri, "", "")
@@ -95,11 +99,11 @@ class RunDir(Folder):
         return run, place
 
     def move_meta(self) -> None:
-        """Bring what an earlier version wrote into the tables' folders to META."""
+        """Move files that an earlier version wrote into the tables' folders to META."""
         for old, (new, part) in _MOVED.items():
             if not self.exists(old):
                 continue
-            with suppress(FileNotFoundError):  # another shard's driver moves it too
+            with suppress(FileNotFoundError):  # another shard's driver may move it too
                 value = self.read_json(old)
                 if part is not None:
                     value = {**(self.read_json(new) if self.exists(new) else {}), part: value}
@@ -110,6 +114,18 @@ class RunDir(Folder):
         schema, key = TABLES[name]
         return Table(self.at(name), schema, key, ALSO.get(name, ()), self.shard)
 
+<<<<<<< HEAD
+=======
+    def rows_of_stage(self, stage: str, columns: Sequence[str]) -> Iterator[Row]:
+        """Finished rows of a candidate stage, from its own table or the nearest later one that has any."""
+        order = list(CANDIDATE_TABLES)
+        for later in order[order.index(stage) :]:
+            table = self.table(CANDIDATE_TABLES[later])
+            if table.parts():
+                yield from table.rows(columns)
+                return
+
+>>>>>>> f52c4c1 (Say it plainly in storage, files and the modules below)
     def write_metrics(self, phase: str, lines: Sequence[Row]) -> None:
         """Store a training curve: `metrics/<phase>.jsonl`, one JSON object a step."""
         self.write(f"metrics/{phase}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())

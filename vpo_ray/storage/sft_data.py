@@ -1,7 +1,7 @@
-"""SFT data: read from the file that a recipe names, or taken from the run's own drafts.
+"""SFT data: rows of `query` and `prompt`, from a file that the recipe names or from the run's own drafts.
 
-Either way the policy learns rows of `query` and `prompt`. Drafts are also written as chat-format
-Parquet, `sft_data.parquet` of the run directory, which another recipe's `sft.data` may name.
+Drafts are also written as chat-format Parquet, `sft_data.parquet` in the run directory, which another
+recipe's `sft.data` may name.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ CHAT = pa.schema(
 
 
 def sft_rows(path: str, key: str = "sft.data") -> Iterator[Row]:
-    """Examples of a file or folder with `query` and `prompt`, of any kind that queries may have.
+    """Examples with `query` and `prompt` from a file or folder, in any format that queries may have.
 
     Args:
-        path: see `input_files`; a file whose name says nothing of its kind is read as JSONL.
+        path: see `input_files`; a file of unknown kind is read as JSONL.
         key: the recipe's key that names the file, for messages.
 
     Raises:
@@ -62,7 +62,7 @@ def _is_text(value: Any) -> bool:
 
 
 def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
-    """The rows in their order, each query with each of its prompts once, and how many came again."""
+    """The rows in order without repeated pairs of query and prompt, and the number of repeats."""
     every = list(rows)
     once = list({(row["query_id"], row["prompt"]): row for row in every}.values())
     return once, len(every) - len(once)

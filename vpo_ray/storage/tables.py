@@ -1,7 +1,7 @@
 """Tables of Parquet parts, in a folder each (see `files.folder`).
 
-A part appears whole or not at all. Its name comes from the ids in it and from which of its rows failed
-or were skipped, so that writing the same rows twice leaves one file, and a failure replaces no good row.
+A part is written atomically. Its name follows from the ids in it and from which of its rows failed or were
+skipped, so that writing the same rows twice leaves one file, and a failure replaces no good row.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A folder of the run directory, for what is known of a table beside its rows: the table's own folder holds
-# Parquet parts alone, so that any reader of Parquet opens it.
+# A folder of the run directory for facts about a table: the table's own folder has only Parquet parts, so
+# that any reader of Parquet opens it.
 META = "meta"
-# In META/<table>, of a merged part until its sources are deleted: their names. Earlier versions wrote it
-# beside the part.
+# In META/<table>, the names of a merged part's sources until they are deleted. Earlier versions wrote it
+# next to the part.
 _SOURCES = ".sources.json"
-# What an earlier version left where it was killed while merging: names of parts that do not count.
+# Left by an earlier version that was killed while merging: names of parts that do not count.
 _COMPACTING = "compacting.json"
 _MERGED = re.compile(r"[0-9a-f]+-([0-9]+)\.parquet")  # a merged part has its number of rows in its name
-# Columns that say why a row is not what it could be, the worse the later.
+# Columns that say why a row is incomplete, the worse the later.
 _POOR = ("skipped", "error")
-# Parts that are read at once, with threads: the footer of each stays in memory meanwhile, 200 kB.
+# Parts read at once, by threads; the footer of each, 200 kB, stays in memory meanwhile.
 PARTS_AT_ONCE = 256
 
 
@@ -45,7 +45,7 @@ class Table(Folder):
     """A folder of Parquet parts with one schema and one key column.
 
     Args:
-        also: columns that make an identity together with the key, where a key may have several rows.
+        also: columns that identify a row together with the key, where a key may have several rows.
         shard: read the rows of this shard only, and leave the merging of parts to the whole run's driver.
     """
 
@@ -64,7 +64,7 @@ class Table(Folder):
         return (type(self), (self.uri, self.schema, self.key, self.also, self.shard))
 
     def _identities(self, rows: pa.Table | pa.RecordBatch) -> list[Any]:
-        """What tells a row apart from all others: its key, or the tuple of it and what is `also` in it."""
+        """The identity of each row: its key, or the tuple of the key and the `also` columns."""
         keys: list[Any] = rows.column(self.key).to_pylist()
         if not self.also:
             return keys
@@ -73,8 +73,8 @@ class Table(Folder):
     def append(self, rows: Sequence[Row] | pa.Table) -> str:
         """Write rows as one part, and return its name ("" for no rows).
 
-        The name is a function of the rows' keys and of which of them are poor (see `_ranks`): a part
-        with the same name has no row that is better than this one's.
+        The name is a function of the rows' keys and of which rows are poor (see `_ranks`), so no part of the
+        same name has better rows.
 
         Raises:
             ValueError: a row does not fit the schema.
@@ -95,11 +95,11 @@ class Table(Folder):
         self.write(name, sink.getvalue().to_pybytes())
 
     def parts(self) -> list[str]:
-        """Names of the parts that hold the table, without those whose rows are in a merged one."""
+        """Names of the parts of the table, without those whose rows are in a merged part."""
         files, hidden = self.files(), set[str]()
         while _merging(files):
             hidden = set().union(*(self._hidden_by(*mark, set(files)) for mark in self._marks(files)))
-            # Files come and go while they are listed. A list counts if no part was merged until after it.
+            # Files change while they are listed. A listing counts if no part was merged before its end.
             before, files = files, self.files()
             if _merging(files) == _merging(before) and set(before) <= set(files):
                 files = before
@@ -107,21 +107,21 @@ class Table(Folder):
         return [name for name in files if name.endswith(".parquet") and name not in hidden]
 
     def compact(self, fewest: int = 16, rows_per_part: int = 5000) -> int:
-        """Merge the parts that single batches left into larger ones; returns how many were merged.
+        """Merge the parts of single batches into larger ones. Returns the number of merged parts.
 
-        A stage writes a part a batch, so a finished table of renders has one for each row. Readers see
-        the old parts or the merged one, never both and never neither, whenever this is killed: before
-        a merged part, a file with the names of its sources is written to META; they do not count once
-        the merged part is there. Then they are deleted; what a kill leaves of them, `clear_merged` clears
-        away. A reader that listed the parts before may find one gone; that is a StorageError, and
-        reading again goes well. Who reads the folder without this class may see a row twice meanwhile.
+        A stage writes a part for every batch, so a table of renders may have one for each row. Readers see
+        either the old parts or the merged one, even if this is killed: first a file with the names of the
+        sources is written to META, and they do not count once the merged part is there. Then they are
+        deleted; after a kill, `clear_merged` does so. A reader that listed the parts before may find one
+        gone, which is a StorageError; reading again succeeds. A reader that does not use this class may see
+        a row twice in the meantime.
 
-        No row is lost whoever else writes meanwhile, another that merges included: a part is deleted
-        only while one that holds its rows is there, and whatever comes back under its name holds no
-        better ones (see `append`). A row may be there twice then.
+        No row is lost if others write or merge at the same time: a part is deleted only while another one
+        holds its rows, and a part that reappears under its name has no better ones (see `append`). A row may
+        then be stored twice.
 
         Args:
-            fewest: fewer single parts than this are left as they are.
+            fewest: fewer single parts than this are not merged.
             rows_per_part: of a merged part.
 
         Raises:
@@ -139,7 +139,7 @@ class Table(Folder):
             return 0
         merged: list[str] = []
         for group, rows in self._groups(small, rows_per_part):
-            # Parts may have come back under the names of ones that were merged before.
+            # Parts may have reappeared under the names of merged ones.
             names = (f"{content_id(group, again)}-{len(rows)}.parquet" for again in itertools.count())
             name = next(name for name in names if name not in parts and name not in merged)
             merged.append(name)
@@ -150,7 +150,7 @@ class Table(Folder):
         return len(small)
 
     def clear_merged(self) -> None:
-        """Delete the parts that do not count: what a compaction leaves to be done, one that was killed too.
+        """Delete parts that do not count: those that a compaction, finished or killed, has merged.
 
         Raises:
             RunLostError: another driver has the run directory.
@@ -170,31 +170,32 @@ class Table(Folder):
         return Folder(beside(self.uri, META))
 
     def _marks(self, files: Iterable[str]) -> list[tuple[Folder, str]]:
-        """The files that name parts which do not count, each with its folder."""
+        """The files that list parts which do not count, each with its folder."""
         meta = self._meta()
         return [(meta, name) for name in meta.files(_SOURCES)] + [(self, name) for name in _old_marks(files)]
 
     def _hidden_by(self, folder: Folder, name: str, files: Set[str]) -> set[str]:
-        """The parts that do not count because of one of the files that say so."""
+        """The parts that do not count because of one of these files."""
         if name != _COMPACTING and name.removesuffix(_SOURCES) not in files:
-            return set()  # the merged part is not there yet, or no more
+            return set()  # the merged part does not exist yet, or any more
         try:
             return set(folder.read_json(name))
         except FileNotFoundError:
             return set()
         except (ValueError, TypeError) as error:
-            # Without it parts may be there twice, which `rows` sees to.
+            # Once it is deleted, rows may be stored twice, which `rows` handles.
             raise StorageError(f"{folder.at(name)} is damaged: delete it") from error
         except OSError as error:
             raise StorageError(f"cannot read {folder.at(name)}: {error}") from error
 
     def _groups(self, parts: Sequence[str], rows_per_part: int) -> Iterator[tuple[list[str], pa.Table]]:
-        """The rows of parts, about `rows_per_part` together, each key once, with the parts they are of."""
+        """The rows of parts in groups of about `rows_per_part`, each key once, with the parts they come
+        from."""
         group: list[str] = []
         held: list[pa.RecordBatch] = []
         for some in chunks(parts, PARTS_AT_ONCE):
             group += some
-            # A batch of one row takes as much memory as one of a hundred.
+            # A batch of one row takes as much memory as one of a hundred rows.
             held += pa.Table.from_batches(self.batches(parts=some), self.schema).combine_chunks().to_batches()
             if sum(batch.num_rows for batch in held) >= rows_per_part:
                 yield group, self._each_key_once(held)
@@ -203,8 +204,7 @@ class Table(Folder):
             yield group, self._each_key_once(held)
 
     def _each_key_once(self, batches: Iterable[pa.RecordBatch], columns: Sequence[str] = ()) -> pa.Table:
-        """The batches (of some columns) as one table; of a key that is there twice, the first of the best
-        rows."""
+        """The batches (of some columns) as one table; of rows with one key, the first of the best."""
         schema = pa.schema([self.schema.field(name) for name in columns]) if columns else self.schema
         rows = pa.Table.from_batches(batches, schema)
         keys, ranks = self._identities(rows), self._ranks(rows)
@@ -223,8 +223,8 @@ class Table(Folder):
         return ranks
 
     def replace(self, rows: Iterable[Row], rows_per_part: int = 1000) -> int:
-        """Make the table hold exactly these rows; returns how many. A kill in between leaves old
-        and new parts together, which the next call mends.
+        """Make the table hold exactly these rows. Returns their number. A kill leaves old and new parts
+        together, which the next call repairs.
 
         Raises:
             RunLostError: another driver has the run directory.
@@ -262,7 +262,7 @@ class Table(Folder):
                 dataset = pads.dataset(paths, schema=self.schema, filesystem=self.fs, format="parquet")
                 for batch in dataset.to_batches(columns=list(columns) if columns else None, filter=where):
                     batch.validate(full=True)
-                    # A column that a part lacks comes as nulls.
+                    # A column that a part lacks is read as nulls.
                     absent = [n for n in batch.schema.names if n in required and batch[n].null_count]
                     if absent:
                         lacks = f"no {', '.join(absent)}"
@@ -272,8 +272,8 @@ class Table(Folder):
                 raise StorageError(f"{self.uri} holds a part that cannot be read: {error}") from error
 
     def rows(self, columns: Sequence[str] | None = None, where: Expression | None = None) -> Iterator[Row]:
-        """Rows, each key once. Where a key is stored twice (a retried error, a candidate that was
-        skipped at first), the best row wins: one that failed only where there is no other."""
+        """Rows, each key once. If a key is stored twice (a retried error, a candidate that was skipped at
+        first), the best row wins: a failed one only if there is no other."""
         wanted = list(columns) if columns else self.schema.names
         read = self._with_identity(wanted)
         poor: dict[Any, tuple[int, Row]] = {}
@@ -293,19 +293,19 @@ class Table(Folder):
                 yield {name: row[name] for name in wanted}
 
     def _with_identity(self, columns: Sequence[str]) -> list[str]:
-        """These columns, and those that tell which of two rows of one key is the better."""
+        """These columns, and those that rank rows of one key."""
         marks = [name for name in _POOR if name in self.schema.names]
         return list(dict.fromkeys([*columns, self.key, *self.also, *marks]))
 
     def arrow(self, columns: Sequence[str] | None = None, where: Expression | None = None) -> pa.Table:
-        """The same rows as one Arrow table, in memory as a whole."""
+        """The same rows as one Arrow table in memory."""
         wanted = list(columns) if columns else self.schema.names
         read = self._with_identity(wanted)
         return self._each_key_once(self.batches(read, where), read).select(wanted)
 
     def groups(self, by: str, columns: Sequence[str]) -> Iterator[list[Row]]:
-        """The same rows, together those that have one value of a column, in the order of these values. The
-        table is read once, and is in memory as Arrow has it: a fifth of what rows take."""
+        """The same rows, grouped by a column and in the order of its values. The table is read once, into
+        Arrow memory, which takes a fifth of that of rows."""
         wanted = list(dict.fromkeys([by, *columns]))
         batches: list[pa.RecordBatch] = []
         best: dict[Any, tuple[int, str, int, int]] = {}
@@ -325,16 +325,16 @@ class Table(Folder):
         return {key for batch in self.batches([self.key], where) for key in batch.column(0).to_pylist()}
 
     def count(self) -> int:
-        """How many rows there are, each identity once."""
+        """The number of rows, each identity once."""
         columns = [self.key, *self.also]
         return len({row for batch in self.batches(columns) for row in self._identities(batch)})
 
 
 def _old_marks(files: Iterable[str]) -> list[str]:
-    """Those of a table's files by which earlier versions named parts that do not count."""
+    """Files of a table in which earlier versions listed parts that do not count."""
     return [name for name in files if name.endswith(_SOURCES) or name == _COMPACTING]
 
 
 def _merging(files: Sequence[str]) -> list[str]:
-    """Those of a table's files that merging makes."""
+    """Files of a table that merging makes."""
     return [*_old_marks(files), *(name for name in files if _MERGED.fullmatch(name))]

@@ -1,7 +1,7 @@
-"""Who makes which video now, so that a key is rendered once, whoever asks for it and wherever.
+"""Leases on videos that are being rendered, so that each key is rendered only once.
 
 A renderer takes a lease before it renders: a claim in `leases/` of the store (see `claims`), which all
-replicas, runs and endpoints share. A replica that dies leaves its lease to the next one.
+replicas, runs and endpoints share. The lease of a replica that dies passes to the next one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class VideoLeases:
         self._thread: threading.Thread | None = None
 
     def taken(self, key: str) -> bool:
-        """Whether somebody else makes this video. Raises StorageError."""
+        """Whether somebody else renders this video. Raises StorageError."""
         return bool(self._claims.others(self._claims.names(key), None, STALE_S))
 
     def take(self, key: str) -> bool:
-        """Take the lease of a video; False where another has it, or asks for it at the same moment: then
-        both have none, and try again. Raises StorageError."""
+        """Take the lease of a video. False if another has it, or claims it at the same moment: then neither
+        gets it, and both try again. Raises StorageError."""
         if self.taken(key):
             return False
         claim = Claim(self._claims, key)
@@ -57,7 +57,7 @@ class VideoLeases:
         return True
 
     def give_back(self, key: str) -> None:
-        """Let the next one make it. A lease that is not held is fine."""
+        """Give a lease back. It need not be held."""
         with self._changing:
             claim = self._held.pop(key, None)
             if claim is not None:

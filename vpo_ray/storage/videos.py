@@ -1,11 +1,10 @@
 """The store of rendered videos, addressed by content, so that nothing is rendered twice.
 
-A video's key is a hash of all that decides its pixels: prompt, seed, model, settings and library
-versions. `ab/<key>.mp4` holds the bytes that the reward reads, `ab/<key>.json` beside it says what
-they are. The sidecar is written last: an mp4 without one is an interrupted write and counts as
-absent. Where a video is replaced, the new sidecar lies there before as `ab/<key>.<sha256>.json`, so
-that whichever bytes a reader finds, there is one that belongs to them. A store is a folder on any
-filesystem of `pyarrow.fs`, shared by runs and recipes.
+A video's key is a hash of all that determines its pixels: prompt, seed, model, settings and library versions.
+`ab/<key>.mp4` has the bytes that the reward reads, and its sidecar `ab/<key>.json` describes them. The
+sidecar is written last: an mp4 without one is an interrupted write and counts as absent. When a video is
+replaced, the new sidecar is first written as `ab/<key>.<sha256>.json`, so that a reader finds a matching
+sidecar for either bytes. A store is a folder on any filesystem of `pyarrow.fs`, shared by runs and recipes.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
 
 # Keys of the render section that change how a video is made but not its pixels. `kind`, `model`, `version`,
-# `revision` and `lora` are in the key as the model's identity. Every other key of the section is a setting
-# that changes pixels, a new one too.
+# `revision` and `lora` are in the key as the model's identity. Every other key of the section, also a new
+# one, changes pixels.
 OPERATIONAL = frozenset(
     {
         "kind",
@@ -53,22 +52,22 @@ OPERATIONAL = frozenset(
         "endpoint",
     }
 )
-READERS = 8  # files of a store that are read at once; an object store answers each in tens of ms
-# The files of a video, and what an interrupted write leaves.
+READERS = 8  # files read at once; an object store takes tens of ms for each
+# The files of a video, and leftovers of an interrupted write.
 _FILE = re.compile(r"[^/]+/(?P<key>[0-9A-Za-z]+)\.(?P<kind>mp4|json)")
 _LEFT = re.compile(r"\.[0-9a-f]+\.tmp$|^[0-9a-f]+\.[0-9a-f]{64}\.json$|^[0-9a-f]+-[0-9a-f]{32}\.json$")
 _LIBRARIES = ("diffusers", "torch", "transformers")
 
 
 class VideoMissing(LookupError):
-    """The store holds no whole video under this key."""
+    """The store has no complete video under this key."""
 
 
 class VideoDamaged(ValueError):
     """The bytes under this key are not those that were written; the next render replaces them.
 
     Args:
-        sha256: of the bytes that are there.
+        sha256: of the bytes found.
     """
 
     def __init__(self, message: str, sha256: str = "") -> None:
@@ -77,7 +76,7 @@ class VideoDamaged(ValueError):
 
 
 class Entry(NamedTuple):
-    """One key found in the store: bytes on disk, when last written, and whether it is complete."""
+    """A key in the store: bytes on disk, time of the last write, and whether it is complete."""
 
     key: str
     size: int
@@ -86,13 +85,13 @@ class Entry(NamedTuple):
 
 
 def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str, Any]:
-    """All that decides the pixels of a video, as JSON-able parts.
+    """All that determines the pixels of a video, as JSON-able parts.
 
     Args:
         model: the video model's identity, see `engines.video.Prepared`.
 
-    Settings that are off (null, false, empty) are left out, so that an option which a later version
-    adds does not change the keys of the videos that exist.
+    Settings that are off (null, false, empty) are left out, so that an option added by a later version does
+    not change the keys of existing videos.
     """
     chosen = settings.model_dump(mode="json", exclude=set(OPERATIONAL))
     on = {name: value for name, value in chosen.items() if value not in (None, False, [], {})}
@@ -138,7 +137,7 @@ class VideoStore:
         return self.folder.at(_name(key, "mp4"))
 
     def info(self, key: str) -> dict[str, Any]:
-        """The sidecar. Raises VideoMissing (none, or unreadable: then nothing tells what the mp4 is)."""
+        """The sidecar. Raises VideoMissing if there is none, or it is unreadable."""
         return self._sidecar(key, _name(key, "json"))
 
     def _sidecar(self, key: str, name: str) -> dict[str, Any]:
@@ -154,8 +153,7 @@ class VideoStore:
     def read(self, key: str) -> bytes:
         """The mp4, checked against length and hash in its sidecar.
 
-        The sidecar of a damaged video is removed: it counts as absent from then on, so that the next
-        look-up renders it again.
+        The sidecar of a damaged video is removed: it then counts as absent and is rendered again.
 
         Raises:
             VideoMissing: there is no complete video under this key.
@@ -164,7 +162,7 @@ class VideoStore:
         try:
             return self._together(key)[1]
         except VideoDamaged:
-            with suppress(StorageError):  # a store that is read only can still say what is wrong
+            with suppress(StorageError):  # the fault is reported for a read-only store too
                 self.folder.delete(_name(key, "json"))
             raise
 
@@ -174,11 +172,10 @@ class VideoStore:
     def hit(self, key: str) -> dict[str, Any] | None:
         """The sidecar if the video can be used as it is, None if it has to be rendered.
 
-        A hit asks whether anybody touched the file since it was written: its length and modification
-        time are compared with the sidecar's, and nothing is read. That sees a file that was cut
-        short, overwritten or edited. Where the times differ (a store that was copied, too) the bytes
-        are hashed, once: the sidecar then notes the time. What a disk does to a file without
-        anybody's touch, `read` sees, which hashes always; `verify` reads the whole store.
+        Length and modification time are compared with the sidecar's, without reading the file: this detects
+        one that was truncated, overwritten or edited. If the times differ (also in a copied store), the bytes
+        are hashed once and the sidecar records the new time. Corruption by a disk is detected by `read`,
+        which always hashes; `verify` reads the whole store.
         """
         try:
             info, file = self.info(key), self._stat(key)
@@ -215,13 +212,13 @@ class VideoStore:
         return sidecar
 
     def delete(self, key: str) -> None:
-        """Remove a video, sidecar first, so that no reader takes half an entry for a whole one."""
+        """Remove a video, sidecar first, so that no reader takes half an entry for a complete one."""
         for kind in ("json", "mp4"):
             self.folder.delete(_name(key, kind))
 
     def entries(self) -> Iterator[Entry]:
-        """Every key with a file in the store, complete or not, sorted. Whatever else lies there, such as
-        the jobs of an endpoint, is no video."""
+        """Every key with a file in the store, complete or not, sorted. Other files, such as jobs of an
+        endpoint, are skipped."""
         found: dict[str, dict[str, pafs.FileInfo]] = {}
         for file in self._listing():
             name = file.path[len(self.folder.path) + 1 :]
@@ -232,17 +229,17 @@ class VideoStore:
             yield Entry(key, size, max(file.mtime for file in files.values()), len(files) == 2)
 
     def verify(self) -> Iterator[tuple[str, str]]:
-        """Read every video; yields key and problem of each that is missing a file or damaged."""
+        """Read every video; yields key and problem of each incomplete or damaged one."""
         yield from ((entry.key, problem) for entry, problem in self.inspect() if problem is not None)
 
     def inspect(self) -> Iterator[tuple[Entry, str | None]]:
-        """Read every video; yields each entry with what is wrong with it, or None."""
+        """Read every video; yields each entry with its problem, or None."""
         with ThreadPoolExecutor(READERS) as readers:
             for some in chunks(self.entries(), 16 * READERS):
                 yield from zip(some, readers.map(self._problem, some), strict=True)
 
     def infos(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, dict[str, Any] | None]]:
-        """The sidecars of entries; None where there is none that can be read."""
+        """The sidecars of entries; None for a missing or unreadable one."""
         with ThreadPoolExecutor(READERS) as readers:
             for some in chunks(entries, 16 * READERS):
                 yield from zip(some, readers.map(self._info, some), strict=True)
@@ -250,12 +247,12 @@ class VideoStore:
     def prune(
         self, before: datetime, keep: Container[str] = (), *, complete: bool = False, dry_run: bool = False
     ) -> list[Entry]:
-        """Delete what an interrupted write left, and with `complete` whole videos too.
+        """Delete leftovers of interrupted writes, and with `complete` complete videos too.
 
         Args:
-            before: only what was written before this moment (with a time zone): a write in progress
-                must be left alone.
-            keep: keys that stay, such as those that some run's table still names.
+            before: only files written before this time (with a time zone), so that writes in progress are
+                not touched.
+            keep: keys that stay, such as those in a run's table.
             dry_run: delete nothing.
 
         Returns:
@@ -301,7 +298,7 @@ class VideoStore:
             return None
 
     def _together(self, key: str) -> tuple[dict[str, Any], bytes]:
-        """A sidecar and the bytes that belong to it, also while they are replaced.
+        """A sidecar and the bytes that belong to it, even while they are replaced.
 
         Raises:
             VideoMissing, VideoDamaged: see `read`.
@@ -314,7 +311,7 @@ class VideoStore:
                 try:
                     after = self._sidecar(key, _name(key, f"{damage.sha256}.json"))
                 except VideoMissing:
-                    after = self.info(key)  # it may be in its place by now
+                    after = self.info(key)  # it may have been moved into place
                 if after == info:
                     raise
                 info = after
