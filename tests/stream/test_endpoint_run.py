@@ -91,7 +91,7 @@ def test_drafts_of_an_endpoint(tmp_path: Path, ray_cluster: None, serve_endpoint
             "cost": pytest.approx(PRICE * turns / 1000),
         }
     assert "Refusal: the model refused: I would rather not" in rows["refuse this"]["error"]
-    assert "nor after a repair round" in rows["babble on"]["error"]
+    assert "even after a repair round" in rows["babble on"]["error"]
     ledger = build_ledger(run, recipe)
     assert reconcile(ledger) == []
     assert ledger["stages"]["draft"]["out"] == 12

@@ -47,7 +47,6 @@ _MOVED = {
     "pairs/reasons.json": (PAIRED, "reasons"),
 }
 
-<<<<<<< HEAD
 
 def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> None:
     """Give the rows of these tables more columns, and a place for the seconds and tokens of one more
@@ -63,10 +62,7 @@ def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> Non
         TABLES[name] = schema, key
 
 
-# In the run directory of a round or an evaluation: which policy it samples.
-=======
 # In the run directory of a round or an evaluation: the policy that it samples.
->>>>>>> f52c4c1 (Say it plainly in storage, files and the modules below)
 ROUND = "round.json"
 
 
@@ -114,18 +110,6 @@ class RunDir(Folder):
         schema, key = TABLES[name]
         return Table(self.at(name), schema, key, ALSO.get(name, ()), self.shard)
 
-<<<<<<< HEAD
-=======
-    def rows_of_stage(self, stage: str, columns: Sequence[str]) -> Iterator[Row]:
-        """Finished rows of a candidate stage, from its own table or the nearest later one that has any."""
-        order = list(CANDIDATE_TABLES)
-        for later in order[order.index(stage) :]:
-            table = self.table(CANDIDATE_TABLES[later])
-            if table.parts():
-                yield from table.rows(columns)
-                return
-
->>>>>>> f52c4c1 (Say it plainly in storage, files and the modules below)
     def write_metrics(self, phase: str, lines: Sequence[Row]) -> None:
         """Store a training curve: `metrics/<phase>.jsonl`, one JSON object a step."""
         self.write(f"metrics/{phase}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())

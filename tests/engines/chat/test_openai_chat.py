@@ -178,7 +178,7 @@ def test_a_model_that_never_answers_in_the_grammar(bad: str, serve_endpoint: Ser
     server = serve_endpoint(lambda _: completion(bad))
     [error] = ask(make(server), schema=SCHEMA)
     assert isinstance(error, ChatError)
-    assert "nor after a repair round" in str(error)
+    assert "even after a repair round" in str(error)
     assert error.usage.prompt == 2000
     assert len(server.requests) == 2, "one repair round, and no answer is kept"
 
