@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_table_folders import check_tables
 
 from vpo_ray.storage.run_dir import RunDir
 
@@ -107,6 +108,10 @@ def test_every_real_query_ends_in_a_row_or_a_counted_reason(undisturbed: RunDir,
 
     assert reconcile(ledger) == []
     assert ledger["stages"]["pair"]["pairs"] == undisturbed.table("pairs").count() > 0
+
+
+def test_other_readers_of_parquet_open_its_tables(undisturbed: RunDir) -> None:
+    assert check_tables(undisturbed) >= {"queries", "feedback", "pairs"}
 
 
 def test_videos_of_a_query_share_a_seed_and_lie_in_the_store(undisturbed: RunDir) -> None:
