@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.records import Row, table
+from vpo_ray.records import Row, Shard, table
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.actor_pools import Outcome, SharedClock, StageActor
 from vpo_ray.stream.progress import status_lines
@@ -122,6 +122,7 @@ def test_the_status_before_the_first_second() -> None:
     counts = {"render": {"started": 0, "done": 1, "errors": 0, "passed": 0}}
     assert "render" in status_lines(counts, 0.0)
     assert status_lines({}, 0.0).count("\n") == 0
+    assert status_lines({}, 0.0, Shard(3, 8)).endswith("errors   shard 3/8")
 
 
 def test_a_replica_with_another_code_makes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from ray.data import Dataset
 
-from vpo_ray.recipe import Limits, Recipe
+from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row, failed
 from vpo_ray.stages import spec
 from vpo_ray.stages.chains import Models
@@ -163,7 +163,7 @@ class _Call:
         require(shapes, patience)
         try:
             with watched(shapes, patience):
-                _drain(stream, this.recipe.limits)
+                _drain(stream, this)
         except StoppedError as error:
             if error.node is None:
                 raise
@@ -202,11 +202,12 @@ def _stream(this: Pass) -> _Stream | None:
     return _Stream(stream, progress, tuple(busy))
 
 
-def _drain(stream: _Stream, limits: Limits) -> None:
+def _drain(stream: _Stream, this: Pass) -> None:
     """Run the stream to its end; the driver sees ids and errors only."""
+    limits = this.recipe.limits
     finished = errors = 0
     _configure(stream.dataset)
-    with StatusTable(stream.progress), _explained():
+    with StatusTable(stream.progress, shard=this.run.shard), _explained():
         for batch in stream.dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count

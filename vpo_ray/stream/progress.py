@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vpo_ray.records import Row
+from vpo_ray.records import Row, Shard
 from vpo_ray.stream import ray_compat
 from vpo_ray.stream.spending import Book, Charges
 
@@ -108,10 +108,13 @@ class StatusTable:
     """Prints the counts to stderr: redrawn in place on a terminal, every `every_s` otherwise.
 
     Use as a context manager around the work.
+
+    Args:
+        shard: which it names, where the work is one.
     """
 
-    def __init__(self, progress: Any, every_s: float = 15.0) -> None:
-        self._progress, self._every = progress, every_s
+    def __init__(self, progress: Any, every_s: float = 15.0, shard: Shard | None = None) -> None:
+        self._progress, self._every, self._shard = progress, every_s, shard
         self._stop = threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
@@ -140,7 +143,7 @@ class StatusTable:
                 # A status that cannot be had must never stop the run.
                 logger.debug("no status this time", exc_info=True)
                 counts = {}
-            text = status_lines(counts, time.monotonic() - self._began)
+            text = status_lines(counts, time.monotonic() - self._began, self._shard)
             if counts and text.split("\n", 1)[1] != shown:
                 shown = text.split("\n", 1)[1]
                 console.print(text, highlight=False, markup=False)
@@ -148,9 +151,12 @@ class StatusTable:
                 return
 
 
-def status_lines(counts: Mapping[str, Mapping[str, float]], elapsed_s: float) -> str:
+def status_lines(
+    counts: Mapping[str, Mapping[str, float]], elapsed_s: float, shard: Shard | None = None
+) -> str:
     """The status as text: one line a stage with done, in flight, rate and errors."""
     lines = [f"{elapsed_s:7.0f} s   {'done':>8} {'in flight':>10} {'rows/s':>8} {'errors':>7}"]
+    lines[0] += f"   shard {shard}" if shard else ""
     for stage, n in counts.items():
         flight = max(0, n["started"] - n["done"])
         rate = n["done"] / max(elapsed_s, 1e-9)
