@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pyarrow.dataset as pads
@@ -18,6 +19,7 @@ from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import Row
 from vpo_ray.storage.run_dir import TABLES, RunDir
 from vpo_ray.storage.sft_data import distinct
+from vpo_ray.storage.tables import Table
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,3 +150,20 @@ def test_of_a_candidate_that_was_tried_again_the_good_row_is_paired(recipe: Reci
     run.table("feedback").append([{**scored("0" * 32, 1, 1.0), "score": None, "error": "boom"}])
     make_pairs(recipe, run)
     assert run.table("pairs").keys() == pairs
+
+
+def test_pairing_and_the_ledger_read_the_feedback_once(
+    recipe: Recipe, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    batches = Table.batches
+
+    def noted(table: Table, *arguments: Any, **more: Any) -> Any:
+        read.append(table.uri)
+        return batches(table, *arguments, **more)
+
+    monkeypatch.setattr(Table, "batches", noted)
+    make_pairs(recipe, run)
+    assert read.count(run.at("feedback")) == 1
+    build_ledger(run, recipe)
+    assert read.count(run.at("feedback")) == 2

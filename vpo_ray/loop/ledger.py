@@ -15,12 +15,13 @@ from typing import Any
 from vpo_ray.recipe import Pair, Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages import spec
-from vpo_ray.stages.chains import CHAINS, Chain, rows_of_stage
+from vpo_ray.stages.chains import CHAINS, Chain, table_of_stage
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.stages.score import ALARM_AFTER
 from vpo_ray.stages.spec import StageSpec
 from vpo_ray.stages.tally import by_reason, reason_of
 from vpo_ray.storage.run_dir import PAIRED, SFT_DROPPED, RunDir
+from vpo_ray.storage.tables import Table
 from vpo_ray.stream.spending import Charges, spent_at
 
 Ledger = dict[str, Any]
@@ -36,13 +37,16 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
         is particular to the stage).
     """
     stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
+    counts = {stage.name: _StageCount(stage) for stage in spec.stages() if stage.in_recipe(recipe)}
+    pairs = _PairCount(recipe.pair)
+    _count_rows(run, counts, pairs)
     for chain in CHAINS.values():
         entered = _entering(run, chain, stages["curate"]["splits"], recipe)
         for stage in spec.stages(chain.name):
-            if stage.in_recipe(recipe):
-                stages[stage.name] = _rows(run, stage, entered)
+            if stage.name in counts:
+                stages[stage.name] = counts[stage.name].entry(entered)
                 entered = stages[stage.name]["out"]
-    stages["pair"] = _pair(run, recipe.pair)
+    stages["pair"] = pairs.entry(run)
     stages["sft"] = _training(run, "sft", run.table("sft").count())
     stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
     ledger = {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
@@ -128,49 +132,70 @@ def _entering(run: RunDir, chain: Chain, splits: dict[str, int], recipe: Recipe)
     return queries * chain.rows_of_query(recipe)
 
 
-def _rows(run: RunDir, stage: StageSpec, entered: int) -> dict[str, Any]:
-    """Count a stage in a single pass over its table, or the nearest later one that holds any rows.
+def _count_rows(run: RunDir, counts: dict[str, _StageCount], pairs: _PairCount) -> None:
+    """Read each table once, for all that count its rows: where a stage has none of its own, the nearest later
+    one has them."""
+    feedback = run.table("feedback")
+    reading: dict[str, tuple[Table, list[_StageCount | _PairCount]]] = {feedback.uri: (feedback, [pairs])}
+    for name, count in counts.items():
+        if (table := table_of_stage(run, name)) is not None:
+            reading.setdefault(table.uri, (table, []))[1].append(count)
+    for table, counting in reading.values():
+        wanted = {name for count in counting for name in count.columns}
+        for row in table.rows([name for name in table.schema.names if name in wanted]):
+            for counter in counting:
+                counter.add(row)
+
+
+class _StageCount:
+    """Counts the rows of one stage.
 
     A row that failed before this stage, or was not rendered and has come to a later stage, only passed
     through and is not counted; one that failed after it left this stage well.
     """
-    order, tally = spec.names(stage.chain), stage.tally()
-    position = order.index(stage.name)
-    render = order.index("render") if "render" in order else len(order)
-    out = timed = 0
-    seconds, usage = 0.0, Charges()
-    dropped, skipped, errored = Counter[str](), Counter[str](), Counter[str]()
-    common = ["verdict", "skipped", "seconds", "usage", "error", "error_stage"]
-    known = run.table(stage.table).schema.names
-    for row in rows_of_stage(run, stage.name, [n for n in {*tally.columns, *common} if n in known]):
+
+    def __init__(self, stage: StageSpec) -> None:
+        self.stage, self.tally, self.order = stage, stage.tally(), spec.names(stage.chain)
+        common = ("verdict", "skipped", "seconds", "usage", "error", "error_stage")
+        self.columns = (*self.tally.columns, *common)
+        self.position = self.order.index(stage.name)
+        self.render = self.order.index("render") if "render" in self.order else len(self.order)
+        self.out = self.timed = 0
+        self.seconds, self.usage = 0.0, Charges()
+        self.dropped, self.skipped, self.errored = Counter[str](), Counter[str](), Counter[str]()
+
+    def add(self, row: Row) -> None:
+        order, position = self.order, self.position
         failed_at = order.index(row["error_stage"]) if row["error_stage"] in order else len(order)
-        not_rendered = _why_not_rendered(row) if failed_at >= render else None
-        if failed_at < position or (not_rendered and position > render):
-            continue
-        spent = (row["seconds"] or {}).get(stage.name)
+        not_rendered = _why_not_rendered(row) if failed_at >= self.render else None
+        if failed_at < position or (not_rendered and position > self.render):
+            return
+        spent = (row["seconds"] or {}).get(self.stage.name)
         if spent is not None:
-            seconds, timed = seconds + spent, timed + 1
-        usage.add_row(row, stage.name)
+            self.seconds, self.timed = self.seconds + spent, self.timed + 1
+        self.usage.add_row(row, self.stage.name)
         if failed_at == position:
-            errored[reason_of(row["error"])] += 1
-            tally.add_failed(row)
-        elif not_rendered and position == render:
-            skipped[not_rendered] += 1
-        elif (reason := tally.add(row)) is not None:
-            dropped[reason] += 1
+            self.errored[reason_of(row["error"])] += 1
+            self.tally.add_failed(row)
+        elif not_rendered and position == self.render:
+            self.skipped[not_rendered] += 1
+        elif (reason := self.tally.add(row)) is not None:
+            self.dropped[reason] += 1
         else:
-            out += 1
-    return _entry(
-        entered,
-        out,
-        dropped=by_reason(dropped),
-        skipped=by_reason(skipped),
-        errored=by_reason(errored),
-        seconds=round(seconds, 3) if timed else None,
-        seconds_per_row=round(seconds / timed, 4) if timed else None,
-        **(usage.shown() if stage.runs_on == "chat" else {}),
-        **tally.result(),
-    )
+            self.out += 1
+
+    def entry(self, entered: int) -> dict[str, Any]:
+        return _entry(
+            entered,
+            self.out,
+            dropped=by_reason(self.dropped),
+            skipped=by_reason(self.skipped),
+            errored=by_reason(self.errored),
+            seconds=round(self.seconds, 3) if self.timed else None,
+            seconds_per_row=round(self.seconds / self.timed, 4) if self.timed else None,
+            **(self.usage.shown() if self.stage.runs_on == "chat" else {}),
+            **self.tally.result(),
+        )
 
 
 def _why_not_rendered(row: Row) -> str | None:
@@ -224,33 +249,39 @@ class _Tally:
         return f"no candidate both over the margin and dominant by {settings.dominance}"
 
 
-def _pair(run: RunDir, settings: Pair) -> dict[str, Any]:
-    """Rows here are queries: one with a pair is out, one without is dropped and told why."""
-    kinds: Counter[str] = Counter()
-    paired: set[str] = set()
-    for row in run.table("pairs").rows(["query_id", "kind"]):
-        kinds[row["kind"]] += 1
-        paired.add(row["query_id"])
-    paired_with = run.read_json(PAIRED) if run.exists(PAIRED) else None
-    tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
-    columns = ["query_id", "prompt", "refined_verdict", "skipped", "score", "error"]
-    if settings.reward is not None:
-        columns.append("more_rewards")
-    for row in run.table("feedback").rows(columns):
-        tallies[row["query_id"]].add(by_reward(row, settings.reward))
-    more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
-    if paired_with and "videos" in paired_with:
-        more["videos"] = {
-            strategy: {
-                "videos": videos,
-                "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
+class _PairCount:
+    """Counts queries: one with a pair is out, one without is dropped, with the reason."""
+
+    def __init__(self, settings: Pair) -> None:
+        self.settings = settings
+        self.tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
+        self.columns = ["query_id", "prompt", "refined_verdict", "skipped", "score", "error"]
+        self.columns += ["more_rewards"] if settings.reward is not None else []
+
+    def add(self, row: Row) -> None:
+        self.tallies[row["query_id"]].add(by_reward(row, self.settings.reward))
+
+    def entry(self, run: RunDir) -> dict[str, Any]:
+        kinds: Counter[str] = Counter()
+        paired: set[str] = set()
+        for row in run.table("pairs").rows(["query_id", "kind"]):
+            kinds[row["kind"]] += 1
+            paired.add(row["query_id"])
+        paired_with = run.read_json(PAIRED) if run.exists(PAIRED) else None
+        more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+        if paired_with and "videos" in paired_with:
+            more["videos"] = {
+                strategy: {
+                    "videos": videos,
+                    "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
+                }
+                for strategy, videos in paired_with["videos"].items()
             }
-            for strategy, videos in paired_with["videos"].items()
-        }
-    if not kinds and paired_with is None:
-        return _entry(len(tallies), 0, skipped={"not paired yet": len(tallies)} if tallies else {}, **more)
-    dropped = Counter(tally.why_no_pair(settings) for query, tally in tallies.items() if query not in paired)
-    return _entry(len(tallies), len(paired & tallies.keys()), dropped=by_reason(dropped), **more)
+        number = len(self.tallies)
+        if not kinds and paired_with is None:
+            return _entry(number, 0, skipped={"not paired yet": number} if number else {}, **more)
+        why = (t.why_no_pair(self.settings) for query, t in self.tallies.items() if query not in paired)
+        return _entry(number, len(paired & self.tallies.keys()), dropped=by_reason(Counter(why)), **more)
 
 
 def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:

@@ -101,12 +101,15 @@ def chain_of(stage: str) -> Chain:
 def rows_of_stage(run: RunDir, stage: str, columns: Sequence[str]) -> Iterator[Row]:
     """Rows that left a stage, from its own table or the nearest later one of its chain that holds any: a
     row there has all that the stages before it gave it."""
+    table = table_of_stage(run, stage)
+    yield from () if table is None else table.rows(columns)
+
+
+def table_of_stage(run: RunDir, stage: str) -> Table | None:
+    """The table that `rows_of_stage` reads; None where there are no rows."""
     chain = chain_of(stage)
-    for later in chain.stages[chain.stages.index(stage) :]:
-        table = chain.table(run, later)
-        if table.parts():
-            yield from table.rows(columns)
-            return
+    later = (chain.table(run, name) for name in chain.stages[chain.stages.index(stage) :])
+    return next((table for table in later if table.parts()), None)
 
 
 def _to_candidates(recipe: Recipe, models: Models) -> Expand:
