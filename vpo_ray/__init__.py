@@ -91,12 +91,12 @@ def run(recipe: Recipe, *, rounds: int = 1, retry_errors: bool = False, verbose:
         OtherRecipeError, RunInUseError: the run directory is another recipe's, or another driver works there.
     """
     from vpo_ray.loop.rounds import run_rounds
-    from vpo_ray.plan import check
+    from vpo_ray.plan import check_recipe
     from vpo_ray.report import build_report
     from vpo_ray.storage.run import Run
     from vpo_ray.stream.connection import connect
 
-    check(recipe)
+    check_recipe(recipe)
     connect(verbose)
     return Run(run_rounds(recipe, rounds, retry_errors, build_report).uri)
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from vpo_ray.cli import submit_package
-from vpo_ray.cli.submit_package import MOST_BYTES, PackageError, is_node_of, on_shared_storage, pack
+from vpo_ray.cli.submit_package import MOST_BYTES, PackageError, is_node_of, on_shared_storage, write_package
 from vpo_ray.recipe import load
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
@@ -38,7 +38,7 @@ class Work:
     def pack(self, name: str = "recipe.yaml", everywhere: bool = False) -> list[str]:
         path = self.write(name, yaml.safe_dump(self.tree))
         target = self.folder.parent / "package.zip"
-        pack(load(path), path, self.folder, target, lambda _: everywhere)
+        write_package(load(path), path, self.folder, target, lambda _: everywhere)
         with zipfile.ZipFile(target) as package:
             assert package.testzip() is None
             return sorted(package.namelist())

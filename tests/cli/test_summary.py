@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vpo_ray.cli.summary import WIDTH, summary
+from vpo_ray.cli.summary import WIDTH, run_summary
 from vpo_ray.loop.ledger import build_ledger
 from vpo_ray.recipe import load
 from vpo_ray.storage.run_dir import RunDir
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_the_funnel_and_where_to_look(run: RunDir) -> None:
-    lines = summary(run).splitlines()
+    lines = run_summary(run).splitlines()
     assert lines[1] == "1 queries → 0 candidates → 0 aligned → 0 videos → 0 pairs"
     assert f"report   {run.uri}/report/index.html" in lines
     assert f"ledger   {run.uri}/ledger.json" in lines
@@ -37,27 +37,27 @@ def test_what_a_video_pair_takes_is_told_for_both_strategies(run: RunDir) -> Non
     ledger["stages"]["pair"] |= {"kinds": {"video": 4}, "videos": counts}
     run.write_json("ledger.json", ledger)
     told = "videos for a video pair, by render.strategy: 5.0 (adaptive), 6.0 (all)"
-    assert told in summary(run).splitlines()
+    assert told in run_summary(run).splitlines()
 
 
 def test_what_was_spilled_is_told(run: RunDir) -> None:
-    assert "object store" not in summary(run)
+    assert "object store" not in run_summary(run)
     ledger = run.read_json("ledger.json")
     run.write_json("ledger.json", ledger | {"last_run": {"spilled_bytes": 1_230_000_000}})
-    assert "the object store spilled 1.23 GB to disk: see docs/operations.md" in summary(run).splitlines()
+    assert "the object store spilled 1.23 GB to disk: see docs/operations.md" in run_summary(run).splitlines()
 
 
 @pytest.mark.parametrize(("made", "shown"), [(["sft"], "sft"), (["sft", "dpo"], "dpo"), (["dpo"], "dpo")])
 def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str], shown: str) -> None:
     for phase in made:
         run.write_json(f"checkpoints/{phase}/vpo.json", {})
-    assert f"serve    vpo serve {run.uri}/checkpoints/{shown}" in summary(run).splitlines()
-    assert summary(run).count("serve    ") == 1
+    assert f"serve    vpo serve {run.uri}/checkpoints/{shown}" in run_summary(run).splitlines()
+    assert run_summary(run).count("serve    ") == 1
 
 
 def test_control_characters_never_reach_the_terminal(run: RunDir) -> None:
     run.write_json("example.json", {"query": HOSTILE, "sft": HOSTILE, "dpo": HOSTILE})
-    text = summary(run)
+    text = run_summary(run)
     assert all(char == "\n" or char.isprintable() for char in text)
     assert "overwrite" in text
     assert text.count("end\n") == 3
@@ -65,7 +65,7 @@ def test_control_characters_never_reach_the_terminal(run: RunDir) -> None:
 
 def test_long_and_empty_texts(run: RunDir) -> None:
     run.write_json("example.json", {"query": "", "sft": "word " * 100, "dpo": "x" * 300})
-    lines = summary(run).splitlines()
+    lines = run_summary(run).splitlines()
     assert all(len(line) <= WIDTH for line in lines if not line.startswith(("report", "ledger")))
     assert sum(line.count("word") for line in lines) == 100
     assert sum(line.startswith(("query ", "sft ", "dpo ")) for line in lines) == 3
@@ -77,4 +77,4 @@ def test_one_score_for_all_videos_is_told(run: RunDir) -> None:
     for low, high, told in ((0.5, 0.5, True), (0.5, 0.6, False)):
         score |= {"in": 20, "out": 20, "score": {"mean": 0.5, "min": low, "max": high}}
         run.write_json("ledger.json", ledger)
-        assert ("warning: all 20 videos got the score 0.5" in summary(run)) == told
+        assert ("warning: all 20 videos got the score 0.5" in run_summary(run)) == told

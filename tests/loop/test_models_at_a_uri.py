@@ -10,7 +10,7 @@ import pytest
 from clusters import python, simulated
 from s3_server import bucket, upload
 
-from vpo_ray.cli.summary import summary
+from vpo_ray.cli.summary import run_summary
 from vpo_ray.engines.chat.adapter import adapter_of
 from vpo_ray.engines.video.weights import on_node, weights_identity
 from vpo_ray.files.folder import Folder, join
@@ -75,7 +75,7 @@ def test_where_a_run_is_holds_when_it_is_typed(uri: str) -> None:
     run = RunDir(uri)
     run.write_json("ledger.json", build_ledger(run, load(TINY)))
     run.write_json("checkpoints/dpo/vpo.json", {})
-    lines = dict(line.split(None, 1) for line in summary(run).splitlines() if "s3://" in line)
+    lines = dict(line.split(None, 1) for line in run_summary(run).splitlines() if "s3://" in line)
     assert lines["policy"] == run.at("checkpoints/dpo")
     assert shlex.split(lines["serve"]) == ["vpo", "serve", run.at("checkpoints/dpo")]
     assert lines["report"] == run.at("report/index.html")

@@ -6,20 +6,20 @@ from typing import Any
 import pytest
 from plan_recipes import recipe
 
-from vpo_ray.plan import PlanError, check
+from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.plan.check import check_nodes, hub_ids
 
 
 def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
     with pytest.raises(PlanError) as caught:
-        check(recipe(tiny, **changes))
+        check_recipe(recipe(tiny, **changes))
     head, *lines = str(caught.value).splitlines()
     assert head == f"recipe tiny: {len(lines)} problem(s)"
     return [line.strip() for line in lines]
 
 
 def test_tiny_checkpoints_are_fine(tiny: dict[str, Any]) -> None:
-    check(recipe(tiny))
+    check_recipe(recipe(tiny))
 
 
 def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_a_model_of_another_kind_is_told(tiny: dict[str, Any], tiny_models: Path
 
 @pytest.mark.parametrize("name", ["org/model", "s3://bucket/model"])
 def test_hub_ids_and_uris_are_taken_on_trust(tiny: dict[str, Any], name: str) -> None:
-    check(recipe(tiny, policy__model=name, render__model=name))
+    check_recipe(recipe(tiny, policy__model=name, render__model=name))
 
 
 def test_a_reward_behind_an_endpoint_is_no_folder(tiny: dict[str, Any]) -> None:
-    check(recipe(tiny, reward__kind="openai", reward__model="gpt-4o"))
+    check_recipe(recipe(tiny, reward__kind="openai", reward__model="gpt-4o"))
 
 
 def test_a_checklist_that_cannot_be_used_is_told_before_a_video_is_made(
@@ -87,7 +87,7 @@ def test_a_checklist_that_cannot_be_used_is_told_before_a_video_is_made(
     assert line.startswith("reward.checklist:")
     assert "has 1 weights" in line
     (tmp_path / "w.json").write_text("[1.0, 0]")
-    check(recipe(changed, reward__checklist=files))
+    check_recipe(recipe(changed, reward__checklist=files))
     assert problems(changed, reward__checklist=files, pair__dominance="dimension") == [
         "pair.dominance: dimension needs a checklist with dimensions, this one has none"
     ]
@@ -110,17 +110,17 @@ def test_a_hub_id_that_may_be_a_wrong_path_is_told(
 
 def test_the_judge_may_be_at_an_endpoint_or_an_adapter(tiny: dict[str, Any], tmp_path: Path) -> None:
     remote = recipe(tiny, judge__model="gpt-4o", judge__backend="openai")
-    check(remote)
+    check_recipe(remote)
     assert hub_ids(recipe(tiny, judge__model="org/gpt", judge__backend="openai")) == []
     (tmp_path / "adapter_config.json").write_text("{}")
-    check(recipe(tiny, judge__model=tmp_path))
+    check_recipe(recipe(tiny, judge__model=tmp_path))
 
 
 def test_what_drafts_need_is_checked(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2)
     (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n')
     (tmp_path / "draft.txt").write_text("{query}")
-    check(recipe(tiny, draft__examples=tmp_path / "two.jsonl", draft__shots=2))
+    check_recipe(recipe(tiny, draft__examples=tmp_path / "two.jsonl", draft__shots=2))
     assert problems(tiny, draft__examples=tmp_path / "two.jsonl") == [
         f"draft.shots 3: {tmp_path}/two.jsonl has 2 examples only"
     ]
@@ -165,7 +165,7 @@ def test_the_video_models_lora_is_looked_for(
         (tmp_path / "lora" / name).write_bytes(b"")
     asked = lora.replace("FOLDER", str(tmp_path / "lora"))
     if says is None:
-        check(recipe(tiny, render__lora=asked))
+        check_recipe(recipe(tiny, render__lora=asked))
         on_hub = [line for line in hub_ids(recipe(tiny, render__lora=asked)) if "lora" in line]
         assert bool(on_hub) == ("org/lora" in lora)
         return
@@ -182,6 +182,6 @@ def test_a_node_without_the_model_of_another_is_named(
     (tmp_path / "only_at_the_driver.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     there = recipe(tiny, more_rewards="{mine: {kind: 'only_at_the_driver:Model'}}")
-    check(there)
+    check_recipe(there)
     with pytest.raises(PlanError, match=r"more_rewards.mine.kind on node .*cannot be imported"):
         check_nodes(there)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from plan_recipes import ROOT, recipe
 
-from vpo_ray.plan import PlanError, check
+from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.plan import models as plan_models
 
 Change = Callable[[Path], Any]
@@ -96,7 +96,7 @@ def test_the_check_looks_at_them_and_imports_no_torch(
     shutil.copytree(tiny_models / "policy", model)
     (model / "chat_template.jinja").write_text("hello")
     with pytest.raises(PlanError, match=r"1 problem\(s\)\n  policy.model: .* leaves out what a user says"):
-        check(recipe(tiny, policy__model=model))
+        check_recipe(recipe(tiny, policy__model=model))
     code = (
         "import sys\nimport vpo_ray.plan\n"
         "sys.exit(', '.join({'torch', 'transformers', 'ray'} & set(sys.modules)) or 0)"
@@ -110,7 +110,7 @@ def test_where_nothing_can_be_looked_at_the_plan_goes_on(
 ) -> None:
     plan_models._looked.cache_clear()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    check(recipe(tiny))
+    check_recipe(recipe(tiny))
     assert "could not be looked at here" in caplog.text
     plan_models._looked.cache_clear()
 
@@ -126,19 +126,19 @@ def test_rows_of_sft_data_are_read(tiny: dict[str, Any], tmp_path: Path) -> None
         data.write_text(text, "utf-8")
         for name in (data, data.as_uri()):
             with pytest.raises(PlanError) as caught:
-                check(recipe(tiny, sft__data=name))
+                check_recipe(recipe(tiny, sft__data=name))
             told = str(caught.value)
             assert f"sft.data {data}: {says}" in told or f"sft.data {name}: {says}" in told
     data.write_text(row, "utf-8")
-    check(recipe(tiny, sft__data=data))
-    check(recipe(tiny, sft__data=f"{tmp_path}/*.jsonl"))
+    check_recipe(recipe(tiny, sft__data=data))
+    check_recipe(recipe(tiny, sft__data=f"{tmp_path}/*.jsonl"))
 
 
 def test_lists_of_words_and_keys_are_read(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "words").write_bytes(b"one\ncaf\xe9\n")
     (tmp_path / "label.txt").write_text("no slot")
     with pytest.raises(PlanError) as caught:
-        check(
+        check_recipe(
             recipe(
                 tiny,
                 queries__rules__keywords=tmp_path / "words",
@@ -156,4 +156,4 @@ def test_lists_of_words_and_keys_are_read(tiny: dict[str, Any], tmp_path: Path) 
         "serve.keys",
         "serve.safety.keywords",
     ]
-    check(recipe(tiny, serve__keys="/no/such/file/here"))
+    check_recipe(recipe(tiny, serve__keys="/no/such/file/here"))

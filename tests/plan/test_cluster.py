@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_ray.plan import cluster as clusters
-from vpo_ray.plan.cluster import Cluster, ClusterError, NodeSize, Replica, described, live, place
+from vpo_ray.plan.cluster import Cluster, ClusterSpecError, NodeSize, Replica, described, live, place
 
 
 def test_a_cluster_by_its_totals() -> None:
@@ -25,7 +25,7 @@ def test_a_cluster_by_its_totals() -> None:
     "wrong", [{"gpus": 0}, {"gpus": -1}, {"gpus": 4, "cpus": 0}, {"gpus": 4, "gpus_per_node": -2}]
 )
 def test_a_cluster_that_cannot_be(wrong: dict[str, int]) -> None:
-    with pytest.raises(ClusterError):
+    with pytest.raises(ClusterSpecError):
         described(**wrong)
 
 
@@ -38,7 +38,7 @@ def test_a_running_cluster(ray_cluster: None) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:99999"])
 def test_a_cluster_that_nobody_answers_for(address: str) -> None:
-    with pytest.raises(ClusterError, match=f"no Ray cluster at {address}"):
+    with pytest.raises(ClusterSpecError, match=f"no Ray cluster at {address}"):
         live(address)
 
 

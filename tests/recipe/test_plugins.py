@@ -12,7 +12,7 @@ import pytest
 from vpo_ray.engines import reward as rewards
 from vpo_ray.engines import video
 from vpo_ray.loop.opening import OtherRecipeError, open_run
-from vpo_ray.plan import PlanError, check
+from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.recipe import ChatModel, Judge, Recipe, RecipeError, Render, Reward, load, parse_stored, plugins
 from vpo_ray.recipe.plugins import PluginError
 from vpo_ray.stages import made_with
@@ -46,7 +46,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Puts a package `others` with a module and entry points on Python's path."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))
-    plugins.load.cache_clear()
+    plugins.load_builder.cache_clear()
 
     def put(version: str | None = "1.2", text: str = MODULE, points: str = "", name: str = "others") -> Path:
         (tmp_path / f"{name}.py").write_text(text)
@@ -59,14 +59,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             (info / "top_level.txt").write_text(name)
             (info / "entry_points.txt").write_text(points)
         sys.modules.pop(name, None)
-        plugins.load.cache_clear()
+        plugins.load_builder.cache_clear()
         return tmp_path
 
     yield put
     for name in set(sys.modules) - before:
         if name.startswith("others"):
             del sys.modules[name]
-    plugins.load.cache_clear()
+    plugins.load_builder.cache_clear()
 
 
 def tiny(*sets: str) -> Recipe:
@@ -156,7 +156,7 @@ def test_what_is_not_here_is_a_problem_of_the_plan_and_not_of_reading(
     recipe = tiny(f"reward={{kind: '{kind}'}}", "pair.dominance=none")
     assert recipe.reward.kind == kind
     with pytest.raises(PlanError) as refused:
-        check(recipe)
+        check_recipe(recipe)
     [line] = [line for line in str(refused.value).splitlines() if "reward.kind" in line]
     assert line.strip().startswith("reward.kind: ")
     assert says in line
@@ -172,7 +172,7 @@ def test_a_name_that_two_packages_offer_is_refused(install: Install) -> None:
 def test_a_reward_without_a_checklist_cannot_be_compared_by_question(install: Install) -> None:
     install()
     with pytest.raises(PlanError, match=r"pair\.dominance: question needs a checklist, reward has none"):
-        check(tiny(REWARD, "pair.dominance=question"))
+        check_recipe(tiny(REWARD, "pair.dominance=question"))
 
 
 def test_the_model_that_is_built_has_the_section_and_its_options(install: Install) -> None:
@@ -233,7 +233,7 @@ def test_the_builders_of_the_documentation_are_builders(install: Install) -> Non
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     install(text="\n".join(blocks))
     for name in ("Size", "Ours", "Gateway"):
-        assert plugins.load(f"others:{name}").version
+        assert plugins.load_builder(f"others:{name}").version
     settings = Reward.model_validate({"kind": "others:Size", "options": {"most": 10}})
     assert [scored.score for scored in rewards.build(settings).score([b"12345"], ["a cat"])] == [0.5]  # type: ignore[union-attr]
 

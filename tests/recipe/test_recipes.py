@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vpo_ray.engines.reward import checklist
-from vpo_ray.plan import PlanError, check
+from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.recipe import Pair, Recipe, load, result_keys, video_presets
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_every_number_has_a_source(name: str) -> None:
 @pytest.mark.parametrize("name", VPO)
 def test_a_plan_asks_for_what_the_user_has_to_bring(name: str) -> None:
     with pytest.raises(PlanError) as caught:
-        check(vpo(name))
+        check_recipe(vpo(name))
     keys = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
     assert keys == ["reward.model", "reward.checklist.questions", "reward.checklist.weights", "sft.data"]
 
@@ -105,7 +105,7 @@ def files(tmp_path: Path) -> Path:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     text = (RECIPES / f"{VPO[0]}.yaml").read_text("utf-8")
     [line] = re.findall(r"# (python -c .*)", text)
-    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check=True, timeout=20)
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check_recipe=True, timeout=20)
     return tmp_path
 
 
@@ -139,7 +139,7 @@ def test_the_published_checklist_scores_as_published(name: str, files: Path) -> 
 @published
 @pytest.mark.parametrize("name", VPO)
 def test_with_these_files_the_recipe_is_complete(name: str, files: Path, tiny_models: Path) -> None:
-    check(
+    check_recipe(
         vpo(
             name,
             reward__model=tiny_models / "reward",

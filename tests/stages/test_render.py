@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vpo_ray.engines.video.engine import VideoEngine, probe
+from vpo_ray.engines.video.engine import VideoEngine, probe_video
 from vpo_ray.engines.video.model import VideoModelError
 from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import Render
@@ -63,7 +63,9 @@ def test_rows_get_their_video(settings: Render, tmp_path: Path) -> None:
     for row in done:
         data = renderer.store.read(row["video_key"])
         assert Path(row["video_uri"]).read_bytes() == data
-        assert probe(data) == (row["frames"], row["fps"], row["width"], row["height"]) == (9, 8.0, 48, 32)
+        assert (
+            probe_video(data) == (row["frames"], row["fps"], row["width"], row["height"]) == (9, 8.0, 48, 32)
+        )
     assert all(row["text_cut"] == 0 for row in done)
     info = renderer.store.info(cat)
     assert (info["prompt"], info["seed"], info["settings"]["steps"]) == ("a cat", done[0]["video_seed"], 1)

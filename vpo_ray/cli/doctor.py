@@ -149,7 +149,7 @@ def probe(ask: Ask) -> dict[str, Any]:
         "unwritable": {
             key: why for key, uri in ask.writable.items() if (why := _unwritable(uri, ask.marker))
         },
-        "plugins": plugins.problems(ask.plugins),
+        "plugins": plugins.plugin_problems(ask.plugins),
         "absent": [name for name in ask.variables if not os.environ.get(name)],
         "unreachable": {key: why for key, url in ask.servers.items() if (why := _unreachable(url))},
     }
@@ -284,7 +284,7 @@ def _gpus() -> list[str]:
 def _unreadable(path: str) -> str | None:
     if "://" in path:
         try:
-            model_cache.names(path)
+            model_cache.file_names(path)
             model_cache.cache_folder()
         except StorageError as error:
             return str(error)

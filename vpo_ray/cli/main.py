@@ -203,11 +203,11 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 
 def _run(arguments: argparse.Namespace) -> int:
     import vpo_ray
-    from vpo_ray.cli.summary import summary
+    from vpo_ray.cli.summary import run_summary
 
     options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
     run = vpo_ray.run(_load(arguments), rounds=arguments.rounds, **options)
-    sys.stdout.write(summary(run.dir))
+    sys.stdout.write(run_summary(run.dir))
     return 0
 
 

@@ -41,14 +41,14 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     shape: cluster.Cluster | None = None
     if arguments.address is not None:
         if any(value is not None for value in described):
-            raise cluster.ClusterError("give --address or a described cluster, not both")
+            raise cluster.ClusterSpecError("give --address or a described cluster, not both")
         shape = cluster.live(arguments.address, lambda: check_nodes(recipe))
     elif arguments.gpus is not None or arguments.cpus is not None:
         shape = cluster.described(
             arguments.gpus or 0, arguments.gpu_type, arguments.cpus, arguments.gpus_per_node
         )
     elif any(value is not None for value in described):
-        raise cluster.ClusterError("--gpu-type and --gpus-per-node describe a cluster: give --gpus too")
+        raise cluster.ClusterSpecError("--gpu-type and --gpus-per-node describe a cluster: give --gpus too")
     made = vpo_ray.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour)
     output = json.dumps(show.as_json(made), indent=2) + "\n" if arguments.json else show.text(made)
     sys.stdout.write(output)

@@ -10,7 +10,7 @@ HELP = "list the rewards, video models and chat engines that a recipe can name h
 def run() -> int:
     """Print a line for each: its key and name, where it comes from, or why it cannot be imported."""
     from vpo_ray.recipe import ChatModel, Render, Reward
-    from vpo_ray.recipe.plugins import Modelled, PluginError, entry_points, load
+    from vpo_ray.recipe.plugins import Modelled, PluginError, entry_points, load_builder
     from vpo_ray.versions import versions
 
     ours = f"vpo-ray {versions().get('vpo-ray', 'without a package')}, built in"
@@ -26,7 +26,7 @@ def run() -> int:
             for point in points:
                 told = f"{point.dist.name} {point.dist.version}, {point.value}"
                 try:
-                    plugin = load(point.value)
+                    plugin = load_builder(point.value)
                     told += f"@{plugin.version}" if plugin.version != point.dist.version else ""
                 except PluginError as error:
                     told += f": {error}"

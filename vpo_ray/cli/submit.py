@@ -106,7 +106,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     from ray.job_submission import JobSubmissionClient
 
-    from vpo_ray.cli.submit_package import PackageError, pack
+    from vpo_ray.cli.submit_package import PackageError, write_package
 
     if arguments.retry_errors and arguments.task not in {"run", *retrying_commands()}:
         raise OptionError(f"--retry-errors: {arguments.task} has no rows that failed to take again")
@@ -121,7 +121,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
                 try:
                     name = _next_attempt(client, base)
                     if not package.exists():
-                        pack(recipe, path, folder, package, _everywhere(client))
+                        write_package(recipe, path, folder, package, _everywhere(client))
                     words = entrypoint if shard is None else [*entrypoint, "--shard", str(shard)]
                     _submit(client, recipe, name, words, package)
                 except AlreadySubmittedError as error:

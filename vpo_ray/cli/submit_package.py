@@ -36,7 +36,7 @@ class PackageError(RuntimeError):
     """A recipe whose files cannot travel; the message lists them."""
 
 
-def pack(
+def write_package(
     recipe: Recipe, recipe_file: Path, folder: Path, target: Path, everywhere: Callable[[str], bool]
 ) -> None:
     """Write the package: a zip file of the working directory and of what the recipe names.

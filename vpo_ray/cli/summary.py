@@ -11,7 +11,7 @@ from vpo_ray.storage.run_dir import RunDir
 WIDTH = 96
 
 
-def summary(run: RunDir) -> str:
+def run_summary(run: RunDir) -> str:
     """The end of a run as text. Text of users and models is shown without control characters."""
     ledger = run.read_json("ledger.json")
     lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]

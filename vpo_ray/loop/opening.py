@@ -51,7 +51,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
         changed = differences(stored.dump(), recipe.dump())
         if changed:
             # One that is not here has no version to compare.
-            absent = plugins.problems(plugins.plugins_of(recipe))
+            absent = plugins.plugin_problems(plugins.plugins_of(recipe))
             changed += [f"{key}: {why}" for key, why in absent.items()]
             raise OtherRecipeError(
                 f"{run.uri} was made by another recipe. These keys differ:\n  "

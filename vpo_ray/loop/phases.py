@@ -25,7 +25,7 @@ from vpo_ray.stages.curate import wants_workers
 from vpo_ray.storage.run_dir import CURATED, ROUND, SFT_DROPPED, RunDir
 from vpo_ray.storage.sft_data import distinct, write_chat
 from vpo_ray.stream.connection import connect
-from vpo_ray.stream.progress import spilled_bytes
+from vpo_ray.stream.progress import spilled_so_far
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +186,9 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
         _say("sft", run)
     start = starting_policy(recipe, run)
     _say(f"generate: {', '.join(spec.names('generation'))}", run)
-    spilled = spilled_bytes()
+    spilled = spilled_so_far()
     did: dict[str, Any] = {"generated": generate_feedback(recipe, run, start, retry_errors=retry_errors)}
-    did["spilled_bytes"] = spilled_bytes() - spilled
+    did["spilled_bytes"] = spilled_so_far() - spilled
     write_ledger(recipe, run)
     _say("pair", run)
     did["pairs"] = make_pairs(recipe, run)

@@ -31,7 +31,7 @@ class PlanError(ValueError):
     """A recipe that names what is not there; the message lists every problem."""
 
 
-def check(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raises PlanError when a model, prompt or data file of the recipe cannot be used.
 
     Hub ids and URIs are taken on trust: they are looked up where the models load.
@@ -70,7 +70,7 @@ def check_nodes(recipe: Recipe) -> None:
 
         found = [
             f"{key} on node {visit.where}: {why}"
-            for visit in each_node(plugins.problems, named)
+            for visit in each_node(plugins.plugin_problems, named)
             for key, why in ({"plugins": visit.failure} if visit.failure else visit.answer).items()
         ]
         if found:
@@ -80,14 +80,14 @@ def check_nodes(recipe: Recipe) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     missing = list(_of_files(recipe))
     yield from missing
-    yield from models.problems(recipe, {line.partition(": ")[0] for line in missing})
+    yield from models.model_problems(recipe, {line.partition(": ")[0] for line in missing})
 
 
 def _of_files(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
     for key, llm in _llms(recipe).items():
         yield from _chat_model(key, llm)
-    yield from (f"{key}: {why}" for key, why in plugins.problems(plugins.plugins_of(recipe)).items())
+    yield from (f"{key}: {why}" for key, why in plugins.plugin_problems(plugins.plugins_of(recipe)).items())
     if recipe.render.kind == "diffusers":
         yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
     if recipe.render.lora is not None:

@@ -27,7 +27,7 @@ Labels = tuple[tuple[str, str], ...]
 _Amounts = tuple[float, float, str | None, Labels | None]
 
 
-class ClusterError(ValueError):
+class ClusterSpecError(ValueError):
     """A cluster that cannot be, or cannot be reached; the message says which."""
 
 
@@ -92,11 +92,11 @@ def described(
     """A cluster by its totals: nodes of `gpus_per_node` GPUs, the last with what is left.
 
     Raises:
-        ClusterError: negative amounts, or nothing at all.
+        ClusterSpecError: negative amounts, or nothing at all.
     """
     each = gpus_per_node or GPUS_PER_NODE
     if gpus < 0 or each < 1 or (cpus is not None and cpus < 1) or (not gpus and cpus is None):
-        raise ClusterError("a cluster has GPUs, CPUs or both: give positive numbers")
+        raise ClusterSpecError("a cluster has GPUs, CPUs or both: give positive numbers")
     sizes = [min(each, gpus - taken) for taken in range(0, gpus, each)] or [0]
     share = math.inf if cpus is None else cpus / len(sizes)
     return Cluster(tuple(NodeSize(share, size, gpu_type if size else None) for size in sizes))
@@ -106,7 +106,7 @@ def live(address: str | None, visit: Callable[[], None] = lambda: None) -> Clust
     """The nodes that are up in a running Ray cluster; `visit` is called while it is joined.
 
     Raises:
-        ClusterError: there is none at this address.
+        ClusterSpecError: there is none at this address.
     """
     import ray
 
@@ -116,7 +116,7 @@ def live(address: str | None, visit: Callable[[], None] = lambda: None) -> Clust
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise ClusterError(f"no Ray cluster at {address}: {error}") from error
+            raise ClusterSpecError(f"no Ray cluster at {address}: {error}") from error
     try:
         nodes = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
         visit()
@@ -134,7 +134,7 @@ def _knock(address: str | None) -> None:
     try:
         socket.create_connection((place["host"], int(place["port"])), timeout=5).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}") from error
+        raise ClusterSpecError(f"no Ray cluster at {address}: {error}") from error
 
 
 def _node(resources: dict[str, float], labels: dict[str, str]) -> NodeSize:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vpo_ray.plan.balance import balance, makespan
-from vpo_ray.plan.check import PlanError, check, hub_ids
+from vpo_ray.plan.check import PlanError, check_recipe, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
@@ -118,7 +118,7 @@ def plan(
         PlanError: something that the recipe names is not there, the ledger is not, or the cluster
             has no room for the recipe; the message lists every problem.
     """
-    check(recipe)
+    check_recipe(recipe)
     past = read_ledger(recipe, ledger)
     counts, exact = preview(recipe.queries)
     queries: Counter[str] = Counter()

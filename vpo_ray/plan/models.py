@@ -25,12 +25,12 @@ from vpo_ray.recipe import Recipe, locate
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 120
-# What a look depends on, beside the recipe.
+# What a check depends on, beside the recipe.
 _FILES = ("*.json", "*.jinja", "*.model", "*.py")
 
 
 @dataclass(frozen=True)
-class Ask:
+class ModelCheck:
     """A model to look at: how it is loaded, and whether it is a policy to be trained, which is exported."""
 
     key: str
@@ -43,7 +43,7 @@ class Ask:
     keeps_base: bool = False  # LoRA adapters alone are exported
 
 
-def problems(recipe: Recipe, known: Set[str]) -> list[str]:
+def model_problems(recipe: Recipe, known: Set[str]) -> list[str]:
     """A line for each text model in a folder here that will not load, or could not be exported.
 
     Args:
@@ -61,11 +61,11 @@ def problems(recipe: Recipe, known: Set[str]) -> list[str]:
     return list(_looked(json.dumps([asdict(ask) for ask in asked]), repr(state)))
 
 
-def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[Ask]:
+def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[ModelCheck]:
     """The models in folders of this machine. An adapter is left out: its tokenizer may be another's."""
     policy, phase = recipe.policy, recipe.sft or recipe.dpo
     if Path(policy.model).is_dir() and "policy.task_prompt" not in known:
-        yield Ask(
+        yield ModelCheck(
             "policy.model", locate(policy.model), policy.revision, policy.trust_remote_code,
             policy.chat_template_kwargs, read_prompt(policy.task_prompt), phase is not None,
             phase is not None and phase.lora is not None and not phase.lora.merge,
@@ -76,12 +76,12 @@ def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[Ask]:
             continue
         if not Path(llm.model, "adapter_config.json").is_file():
             where = locate(llm.model), llm.revision
-            yield Ask(key, *where, llm.trust_remote_code, llm.chat_template_kwargs)
+            yield ModelCheck(key, *where, llm.trust_remote_code, llm.chat_template_kwargs)
 
 
-def look() -> None:
+def check_models() -> None:
     """In the process of its own: what is asked comes by stdin, problems go to stdout as a line of JSON."""
-    asked = [Ask(**ask) for ask in json.load(sys.stdin)]
+    asked = [ModelCheck(**ask) for ask in json.load(sys.stdin)]
     if not any(ask.trust_remote_code for ask in asked):
         sys.modules["torch"] = None  # type: ignore[assignment]
     sys.stdout.write("\n" + json.dumps([line for ask in asked for line in _problems(ask)]) + "\n")
@@ -99,7 +99,7 @@ def _looked(asked: str, state: str) -> tuple[str, ...]:
         "PYTHONIOENCODING": "utf-8",
     }
     # -P: no file of the working directory stands in for a module.
-    command = [sys.executable, "-P", "-c", "from vpo_ray.plan.models import look; look()"]
+    command = [sys.executable, "-P", "-c", "from vpo_ray.plan.models import check_models; check_models()"]
     try:
         done = subprocess.run(
             command,
@@ -119,7 +119,7 @@ def _looked(asked: str, state: str) -> tuple[str, ...]:
     return ()
 
 
-def _problems(ask: Ask) -> Iterator[str]:
+def _problems(ask: ModelCheck) -> Iterator[str]:
     try:
         tokenizer = _loaded(ask)
     except PromptError as error:
@@ -129,7 +129,7 @@ def _problems(ask: Ask) -> Iterator[str]:
         yield from _exports(ask, tokenizer, ask.task_prompt)
 
 
-def _loaded(ask: Ask) -> Any:
+def _loaded(ask: ModelCheck) -> Any:
     how = ask.revision, ask.trust_remote_code, ask.arguments
     try:
         if ask.task_prompt is None:
@@ -142,7 +142,7 @@ def _loaded(ask: Ask) -> Any:
         raise PromptError(f"{ask.model}: its tokenizer does not load: {why}") from error
 
 
-def _exports(ask: Ask, tokenizer: Any, task_prompt: str) -> Iterator[str]:
+def _exports(ask: ModelCheck, tokenizer: Any, task_prompt: str) -> Iterator[str]:
     from vpo_ray.train.examples import TrainError, end_of_turn
     from vpo_ray.train.rehearsal import rehearse_texts
 

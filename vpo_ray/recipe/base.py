@@ -23,7 +23,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def require(section: Section, names: str) -> None:
+def require_keys(section: Section, names: str) -> None:
     """Raises pydantic's error for keys that are missing: those whose value is empty."""
     missing = [name for name in names.split() if not getattr(section, name)]
     if missing:

@@ -130,14 +130,14 @@ def find(section: Modelled) -> Plugin:
     match = _NAME.fullmatch(section.named)
     assert match is not None, section.named
     name, version = match["name"], match["version"]
-    plugin = load(name if ":" in name else _target(section, name))
+    plugin = load_builder(name if ":" in name else _target(section, name))
     if version not in (None, plugin.version):
         raise PluginError(f"{name} has version {plugin.version} here, and not {version}")
     return plugin
 
 
 @cache
-def load(target: str) -> Plugin:
+def load_builder(target: str) -> Plugin:
     """The builder at `package.module:builder`. Raises PluginError."""
     name, _, path = target.partition(":")
     try:
@@ -216,7 +216,7 @@ def plugins_of(section: Section, prefix: str = "") -> dict[str, Modelled]:
     return found
 
 
-def problems(plugins: Mapping[str, Modelled]) -> dict[str, str]:
+def plugin_problems(plugins: Mapping[str, Modelled]) -> dict[str, str]:
     """What is wrong with them on this machine, by the key that names it."""
     found = {}
     for key, section in plugins.items():

@@ -6,7 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, Temperature, refuse_unused, require
+from vpo_ray.recipe.base import (
+    Place,
+    Pool,
+    Positive,
+    Section,
+    Source,
+    Temperature,
+    refuse_unused,
+    require_keys,
+)
 from vpo_ray.recipe.endpoint import Endpoint, refuse_keys
 from vpo_ray.recipe.plugins import Kind, Modelled
 
@@ -104,7 +113,7 @@ class ChatModel(Modelled):
     def _all_used(self) -> ChatModel:
         if self.is_plugin:
             return self
-        require(self, "model")
+        require_keys(self, "model")
         refuse_unused(self, "options", f"with backend: {self.backend}")
         refuse_keys(self.endpoint, ["logprobs"], "a judge or drafts")
         if self.backend == "vllm":

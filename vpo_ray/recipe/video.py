@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused, require
+from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused, require_keys
 from vpo_ray.recipe.endpoint import Endpoint, VideoEndpoint, refuse_keys
 from vpo_ray.recipe.plugins import Kind, Modelled
 
@@ -114,7 +114,7 @@ class Render(Modelled):
     @model_validator(mode="after")
     def _all_used(self) -> Render:
         if not self.is_plugin:
-            require(self, "model")
+            require_keys(self, "model")
             refuse_unused(self, "options", f"with kind: {self.kind}")
         if self.kind == "openai":
             local = " ".join(name for name in type(self).model_fields if name not in _OF_SERVICES)
@@ -220,7 +220,7 @@ class Reward(Modelled):
     def _all_used(self) -> Reward:
         if self.is_plugin:
             return self
-        require(self, "model checklist")
+        require_keys(self, "model checklist")
         refuse_unused(self, "options", f"with kind: {self.kind}")
         refuse_keys(self.endpoint, ["answers"], "a reward, whose answers are its scores")
         if self.kind == "visionreward":

@@ -26,7 +26,7 @@ import numpy as np
 
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
-from vpo_ray.engines.video.engine import VideoInfo, encode, probe
+from vpo_ray.engines.video.engine import VideoInfo, encode, probe_video
 from vpo_ray.files.folder import chunks
 from vpo_ray.recipe import Recipe, Render
 from vpo_ray.records import Row, failed, seed_of
@@ -234,7 +234,7 @@ class Renderer:
             return str(video)
         try:
             if isinstance(video, bytes):
-                data, encoder, shape = video, None, probe(video)
+                data, encoder, shape = video, None, probe_video(video)
             else:
                 data, encoder = encode(video, self.settings.fps, self.settings.crf), f"av {version('av')}"
                 frames, height, width, _ = video.shape

@@ -158,7 +158,7 @@ def version(model: str) -> str:
     return content_id("model", source.uri, source.state)
 
 
-def names(model: str) -> list[str]:
+def file_names(model: str) -> list[str]:
     """Names of the files at a URI.
 
     Raises:

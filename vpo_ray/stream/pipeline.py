@@ -30,7 +30,7 @@ from vpo_ray.stream.adaptive_rounds import AdaptiveRounds
 from vpo_ray.stream.entering import entering, every_id
 from vpo_ray.stream.passes import Pass
 from vpo_ray.stream.placement import cluster_state, pool_shapes, problems, require, watched
-from vpo_ray.stream.progress import StatusTable, spilled_bytes
+from vpo_ray.stream.progress import StatusTable, spilled_so_far
 from vpo_ray.stream.ray_compat import spare_driver
 from vpo_ray.stream.spending import paid
 from vpo_ray.stream.stage_pools import add_pool
@@ -88,7 +88,7 @@ def generate(
     whole = Pass(recipe, run, models, tuple(stages or spec.names("generation")), retry_errors)
     for stage in whole.stages:
         whole.table(stage).clear_merged()
-    spilled = spilled_bytes()
+    spilled = spilled_so_far()
     call = _Call(whole.stages)
     if recipe.render.strategy == "adaptive" and "render" in whole.stages:
         # What is rendered depends on all texts of a query, and then on the scores of its videos.
@@ -101,7 +101,7 @@ def generate(
             call.finish(replace(videos, retry_errors=False, render_ids=render_ids))
     else:
         call.finish(whole)
-    if spilled := spilled_bytes() - spilled:
+    if spilled := spilled_so_far() - spilled:
         logger.warning("the object store spilled %.2f GB to disk: see docs/operations.md", spilled / 1e9)
     return call.counts
 

@@ -53,7 +53,7 @@ class Progress:
         return self._counts
 
 
-def spilled_bytes() -> int:
+def spilled_so_far() -> int:
     """What the object stores of all nodes have written to disk since the cluster started, for want of
     memory. 0 where nobody answers: a figure that cannot be had stops no run."""
     try:

@@ -22,7 +22,7 @@ NAME = "vpo_packed"
 Kernel = Callable[[nn.Module, Tensor, Tensor, Tensor, Pack, dict[str, Any]], Tensor]
 
 
-def register() -> None:
+def register_attention() -> None:
     """Make `attn_implementation=NAME` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -131,7 +131,7 @@ def load_model(
 
     from vpo_ray.train import attention
 
-    attention.register()
+    attention.register_attention()
     keep = HfDeepSpeedConfig(config) if settings.zero_stage == 3 else None
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vpo_ray.engines.video import RenderError
-from vpo_ray.engines.video.engine import RenderTimeout, VideoEngine, VideoInfo, encode, probe
+from vpo_ray.engines.video.engine import RenderTimeout, VideoEngine, VideoInfo, encode, probe_video
 from vpo_ray.engines.video.model import VideoModelError
 from vpo_ray.engines.video.weights import model_identity
 from vpo_ray.recipe import Render
@@ -281,7 +281,7 @@ def clip() -> np.ndarray:
 
 def test_encoding_keeps_frames_and_colours(clip: np.ndarray) -> None:
     data = encode(clip, 8, 17)
-    assert probe(data) == VideoInfo(9, 8.0, 64, 48)
+    assert probe_video(data) == VideoInfo(9, 8.0, 64, 48)
     assert encode(clip, 8, 17) == data
     assert np.abs(rgb(data).astype(int) - clip).mean() < 4
     with av.open(io.BytesIO(data)) as container:
@@ -299,8 +299,8 @@ def test_crf_trades_size_for_quality_and_0_is_lossless(clip: np.ndarray) -> None
 
 
 def test_odd_sizes_grow_to_even_ones(clip: np.ndarray) -> None:
-    assert probe(encode(clip[:, :47, :63], 8, 17)) == VideoInfo(9, 8.0, 64, 48)
-    assert probe(encode(clip[:1], 29.97, 17)) == VideoInfo(1, pytest.approx(29.97, abs=1e-3), 64, 48)
+    assert probe_video(encode(clip[:, :47, :63], 8, 17)) == VideoInfo(9, 8.0, 64, 48)
+    assert probe_video(encode(clip[:1], 29.97, 17)) == VideoInfo(1, pytest.approx(29.97, abs=1e-3), 64, 48)
 
 
 def test_the_same_frames_give_the_same_bytes_whatever_was_in_memory() -> None:
@@ -327,7 +327,7 @@ def test_probe_refuses_what_is_no_whole_video(clip: np.ndarray) -> None:
     data = encode(clip, 8, 17)
     for bad in (b"", b"text", data[:-200], data[: len(data) // 2], data[100:]):
         with pytest.raises(ValueError, match="video"):
-            probe(bad)
+            probe_video(bad)
 
 
 def test_engine_module_imports_without_heavy_libraries() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, Prepared, RenderError, VideoModel
-from vpo_ray.engines.video.model import call_arguments, load, text_limit
+from vpo_ray.engines.video.model import call_arguments, load_pipeline, text_limit
 from vpo_ray.engines.video.ranks import Denoise, Order, RankLostError, Ranks, decided, reason
 from vpo_ray.engines.video.weights import on_node, weights_identity
 from vpo_ray.recipe import Render
@@ -79,7 +79,7 @@ class VideoEngine(VideoModel):
         self._warming = False
         self._ranks = Ranks(settings, _follower) if settings.context_parallel > 1 else None
         try:
-            self.pipeline = load(settings)
+            self.pipeline = load_pipeline(settings)
             self._call = call_arguments(type(self.pipeline), settings)
             self._text_tokens = text_limit(self.pipeline, settings)
             if self._ranks is not None:
@@ -228,7 +228,7 @@ def denoise(pipeline: Any, order: Order, output: Literal["pt", "latent"]) -> Any
 
 def _follower(settings: Render) -> Denoise:
     """What another rank does with orders; only rank 0 decodes."""
-    pipeline = load(settings)
+    pipeline = load_pipeline(settings)
     return lambda order: denoise(pipeline, order, "latent")
 
 
@@ -301,7 +301,7 @@ def encode(frames: np.ndarray, fps: float, crf: int) -> bytes:
     return buffer.getvalue()
 
 
-def probe(data: bytes) -> VideoInfo:
+def probe_video(data: bytes) -> VideoInfo:
     """Decode every frame of an mp4. Raises ValueError for what is no whole video."""
     import av
 

@@ -41,7 +41,7 @@ _CACHES = {
 }
 
 
-def load(settings: Render) -> Any:
+def load_pipeline(settings: Render) -> Any:
     """The pipeline on its device with every option applied.
 
     The model's index is checked before any weight is read.

@@ -25,7 +25,7 @@ from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, Reque
 from vpo_ray.engines.endpoint.completion import parse_body
 from vpo_ray.engines.endpoint.failures import about
 from vpo_ray.engines.video import Prepared, RenderError, VideoModel
-from vpo_ray.engines.video.engine import probe
+from vpo_ray.engines.video.engine import probe_video
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
@@ -45,7 +45,7 @@ _FAILED = frozenset({"failed", "failure", "error", "cancelled", "canceled", "exp
 
 
 @dataclass(frozen=True)
-class Job:
+class ServiceJob:
     """A job that a service took.
 
     Attributes:
@@ -154,7 +154,7 @@ class VideoService(VideoModel):
             self._coming.pop(name, None)
             self._ended.set()
 
-    async def _created(self, name: str, prompt: str, seed: int) -> Job:
+    async def _created(self, name: str, prompt: str, seed: int) -> ServiceJob:
         endpoint = self.settings.endpoint
         self._coming.pop(name, None)
         try:
@@ -178,11 +178,11 @@ class VideoService(VideoModel):
             raise RenderError(f"the service {said}: {error}") from error
         if not isinstance(body, dict) or not isinstance(body.get("id"), str | int):
             raise RenderError(f"the service answered {json.dumps(body)[:200]}, which names no job")
-        job = Job(str(body["id"]), endpoint.base_url)
+        job = ServiceJob(str(body["id"]), endpoint.base_url)
         await asyncio.to_thread(self._keep, name, job)
         return job
 
-    async def _made(self, name: str, job: Job) -> bytes:
+    async def _made(self, name: str, job: ServiceJob) -> bytes:
         """The mp4 of a job, paid once. Raises `_Lost`, and RenderError where there will be none."""
         path = f"/videos/{quote(job.id, safe='')}"
         async with asyncio.timeout(self.settings.time_limit_s):
@@ -194,7 +194,7 @@ class VideoService(VideoModel):
         for _ in range(self.settings.endpoint.retries + 1):
             data = await self._known(f"{path}/content")
             try:
-                await asyncio.to_thread(probe, data)
+                await asyncio.to_thread(probe_video, data)
                 return data
             except ValueError as error:
                 fault = error
@@ -246,9 +246,9 @@ class VideoService(VideoModel):
                 await asyncio.sleep(MIN_POLL_S)
         raise _Lost
 
-    def _find(self, name: str) -> Job | None:
+    def _find(self, name: str) -> ServiceJob | None:
         try:
-            job = Job(**json.loads(self._jobs.read(name)))
+            job = ServiceJob(**json.loads(self._jobs.read(name)))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -258,7 +258,7 @@ class VideoService(VideoModel):
             return None
         return job if job.base_url == self.settings.endpoint.base_url else None
 
-    def _keep(self, name: str, job: Job) -> None:
+    def _keep(self, name: str, job: ServiceJob) -> None:
         self._jobs.write_json(name, asdict(job))
 
     def _drop(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """Curate: raw user queries become `Query` rows, and every row that does not is counted with a reason.
 
 Each file is read in batches (`read`), each batch gets its texts, flags, rules and hashes on its own
-(`prepare`, by this process or by Ray Data tasks: `workers`), and what needs all queries together is
+(`prepare_batch`, by this process or by Ray Data tasks: `workers`), and what needs all queries together is
 done on arrays in one process: duplicates, near duplicates (`duplicates`), the diverse subset
 (`diversity`), the splits (`split`). The result depends on content and on the order of the input,
 never on how many workers there were.
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from vpo_ray.recipe import Queries
 from vpo_ray.records import DROPPED, QUERY, content_id
 from vpo_ray.stages.curate import diversity, duplicates, rules
-from vpo_ray.stages.curate.prepare import prepare, wants_terms
+from vpo_ray.stages.curate.prepare import prepare_batch, wants_terms
 from vpo_ray.stages.curate.read import EXCERPT, InputError, InputFile, query_files, read_batches
 from vpo_ray.stages.curate.rules import KEPT, REASONS, RulesError, reason_code
 from vpo_ray.stages.curate.split import split_of
@@ -116,7 +116,7 @@ def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curat
         batches = prepare_on_ray(files, settings)
     else:
         raw = (batch for position in range(len(files)) for batch in read_batches(files, position, settings))
-        batches = (prepare(batch, settings) for batch in raw)
+        batches = (prepare_batch(batch, settings) for batch in raw)
     rows = _in_order([batch for batch in batches if batch.num_rows])
     if rows is None:
         raise InputError(f"queries.path {settings.path}: the input holds no rows")

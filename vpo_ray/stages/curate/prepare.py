@@ -35,7 +35,7 @@ def wants_terms(settings: Queries) -> bool:
     return settings.size is not None and settings.diversity.method == "farthest_first"
 
 
-def prepare(batch: pa.Table, settings: Queries) -> pa.Table:
+def prepare_batch(batch: pa.Table, settings: Queries) -> pa.Table:
     """A batch of RAW with what comes from each row alone; columns of a dropped row are empty.
 
     Returns:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vpo_ray.recipe import Queries
-from vpo_ray.stages.curate.prepare import prepare, schema
+from vpo_ray.stages.curate.prepare import prepare_batch, schema
 from vpo_ray.stages.curate.read import RAW, InputError, InputFile, read_batches
 from vpo_ray.stages.curate.rules import RulesError
 
@@ -69,7 +69,7 @@ def _prepare(batch: pa.Table, settings: Queries) -> pa.Table:
     if failed.num_rows:
         return _whole(failed.slice(0, 1), wanted)
     try:
-        return prepare(batch.cast(RAW), settings) if batch.num_rows else wanted.empty_table()
+        return prepare_batch(batch.cast(RAW), settings) if batch.num_rows else wanted.empty_table()
     except RulesError as error:
         return _failed(error, wanted)
 

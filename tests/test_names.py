@@ -1,0 +1,32 @@
+"""A name means one thing in the whole package: no two classes, and no two public functions, share one."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "vpo_ray"
+# The Python API has functions of the names of those that it calls.
+MODULES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+TREES = [ast.parse(path.read_text("utf-8")) for path in MODULES]
+
+# Functions that modules of one kind have alike, always called with their module's name.
+PER_MODULE = {
+    "add", "run",  # of a command
+    "build", "prepare",  # of an engine
+    "facts", "make",  # of a stage
+}  # fmt: skip
+
+
+def twice(names: list[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def test_every_class_has_a_name_of_its_own() -> None:
+    found = [node.name for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert not twice(found)
+
+
+def test_every_public_function_has_a_name_of_its_own() -> None:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    found = [node.name for tree in TREES for node in tree.body if isinstance(node, kinds)]
+    assert not twice([name for name in found if not name.startswith("_")]) - PER_MODULE
