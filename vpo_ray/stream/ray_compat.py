@@ -115,9 +115,9 @@ def repartition(dataset: Any, rows: int, num_cpus: float) -> Any:
 class Sparing:
     """A callback of Ray Data's executions that spares the driver most of their bookkeeping.
 
-    Ray adds up what every operator uses, and shares the cluster out to them anew, three times for each
-    task that it starts: more than half of a driver's CPU where blocks have one row. Once for so many
-    tasks, or after so long, is enough where a pool's size and not its budget says how many tasks it has.
+    Ray adds up what every operator uses, and shares the cluster out to them anew, for each task that it
+    starts and twice in each step: more than half of the executor's CPU where blocks have one row. Once for
+    `CALLS` of these, or after `SECONDS`, is enough where a pool's size, and not its budget, limits its tasks.
     """
 
     CALLS, SECONDS = 16, 0.2
