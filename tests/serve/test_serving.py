@@ -200,7 +200,7 @@ def test_a_prompt_is_streamed_and_then_told_whole(brief: str) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "told"),
-    [("folder", "does not exist"), ("config.json", "no checkpoint"), ("model.safetensors", "no weights")],
+    [("folder", "does not exist"), ("config.json", "not a checkpoint"), ("model.safetensors", "no weights")],
 )
 def test_a_folder_that_is_no_checkpoint(
     ray_cluster: None, checkpoint: str, tmp_path: Path, missing: str, told: str
