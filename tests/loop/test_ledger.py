@@ -11,7 +11,7 @@ from vpo_ray.loop.ledger import alarms, build_ledger, funnel, reason_of, reconci
 from vpo_ray.recipe import Draft, Recipe, load, parse
 from vpo_ray.records import failed
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.spending import paid
+from vpo_ray.stream.spending import endpoint_cost
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
 
@@ -95,7 +95,7 @@ def test_what_endpoints_took_is_counted_for_failed_rows_too(run: RunDir, recipe:
     recipe = recipe.model_copy(update={"draft": Draft(examples="examples.jsonl")})
     queries(run, "a", "b")
     queries(run, "c", "d", "e", split="sft")
-    assert (paid(run), reconcile(build_ledger(run, recipe))[0]) == (
+    assert (endpoint_cost(run), reconcile(build_ledger(run, recipe))[0]) == (
         0.0,
         "draft: 3 in, but 0 out + 0 dropped + 0 skipped + 0 errored: 3 not accounted for",
     )
@@ -124,7 +124,7 @@ def test_what_endpoints_took_is_counted_for_failed_rows_too(run: RunDir, recipe:
     assert (drafted["in"], drafted["out"], drafted["cost"], drafted["seconds_per_row"]) == (3, 1, 2.0, 2.0)
     assert drafted["dropped"] == {"refined prompt still unsafe": 1}
     assert drafted["errored"] == {"Refusal: no": 1}
-    assert paid(run) == 2.0 + stages["judge"]["cost"]
+    assert endpoint_cost(run) == 2.0 + stages["judge"]["cost"]
     assert not [p for p in reconcile({"stages": stages}) if p.startswith(("draft", "judge"))]
 
 

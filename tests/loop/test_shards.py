@@ -31,7 +31,7 @@ from vpo_ray.stages import facts
 from vpo_ray.stages.chains import CHAINS, Models
 from vpo_ray.stages.made_with import OtherInputsError, refuse_other_inputs
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.spending import paid
+from vpo_ray.stream.spending import endpoint_cost
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 SFT = Path(__file__).parents[2] / "vpo_ray/data/sft.jsonl"
@@ -274,7 +274,7 @@ def test_a_shard_that_is_killed_and_run_again_beside_another(
     assert run.read_json("ledger.json")["stages"]["judge"]["out"] == 24
     # The two answers that were under way are asked for again; no other is.
     assert len(server.requests) <= 12 * (1 + 3) + 2
-    assert paid(run) <= PRICE * len(server.requests) / 1000
+    assert endpoint_cost(run) <= PRICE * len(server.requests) / 1000
 
     one = recipe_for(tmp_path / "one", *options(server))
     whole = sampled(one)

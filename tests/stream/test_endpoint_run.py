@@ -19,7 +19,7 @@ from vpo_ray.stages.curate import InputError
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import CHAT_FILE, sft_rows
 from vpo_ray.stream.pipeline import GenerationError, Models, generate
-from vpo_ray.stream.spending import paid
+from vpo_ray.stream.spending import endpoint_cost
 
 pytestmark = pytest.mark.ray
 
@@ -107,7 +107,7 @@ def test_drafts_of_an_endpoint(tmp_path: Path, ray_cluster: None, serve_endpoint
     drafted = build_ledger(run, recipe)["stages"]["draft"]
     assert drafted["requests"] == len(server.requests), "rows that failed twice are in no table twice"
     assert drafted["cost"] == pytest.approx(PRICE * len(server.requests) / 1000)
-    assert paid(run) == pytest.approx(drafted["cost"])
+    assert endpoint_cost(run) == pytest.approx(drafted["cost"])
 
 
 def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
@@ -120,7 +120,7 @@ def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
         phases.draft_sft(limited, run)
     first = len(server.requests)
     assert 20 <= first <= 20 + 2, "what was under way when the limit was reached goes beyond it"
-    assert paid(run) == pytest.approx(PRICE * first / 1000), "also for rows that are in no table yet"
+    assert endpoint_cost(run) == pytest.approx(PRICE * first / 1000), "also for rows that are in no table yet"
     assert all(row["error"] is None for row in run.table("drafts").rows()), "a limit is no row's error"
     with pytest.raises(GenerationError, match="max_cost"):
         phases.draft_sft(limited, run)
@@ -130,7 +130,7 @@ def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
     assert len(list(run.table("drafts").rows())) == 12
     assert len(server.requests) == 8 * 2 + 4 * 4
     assert asked_twice(server) == []
-    assert paid(run) == pytest.approx(PRICE * len(server.requests) / 1000)
+    assert endpoint_cost(run) == pytest.approx(PRICE * len(server.requests) / 1000)
 
 
 def test_the_judge_labels_the_unsafe_share(tmp_path: Path, ray_cluster: None, serve_endpoint: Serve) -> None:
@@ -156,7 +156,7 @@ def test_the_judge_labels_the_unsafe_share(tmp_path: Path, ray_cluster: None, se
     labelled = ledger["stages"]["label"]
     assert labelled["verdicts"] == {"safe": 8, "unsafe": 4}
     assert sum(labelled["errored"].values()) == 1
-    assert paid(run) == pytest.approx(PRICE * len(server.requests) / 1000)
+    assert endpoint_cost(run) == pytest.approx(PRICE * len(server.requests) / 1000)
     phases.curate_queries(recipe, run)
     assert len(server.requests) == 14
 

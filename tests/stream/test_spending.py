@@ -21,7 +21,7 @@ from vpo_ray.storage.videos import VideoStore
 from vpo_ray.stream import spending
 from vpo_ray.stream.pipeline import GenerationError, Models, generate
 from vpo_ray.stream.progress import Progress
-from vpo_ray.stream.spending import Book, Charges, paid
+from vpo_ray.stream.spending import Book, Charges, endpoint_cost
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 PRICE = 1.0  # a request has 1000 prompt tokens: it costs 0.001
@@ -57,7 +57,7 @@ def test_rounds_and_evaluations_pay_into_the_account_of_their_run(recipe: Recipe
     for where, cost in ((run, 1.0), (second, 2.0), (evaluation, 4.0), (nested, 8.0)):
         pay(where, "judge", cost)
     pay(run, "score", 16.0, 32.0)
-    assert {paid(where) for where in (run, second, evaluation, nested)} == {63.0}
+    assert {endpoint_cost(where) for where in (run, second, evaluation, nested)} == {63.0}
     assert nested.root()[1] == "rounds/2/evaluation/cd"
     assert not second.exists("account")
     ledger = build_ledger(run, recipe)
@@ -78,7 +78,7 @@ def test_a_stream_sees_what_those_of_other_shards_pay(
 ) -> None:
     run = RunDir(recipe.out)
     pay(run, "judge", 1.0)
-    streams = [Progress(["judge"], paid(run), (run.uri, "")) for _ in range(2)]
+    streams = [Progress(["judge"], endpoint_cost(run), (run.uri, "")) for _ in range(2)]
 
     async def charged() -> list[float]:
         return [await streams[n].charge("judge", Charges(1, 10, 1, cost)) for n, cost in ((0, 2.0), (1, 4.0))]
@@ -86,7 +86,7 @@ def test_a_stream_sees_what_those_of_other_shards_pay(
     assert asyncio.run(charged()) == [3.0, 5.0], "not looked up yet"
     monkeypatch.setattr(spending, "LOOK_S", 0.0)
     assert asyncio.run(charged()) == [9.0, 13.0]
-    assert paid(run) == 13.0
+    assert endpoint_cost(run) == 13.0
 
 
 def test_a_run_directory_that_was_moved_is_still_one_run(recipe: Recipe, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_run_directory_that_was_moved_is_still_one_run(recipe: Recipe, tmp_pat
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = RunDir(tmp_path / "moved/rounds/2")
     pay(moved, "judge", 1.0)
-    assert paid(moved) == paid(RunDir(tmp_path / "moved")) == 3.0
+    assert endpoint_cost(moved) == endpoint_cost(RunDir(tmp_path / "moved")) == 3.0
     assert not (tmp_path / "run").exists()
 
 
@@ -114,13 +114,13 @@ def test_rows_count_where_the_account_says_less(recipe: Recipe) -> None:
     """Of a run of an earlier version, which had no account, and goes on with one."""
     run = RunDir(recipe.out)
     run.table("verdicts").append([judged(0, 1.0), judged(1, 2.0)])
-    assert paid(run) == 3.0
+    assert endpoint_cost(run) == 3.0
     assert build_ledger(run, recipe)["paid"]["cost"] == 3.0
     pay(run, "judge", 0.5)
     run.table("verdicts").append([judged(2, 0.5)])
-    assert paid(run) == 3.5
+    assert endpoint_cost(run) == 3.5
     pay(run, "draft", 1.0)
-    assert paid(run) == 4.5
+    assert endpoint_cost(run) == 4.5
 
 
 def test_what_rows_do_not_tell_is_in_the_account(recipe: Recipe) -> None:
@@ -130,7 +130,7 @@ def test_what_rows_do_not_tell_is_in_the_account(recipe: Recipe) -> None:
     failed = judged(0, 1.0, error="ChatError: no", error_stage="judge", prompt="x")
     run.table("verdicts").append([failed])
     run.table("verdicts").append([judged(0, 1.0, verdict="aligned")])
-    assert paid(run) == 2.0
+    assert endpoint_cost(run) == 2.0
     entry = build_ledger(run, recipe)["stages"]["judge"]
     assert (entry["cost"], entry["requests"]) == (2.0, 2)
 
@@ -154,14 +154,14 @@ def test_many_charges_at_once_are_few_writes_and_all_there(tmp_path: Path) -> No
 
     assert asyncio.run(main()) == 26.0
     assert len(writes) <= 3
-    assert paid(RunDir(tmp_path)) == 25.0
+    assert endpoint_cost(RunDir(tmp_path)) == 25.0
 
 
 def test_a_damaged_account_is_named(recipe: Recipe) -> None:
     run = RunDir(recipe.out)
     run.write("account/a.json", b"{")
     with pytest.raises(StorageError, match=r"account/a\.json, which says what was paid, cannot be read"):
-        paid(run)
+        endpoint_cost(run)
 
 
 def test_later_rounds_take_the_first_ones_queries(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,13 +248,13 @@ def test_the_limit_of_cost_is_one_for_all_stages_and_rounds(
         with pytest.raises(GenerationError, match=r"max_cost 0.105 is reached"):
             generate(recipe, second, Models("nowhere", "policy"), ("score",))
         assert 5 <= len(server.requests) <= 6
-    assert paid(run) == pytest.approx(0.1 + PRICE * len(server.requests) / 1000)
+    assert endpoint_cost(run) == pytest.approx(0.1 + PRICE * len(server.requests) / 1000)
     generate(load(TINY, [*sets, "limits.max_cost=1"]), second, Models("nowhere", "policy"), ("score",))
     assert second.table("feedback").count() == 2
     scored = build_ledger(second, recipe)["stages"]["score"]
     assert scored["requests"] == len(server.requests)
     assert scored["tokens"]["prompt"] == 1000 * len(server.requests)
-    assert paid(second) == pytest.approx(0.1 + PRICE * len(server.requests) / 1000)
+    assert endpoint_cost(second) == pytest.approx(0.1 + PRICE * len(server.requests) / 1000)
 
 
 def test_an_account_that_was_not_there_before_counts_what_is_found() -> None:

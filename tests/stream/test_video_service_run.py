@@ -19,7 +19,7 @@ from vpo_ray.records import query_id
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
 from vpo_ray.stream.pipeline import GenerationError, Models, generate
-from vpo_ray.stream.spending import paid
+from vpo_ray.stream.spending import endpoint_cost
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 
@@ -109,7 +109,7 @@ def test_a_service_renders_what_is_scored(
     assert len(set(seeds.values())) == 2, "candidates of a query share one"
     rendered = build_ledger(run, recipe)["stages"]["render"]
     assert (rendered["requests"], rendered["cost"]) == (5, pytest.approx(5 * PRICE))
-    assert paid(run) == pytest.approx(5 * PRICE)
+    assert endpoint_cost(run) == pytest.approx(5 * PRICE)
 
     server.fault = lambda what, fields: None
     generate(recipe, run, MODELS, ("render", "score"), retry_errors=True)
@@ -154,7 +154,7 @@ def test_a_replica_that_is_killed_pays_for_no_video_twice(
     assert [row["error"] for row in rows] == [None] * 6
     asked = Counter(fields["prompt"] for fields in server.requests)
     assert asked == dict.fromkeys(PROMPTS, 1)
-    assert paid(run) == pytest.approx(PRICE * 6)
+    assert endpoint_cost(run) == pytest.approx(PRICE * 6)
     store = VideoStore(run.at("videos"))
     assert {entry.key for entry in store.entries()} == {row["video_key"] for row in rows}
     assert list((tmp_path / "run/videos" / FOLDER).glob("*.json")) == []
@@ -166,7 +166,7 @@ def test_a_replica_that_is_killed_pays_for_no_video_twice(
     generate(again, other := run_of(again), MODELS, ("render", "score"))
     assert {row["video_key"] for row in other.table("feedback").rows()} == {row["video_key"] for row in rows}
     assert len(server.requests) == 6
-    assert paid(other) == 0
+    assert endpoint_cost(other) == 0
 
 
 def test_the_limit_of_cost_stops_a_run_before_it_is_passed(
@@ -177,8 +177,8 @@ def test_the_limit_of_cost_stops_a_run_before_it_is_passed(
     with pytest.raises(GenerationError, match=r"limits.max_cost 2 is reached"):
         generate(recipe, run, MODELS, ("render",))
     assert len(server.requests) == 4
-    assert paid(run) == pytest.approx(PRICE * 4)
+    assert endpoint_cost(run) == pytest.approx(PRICE * 4)
     more = recipe_for(tmp_path, server, tiny_models, "limits.max_cost=100")
     generate(more, run, MODELS, ("render",))
     assert len(server.requests) == 6, "nothing that was paid is asked for again"
-    assert paid(run) == pytest.approx(PRICE * 6)
+    assert endpoint_cost(run) == pytest.approx(PRICE * 6)

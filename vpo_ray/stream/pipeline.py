@@ -32,7 +32,7 @@ from vpo_ray.stream.passes import Pass
 from vpo_ray.stream.placement import cluster_state, pool_shapes, problems, require, watched
 from vpo_ray.stream.progress import StatusTable, spilled_so_far
 from vpo_ray.stream.ray_compat import spare_driver
-from vpo_ray.stream.spending import paid
+from vpo_ray.stream.spending import endpoint_cost
 from vpo_ray.stream.stage_pools import add_pool
 from vpo_ray.stream.stops import first_stop
 
@@ -182,7 +182,7 @@ def _stream(this: Pass) -> _Stream | None:
     if not sources:
         return None
     root, place = this.run.root()
-    spent = paid(this.run) if this.recipe.limits.max_cost is not None else 0.0
+    spent = endpoint_cost(this.run) if this.recipe.limits.max_cost is not None else 0.0
     progress = progress_handle(this.stages, spent, (root.uri, place))
     stream: Dataset | None = None
     busy: list[str] = []

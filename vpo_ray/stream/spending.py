@@ -125,7 +125,7 @@ class RunAccount(Account):
         """It is in the account since it was paid."""
 
 
-def paid(run: RunDir) -> float:
+def endpoint_cost(run: RunDir) -> float:
     """What the whole run cost at endpoints so far, in their prices' currency: every paid answer of all its
     stages, rounds and evaluations, whichever of their run directories is given."""
     return sum(sums.cost for stages in spent_at(run.root()[0]).values() for sums in stages.values())
