@@ -12,13 +12,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.recipe import Recipe, load
-from vpo_ray.records import query_id
+from vpo_ray.records import Shard, query_id
 from vpo_ray.stages import spec
 from vpo_ray.stages.adaptive import ENOUGH
 from vpo_ray.stages.spec import StageSpec
@@ -129,6 +130,31 @@ def outputs(run: RunDir) -> dict[tuple, tuple]:
         (row["query"], row["k"]): (row["prompt"], row["verdict"], row["score"], row["error_stage"])
         for row in run.table("feedback").rows()
     }
+
+
+@pytest.mark.parametrize("strategy", ["all", "adaptive"])
+def test_shards_and_then_the_whole_make_what_one_driver_makes(
+    tmp_path: Path, faults: Path, strategy: str
+) -> None:
+    (faults / "score-q2-1").write_text("the frames are black")
+    recipe = recipe_for(tmp_path, [f"render.strategy={strategy}"])
+    run = run_of(recipe)
+    for index in (2, 3):
+        part = RunDir(recipe.out, Shard(index, 3))
+        generate(recipe, part, MODELS)
+        mine = part.table("queries").keys(pc.field("split") == "dpo")
+        assert part.table("feedback").count() == 4 * len(mine) > 0
+        assert part.table("verdicts").count() == part.table("feedback").count()
+    shards = outputs(run)
+    assert len(shards) < 4 * COUNT, "nobody took the first shard"
+    assert len(run.table("feedback").parts()) > 1, "parts are merged by the driver of the whole run"
+    generate(recipe, run, MODELS)
+    assert [p for p in reconcile(build_ledger(run, recipe)) if not p.startswith("pair")] == []
+
+    whole = recipe_for(tmp_path / "whole", [f"render.strategy={strategy}"])
+    generate(whole, run_of(whole), MODELS)
+    assert outputs(run) == outputs(RunDir(whole.out))
+    assert shards.items() <= outputs(run).items()
 
 
 def test_every_candidate_ends_in_feedback_once(
