@@ -1,6 +1,6 @@
 """`vpo doctor`: look at every node of a Ray cluster and say what would make a run fail there.
 
-It runs one small task on each node, which tells versions, GPUs, disk, clock, and whether the paths
+It runs one small task on each node, which reports versions, GPUs, disk, clock, and whether the paths
 and the storage of a recipe can be used from there.
 """
 
@@ -193,8 +193,8 @@ def _version_findings(where: str, theirs: Mapping[str, str], ours: Mapping[str, 
         if theirs.get(name) != ours.get(name)
     }
     if not other:
-        told = ", ".join(f"{name} {theirs[name]}" for name in ("python", "ray", "torch", "vpo-ray"))
-        yield Finding("versions", where, told, True)
+        shown = ", ".join(f"{name} {theirs[name]}" for name in ("python", "ray", "torch", "vpo-ray"))
+        yield Finding("versions", where, shown, True)
     for name, (there, at_driver) in other.items():
         found = f"{name} {there}, the driver has {at_driver}"
         yield Finding("versions", where, found, False, "give every node the same image")

@@ -24,15 +24,15 @@ def run() -> int:
         rows += [(key, name, ours) for name in section.known]
         for name, points in sorted(entry_points(section.group).items()):
             for point in points:
-                told = f"{point.dist.name} {point.dist.version}, {point.value}"
+                shown = f"{point.dist.name} {point.dist.version}, {point.value}"
                 try:
                     plugin = load_builder(point.value)
-                    told += f"@{plugin.version}" if plugin.version != point.dist.version else ""
+                    shown += f"@{plugin.version}" if plugin.version != point.dist.version else ""
                 except PluginError as error:
-                    told += f": {error}"
-                told += " (several packages have this name)" if points[1:] else ""
-                told += " (the package's own has this name)" if name in section.known else ""
-                rows.append((key, name, told))
+                    shown += f": {error}"
+                shown += " (several packages have this name)" if points[1:] else ""
+                shown += " (the package's own has this name)" if name in section.known else ""
+                rows.append((key, name, shown))
     width = max(len(name) for _, name, _ in rows)
-    sys.stdout.writelines(f"{key:<14} {name:<{width}}  {told}\n" for key, name, told in rows)
+    sys.stdout.writelines(f"{key:<14} {name:<{width}}  {shown}\n" for key, name, shown in rows)
     return 0

@@ -77,7 +77,7 @@ def write_package(
 
 
 def on_shared_storage(path: str) -> bool:
-    """Whether a path lies on a network filesystem of this machine."""
+    """Whether a path is on a network filesystem of this machine."""
     import psutil
 
     real = os.path.realpath(path)

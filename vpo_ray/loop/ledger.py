@@ -54,7 +54,7 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
 
 
 def _money(run: RunDir, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Put what the account says into the stages' entries: it knows of answers that no row tells of (of rows
+    """Put what the account says into the stages' entries: it knows of answers that no row mentions (of rows
     that failed and were tried again, and of the reward's). For a root run directory, the cost of the whole
     run and of each of its run directories, where anything was paid."""
     root, place = run.root()
@@ -76,9 +76,9 @@ def reconcile(ledger: Ledger) -> list[str]:
         counts = {kind: sum(entry[kind].values()) for kind in ("dropped", "skipped", "errored")}
         missing = entry["in"] - entry["out"] - sum(counts.values())
         if missing:
-            told = " + ".join(f"{n} {kind}" for kind, n in {"out": entry["out"], **counts}.items())
+            parts = " + ".join(f"{n} {kind}" for kind, n in {"out": entry["out"], **counts}.items())
             what = f"{missing} not accounted for" if missing > 0 else f"{-missing} too many"
-            problems.append(f"{stage}: {entry['in']} in, but {told}: {what}")
+            problems.append(f"{stage}: {entry['in']} in, but {parts}: {what}")
     return problems
 
 

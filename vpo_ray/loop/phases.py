@@ -1,4 +1,4 @@
-"""The loop as a recipe tells it: curate, draft, SFT, generate feedback, pair, DPO, one served answer.
+"""The loop that a recipe describes: curate, draft, SFT, generate feedback, pair, DPO, one served answer.
 
 `vpo run` calls `run_loop`; each phase is also a command. Every phase finds out from the run
 directory what is done, so running again goes on where the last run stopped, or does nothing.

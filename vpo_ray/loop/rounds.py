@@ -1,6 +1,6 @@
 """Rounds: `vpo run --rounds N`. The policy of one round samples the pairs of the next.
 
-Round 1 is the run directory itself, round n lies in `rounds/<n>` of it and is a run directory like
+Round 1 is the run directory itself, round n is `rounds/<n>` in it and is a run directory like
 any other; its `round.json` says which policy it starts from. Queries, videos, kept answers and the
 account of what was paid are shared by all rounds. Every round finds out what is done, so the same
 command goes on where it stopped, and a greater N adds rounds.

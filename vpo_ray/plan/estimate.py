@@ -323,8 +323,8 @@ def _amount(replica: Replica) -> str:
     amounts = ((replica.gpus, "GPU"), (replica.cpus, "CPU"))
     given = [(n, name) for n, name in amounts if n and not math.isinf(n)]
     labels = ", ".join(f"{name}={value}" for name, value in replica.labels)
-    told = " and ".join(f"{n:g} {name}{'s'[: n > 1]}" for n, name in given) or "nothing"
-    return told + (f" on a node labelled {labels}" if labels else "")
+    summary = " and ".join(f"{n:g} {name}{'s'[: n > 1]}" for n, name in given) or "nothing"
+    return summary + (f" on a node labelled {labels}" if labels else "")
 
 
 def _balance(made: Plan, cluster: Cluster) -> None:

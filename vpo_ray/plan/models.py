@@ -98,7 +98,7 @@ def _looked(asked: str, state: str) -> tuple[str, ...]:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONIOENCODING": "utf-8",
     }
-    # -P: no file of the working directory stands in for a module.
+    # -P: no file of the working directory shadows a module.
     command = [sys.executable, "-P", "-c", "from vpo_ray.plan.models import check_models; check_models()"]
     try:
         done = subprocess.run(

@@ -149,7 +149,7 @@ class Canary(Section):
 class Videos(Section):
     """`/v1/videos`: query in, video out. `render` and `reward` are the recipe's own when unset."""
 
-    store: Place = Field(description="folder or URI of the video store; jobs lie in `jobs/` of it")
+    store: Place = Field(description="folder or URI of the video store; jobs are in its `jobs/`")
     render: Render | None = None
     reward: Reward | None = None
     score: bool = Field(default=False, description="let the reward model score every video")

@@ -64,7 +64,7 @@ def is_renderable(row: Row) -> bool:
 
 
 def videos_by_strategy(candidates: Sequence[Row], settings: Pair) -> dict[str, int]:
-    """Videos that either strategy asks for, told from one query's finished candidates.
+    """Videos that either strategy asks for, computed from one query's finished candidates.
 
     Where the adaptive strategy made them, it is exact as well: the others were not needed.
     """

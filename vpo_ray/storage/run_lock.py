@@ -3,7 +3,7 @@
 A driver writes a claim, `lock/<generation>-<id>.json`, and has the run if nobody else's is there (see
 `claims`). One that has no heartbeat for STALE_S is taken over, and at once where its process was on this
 machine and is gone. A driver that was frozen for so long finds its claim gone, or one of a later
-generation: `check` tells it before it destroys anything, and its heartbeat stops it.
+generation: `check` raises before it destroys anything, and its heartbeat stops it.
 
 The driver of a shard writes `lock/<generation>-3of8-<id>.json`. It excludes all others but those of other
 shards of the same number, and it deletes and replaces nothing in the run directory.
@@ -74,7 +74,7 @@ class RunLock:
         generation = 1 + max((int(name[:8]) for name in self._names()), default=0)
         shard = f"-{self.shard.index}of{self.shard.of}" if self.shard else ""
         self._own = Claim(self.claims, f"{generation:08d}{shard}")
-        told: set[str] = set()
+        seen: set[str] = set()
         try:
             self._own.write(state="waiting")
             beat = time.monotonic()
@@ -83,8 +83,8 @@ class RunLock:
                     # Of two that wait, the first by name goes on, once the other has left.
                     if other.alive and (other.facts.get("state") == "held" or name < self._own.name):
                         raise RunInUseError(self._refusal(name, other))
-                    if name not in told:
-                        told.add(name)
+                    if name not in seen:
+                        seen.add(name)
                         logger.info(
                             "%s is locked: %s. Without a heartbeat it is taken over in %.0f s",
                             *(self.run.uri, other, STALE_S),
@@ -222,7 +222,7 @@ def check(folder: Folder) -> None:
     """To be called before anything in a run directory is deleted or replaced.
 
     Raises:
-        RunLostError: this process had the directory that the folder lies in, and lost it.
+        RunLostError: this process had the run directory around the folder, and lost it.
         RunInUseError: this process has a shard of it only: drivers of other shards may use what is there.
         StorageError: that cannot be found out.
     """

@@ -190,7 +190,7 @@ def _is_label(has: str | None, wanted: str) -> bool:
 
 
 def no_such_labels(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, str]]) -> str:
-    """What is told where no node has the labels."""
+    """The message where no node has the labels."""
     names = {f"{name}={labels[name]}" for labels in nodes for name in wanted.keys() & labels.keys()}
     return f"no node has these labels (there are {', '.join(sorted(names)) or 'none of these names'})"
 
@@ -231,7 +231,7 @@ def require(shapes: Sequence[Shape], timeout_s: float) -> None:
         PlacementError: it still cannot after `timeout_s`: nodes of a cluster that starts join late.
     """
     deadline = time.monotonic() + timeout_s
-    told = False
+    warned = False
     while True:
         state = cluster_state()
         found = problems(shapes, state)
@@ -239,9 +239,9 @@ def require(shapes: Sequence[Shape], timeout_s: float) -> None:
             return
         if time.monotonic() >= deadline:
             raise PlacementError(_message(found, state))
-        if not told:
+        if not warned:
             logger.warning("waiting up to %g s for nodes: %s", timeout_s, "; ".join(found))
-            told = True
+            warned = True
         time.sleep(min(LOOK_EVERY_S, timeout_s / 4))
 
 
@@ -287,7 +287,7 @@ class _Watch(threading.Thread):
             try:
                 state = cluster_state()
             except Exception:
-                # The next look tells more; the work itself finds out when the cluster is gone.
+                # The next look may say more; the work itself finds out when the cluster is gone.
                 logger.debug("the cluster could not be looked at", exc_info=True)
                 continue
             found = problems(self.shapes, state)

@@ -43,7 +43,7 @@ class Charges:
         self.cost += other.cost
 
     def add_row(self, row: Row, stage: str) -> None:
-        """What the row says that it took at a stage; requests are not told."""
+        """What the row says that it took at a stage; it does not say how many requests."""
         used = (row["usage"] or {}).get(stage) or {}
         self.add(Charges(0, *(used.get(name) or 0 for name in ("prompt", "completion", "cost"))))
 

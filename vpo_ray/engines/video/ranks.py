@@ -234,7 +234,7 @@ def _rank(
     try:
         _join(settings, rank, dist.TCPStore("127.0.0.1", port, is_master=False))
         denoise = load(settings)
-    except Exception as error:  # noqa: BLE001  told by rank 0
+    except Exception as error:  # noqa: BLE001  rank 0 reports it
         pipe.send(reason(error))
         return
     pipe.send(None)
@@ -244,7 +244,7 @@ def _rank(
             denoise(order)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # only then have its collectives come to an end
-        except Exception as error:  # noqa: BLE001  told by rank 0
+        except Exception as error:  # noqa: BLE001  rank 0 reports it
             pipe.send(reason(error))
         else:
             pipe.send(None)

@@ -52,7 +52,7 @@ def words_of(text: str) -> list[str]:
 
 
 def embed(offsets: np.ndarray, hashed: np.ndarray) -> np.ndarray:
-    """Vectors of length 127 of rows of terms: int8 (n, DIMENSIONS), zeros where no term tells anything.
+    """Vectors of length 127 of rows of terms: int8 (n, DIMENSIONS), zeros where no term carries information.
 
     Args:
         offsets: int64 (n + 1,), where each row's terms start in `hashed`.
@@ -60,7 +60,7 @@ def embed(offsets: np.ndarray, hashed: np.ndarray) -> np.ndarray:
     """
     count = len(offsets) - 1
     frequency = np.bincount(hashed, minlength=BUCKETS)
-    # The whole part of log2(n / frequency): a term of half of all queries and more tells nothing.
+    # The whole part of log2(n / frequency): a term in half of all queries or more counts for nothing.
     weights = (np.frexp(count / np.maximum(frequency, 1))[1] - 1).astype(np.int8)
     bits = np.random.PCG64(0).random_raw(BUCKETS * DIMENSIONS // 64).view(np.uint8)
     signs = np.unpackbits(bits).reshape(BUCKETS, DIMENSIONS).astype(np.int8) * 2 - 1
