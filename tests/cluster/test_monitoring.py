@@ -112,10 +112,10 @@ def test_panels_do_not_overlap() -> None:
 
 
 def test_the_lines_of_the_run_book_are_ours() -> None:
-    """Of every quoted line, the pieces between its values stand in the code."""
+    """Of every quoted line, the pieces between its values are in the code."""
     code = "".join(path.read_text() for path in (ROOT / "vpo_ray").rglob("*.py"))
     code = re.sub(r'"\s*\n\s*f?"', "", code)
-    text = (ROOT / "docs/operations.md").read_text().replace("\n", " ")
+    text = re.sub("```.*?```", "", (ROOT / "docs/operations.md").read_text(), flags=re.S).replace("\n", " ")
     lines = [line for line in re.findall(r"`([^`]+)`", text) if line.count(" ") > 3 and "vpo " not in line]
     assert len(lines) > 10
     for line in lines:
