@@ -13,6 +13,7 @@ import cloudpickle
 import pytest
 
 import vpo_ray
+from vpo_ray import api
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.commands import PHASES, run_phase
 from vpo_ray.storage.run_dir import RunDir
@@ -34,7 +35,7 @@ vpo_ray.run("x.yaml")
 def test_every_name_is_there_and_documented() -> None:
     page = (ROOT / "docs/python.md").read_text("utf-8")
     for name in vpo_ray.__all__:
-        function = vpo_ray._OF_PACKAGES.get(name) or getattr(vpo_ray, name)
+        function = getattr(api, name, None) or getattr(vpo_ray, name)
         assert inspect.getdoc(function), name
         assert name in dir(vpo_ray)
         assert f"`{name}" in page or f"vpo_ray.{name}" in page, f"{name} is not in docs/python.md"

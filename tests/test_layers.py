@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vpo_ray"
 # From the top down. Those of one line may import each other, without a circle.
 LAYERS = (
     {"cli"},
-    {""},  # the Python API
+    {"", "api"},  # the Python API
     {"report", "plan", "world"},
     {"loop"},
     {"train", "serve"},

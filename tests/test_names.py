@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vpo_ray"
 # The Python API has functions of the names of those that it calls.
-MODULES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+MODULES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "api.py"]
 TREES = [ast.parse(path.read_text("utf-8")) for path in MODULES]
 
 # Functions that modules of one kind have alike, always called with their module's name.

@@ -2,7 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -346,3 +349,17 @@ def test_a_recipe_of_the_users_own_is_not_overwritten(vpo: Any, tmp_path: Path) 
     assert status == 2
     assert "holds a recipe.yaml that no run wrote" in one_line(err)
     assert own.read_text("utf-8").startswith("# mine\n")
+
+
+def test_a_folder_of_the_packages_name_in_the_working_directory_hides_nothing(tmp_path: Path) -> None:
+    """A job's working directory may hold `vpo_ray/data/sft.jsonl` and no code: a namespace package, which
+    Python finds before one that is installed in editable mode."""
+    (tmp_path / "vpo_ray/data").mkdir(parents=True)
+    shutil.copy(ROOT / "vpo_ray/data/queries.jsonl", tmp_path / "vpo_ray/data")
+    command = [sys.executable, "-m", "vpo_ray.cli", "curate", str(ROOT / "jobs/recipes/tiny.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [*command, "--out", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/queries").is_dir()

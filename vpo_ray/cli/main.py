@@ -194,19 +194,19 @@ def _shard(text: str) -> Shard:
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
-    import vpo_ray
+    from vpo_ray import api
 
     # As a JSON string, so that no name of a folder is read as another YAML value.
     out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
-    return vpo_ray.load_recipe(arguments.recipe, [*arguments.set, *out])
+    return api.load_recipe(arguments.recipe, [*arguments.set, *out])
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import vpo_ray
+    from vpo_ray import api
     from vpo_ray.cli.summary import run_summary
 
     options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
-    run = vpo_ray.run(_load(arguments), rounds=arguments.rounds, **options)
+    run = api.run(_load(arguments), rounds=arguments.rounds, **options)
     sys.stdout.write(run_summary(run.dir))
     return 0
 
@@ -246,12 +246,12 @@ def _phase(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     """All candidate stages, or one."""
-    import vpo_ray
+    from vpo_ray import api
 
     recipe, name, shard = _load(arguments), arguments.name, arguments.shard
     stages = None if name == "generate" else (name,)
     options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
-    vpo_ray.generate(recipe, stages, shard=shard, **options)
+    api.generate(recipe, stages, shard=shard, **options)
     if shard is None:
         return _done(name, recipe)
     sys.stdout.write(f"{name}: shard {shard} is done; run it without --shard when all {shard.of} are\n")
@@ -259,20 +259,20 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    import vpo_ray
+    from vpo_ray import api
 
     recipe, name = _load(arguments), arguments.name
-    vpo_ray.train(recipe, None if name == "train" else name, verbose=arguments.verbose)
+    api.train(recipe, None if name == "train" else name, verbose=arguments.verbose)
     return _done(name, recipe)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    import vpo_ray
+    from vpo_ray import api
     from vpo_ray.loop.evaluation import summary
 
     recipe = _load(arguments)
     options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
-    sys.stdout.write(summary(vpo_ray.evaluate(recipe, **options)))
+    sys.stdout.write(summary(api.evaluate(recipe, **options)))
     return _done(arguments.name, recipe)
 
 
@@ -308,7 +308,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    import vpo_ray
+    from vpo_ray import api
     from vpo_ray import recipe as recipes
 
     settings = recipes.load_serve(arguments.recipe, arguments.set)
@@ -317,7 +317,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         sys.stdout.write(config_file(recipes.locate(arguments.checkpoint), settings))
         return 0
-    vpo_ray.serve(arguments.checkpoint, settings, verbose=arguments.verbose)
+    api.serve(arguments.checkpoint, settings, verbose=arguments.verbose)
     return 0
 
 

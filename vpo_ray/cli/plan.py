@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Print the plan. Raises PlanError or ClusterError where there can be none."""
-    import vpo_ray
+    from vpo_ray import api
     from vpo_ray.plan import cluster, show
     from vpo_ray.plan.check import check_nodes
 
@@ -49,7 +49,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         )
     elif any(value is not None for value in described):
         raise cluster.ClusterSpecError("--gpu-type and --gpus-per-node describe a cluster: give --gpus too")
-    made = vpo_ray.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour)
+    made = api.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour)
     output = json.dumps(show.as_json(made), indent=2) + "\n" if arguments.json else show.text(made)
     sys.stdout.write(output)
     return 0
