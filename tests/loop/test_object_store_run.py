@@ -125,7 +125,8 @@ def test_the_commands_behind_it(run: RunDir, recipe: list[str], options: str) ->
     assert run.at("report/index.html") in done("report", *recipe, "--out", run.uri)
     page = run.read("report/index.html").decode()
     shown = set(re.findall(r'src="\.\./(videos/[^"#]+\.mp4)', page))
-    assert shown
+    # Which pairs random weights give differs between machines.
+    assert shown or not any(row["kind"] == "video" for row in run.table("pairs").rows(["kind"]))
     assert shown <= set(run.files())
     exported = f"s3://vpo/export?{options}"
     done("export", *recipe, "--out", run.uri, "--format", "trl", "--to", exported)
