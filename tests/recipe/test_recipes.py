@@ -105,7 +105,7 @@ def files(tmp_path: Path) -> Path:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     text = (RECIPES / f"{VPO[0]}.yaml").read_text("utf-8")
     [line] = re.findall(r"# (python -c .*)", text)
-    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check_recipe=True, timeout=20)
+    subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, check=True, timeout=20)
     return tmp_path
 
 

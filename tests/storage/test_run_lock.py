@@ -288,7 +288,7 @@ def test_every_command_that_writes_is_refused_and_a_reader_is_not(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     before = RunDir(tmp_path / "run").read("recipe.yaml")
-    monkeypatch.setattr("vpo_ray.plan.check", lambda recipe: None)
+    monkeypatch.setattr("vpo_ray.plan.check_recipe", lambda recipe: None)
     monkeypatch.setattr("vpo_ray.stream.connection.connect", lambda verbose=False: None)
     for command in WRITERS:
         assert cli.main([command, *tiny(tmp_path), "--set", "limits.tries=5"]) == 3, command
