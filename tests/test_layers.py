@@ -14,6 +14,7 @@ LAYERS = (
     {"cli"},
     {"", "api"},  # the Python API
     {"report", "plan", "world"},
+    {"evaluation"},
     {"loop"},
     {"train", "serve"},
     {"stream"},

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, sources
 from vpo_ray.recipe.endpoint import Endpoint
+from vpo_ray.recipe.evaluation import EvaluatedPolicy, EvaluatedSet, Evaluation, Preference
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.plugins import pins, plugins_of
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
@@ -39,6 +40,9 @@ __all__ = [
     "Endpoint",
     "Engine",
     "Evaluate",
+    "EvaluatedPolicy",
+    "EvaluatedSet",
+    "Evaluation",
     "Guard",
     "Judge",
     "Limits",
@@ -48,6 +52,7 @@ __all__ = [
     "Pair",
     "Policy",
     "Pool",
+    "Preference",
     "Queries",
     "Recipe",
     "RecipeError",
@@ -114,6 +119,7 @@ class Recipe(Section):
     more_rewards: dict[str, Reward] = {}
     pair: Pair = Pair()
     dpo: Dpo | None = None
+    evaluate: Evaluation | None = None
     serve: Serve = Serve()
     limits: Limits = Limits()
 

@@ -21,8 +21,9 @@ OPERATIONAL = frozenset({
     "completion_price", "video_price", "second_price", "form", "api_key_env", "answers",
 })  # fmt: skip
 
-# Keys that are so in one place: a video is the same whoever serves its model.
-OPERATIONAL_PATHS = frozenset({("render", "endpoint", "base_url")})
+# Keys that are so in one place: a video is the same whoever serves its model, and a run whatever is measured
+# of it.
+OPERATIONAL_PATHS = frozenset({("render", "endpoint", "base_url"), ("evaluate",)})
 
 # Mappings whose keys are no keys of ours: one that has such a name is not operational for that.
 FREE = frozenset({

@@ -1,0 +1,148 @@
+"""Recipe section of `vpo evaluate`: which policies are compared, on which queries, and by what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vpo_ray.recipe.base import Fraction, Positive, Section, Source, Temperature, refuse_unused
+from vpo_ray.recipe.text import ChatModel, Judge
+from vpo_ray.recipe.video import Render, Reward
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+PolicyKind = Literal["query", "base", "few_shot", "sft", "dpo", "checkpoint", "endpoint", "file"]
+
+
+class EvaluatedPolicy(Section):
+    """What makes a prompt of a query.
+
+    query: the user's words as they are. base: `policy.model` with the task prompt. few_shot: an LLM that is
+    shown examples (`llm`, the judge's model when unset). sft, dpo: what the run trained; `round` names a
+    later round's. checkpoint: a folder or URI at `path`. endpoint: `llm`, which is sent the query alone, or
+    `prompt` with the query in it. file: prompts made elsewhere, rows with `query` and `prompt` at `path`.
+    `times` applies a policy to its own output (VPO, table 6).
+    """
+
+    kind: PolicyKind
+    path: Source | None = None
+    round: Annotated[int, Field(ge=2)] | None = None
+    llm: ChatModel | None = None
+    prompt: Source | None = Field(None, description="template with a slot {query}; few_shot also {examples}")
+    examples: Source | None = Field(
+        None, description="rows with `query` and `prompt`; draft.examples if unset"
+    )
+    shots: Positive = 3
+    temperature: Temperature = 0.0
+    max_tokens: Positive = 1024
+    times: Positive = 1
+
+    @model_validator(mode="after")
+    def _has_what_it_uses(self) -> EvaluatedPolicy:
+        if (self.path is None) == (self.kind in ("checkpoint", "file")):
+            raise ValueError(f"a policy of kind {self.kind} {'has no' if self.path else 'needs a'} path")
+        if self.kind == "endpoint" and self.llm is None:
+            raise ValueError("a policy of kind endpoint needs an llm")
+        if self.kind not in ("few_shot", "endpoint"):
+            refuse_unused(self, "llm prompt temperature max_tokens", f"with kind: {self.kind}")
+        if self.kind != "few_shot":
+            refuse_unused(self, "examples shots", f"with kind: {self.kind}")
+        if self.kind != "dpo":
+            refuse_unused(self, "round", f"with kind: {self.kind}")
+        if self.kind in ("query", "file"):
+            refuse_unused(self, "times", f"with kind: {self.kind}: it cannot be asked again")
+        return self
+
+
+class EvaluatedSet(Section):
+    """Queries to evaluate on: the run's eval split, a file as `queries.path` takes it, or a benchmark's
+    published files, read where the recipe says they are.
+
+    `size` takes that many, chosen by their content and in proportion to the set's own categories.
+    """
+
+    kind: Literal["eval_split", "file", "vbench", "monetbench", "t2vsafetybench"] = "file"
+    path: Source | None = None
+    column: str = "query"
+    category: str | None = Field(None, description="column of a file with the category of each query")
+    size: Positive | None = None
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> EvaluatedSet:
+        if (self.path is None) != (self.kind == "eval_split"):
+            raise ValueError(f"a set of kind {self.kind} {'has no' if self.path else 'needs a'} path")
+        if self.kind != "file":
+            refuse_unused(self, "column category", f"with kind: {self.kind}")
+        return self
+
+
+class Preference(Section):
+    """An LLM that is shown what two policies made of one query, in both orders.
+
+    It says which it prefers; where it changes its mind with the order, the two tie.
+    """
+
+    llm: ChatModel
+    question: Source | None = Field(None, description="template; the package's when unset")
+    frames: Positive = Field(8, description="of each video that are shown, where videos are compared")
+    against: str | None = Field(
+        None, description="policy that the others are compared with; all pairs if unset"
+    )
+
+
+def _by_kind(given: Any) -> Any:
+    """`[query, dpo]` is short for policies of these kinds under their names."""
+    if isinstance(given, list) and all(isinstance(item, str) for item in given):
+        return {item: {"kind": item} for item in given}
+    return given
+
+
+class Evaluation(Section):
+    """`vpo evaluate`: policies side by side on the same queries, each with the same video seeds.
+
+    Every prompt is judged, rendered and scored, whatever the judge says of it; unsafe ones are rendered only
+    with `render_unsafe`. What has no video counts as the worst.
+    """
+
+    policies: Annotated[dict[str, EvaluatedPolicy], BeforeValidator(_by_kind)] = {}
+    sets: dict[str, EvaluatedSet] = {"eval": EvaluatedSet(kind="eval_split")}
+    seeds: Positive = Field(1, description="videos of a query, each with another seed")
+    videos: bool = Field(True, description="render and score; without, prompts alone are evaluated")
+    render_unsafe: bool = False
+    judge: Judge | None = Field(None, description="the training's judge when unset, which the report marks")
+    rewards: dict[str, Reward] = Field({}, description="measures of videos beside the training's rewards")
+    transfer: dict[str, Render] = Field({}, description="further video models, by name")
+    prefer_prompts: Preference | None = None
+    prefer_videos: Preference | None = None
+    required_words: Source | None = Field(
+        None, description="words that a prompt keeps where its query has them, one a line"
+    )
+    unsafe_words: Source | None = Field(None, description="words that no prompt may have, one a line")
+    guard: ChatModel | None = Field(None, description="a classifier that is asked whether a prompt is unsafe")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=1000)] = 10_000
+    similar: Fraction = Field(0.0, description="smallest difference of scores that is a win")
+
+    @model_validator(mode="after")
+    def _names(self) -> Evaluation:
+        named: Mapping[str, Mapping[str, Any]] = {
+            "policies": self.policies,
+            "sets": self.sets,
+            "transfer": self.transfer,
+            "rewards": self.rewards,
+        }
+        for key, entries in named.items():
+            for name in entries:
+                if not _NAME.fullmatch(name):
+                    raise ValueError(f"{key}: {name!r} is no name: use letters, digits, - _ and .")
+        if not self.sets:
+            raise ValueError("sets: name at least one")
+        if not self.videos:
+            refuse_unused(self, "transfer rewards prefer_videos render_unsafe seeds", "with videos: false")
+        for key in ("prefer_prompts", "prefer_videos"):
+            preference = getattr(self, key)
+            if preference is not None and preference.against not in (None, *self.policies):
+                raise ValueError(f"{key}.against: no policy {preference.against!r}")
+        return self
