@@ -32,7 +32,7 @@ class EvaluatedPolicy(Section):
     llm: ChatModel | None = None
     prompt: Source | None = Field(None, description="template with a slot {query}; few_shot also {examples}")
     examples: Source | None = Field(
-        None, description="rows with `query` and `prompt`; draft.examples if unset"
+        None, description="rows with `query` and `prompt`; draft.examples when unset"
     )
     shots: Positive = 3
     temperature: Temperature = 0.0
@@ -66,7 +66,9 @@ class EvaluatedSet(Section):
     kind: Literal["eval_split", "file", "vbench", "monetbench", "t2vsafetybench"] = "file"
     path: Source | None = None
     column: str = "query"
-    category: str | None = Field(None, description="column of a file with the category of each query")
+    category: Annotated[str | None, Field(description="column of a file with the category of each query")] = (
+        None
+    )
     size: Positive | None = None
 
     @model_validator(mode="after")
