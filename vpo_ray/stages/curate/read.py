@@ -17,7 +17,7 @@ from vpo_ray.recipe import Queries
 from vpo_ray.records import normalise
 from vpo_ray.stages.curate.rules import KEPT, reason_code, visible
 
-__all__ = ["EXCERPT", "RAW", "InputError", "InputFile", "query_files", "read_batches"]
+__all__ = ["EXCERPT", "RAW", "InputError", "InputFile", "query_files", "read_batches", "text_of"]
 
 RAW = pa.schema(
     [
@@ -79,7 +79,7 @@ def _table(rows: list[tuple[Any, ...]]) -> pa.Table:
 def _accept(values: Any, settings: Queries) -> tuple[str | None, int, bool | None]:
     """Text (of a dropped row, an excerpt), reason and label of one row."""
     value, *labels = values if isinstance(values, tuple) else (values,)
-    text, reason = _text_of(value, settings)
+    text, reason = text_of(value, settings)
     unsafe = None
     if reason == KEPT:
         try:
@@ -89,7 +89,8 @@ def _accept(values: Any, settings: Queries) -> tuple[str | None, int, bool | Non
     return (text if reason == KEPT else _excerpt(value)), reason, unsafe
 
 
-def _text_of(value: Any, settings: Queries) -> tuple[str, int]:
+def text_of(value: Any, settings: Queries) -> tuple[str, int]:
+    """The normalised query of a value, and KEPT or why it is dropped: a position in rules.REASONS."""
     if value is None:
         return "", reason_code("null")
     if isinstance(value, Unreadable):
