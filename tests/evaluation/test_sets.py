@@ -18,7 +18,7 @@ from vpo_ray.evaluation.sets import (
     prompts_of_file,
     read_set,
     refuse_trained,
-    sampled,
+    sample_queries,
     set_hash,
 )
 from vpo_ray.recipe import EvaluatedSet
@@ -194,8 +194,8 @@ def test_a_sample_is_in_proportion_and_the_same_in_any_order(
 ) -> None:
     rows = rows_of(categories)
     size = data.draw(st.integers(1, len(rows)))
-    chosen = sampled(data.draw(st.permutations(rows)), size)
-    assert chosen == sampled(rows, size)
+    chosen = sample_queries(data.draw(st.permutations(rows)), size)
+    assert chosen == sample_queries(rows, size)
     assert len({row["query_id"] for row in chosen}) == size
     assert all(row in rows for row in chosen)
     whole, part = Counter(r["category"] for r in rows), Counter(r["category"] for r in chosen)
@@ -210,14 +210,14 @@ def test_a_sample_is_in_proportion_and_the_same_in_any_order(
 @given(st.integers(1, 39))
 def test_a_larger_sample_holds_the_smaller_one(size: int) -> None:
     rows = rows_of([None] * 40)
-    assert all(row in sampled(rows, size + 1) for row in sampled(rows, size))
+    assert all(row in sample_queries(rows, size + 1) for row in sample_queries(rows, size))
 
 
 def test_the_largest_remainders_are_rounded_up() -> None:
     rows = rows_of(["a"] * 46 + ["b"] * 34 + ["c"] * 18 + ["d"] * 2)
     # Shares of 20: 9.2, 6.8, 3.6 and 0.4; d has its one, so that only b is rounded up.
-    assert Counter(row["category"] for row in sampled(rows, 20)) == {"a": 9, "b": 7, "c": 3, "d": 1}
-    assert Counter(row["category"] for row in sampled(rows, 3)) == {"a": 1, "b": 1, "c": 1}
+    assert Counter(row["category"] for row in sample_queries(rows, 20)) == {"a": 9, "b": 7, "c": 3, "d": 1}
+    assert Counter(row["category"] for row in sample_queries(rows, 3)) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_a_size_that_the_set_does_not_have_is_refused(tmp_path: Path) -> None:

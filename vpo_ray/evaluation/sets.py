@@ -86,7 +86,7 @@ def read_set(name: str, settings: EvaluatedSet, run: RunDir | None) -> list[Row]
         return rows
     if settings.size > len(rows):
         raise SetError(f"set {name} has {len(rows)} queries, fewer than size {settings.size}: lower it")
-    return sampled(rows, settings.size)
+    return sample_queries(rows, settings.size)
 
 
 def set_hash(rows: Iterable[Row]) -> str:
@@ -94,7 +94,7 @@ def set_hash(rows: Iterable[Row]) -> str:
     return content_id("set", sorted(rows, key=lambda row: row["query_id"]), digits=16)
 
 
-def sampled(rows: Sequence[Row], size: int) -> list[Row]:
+def sample_queries(rows: Sequence[Row], size: int) -> list[Row]:
     """`size` rows by the content of their queries, in proportion to their categories (largest remainders).
 
     Each category has at least one, where `size` is enough for that. The order of the rows has no influence.
