@@ -20,7 +20,7 @@ from vpo_ray.stages.pair import by_reward
 from vpo_ray.stages.score import ALARM_AFTER
 from vpo_ray.stages.spec import StageSpec
 from vpo_ray.stages.tally import by_reason, reason_of
-from vpo_ray.storage.run_dir import PAIRED, SFT_DROPPED, RunDir
+from vpo_ray.storage.run_dir import GIVEN, PAIRED, SFT_DROPPED, RunDir
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.spending import Charges, spent_at
 
@@ -40,10 +40,12 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     counts = {stage.name: _StageCount(stage) for stage in spec.stages() if stage.in_recipe(recipe)}
     pairs = _PairCount(recipe.pair)
     _count_rows(run, counts, pairs)
+    given = run.read_json(GIVEN) if run.exists(GIVEN) else {}
     for chain in CHAINS.values():
         entered = _entering(run, chain, stages["curate"]["splits"], recipe)
         for stage in spec.stages(chain.name):
             if stage.name in counts:
+                entered = given.get(stage.name, entered)
                 stages[stage.name] = counts[stage.name].entry(entered)
                 entered = stages[stage.name]["out"]
     stages["pair"] = pairs.entry(run)

@@ -124,8 +124,12 @@ class ChatModel(Modelled):
 
 
 class Judge(ChatModel):
-    """The LLM that critiques every candidate, refines the misaligned ones and judges again."""
+    """The LLM that critiques every candidate, refines the misaligned ones and judges again.
 
+    Without `refine` it gives verdicts only: no text pairs come of them.
+    """
+
+    refine: bool = True
     critique_prompt: Source = "builtin:critique"
     refine_prompt: Source = "builtin:refine"
     temperature: Temperature = 0.0
@@ -135,6 +139,12 @@ class Judge(ChatModel):
     max_details: Positive = Field(8, description="missing and added details named, of each at most")
     detail_max_chars: Positive = 160
     word_limit: Positive = 200
+
+    @model_validator(mode="after")
+    def _refines(self) -> Judge:
+        if not self.refine:
+            refuse_unused(self, "refine_prompt prompt_max_chars", "with refine: false")
+        return self
 
 
 class Draft(Section):

@@ -117,6 +117,8 @@ def _outcome(row: Row) -> dict[str, Any]:
         return {"target": row["prompt"]}
     if row.get("refined_verdict") == "aligned":
         return {"target": row["refined_prompt"]}
+    if row.get("refined_prompt") is None:
+        return {"fault": f"prompt {row['verdict']}"}
     if row.get("refined_fault") is not None:
         return {"fault": f"refined prompt: {row['refined_fault']}"}
     return {"fault": f"refined prompt still {row['refined_verdict']}"}

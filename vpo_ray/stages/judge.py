@@ -89,7 +89,7 @@ class Judging:
             "missing": first.missing,
             "added": first.added,
         }
-        if first.verdict == "aligned":
+        if first.verdict == "aligned" or not self.settings.refine:
             return row
         refined = await self._refine(query, prompt, first, ask)
         fault = refined_fault(refined, prompt, self.settings.word_limit)

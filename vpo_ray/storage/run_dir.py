@@ -64,6 +64,8 @@ def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> Non
 
 # In the run directory of a round or an evaluation: the policy that it samples.
 ROUND = "round.json"
+# In one of an evaluation: the stage that its rows enter at, which other run directories made, and how many.
+GIVEN = f"{META}/given.json"
 
 
 class RunDir(Folder):
