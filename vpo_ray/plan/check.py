@@ -20,7 +20,7 @@ from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rule
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check_rules
-from vpo_ray.stages.draft import EXAMPLES
+from vpo_ray.stages.few_shot import EXAMPLES
 from vpo_ray.storage.sft_data import sft_rows
 
 TEXT = "{text}"  # the slot of prompts that ask for a verdict on a text
@@ -110,6 +110,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         ("judge.refine_prompt", (SLOT, "{prompt}", "{critique}"), recipe.judge.refine_prompt),
         *([("draft.prompt", (SLOT, EXAMPLES), recipe.draft.prompt)] if recipe.draft is not None else []),
         *([("queries.unsafe_prompt", (TEXT,), recipe.queries.unsafe_prompt)] if label else []),
+        *_evaluated_prompts(recipe),
     ):
         try:
             text = read_prompt(name)
@@ -126,6 +127,14 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
+
+
+def _evaluated_prompts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    policies = recipe.evaluate.policies if recipe.evaluate is not None else {}
+    for name, policy in policies.items():
+        if policy.prompt is not None:
+            slots = (SLOT, EXAMPLES) if policy.kind == "few_shot" else (SLOT,)
+            yield f"evaluate.policies.{name}.prompt", slots, policy.prompt
 
 
 def _llms(recipe: Recipe) -> dict[str, ChatModel]:

@@ -137,6 +137,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _few_shot_policies_have_examples(self) -> Recipe:
+        policies = self.evaluate.policies if self.evaluate is not None else {}
+        for name, policy in policies.items():
+            if policy.kind == "few_shot" and policy.examples is None and self.draft is None:
+                raise ValueError(
+                    f"evaluate.policies.{name}.examples is missing: name a file with `query` and `prompt`, "
+                    "as there is no draft section whose examples could be shown"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _labels_where_ray_takes_them(self) -> Recipe:
         for name, section in (("sample", self.sample), ("judge", self.judge)):
             given = section.engine.engine_kwargs

@@ -1,8 +1,9 @@
 """Chains of stages: which queries enter, the row that the first stage gets for them, which tables.
 
-There are three: labelling (which raw queries are unsafe, for curation), drafting (SFT data for the
-queries of the sft split), and generation (candidates, verdicts, videos and scores for those of the
-dpo split). `spec` says which stages they have; `stream.pipeline` runs any of them as one stream.
+They are: labelling (which raw queries are unsafe, for curation), drafting (SFT data for the
+queries of the sft split), generation (candidates, verdicts, videos and scores for those of the
+dpo split), and for an evaluation rewriting (the prompts of a policy that is an LLM). `spec` says which
+stages they have; `stream.pipeline` runs any of them as one stream.
 """
 
 from __future__ import annotations
@@ -139,8 +140,14 @@ def _labels(queries: list[Row]) -> list[Row]:
     return [label_row(query) for query in queries]
 
 
+def _to_rewrites(recipe: Recipe, models: Models) -> Expand:
+    once = recipe.sample.model_copy(update={"k": 1})
+    return partial(_candidates, settings=once, policy=models.policy_id, seed=recipe.seed)
+
+
 CHAINS: dict[ChainName, Chain] = {
     "labelling": Chain("labelling", None, _to_labels, source="unlabelled"),
     "drafting": Chain("drafting", "sft", _to_drafts),
     "generation": Chain("generation", "dpo", _to_candidates, lambda recipe: recipe.sample.k),
+    "rewriting": Chain("rewriting", None, _to_rewrites, source="unwritten"),
 }

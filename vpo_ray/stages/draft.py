@@ -6,27 +6,22 @@ prompt is judged again. A row carries the whole trail; `target` is what the poli
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from vpo_ray.engines.chat import Chat, Sampling
+from vpo_ray.engines.chat import Chat
 from vpo_ray.files.input_files import InputError
-from vpo_ray.prompts.answers import object_schema, string_schema
-from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Draft, Judge, Recipe, engine_arguments
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.stages.facts import Fact, content_fact, of_chat, of_judge_prompts, of_prompt
+from vpo_ray.stages.few_shot import FewShot
 from vpo_ray.stages.judge import Judgement, Judging, form_fault, parse_prompt
 from vpo_ray.stages.spec import Making, draft_model
 from vpo_ray.stages.tally import Tally, by_reason
 from vpo_ray.storage.sft_data import sft_rows
-
-EXAMPLES = "{examples}"
-_EXAMPLE = "<request>{query}</request>\n<prompt>{prompt}</prompt>"
 
 
 def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
@@ -77,39 +72,21 @@ class Drafter:
     name = "draft"
 
     def __init__(self, settings: Draft, judge: Judge, examples: Sequence[Row]) -> None:
-        self.settings, self.examples = settings, examples
-        self.prompt = read_prompt(settings.prompt)
+        self.few_shot = FewShot(settings, settings.prompt, examples, judge.prompt_max_chars)
         self.judging = Judging(judge)
 
     def wants(self, row: Row) -> bool:
         return row["prompt"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        limits = self.judging.settings
-        shown = self._shown(row)
-        block = "\n\n".join(fill(_EXAMPLE, query=e["query"], prompt=e["prompt"]) for e in shown)
-        text = fill(self.prompt, {"examples": block}, query=row["query"])
-        sampling = Sampling(
-            temperature=self.settings.temperature, max_tokens=self.settings.max_tokens, seed=row["seed"]
-        )
-        schema = object_schema({"prompt": string_schema(limits.prompt_max_chars)})
-        answer = await chat.complete([{"role": "user", "content": text}], sampling, schema)
-        prompt = parse_prompt(answer.text)
+        prompt = parse_prompt((await self.few_shot.ask(row, chat)).text)
         # What can be counted, the LLM is not asked about.
-        fault = form_fault(prompt, limits.word_limit)
+        fault = form_fault(prompt, self.judging.settings.word_limit)
         known = Judgement("imprecise", f"The prompt has the wrong form: {fault}.") if fault else None
         review = await self.judging.review(row["query"], prompt, row["draft_id"], chat, known)
-        row = {**row, "examples": [example["query_id"] for example in shown], "prompt": prompt, **review}
+        shown = [example["query_id"] for example in self.few_shot.shown(row)]
+        row = {**row, "examples": shown, "prompt": prompt, **review}
         return {**row, **_outcome(row)}
-
-    def _shown(self, row: Row) -> list[Row]:
-        """Some examples, by the row's seed; never the answer to the query itself."""
-        own = sum(example["query_id"] == row["query_id"] for example in self.examples)
-        wanted = self.settings.shots + max(own, 1)
-        chosen = random.Random(row["seed"]).sample(self.examples, min(wanted, len(self.examples)))
-        return [example for example in chosen if example["query_id"] != row["query_id"]][
-            : self.settings.shots
-        ]
 
 
 def _outcome(row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     queries ─► sample ─► judge ─► render ─► score ─► feedback     the chain "generation"
     queries ─► draft ─► drafts                                    the chain "drafting"
     unlabelled ─► label ─► labels                                 the chain "labelling"
+    unwritten ─► rewrite ─► rewrites                              the chain "rewriting", of an evaluation
 
 `register` adds a stage of one's own: a file with its functions, and an entry. It then streams and resumes
 with the others, and is in the ledger, the plan and the doctor; `vpo NAME recipe.yaml` runs it alone.
@@ -21,11 +22,11 @@ if TYPE_CHECKING:  # `vpo --help` reads this list
     import pyarrow as pa
 
     from vpo_ray.engines.endpoint.account import Account
-    from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe
+    from vpo_ray.recipe import ChatModel, Engine, EvaluatedPolicy, Pool, Recipe
     from vpo_ray.stages.tally import Tally
 
-ChainName = Literal["labelling", "drafting", "generation"]
-CHAINS: tuple[ChainName, ...] = ("labelling", "drafting", "generation")
+ChainName = Literal["labelling", "drafting", "generation", "rewriting"]
+CHAINS: tuple[ChainName, ...] = ("labelling", "drafting", "generation", "rewriting")
 
 
 class StageError(ValueError):
@@ -67,7 +68,7 @@ class StageSpec:
         chain: which chain it is in, in the order of registration.
         table: of the run directory, with the rows that left the stage.
         section: the recipe's key of its settings, with `pool` and, for texts, `engine`; or a function of
-            the recipe that gives the key.
+            the recipe that gives the key and the settings.
         runs_on: `policy`: a text stage (`engines.chat.ChatStage`) on the policy that is sampled; `chat`: a
             text stage on the LLM of its section, by vLLM or an endpoint; `batch`: a stage of whole batches
             (`stream.actor_pools.Stage`) on replicas that hold a model of their own, or none.
@@ -85,7 +86,7 @@ class StageSpec:
     name: str
     chain: ChainName
     table: str
-    section: str | Callable[[Recipe], str]
+    section: str | Callable[[Recipe], tuple[str, Any]]
     runs_on: Literal["policy", "chat", "batch"]
     make: Callable[[Making], Callable[[], Any]]
     tally: Callable[[], Tally] = _no_more
@@ -99,12 +100,14 @@ class StageSpec:
 
     def key(self, recipe: Recipe) -> str:
         """The recipe's key of the section that the stage runs by."""
-        return self.section if isinstance(self.section, str) else self.section(recipe)
+        return self.section if isinstance(self.section, str) else self.section(recipe)[0]
 
     def of(self, recipe: Recipe) -> Any:
         """That section."""
+        if not isinstance(self.section, str):
+            return self.section(recipe)[1]
         found: Any = recipe
-        for part in self.key(recipe).split("."):
+        for part in self.section.split("."):
             found = getattr(found, part)
         return found
 
@@ -128,6 +131,25 @@ def draft_model(recipe: Recipe) -> tuple[str, ChatModel]:
     if recipe.draft is not None and recipe.draft.llm is not None:
         return "draft.llm", recipe.draft.llm
     return "judge", recipe.judge
+
+
+def rewrites(recipe: Recipe) -> bool:
+    """Whether the recipe evaluates one policy alone, and that is an LLM which is not trained."""
+    policies = recipe.evaluate.policies if recipe.evaluate is not None else {}
+    return [policy.kind in ("few_shot", "endpoint") for policy in policies.values()] == [True]
+
+
+def rewriting_policy(recipe: Recipe) -> tuple[str, EvaluatedPolicy]:
+    """The name and settings of that policy."""
+    assert recipe.evaluate is not None
+    ((name, policy),) = recipe.evaluate.policies.items()
+    return name, policy
+
+
+def rewriter(recipe: Recipe) -> tuple[str, ChatModel]:
+    """The recipe's key of the LLM of that policy, and its settings."""
+    name, policy = rewriting_policy(recipe)
+    return draft_model(recipe) if policy.llm is None else (f"evaluate.policies.{name}.llm", policy.llm)
 
 
 def stages(chain: ChainName | None = None) -> list[StageSpec]:
@@ -194,7 +216,7 @@ STAGES: dict[str, StageSpec] = {
             "draft",
             "drafting",
             "drafts",
-            lambda recipe: draft_model(recipe)[0],
+            draft_model,
             runs_on="chat",
             settings=("draft", "judge"),
             in_recipe=lambda recipe: recipe.draft is not None,
@@ -237,6 +259,15 @@ STAGES: dict[str, StageSpec] = {
             runs_on="batch",
             settings=("reward", "more_rewards"),
             help="renders/ to feedback/ with the reward model",
+        ),
+        _of_package(
+            "rewrite",
+            "rewriting",
+            "rewrites",
+            rewriter,
+            runs_on="chat",
+            in_recipe=rewrites,
+            is_due=lambda recipe: False,
         ),
     )
 }

@@ -29,6 +29,9 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "renders": (FEEDBACK, "candidate_id"),
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
+    # Of an evaluation: see `stages.rewrite`.
+    "unwritten": (QUERY, "query_id"),
+    "rewrites": (FEEDBACK, "candidate_id"),
 }
 # Columns that identify a row together with its key: SFT may teach several prompts of one query.
 ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
@@ -61,6 +64,8 @@ def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> Non
             schema = schema.insert(schema.get_field_index("seconds"), column)
         TABLES[name] = schema, key
 
+
+widen(["rewrites"], "rewrite", ())
 
 # In the run directory of a round or an evaluation: the policy that it samples.
 ROUND = "round.json"
