@@ -139,7 +139,7 @@ class Folder:
         target = f"{self.path}/{name}"
         # A leading dot hides leftovers of a kill from readers of the folder as a Parquet dataset.
         folder, base = os.path.split(target)
-        written = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
+        written = f"{folder}/.{base[:40]}.{uuid.uuid4().hex}.tmp"
         opened = whole = False
         modified: int | None = None
         try:
