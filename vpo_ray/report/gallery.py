@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 from vpo_ray.engines.reward import checklist
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
+from vpo_ray.report.page import copy_video
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
+from vpo_ray.storage.videos import VideoStore
 
 MAX_PAIRS, MAX_VIDEO_PAIRS, MAX_ANSWERS = 24, 16, 6
 
@@ -111,13 +112,7 @@ def _video(run: RunDir, recipe: Recipe, key: str) -> str | None:
     if recipe.render.store is None:
         name = f"videos/{key[:2]}/{key}.mp4"
         return f"../{name}" if run.exists(name) else None
-    name = f"videos/{key}.mp4"
-    if not run.exists(f"report/{name}"):
-        try:
-            run.write(f"report/{name}", VideoStore(recipe.render.store).read(key))
-        except (VideoMissing, VideoDamaged):
-            return None
-    return name
+    return copy_video(run / "report", key, [VideoStore(recipe.render.store)])
 
 
 def _differences(

@@ -1,0 +1,82 @@
+"""What the pages share: one file with its style and script inside, a policy that allows nothing else, and
+videos as files beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vpo_ray.files.folder import Folder
+from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
+
+_HERE = Path(__file__).parent
+
+
+def render(template: str, styles: Iterable[str], scripts: Iterable[str], **values: Any) -> bytes:
+    """A page from a template of this folder, which escapes all that it is given; a dictionary goes into a
+    block of JSON by `tojson`, which escapes what would end the block."""
+    style, script = (
+        "".join((_HERE / name).read_text("utf-8") for name in names) for names in (styles, scripts)
+    )
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count, "number": number, "seconds": seconds}
+    own = {"style": style, "script": script, "policy": _policy(style, script)}
+    return environment.get_template(template).render(**own, **values).encode("utf-8")
+
+
+def copy_video(page: Folder, key: str, stores: Iterable[VideoStore]) -> str | None:
+    """The name of a video in the page's folder, where it is copied once; None when no store has it any more.
+
+    Raises:
+        StorageError: a folder or store cannot be read or written.
+    """
+    name = f"videos/{key}.mp4"
+    if page.exists(name):
+        return name
+    for store in stores:
+        try:
+            page.write(name, store.read(key))
+            return name
+        except (VideoMissing, VideoDamaged):
+            continue
+    return None
+
+
+def _policy(style: str, script: str) -> str:
+    """A content security policy for a page without a server: our style, our script, videos by file."""
+    sources = {"style-src": _hash(style), "script-src": _hash(script), "media-src": "'self' file:"}
+    listed = "; ".join(f"{name} {value}" for name, value in sources.items())
+    return f"default-src 'none'; {listed}; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"
+
+
+def count(value: int) -> str:
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def number(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds for a reader: 0.045 s, 12.3 s, 4 min, 2.5 h."""
+    if value is None:
+        return ""
+    if value < 120:
+        return f"{value:.3g}\u202fs"
+    return f"{value / 60:.3g}\u202fmin" if value < 7200 else f"{value / 3600:.3g}\u202fh"
