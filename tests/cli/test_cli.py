@@ -62,6 +62,7 @@ COMMANDS = {
     "train": RECIPE,
     "evaluate": [*RECIPE, "--retry-errors"],
     "report": RECIPE,
+    "compare": ["ACTION", "--help"],
     "videos": ["ACTION", "--help"],
     "plugins": ["--help"],
     "export": [*RECIPE, "--format", "--to", "--bare"],

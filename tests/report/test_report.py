@@ -1,18 +1,15 @@
 """The report shows what the run's tables hold, as text, in a browser, at two widths."""
 
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
+from evaluation_samples import clip
+from html_page import ARABIC, ATTACK, Tags, until
 
-from vpo_ray.engines.video.engine import encode
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import content_id, failed, query_id
 from vpo_ray.report import build_report
@@ -21,11 +18,6 @@ from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
-CHROMIUM = Path("/usr/bin/chromium")
-ATTACK = (
-    """<script>document.title='owned'</script><img src=x onerror="document.title='owned'"> "&' {{ 7 * 7 }}"""
-)
-ARABIC = "رجل يمشي في الصحراء عند الغروب"
 QUERIES = (ATTACK, ARABIC, "word" * 200, "two lines\nof a query", "only a text pair", "failing")
 QUESTION = 'Does the clip show what "[[prompt]]" asks for?'
 
@@ -38,13 +30,6 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
     (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": checklist}))
     where = [f"out={folder / 'run'}", f"reward.checklist.file={folder / 'checklist.yaml'}"]
     return load(TINY, [*where, *overrides])
-
-
-def clip(seed: int) -> bytes:
-    frames = np.full((9, 64, 96, 3), 40, np.uint8)
-    for t, frame in enumerate(frames):
-        frame[20:44, 8 * t : 8 * t + 24] = (seed * 80 % 256, 160, 255 - seed * 80 % 256)
-    return encode(frames, fps=8, crf=12)
 
 
 def candidate(query: str, k: int, store: VideoStore, **more: Any) -> dict[str, Any]:
@@ -104,22 +89,6 @@ def html(folder: Path) -> str:
     return (folder / "run/report/index.html").read_text("utf-8")
 
 
-class Tags(HTMLParser):
-    """What a browser would make of the page: elements with attributes, and the text between."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_user_text_stays_text(html: str) -> None:
     page = Tags(html)
     assert [tag for tag, _ in page.found].count("script") == 1
@@ -176,37 +145,9 @@ def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
     assert "No candidate has been sampled yet" in text
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip("the report is looked at in Chromium, and /usr/bin/chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=quiet)
-        yield browser
-        browser.close()
-
-
-def until(locator: Any, condition: str, seconds: float = 20) -> None:
-    """Playwright's own waiting evaluates text in the page, which the page's policy forbids."""
-    end = time.monotonic() + seconds
-    while not locator.evaluate_all(condition):
-        assert time.monotonic() < end, condition
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_reads_well_in_a_browser(folder: Path, browser: Any, width: int) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on(
-        "request", lambda request: problems.append(request.url) if request.url.startswith("http") else None
-    )
-    page.goto((folder / "run/report/index.html").as_uri())
+def test_it_reads_well_in_a_browser(folder: Path, open_page: Any, problems: list[str], width: int) -> None:
+    page = open_page(folder / "run/report/index.html", width)
     assert page.title() == "tiny · vpo_ray report"
     assert page.locator("article.pair").count() == 5
     assert page.locator("figure.chart").count() == 4
@@ -223,7 +164,6 @@ def test_it_reads_well_in_a_browser(folder: Path, browser: Any, width: int) -> N
     pair.get_by_text("stop both").click()
     assert pair.locator("video").evaluate_all("videos => videos.every(v => v.paused)")
     assert problems == []
-    page.close()
 
 
 def test_answers_that_differ_are_told_with_their_questions(html: str) -> None:

@@ -6,6 +6,7 @@ vpo submit recipe.yaml              the same as a job of a Ray cluster
 vpo doctor recipe.yaml              check every node of the cluster
 vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
+vpo compare page|votes              what people prefer, on a page of blind pairs
 vpo plugins                         models of others that a recipe can name here
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
 vpo deploy recipe.yaml              the same on a cluster, where it stays
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from vpo_ray.cli import compare as compare_command
 from vpo_ray.cli import console
 from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import plugins as plugins_command
@@ -150,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="I/N",
                 help="the I-th of N parts of the queries, beside others",
             )
+    compare_command.add(command("compare", compare_command.HELP, _plan))
     videos_command.add(command("videos", videos_command.HELP, _plan))
     command("plugins", plugins_command.HELP, lambda _: plugins_command.run())
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)

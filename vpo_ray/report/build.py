@@ -14,7 +14,7 @@ from vpo_ray.loop.ledger import alarms, build_ledger, funnel, reconcile
 from vpo_ray.recipe import Recipe
 from vpo_ray.report.chart import charts
 from vpo_ray.report.gallery import cards
-from vpo_ray.report.page import render
+from vpo_ray.report.page import render_page
 from vpo_ray.storage.run_dir import RunDir
 
 PAGE = "report/index.html"
@@ -36,7 +36,7 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
         StorageError: the run directory cannot be read or written.
     """
     ledger = build_ledger(run, recipe)
-    page = render(
+    page = render_page(
         "report.html",
         ["report.css"],
         ["report.js"],

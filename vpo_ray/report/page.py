@@ -18,7 +18,7 @@ from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 _HERE = Path(__file__).parent
 
 
-def render(template: str, styles: Iterable[str], scripts: Iterable[str], **values: Any) -> bytes:
+def render_page(template: str, styles: Iterable[str], scripts: Iterable[str], **values: Any) -> bytes:
     """A page from a template of this folder, which escapes all that it is given; a dictionary goes into a
     block of JSON by `tojson`, which escapes what would end the block."""
     style, script = (
@@ -31,7 +31,7 @@ def render(template: str, styles: Iterable[str], scripts: Iterable[str], **value
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "number": number, "seconds": seconds}
+    environment.filters |= {"count": _count, "number": _number, "seconds": _seconds}
     own = {"style": style, "script": script, "policy": _policy(style, script)}
     return environment.get_template(template).render(**own, **values).encode("utf-8")
 
@@ -65,15 +65,15 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"
 
 
-def count(value: int) -> str:
+def _count(value: int) -> str:
     return f"{value:,}".replace(",", "\u202f")
 
 
-def number(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
-def seconds(value: float | None) -> str:
+def _seconds(value: float | None) -> str:
     """Seconds for a reader: 0.045 s, 12.3 s, 4 min, 2.5 h."""
     if value is None:
         return ""
