@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done; 1 the run failed or its limits stopped it; 2 wrong usage or input;
-    3 the run is submitted already, or another driver has its directory; 130 interrupted, 143 terminated
-    (what was made is kept)."""
+    3 the run is submitted already, or another driver has its directory; 4 an evaluation does not pass;
+    130 interrupted, 143 terminated (what was made is kept)."""
     console.forgive()
     arguments = _parser().parse_args(argv)
     _log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
@@ -316,9 +316,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = recipes.load_serve(arguments.recipe, arguments.set)
     if arguments.config:
+        from vpo_ray.evaluation.gates import require
         from vpo_ray.serve.config import config_file
 
-        sys.stdout.write(config_file(recipes.locate(arguments.checkpoint), settings))
+        checkpoint = recipes.locate(arguments.checkpoint)
+        require(checkpoint, settings.require)
+        sys.stdout.write(config_file(checkpoint, settings))
         return 0
     api.serve(arguments.checkpoint, settings, verbose=arguments.verbose)
     return 0
@@ -326,6 +329,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _deploy(arguments: argparse.Namespace) -> int:
     from vpo_ray import recipe as recipes
+    from vpo_ray.evaluation.gates import require
     from vpo_ray.serve.deploy import roll_out
     from vpo_ray.storage.run_dir import RunDir
     from vpo_ray.stream.connection import connect
@@ -333,6 +337,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
     recipe = _load(arguments)
     phase = "sft" if recipe.dpo is None else "dpo"
     checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
+    require(recipes.locate(checkpoint), recipe.serve.require)
     connect(arguments.verbose)
     roll_out(recipes.locate(checkpoint), recipes.serve_of(recipe), arguments.timeout)
     sys.stdout.write(f"deployed {checkpoint} as {recipe.serve.model_name!r}\n")

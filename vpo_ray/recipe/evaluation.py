@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -13,7 +14,32 @@ from vpo_ray.recipe.text import ChatModel, Judge
 from vpo_ray.recipe.video import Render, Reward
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_LIMIT = re.compile(r"(?:([^/=]+)/([^/=]+)/)?([^/=]+)=([^/=]+)")
 PolicyKind = Literal["query", "base", "few_shot", "sft", "dpo", "checkpoint", "endpoint", "file"]
+
+
+class Limit(NamedTuple):
+    """The least that a metric may be, or the most where lower is better."""
+
+    set: str | None  # every set where None
+    policy: str | None
+    metric: str
+    value: float
+
+
+def limit_of(text: str) -> Limit:
+    """From `METRIC=VALUE` or `SET/POLICY/METRIC=VALUE`; `alignment.aligned` is `verdict.aligned`.
+
+    Raises ValueError."""
+    found = _LIMIT.fullmatch(text.strip())
+    try:
+        value = float(found[4]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if found is None or not math.isfinite(value):
+        raise ValueError(f"{text!r} is no limit: give METRIC=VALUE or SET/POLICY/METRIC=VALUE")
+    metric = re.sub(r"^alignment\.", "verdict.", found[3].strip())
+    return Limit(found[1], found[2], metric, value)
 
 
 class EvaluatedPolicy(Section):

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature, refuse_unused
 from vpo_ray.recipe.endpoint import refuse_keys
+from vpo_ray.recipe.evaluation import limit_of
 from vpo_ray.recipe.text import Engine, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
@@ -37,6 +38,14 @@ def normal_origin(origin: str) -> str:
 
 
 Origin = Annotated[str, AfterValidator(normal_origin)]
+
+
+def _limit(text: str) -> str:
+    limit_of(text)
+    return text
+
+
+LimitText = Annotated[str, AfterValidator(_limit)]
 
 
 # Keys of an endpoint that do nothing while serving: no run pays, and nothing is kept.
@@ -156,6 +165,13 @@ class Videos(Section):
     max_waiting: Positive = 64
 
 
+class Require(Section):
+    """An evaluation of the checkpoint that has to pass before `vpo deploy` deploys it."""
+
+    results: Place = Field(description="path or URI of the results.json of an evaluation")
+    fail_below: list[LimitText] = Field(min_length=1, description="as --fail-below of `vpo evaluate`")
+
+
 class Serve(Section):
     """The endpoint of the trained policy."""
 
@@ -198,6 +214,7 @@ class Serve(Section):
     autoscaling: Autoscaling = Autoscaling()
     canary: Canary | None = None
     videos: Videos | None = None
+    require: Require | None = None
     engine: Engine = Engine()
     pool: Pool = Pool()
 
