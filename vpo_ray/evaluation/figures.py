@@ -263,9 +263,10 @@ def _signs(
 
 def _trained(block: Block, policy: int, prompts: bool) -> Trained:
     texts = [of_query[0]["prompt"] for of_query in block.rows[policy]] if prompts else []
-    scores = {
-        name: values[policy].ravel() for name, values in block.seen.items() if "." not in name
-    }  # the whole score of each reward
+    names = sorted(
+        (name for name in block.seen if "." not in name), key=lambda name: (name != "reward", name)
+    )
+    scores = {name: block.seen[name][policy].ravel() for name in names}
     return Trained(block.policies[policy], [text for text in texts if text], scores)
 
 

@@ -29,8 +29,8 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff
 
 @dataclass(frozen=True)
 class Trained:
-    """What a policy made of a set: its prompts, and the scores of its videos by reward, in one order of the
-    videos (nan: no score)."""
+    """What a policy made of a set: its prompts, and the scores of its videos by reward, that of the training
+    first, in one order of the videos (nan: no score)."""
 
     name: str
     prompts: Sequence[str]
@@ -135,19 +135,16 @@ def _parted(before: Trained, after: Trained, better: Mapping[str, int]) -> Itera
 
 
 def _agreement(before: Trained, after: Trained) -> Iterator[str]:
-    names = [name for name in before.scores if name in after.scores]
-    for number, one in enumerate(names):
-        for other in names[number + 1 :]:
-            both = [
-                int(np.sum(~np.isnan(np.array(p.scores[one]) + np.array(p.scores[other]))))
-                for p in (before, after)
-            ]
-            a, b = (spearman(p.scores[one], p.scores[other]) for p in (before, after))
-            if min(both) >= FEWEST and b < a - AGREEMENT:
-                yield (
-                    f"{one} and {other} agree less on {after.name}'s videos than on {before.name}'s: rank "
-                    f"correlation {b:.2f} after {a:.2f}"
-                )
+    own, *others = [name for name in before.scores if name in after.scores] or [""]
+    for other in others:
+        both = [np.array([p.scores[own], p.scores[other]], float) for p in (before, after)]
+        videos = min(int((~np.isnan(scores).any(axis=0)).sum()) for scores in both)
+        a, b = (spearman(*scores) for scores in both)
+        if videos >= FEWEST and b < a - AGREEMENT:
+            yield (
+                f"{own} and {other} agree less on {after.name}'s videos than on {before.name}'s: rank "
+                f"correlation {b:.2f} after {a:.2f}"
+            )
 
 
 def _grams(tokens: Sequence[str], size: int) -> list[tuple[str, ...]]:
