@@ -146,6 +146,25 @@ LABEL = pa.schema(
     ]
 )
 
+# What an LLM prefers of two prompts, or of two videos by their keys: `a`, which it is shown first, or `b`.
+PREFERENCE = pa.schema(
+    [
+        pa.field("preference_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("a", pa.string(), nullable=False),
+        pa.field("b", pa.string(), nullable=False),
+        pa.field("a_uri", pa.string()),
+        pa.field("b_uri", pa.string()),
+        pa.field("answer", pa.string()),  # a | b | tie; null: none, see error
+        pa.field("raw", pa.string()),
+        pa.field("seconds", pa.struct([("prefer", pa.float64())])),
+        pa.field("usage", pa.struct([("prefer", TOKENS)])),
+        pa.field("error", pa.string()),
+        pa.field("error_stage", pa.string()),
+    ]
+)
+
 PAIR = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -130,8 +130,14 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
 
 
 def _evaluated_prompts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    policies = recipe.evaluate.policies if recipe.evaluate is not None else {}
-    for name, policy in policies.items():
+    if recipe.evaluate is None:
+        return
+    shown = {"prefer_prompts": (SLOT, "{first}", "{second}"), "prefer_videos": (SLOT,)}
+    for key, slots in shown.items():
+        preference = getattr(recipe.evaluate, key)
+        if preference is not None and preference.question is not None:
+            yield f"evaluate.{key}.question", slots, preference.question
+    for name, policy in recipe.evaluate.policies.items():
         if policy.prompt is not None:
             slots = (SLOT, EXAMPLES) if policy.kind == "few_shot" else (SLOT,)
             yield f"evaluate.policies.{name}.prompt", slots, policy.prompt

@@ -109,11 +109,13 @@ class EvaluatedSet(Section):
 class Preference(Section):
     """An LLM that is shown what two policies made of one query, in both orders.
 
-    It says which it prefers; where it changes its mind with the order, the two tie.
+    It says which it prefers; where it changes its mind with the order, the two tie. Videos are shown to a
+    model behind an endpoint (`backend: openai`), as frames.
     """
 
     llm: ChatModel
     question: Source | None = Field(None, description="template; the package's when unset")
+    max_tokens: Positive = 1024
     frames: Positive = Field(8, description="of each video that are shown, where videos are compared")
     against: str | None = Field(
         None, description="policy that the others are compared with; all pairs if unset"
@@ -173,4 +175,11 @@ class Evaluation(Section):
             preference = getattr(self, key)
             if preference is not None and preference.against not in (None, *self.policies):
                 raise ValueError(f"{key}.against: no policy {preference.against!r}")
+        if self.prefer_prompts is not None:
+            refuse_unused(self.prefer_prompts, "frames", "in prefer_prompts")
+        if self.prefer_videos is not None and self.prefer_videos.llm.backend != "openai":
+            raise ValueError(
+                f"prefer_videos.llm.backend: {self.prefer_videos.llm.backend} is sent no frames; write "
+                "openai, with the `endpoint` of a vision-language model"
+            )
         return self

@@ -2,8 +2,9 @@
 
 They are: labelling (which raw queries are unsafe, for curation), drafting (SFT data for the
 queries of the sft split), generation (candidates, verdicts, videos and scores for those of the
-dpo split), and for an evaluation rewriting (the prompts of a policy that is an LLM). `spec` says which
-stages they have; `stream.pipeline` runs any of them as one stream.
+dpo split), and for an evaluation rewriting (the prompts of a policy that is an LLM) and preferring
+(which of two prompts or videos an LLM prefers). `spec` says which stages they have; `stream.pipeline`
+runs any of them as one stream.
 """
 
 from __future__ import annotations
@@ -145,9 +146,18 @@ def _to_rewrites(recipe: Recipe, models: Models) -> Expand:
     return partial(_candidates, settings=once, policy=models.policy_id, seed=recipe.seed)
 
 
+def _to_preferences(recipe: Recipe, models: Models) -> Expand:
+    return _as_they_are
+
+
+def _as_they_are(matches: list[Row]) -> list[Row]:
+    return matches
+
+
 CHAINS: dict[ChainName, Chain] = {
     "labelling": Chain("labelling", None, _to_labels, source="unlabelled"),
     "drafting": Chain("drafting", "sft", _to_drafts),
     "generation": Chain("generation", "dpo", _to_candidates, lambda recipe: recipe.sample.k),
     "rewriting": Chain("rewriting", None, _to_rewrites, source="unwritten"),
+    "preferring": Chain("preferring", None, _to_preferences, source="matches"),
 }

@@ -4,6 +4,7 @@
     queries ─► draft ─► drafts                                    the chain "drafting"
     unlabelled ─► label ─► labels                                 the chain "labelling"
     unwritten ─► rewrite ─► rewrites                              the chain "rewriting", of an evaluation
+    matches ─► prefer ─► preferences                              the chain "preferring", of an evaluation
 
 `register` adds a stage of one's own: a file with its functions, and an entry. It then streams and resumes
 with the others, and is in the ledger, the plan and the doctor; `vpo NAME recipe.yaml` runs it alone.
@@ -22,11 +23,11 @@ if TYPE_CHECKING:  # `vpo --help` reads this list
     import pyarrow as pa
 
     from vpo_ray.engines.endpoint.account import Account
-    from vpo_ray.recipe import ChatModel, Engine, EvaluatedPolicy, Pool, Recipe
+    from vpo_ray.recipe import ChatModel, Engine, EvaluatedPolicy, Pool, Preference, Recipe
     from vpo_ray.stages.tally import Tally
 
-ChainName = Literal["labelling", "drafting", "generation", "rewriting"]
-CHAINS: tuple[ChainName, ...] = ("labelling", "drafting", "generation", "rewriting")
+ChainName = Literal["labelling", "drafting", "generation", "rewriting", "preferring"]
+CHAINS: tuple[ChainName, ...] = ("labelling", "drafting", "generation", "rewriting", "preferring")
 
 
 class StageError(ValueError):
@@ -152,6 +153,28 @@ def rewriter(recipe: Recipe) -> tuple[str, ChatModel]:
     return draft_model(recipe) if policy.llm is None else (f"evaluate.policies.{name}.llm", policy.llm)
 
 
+def prefers(recipe: Recipe) -> bool:
+    """Whether the recipe asks an LLM for one kind of preference."""
+    settings = recipe.evaluate
+    return settings is not None and (settings.prefer_prompts is None) != (settings.prefer_videos is None)
+
+
+def preference(recipe: Recipe) -> tuple[str, Preference]:
+    """The recipe's key of that preference, and its settings."""
+    settings = recipe.evaluate
+    if settings is not None and settings.prefer_prompts is not None:
+        return "evaluate.prefer_prompts", settings.prefer_prompts
+    assert settings is not None
+    assert settings.prefer_videos is not None
+    return "evaluate.prefer_videos", settings.prefer_videos
+
+
+def preference_model(recipe: Recipe) -> tuple[str, ChatModel]:
+    """The recipe's key of the LLM that has it, and its settings."""
+    key, settings = preference(recipe)
+    return f"{key}.llm", settings.llm
+
+
 def stages(chain: ChainName | None = None) -> list[StageSpec]:
     """The stages of a chain in their order, or of all chains in the order of the loop."""
     return [spec for spec in STAGES.values() if chain in (None, spec.chain)]
@@ -267,6 +290,15 @@ STAGES: dict[str, StageSpec] = {
             rewriter,
             runs_on="chat",
             in_recipe=rewrites,
+            is_due=lambda recipe: False,
+        ),
+        _of_package(
+            "prefer",
+            "preferring",
+            "preferences",
+            preference_model,
+            runs_on="chat",
+            in_recipe=prefers,
             is_due=lambda recipe: False,
         ),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from vpo_ray.files.folder import Folder
-from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, QUERY, SFT, TOKENS, Row, Shard
+from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, PREFERENCE, QUERY, SFT, TOKENS, Row, Shard
 from vpo_ray.storage.tables import META, Table
 
 # Tables of a run directory: schema and key. Tables of one chain of stages share a schema; a candidate's
@@ -29,9 +29,11 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "renders": (FEEDBACK, "candidate_id"),
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
-    # Of an evaluation: see `stages.rewrite`.
+    # Of an evaluation: see `stages.rewrite` and `stages.prefer`.
     "unwritten": (QUERY, "query_id"),
     "rewrites": (FEEDBACK, "candidate_id"),
+    "matches": (PREFERENCE, "preference_id"),
+    "preferences": (PREFERENCE, "preference_id"),
 }
 # Columns that identify a row together with its key: SFT may teach several prompts of one query.
 ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from vpo_ray.recipe import ChatModel, plugins
 from vpo_ray.records import Row
 
-Message = dict[str, str]
+# `content` is a text; for an endpoint it may be a list of parts, texts and images.
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)

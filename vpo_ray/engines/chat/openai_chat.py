@@ -18,7 +18,7 @@ from typing import Any
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Refusal, Sampling
 from vpo_ray.engines.endpoint.account import Account, CostLimitReached
-from vpo_ray.engines.endpoint.client import EndpointClient, RequestError
+from vpo_ray.engines.endpoint.client import IMAGE_TOKENS, EndpointClient, RequestError
 from vpo_ray.engines.endpoint.completion import Completion
 from vpo_ray.engines.endpoint.failures import about
 from vpo_ray.files.folder import Folder
@@ -168,8 +168,8 @@ class OpenAIChat:
         }
         if self.model.chat_template_kwargs:
             request["chat_template_kwargs"] = self.model.chat_template_kwargs
-        # Four bytes a token: an estimate for the budget, corrected when the answer arrives.
-        tokens = sum(len(m["content"].encode()) for m in messages) // 4 + sampling.max_tokens
+        # An estimate for the budget, corrected when the answer arrives.
+        tokens = sum(_tokens(message["content"]) for message in messages) + sampling.max_tokens
         try:
             reply = await self.client.create(request, tokens, schema)
         except RequestError as error:
@@ -190,3 +190,10 @@ class OpenAIChat:
         if not reply.text:
             raise ChatError(f"the answer has no text (finish_reason {reply.finish})", usage)
         return Answer(reply.text, reply.finish, usage.prompt, usage.completion, usage.cost)
+
+
+def _tokens(content: str | list[dict[str, Any]]) -> int:
+    """Of a message, about: four bytes a token, and IMAGE_TOKENS an image."""
+    if isinstance(content, str):
+        return len(content.encode()) // 4
+    return sum(IMAGE_TOKENS if "image_url" in part else _tokens(part["text"]) for part in content)

@@ -54,6 +54,8 @@ T = TypeVar("T")
 FIRST_DELAY_S, MAX_DELAY_S, MAX_RETRY_AFTER_S = 0.5, 30.0, 600.0
 # Consecutive 403s, which may be about the key or the input, before they count as the key's.
 MAX_FORBIDDEN = 5
+# Of an image, for the budget: how many it takes, only the endpoint knows.
+IMAGE_TOKENS = 1000
 # Requests repeated without the JSON schema to find out whether an error was due to it.
 MAX_PROBES = 3
 

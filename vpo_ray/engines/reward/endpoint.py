@@ -8,18 +8,14 @@ endpoint gives log-probabilities, an answer has a real probability; otherwise it
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import math
 from collections.abc import Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
+from vpo_ray.engines.endpoint.client import IMAGE_TOKENS, EndpointClient, EndpointError, RequestError
 from vpo_ray.engines.endpoint.completion import TokenLogprob
 from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames
 from vpo_ray.prompts.answers import find_object, schema_fault
@@ -73,7 +69,7 @@ class EndpointReward:
 
     async def _video(self, video: bytes | str, query: str) -> Scored | Exception:
         try:
-            images = [_image(frame) for frame in frames.read_frames(video, self.pick)]
+            images = [frames.image_part(frame) for frame in frames.read_frames(video, self.pick)]
             asked = [question.ask_quoted(query) for question in self.checklist.questions]
             answers = await _all(self._ask(images, text, i) for i, text in enumerate(asked, 1))
         except RewardError as error:
@@ -93,8 +89,8 @@ class EndpointReward:
         if self.settings.endpoint.logprobs:
             request |= {"logprobs": True, "top_logprobs": 5}
         try:
-            # Images are most of the tokens; how many, only the endpoint knows.
-            reply = await self._client.create(request, tokens=1000 * len(images), schema=_SCHEMA)
+            # Images are most of the tokens.
+            reply = await self._client.create(request, tokens=IMAGE_TOKENS * len(images), schema=_SCHEMA)
         except RequestError as error:
             raise RewardError(f"question {number}: the endpoint failed: {error}") from error
         self.prompt_tokens += reply.usage.prompt
@@ -156,13 +152,3 @@ def _probability(tokens: Sequence[TokenLogprob], yes: bool) -> float | None:
 
 def _word(text: str) -> str:
     return text.strip(" \t\r\n\"'`*.:{}Ġ▁").casefold()
-
-
-def _image(frame: np.ndarray) -> dict[str, Any]:
-    """A frame as an image part: high-quality JPEG, a tenth of the size of a PNG."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(frame).save(stream, "JPEG", quality=95, subsampling=0)
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}

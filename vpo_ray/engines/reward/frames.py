@@ -6,10 +6,11 @@ exactly: a checkpoint's scores are valid only for the input it was trained on.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import av
 import fsspec
@@ -104,6 +105,16 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream, chos
     if len(found) < len(wanted):
         raise RewardError(f"the video is cut off: of the frames {chosen} only {sorted(found)} can be decoded")
     return np.stack([found[index] for index in chosen])
+
+
+def image_part(frame: np.ndarray) -> dict[str, Any]:
+    """A frame as an image part of a chat message: high-quality JPEG, a tenth of the size of a PNG."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(frame).save(stream, "JPEG", quality=95, subsampling=0)
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
 
 
 def preprocess(frames: torch.Tensor, size: int) -> torch.Tensor:
