@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from endpoint_server import EndpointServer, Reply, Request, completion
 
+from vpo_ray.evaluation.blocks import blocks
+from vpo_ray.evaluation.preference_figures import preferences
 from vpo_ray.evaluation.preferences import prefer
 from vpo_ray.evaluation.samples import COMPARISON, SAMPLE
 from vpo_ray.evaluation.statistics import both_orders, flip_rate
@@ -64,6 +66,12 @@ def test_what_is_absent_or_equal_is_not_asked(tmp_path: Path) -> None:
         ("a bird", "query", "base"): "tie",
         ("a bird", "base", "query"): "tie",
     }
+    assert recipe.evaluate is not None
+    (block,) = blocks(samples, ["query", "base"], {})
+    ((compared,), _) = preferences(block, list(found.values()), False, recipe.evaluate)
+    assert [compared[name] for name in ("win", "tie", "loss")].count(1) == 1
+    assert compared["tie"] == 2
+    assert compared["flip_rate"] is None, "what was not asked cannot flip"
 
 
 def test_pairs_are_of_one_place_and_with_one_policy_where_that_is_asked(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ made nothing (no prompt, no video), the other wins without a question; where bot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -61,7 +61,14 @@ def preferences(
                 elif not people:
                     values[query, seed] = _unasked(block, pair, query, seed, _CONTENT[what])
             points[pair] = values
-            more = _of_people(answers) if people else _of_llm(answers)
+            if people:
+                more = _of_people(answers)
+            else:
+                more = _of_llm(
+                    rows
+                    for (query, seed), rows in answers.items()
+                    if np.isnan(_unasked(block, pair, query, seed, _CONTENT[what]))
+                )
             compared.append(_comparison(block, name, pair, values, settings) | more)
         if len(block.policies) > 2:
             ranked.append(_ranking(block, name, points, settings))
@@ -118,8 +125,8 @@ def _unasked(block: Block, pair: tuple[int, int], query: int, seed: int, content
     return 1.0 if a is None else -1.0 if b is None else np.nan
 
 
-def _of_llm(answers: Mapping[tuple[int, int], Sequence[Row]]) -> dict[str, Any]:
-    orders = [_orders(rows) for rows in answers.values()]
+def _of_llm(answers: Iterable[Sequence[Row]]) -> dict[str, Any]:
+    orders = [_orders(rows) for rows in answers]
     return {"flip_rate": flip_rate(orders), "unanswered": sum(None in pair for pair in orders)}
 
 
