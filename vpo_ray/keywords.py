@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,17 @@ class KeywordList:
 
     def find(self, text: str) -> str | None:
         """The first term in the text, in folded form, or None."""
+        return next(self._found(text), None)
+
+    def find_all(self, text: str) -> set[str]:
+        """Every term in the text, in folded form; of those that begin at one place, the longest."""
+        return set(self._found(text))
+
+    def _found(self, text: str) -> Iterator[str]:
         folded = fold(text)
-        return _search(self._plain, _spaced(folded.translate(_WORDS))) or (
-            _search(self._symbolic, _spaced(folded.translate(_SYMBOLS))) if self._symbolic else None
-        )
+        yield from _search(self._plain, _spaced(folded.translate(_WORDS)))
+        if self._symbolic:
+            yield from _search(self._symbolic, _spaced(folded.translate(_SYMBOLS)))
 
 
 def fold(text: str) -> str:
@@ -158,8 +165,8 @@ def _insert(trie: dict[str, Any], term: str) -> None:
     trie[_TERM] = term
 
 
-def _search(trie: dict[str, Any], text: str) -> str | None:
-    """The first match in a text of a trie's terms, the longest there; none starts or ends inside a word."""
+def _search(trie: dict[str, Any], text: str) -> Iterator[str]:
+    """The matches in a text of a trie's terms, the longest at each start; none starts or ends in a word."""
     sides = text.translate(_SIDES)
     for match in _START.finditer(sides):
         node, end, found = trie, match.start(), None
@@ -168,5 +175,4 @@ def _search(trie: dict[str, Any], text: str) -> str | None:
             if _TERM in node and sides[end - 1 : end + 1] != "ww":
                 found = node[_TERM]
         if found is not None:
-            return str(found)
-    return None
+            yield str(found)

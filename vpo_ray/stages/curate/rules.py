@@ -104,6 +104,17 @@ def check_rules(rules: Rules) -> None:
         _identifier(tuple(rules.languages))
 
 
+def word_count(text: str) -> int:
+    """Words, of which each character is one in scripts that are written without spaces."""
+    return int(pc.count_substring_regex(pa.array([text], pa.string()), pattern=_WORD)[0].as_py())
+
+
+def language_of(text: str) -> str | None:
+    """The code of a text's language; None where the text is too short to tell."""
+    language, confidence = _identifier(()).classify(text)
+    return str(language) if confidence >= Rules().language_confidence else None
+
+
 def comparable(text: str) -> str:
     """A text for comparison: compatible forms and cases as one, only words, one space between them."""
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
