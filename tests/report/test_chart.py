@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpo_ray.report.chart import BOTTOM, LEFT, MAX_POINTS, RIGHT, TOP, charts, draw, ticks
+from vpo_ray.report.chart import BOTTOM, LEFT, MAX_POINTS, RIGHT, ROW, TOP, charts, dots, draw, ticks
 
 finite = st.floats(-1e9, 1e9)
 
@@ -51,3 +51,16 @@ def test_values_that_are_not_numbers_are_left_out_and_told() -> None:
 
 def test_a_curve_needs_two_steps() -> None:
     assert charts({"sft": [{"step": 1, "loss": 1.0}], "dpo": []}) == []
+
+
+def test_dots_have_their_intervals_and_leave_out_what_is_absent() -> None:
+    drawn = dots("t", [("a", 0.5, 0.4, 0.6), ("b", None, None, None), ("c", 0.9, None, math.nan)])
+    assert drawn is not None
+    (_, a, dot, low, high, value), (y, c, only, *ends, _) = drawn.rows
+    assert (a, c, value) == ("a", "c", "0.5")
+    assert low < dot < high < only
+    assert ends == [only, only]
+    assert y > ROW * 2
+    assert drawn.x_ticks[0][0] <= low
+    assert drawn.x_ticks[-1][0] >= only
+    assert dots("t", [("a", None, None, None), ("b", math.nan, 0.1, 0.2)]) is None

@@ -74,11 +74,12 @@ class Block:
         """One sentence for each policy and kind of failure that values were filled in for."""
         found = []
         for number, policy in enumerate(self.policies):
-            groups: dict[bytes, list[str]] = {}
+            groups: dict[bytes, dict[str, None]] = {}
             for name, values in self.values.items():
                 filled = ~np.isnan(values[number]) & np.isnan(self.seen[name][number])
                 if filled.any():
-                    groups.setdefault(filled.tobytes(), []).append(name)
+                    whole = name if is_of_prompt(name) else name.split(".")[0]
+                    groups.setdefault(filled.tobytes(), {})[whole] = None
             for mask, names in groups.items():
                 where = np.frombuffer(mask, bool).reshape(len(self.queries), len(self.seeds))
                 why = Counter(_why(self.rows[number][query][seed]) for query, seed in np.argwhere(where))

@@ -24,7 +24,7 @@ AGREEMENT = 0.2  # lower rank correlation of two rewards
 FEWEST = 20  # prompts of each policy, or videos with both scores
 
 # A word; a character where a script has no spaces between words.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def signs(policies: Sequence[Trained], better: Mapping[tuple[str, str], Mapping[
 
 
 def words(prompt: str) -> list[str]:
-    return _WORD.findall(prompt.casefold())
+    return WORD.findall(prompt.casefold())
 
 
 def repetition(prompt: str) -> float:

@@ -102,3 +102,47 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(start, end + 1)]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A dot with its interval a row, in SVG units: rows as (y, name, dot, low, high, value)."""
+
+    title: str
+    height: float
+    rows: list[tuple[float, str, float, float, float, str]]
+    x_ticks: list[tuple[float, str]]
+
+
+DOTS_LEFT, DOTS_RIGHT, ROW = 92.0, 232.0, 24.0
+
+
+def dots(title: str, figures: Sequence[tuple[str, float | None, float | None, float | None]]) -> Dots | None:
+    """A chart of figures as (name, value, low, high), None if no value is finite. A row without a value has
+    no dot; without an interval, its ends are the dot."""
+
+    def end(value: float, bound: float | None) -> float:
+        return value if bound is None or not math.isfinite(bound) else bound
+
+    known = [
+        (n, name, value, end(value, low), end(value, high))
+        for n, (name, value, low, high) in enumerate(figures)
+        if value is not None and math.isfinite(value)
+    ]
+    if not known:
+        return None
+    x_ticks = ticks(min(row[3] for row in known), max(row[4] for row in known), count=2)
+    first, last = x_ticks[0], x_ticks[-1]
+
+    def place(x: float) -> float:
+        return round(DOTS_LEFT + (x - first) / (last - first) * (DOTS_RIGHT - DOTS_LEFT), 1)
+
+    return Dots(
+        title=title,
+        height=ROW * len(figures) + 18,
+        rows=[
+            (ROW * n + ROW / 2, name, place(value), place(low), place(high), f"{value:.3g}")
+            for n, name, value, low, high in known
+        ],
+        x_ticks=[(place(x), f"{x:.10g}") for x in x_ticks],
+    )

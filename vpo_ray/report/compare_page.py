@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from vpo_ray.evaluation import people
 from vpo_ray.evaluation.people import BlindPair, VotesError, What
-from vpo_ray.files.folder import Folder, join
+from vpo_ray.files.folder import Folder
 from vpo_ray.records import Row, content_id
-from vpo_ray.report.page import copy_video, render_page
-from vpo_ray.storage.videos import VideoStore
+from vpo_ray.report.page import copy_video, render_page, video_stores
 
 PAGE = "index.html"
 
@@ -85,18 +84,6 @@ def _content(evaluation: Folder, to: Folder, what: What, row: Row) -> str | None
     return (
         row["prompt"] if what == "prompt" else copy_video(to, row["video_key"], video_stores(evaluation, row))
     )
-
-
-def video_stores(evaluation: Folder, row: Row) -> list[VideoStore]:
-    """Where a sample's video may be: where it was rendered to, or in the run around the evaluation, which may
-    have been moved since."""
-    found = []
-    if row["video_uri"]:
-        key = row["video_key"]
-        found.append(VideoStore(row["video_uri"].replace(f"/{key[:2]}/{key}.mp4", "")))
-    if evaluation.is_local:
-        found.append(VideoStore(join(evaluation.uri, "../../videos")))
-    return found
 
 
 def _shown(pair: BlindPair, left: str, right: str) -> Row:

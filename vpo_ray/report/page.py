@@ -12,7 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vpo_ray.files.folder import Folder
+from vpo_ray.files.folder import Folder, join
+from vpo_ray.records import Row
 from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 _HERE = Path(__file__).parent
@@ -52,6 +53,18 @@ def copy_video(page: Folder, key: str, stores: Iterable[VideoStore]) -> str | No
         except (VideoMissing, VideoDamaged):
             continue
     return None
+
+
+def video_stores(evaluation: Folder, row: Row) -> list[VideoStore]:
+    """Where a sample's video may be: where it was rendered to, or in the run around the evaluation, which may
+    have been moved since."""
+    found = []
+    if row["video_uri"]:
+        key = row["video_key"]
+        found.append(VideoStore(row["video_uri"].replace(f"/{key[:2]}/{key}.mp4", "")))
+    if evaluation.is_local:
+        found.append(VideoStore(join(evaluation.uri, "../../videos")))
+    return found
 
 
 def _policy(style: str, script: str) -> str:
