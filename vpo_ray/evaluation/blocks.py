@@ -53,6 +53,7 @@ class Block:
             apply to a query, or is neither better high nor low.
         shares: 0 or 1 by metric, [policies, queries]: the verdicts, and whether a sample of the query failed.
         errors: by policy, how many samples failed, by reason.
+        reasons: by policy, query and seed, why a sample has no video or no score.
     """
 
     set: str
@@ -65,6 +66,7 @@ class Block:
     values: Mapping[str, Floats]
     shares: Mapping[str, Floats]
     errors: Mapping[str, Mapping[str, int]]
+    reasons: Mapping[tuple[int, ...], str]
 
     def metric(self, name: str, policy: int) -> Floats:
         """[queries] or [queries, seeds] of a policy."""
@@ -82,7 +84,8 @@ class Block:
                     groups.setdefault(filled.tobytes(), {})[whole] = None
             for mask, names in groups.items():
                 where = np.frombuffer(mask, bool).reshape(len(self.queries), len(self.seeds))
-                why = Counter(_why(self.rows[number][query][seed]) for query, seed in np.argwhere(where))
+                places = ((number, *place) for place in np.argwhere(where).tolist())
+                why = Counter(self.reasons.get(place, "without a reason") for place in places)
                 reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason(why).items())
                 found.append(
                     f"{self.set}, {self.video_model}: {policy} has no {' and no '.join(sorted(names))} of "
@@ -136,6 +139,7 @@ def _block(
     failed = np.zeros(shape, bool)
     made = {"prompt": np.zeros(shape, bool), "video": np.zeros(shape, bool)}
     errors: dict[str, Counter[str]] = {name: Counter() for name in found}
+    reasons: dict[tuple[int, ...], str] = {}
     for at in np.ndindex(shape):
         row = rows[at[0]][at[1]][at[2]]
         why = row["error"] and f"{row['error_stage'] or 'unknown stage'}: {reason_of(row['error'])}"
@@ -150,6 +154,8 @@ def _block(
         if why:
             failed[at] = True
             errors[list(found)[at[0]]][why] += 1
+        if why or row["skipped"]:
+            reasons[at] = why or row["skipped"]
     verdicts = [[_verdict(of_query) for of_query in of_policy] for of_policy in rows]
     shares = {f"verdict.{name}": [[v == name for v in of] for of in verdicts] for name in (*VERDICTS, "none")}
     return Block(
@@ -169,6 +175,7 @@ def _block(
             "errors": failed.any(axis=2).astype(float),
         },
         {name: by_reason(counts) for name, counts in errors.items()},
+        reasons,
     )
 
 
@@ -204,9 +211,3 @@ def _filled(values: Floats, better: bool | None, made: np.ndarray) -> Floats:
     of_some = bool((without & made.any(axis=(0, 2))).any())
     applies = ~without if of_some else np.ones_like(without)
     return np.where(np.isnan(values) & applies[:, None], worst, values)
-
-
-def _why(row: Row) -> str:
-    if row["error"]:
-        return f"{row['error_stage'] or 'unknown stage'}: {reason_of(row['error'])}"
-    return str(row["skipped"] or "without a reason")
