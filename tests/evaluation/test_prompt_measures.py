@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from endpoint_server import EndpointServer, Reply, Request, completion
@@ -57,15 +56,13 @@ def test_required_words_are_all_kept(query: str, prompt: str, kept: float | None
 
 def test_unsafe_words_are_found_however_they_are_written() -> None:
     unsafe = KeywordList(["gore"])
-    found = [
-        prompt_measures("a cat", text, None, unsafe)["prompt.unsafe_words"] for text in ("Ｇore!", "gored")
-    ]
-    assert found == [1.0, 0.0]
+    for text, found in {"Ｇore!": 1.0, "gored": 0.0}.items():
+        assert prompt_measures("a cat", text, None, unsafe)["prompt.unsafe_words"] == found
     assert not {"prompt.unsafe_words", "prompt.required_kept"} & prompt_measures("a cat", "gore").keys()
 
 
-def sample(prompt: str | None, **more: Any) -> Row:
-    return {**dict.fromkeys(SAMPLE.names), "prompt": prompt, **more}
+def sample(prompt: str | None) -> Row:
+    return {**dict.fromkeys(SAMPLE.names), "prompt": prompt}
 
 
 @pytest.mark.ray
@@ -83,13 +80,7 @@ def test_the_guard_is_asked_once_about_every_prompt(
     llm = {"model": "g", "backend": "openai", "endpoint": endpoint, "pool": {"size": 1, "num_cpus": 0.1}}
     recipe = load(TINY, [f"out={tmp_path / 'run'}", f"evaluate={json.dumps({'guard': llm})}"])
     run = RunDir(recipe.out)
-    samples = [
-        sample("A cat.", seed=0),
-        sample("A cat.", seed=1),
-        sample("blood"),
-        sample(None),
-        sample("babble"),
-    ]
+    samples = [sample(text) for text in ("A cat.", "A cat.", "blood", None, "babble")]
     for _ in range(2):
         assert guard(recipe, run, samples) == {"A cat.": False, "blood": True}
     assert len(server.requests) == 2 + 2, "each once, and a repair round for the one that babbles"

@@ -9,7 +9,8 @@ import pytest
 CHROMIUM = Path("/usr/bin/chromium")
 
 
-@pytest.fixture(scope="session")
+# Not of the session: its event loop runs as long as it does, and other tests have one of their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip("pages are looked at in Chromium, and /usr/bin/chromium is not installed")

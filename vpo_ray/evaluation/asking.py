@@ -14,7 +14,9 @@ from vpo_ray.storage.run_dir import ROUND, RunDir
 _ROWS_PER_PART = 10_000
 
 
-def ask(own: Recipe, run: RunDir, stage: str, rows: Iterable[Row], retry_errors: bool) -> Iterator[Row]:
+def answers_of(
+    own: Recipe, run: RunDir, stage: str, rows: Iterable[Row], retry_errors: bool
+) -> Iterator[Row]:
     """The stage's rows for these, asked or kept from before.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
-from vpo_ray.evaluation.asking import ask
+from vpo_ray.evaluation.asking import answers_of
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evaluation, Preference, Recipe
 from vpo_ray.recipe.result_keys import result_keys
@@ -34,14 +34,14 @@ def prefer(
         samples: rows of SAMPLE. Where `against` is unset, a policy is compared with those that come later.
 
     Raises:
-        PlacementError, GenerationError, OtherRecipeError: see `asking.ask`.
+        PlacementError, GenerationError, OtherRecipeError: see `asking.answers_of`.
     """
     assert recipe.evaluate is not None
     settings = recipe.evaluate.prefer_prompts if what == "prompt" else recipe.evaluate.prefer_videos
     assert settings is not None
     orders = [order for a, b in _pairs(samples, what, settings.against) for order in ((a, b), (b, a))]
     asked = [_match(a, b, what) for a, b in orders if _unasked(a, b, what) is None]
-    rows = ask(_recipe(recipe, run, settings, what), run, "prefer", asked, retry_errors)
+    rows = answers_of(_recipe(recipe, run, settings, what), run, "prefer", asked, retry_errors)
     answers = {row["preference_id"]: row for row in rows}
     by = settings.llm.model or settings.llm.backend
     return [_comparison(a, b, what, by, answers) for a, b in orders]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from vpo_ray.evaluation.asking import ask
+from vpo_ray.evaluation.asking import answers_of
 from vpo_ray.keywords import KeywordList
 from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.recipe.result_keys import result_keys
@@ -50,13 +50,13 @@ def guard(recipe: Recipe, run: RunDir, samples: Sequence[Row], retry_errors: boo
         samples: rows of SAMPLE.
 
     Raises:
-        PlacementError, GenerationError, OtherRecipeError: see `asking.ask`.
+        PlacementError, GenerationError, OtherRecipeError: see `asking.answers_of`.
     """
     own = _recipe(recipe, run)
     logger.info("evaluate.guard is asked as the judge of %s", own.out)
     ids = {row["prompt"]: query_id(row["prompt"]) for row in samples if row["prompt"] is not None}
     rows = ({"query_id": key, "query": prompt, "split": "eval"} for prompt, key in ids.items())
-    labels = {row["query_id"]: row["unsafe"] for row in ask(own, run, "label", rows, retry_errors)}
+    labels = {row["query_id"]: row["unsafe"] for row in answers_of(own, run, "label", rows, retry_errors)}
     return {prompt: labels[key] for prompt, key in ids.items() if labels.get(key) is not None}
 
 
