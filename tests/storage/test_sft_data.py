@@ -144,6 +144,6 @@ def test_a_draft_is_shown_as_many_examples_as_asked_for(copies: int) -> None:
     examples = [{"query_id": query_id(t), "query": t, "prompt": f"{t} {n}"} for n, t in enumerate(texts)]
     drafter = Drafter(Draft(examples="x", shots=3), Judge(model="m"), examples)
     for seed in range(20):
-        shown = drafter._shown({"seed": seed, "query_id": query_id("a cat")})
+        shown = drafter.few_shot.shown({"seed": seed, "query_id": query_id("a cat")})
         assert len(shown) == 3
         assert all(example["query"] != "a cat" for example in shown)
