@@ -118,11 +118,10 @@ def asked(recipe: Recipe | None) -> Ask:
             endpoints.append(llm.endpoint)
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
-        files |= {f"{key}.checklist.{n}": path for n, path in reward.files().items() if path}
+        files |= {f"{key}.{n}": path for n, path in reward.files().items()}
+        models |= {f"{key}.{n}": model for n, model in reward.models().items()}
         if reward.kind == "openai":
             endpoints.append(reward.endpoint)
-        elif reward.kind == "visionreward":
-            models[f"{key}.model"] = reward.model
     local = {key: locate(name) for key, name in {**models, **files}.items()}
     storage = {"out": recipe.out} | ({"render.store": recipe.render.store} if recipe.render.store else {})
     return Ask(

@@ -136,7 +136,7 @@ def _named(key: str, name: str, folder: Path, everywhere: Callable[[str], bool])
     bases = [folder, Path.cwd()]
     base, found = next(((b, f) for b in bases if (f := _files(os.path.join(b, relative)))), (folder, []))
     if not found:
-        may_be_hub_id = key.endswith((".model", ".lora.path")) and name.count("/") < 2
+        may_be_hub_id = key.endswith((".model", ".lora.path", ".clip", ".dino")) and name.count("/") < 2
         if not name.startswith("builtin:") and not may_be_hub_id:
             logger.warning("%s: %s is not here; the job will look for it as it is", key, name)
         return {}

@@ -51,9 +51,7 @@ def hub_ids(recipe: Recipe) -> list[str]:
     if recipe.render.lora is not None:
         named["render.lora.path"] = recipe.render.lora.path
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
-    named |= {
-        f"{key}.model": reward.model for key, reward in rewards.items() if reward.kind == "visionreward"
-    }
+    named |= {f"{key}.{n}": model for key, reward in rewards.items() for n, model in reward.models().items()}
     return [
         f"{key}: {name} is not a folder here; taken as a hub id"
         + (f" (there is a folder {name.split('/')[0]}, without it)" if Path(name).parent.is_dir() else "")
@@ -96,8 +94,10 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         yield "render.cache_options has no effect without render.cache: name a cache"
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
-        if reward.kind == "visionreward":
-            yield from _folder(f"{key}.model", reward.model, "config.json", "*.safetensors")
+        for name, model in reward.models().items():
+            yield from _folder(f"{key}.{name}", model, "config.json", "*.safetensors")
+        if reward.kind == "vbench":
+            yield from (line for n, path in reward.files().items() for line in _file(f"{key}.{n}", path))
         decides = key == ("reward" if recipe.pair.reward is None else f"more_rewards.{recipe.pair.reward}")
         if reward.checklist is not None:
             yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)

@@ -10,7 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Place, Pool, Positive, Section, Source, locate, refuse_unused, require_keys
+from vpo_ray.recipe.base import (
+    Place,
+    Pool,
+    Positive,
+    Section,
+    Source,
+    locate,
+    refuse_unused,
+    require_keys,
+    sources,
+)
 from vpo_ray.recipe.endpoint import Endpoint, VideoEndpoint, refuse_keys
 from vpo_ray.recipe.plugins import Kind, Modelled
 
@@ -174,16 +184,36 @@ class Checklist(Section):
         return {"file": self.file, "questions": self.questions, "weights": self.weights}
 
 
+class Aesthetic(Section):
+    """LAION's aesthetic predictor: CLIP ViT-L/14 and a linear layer on its image features."""
+
+    clip: Source
+    head: Source = Field(description="a safetensors file with `weight` (1, features) and `bias` (1)")
+
+
+# A measure of `kind: vbench`, and the keys of what it is made with.
+Dimension = Literal[
+    "temporal_flickering", "dynamic_degree", "motion_magnitude", "background_consistency",
+    "subject_consistency", "aesthetic_quality", "appearance_style",
+]  # fmt: skip
+_MADE_WITH = {
+    "background_consistency": ("clip",),
+    "subject_consistency": ("dino",),
+    "aesthetic_quality": ("aesthetic",),
+    "appearance_style": ("clip", "styles"),
+}
+
+
 class Reward(Modelled):
     """The reward model: one of the package's, or another's (see `Modelled`).
 
     `convention`: sum01 adds the weights of the questions answered yes (VPO);
     mean_pm1 is VisionReward's repository script, sum(w * (+1|-1)) / n. With `kind: openai` the
     model is one of the endpoint's: dtype waits for `kind: visionreward`, and attention, template, device
-    and tokens are refused."""
+    and tokens are refused. `kind: vbench` measures `dimensions`, and the score is their mean."""
 
     group: ClassVar[str] = "vpo_ray.rewards"
-    known: ClassVar[tuple[str, ...]] = ("visionreward", "openai")
+    known: ClassVar[tuple[str, ...]] = ("visionreward", "openai", "vbench")
 
     kind: Kind = "visionreward"
     model: Source = Field("", description="a plugin may do without")
@@ -202,26 +232,52 @@ class Reward(Modelled):
     no_tokens: list[str] = Field(["no"], min_length=1)
     convention: Literal["sum01", "mean_pm1"] = "sum01"
     checklist: Checklist | None = Field(None, description="a plugin may do without")
+    dimensions: list[Dimension] = Field([], description="of kind vbench")
+    clip: Source = Field("", description="CLIP ViT-B/32, for background_consistency and appearance_style")
+    dino: Source = Field("", description="DINO ViT-B/16, for subject_consistency")
+    aesthetic: Aesthetic | None = Field(None, description="for aesthetic_quality")
+    styles: Source = Field("", description="VBench_full_info.json with the styles of its own prompts")
     batch_size: Positive = 1
     device: str = "auto"
     pool: Pool = Pool()
 
     def located(self) -> Reward:
         """The settings with absolute paths, which hold on every node that mounts them."""
-        files = {key: value and locate(value) for key, value in self.files().items()}
-        checklist = self.checklist and self.checklist.model_copy(update=files)
-        return self.model_copy(update={"model": locate(self.model), "checklist": checklist})
+        found: dict[str, Any] = {
+            name: locate(getattr(self, name)) for name in ("model", "clip", "dino", "styles")
+        }
+        for name in ("checklist", "aesthetic"):
+            if (part := getattr(self, name)) is not None:
+                found[name] = part.model_copy(update={key: locate(path) for key, path in sources(part)})
+        return self.model_copy(update=found)
 
-    def files(self) -> dict[str, str | None]:
-        """The files of its checklist, by key."""
-        return {} if self.checklist is None else self.checklist.files()
+    def models(self) -> dict[str, str]:
+        """The checkpoints that are loaded where it runs, by key."""
+        if self.kind == "visionreward":
+            return {"model": self.model}
+        found = {
+            "clip": self.clip,
+            "dino": self.dino,
+            "aesthetic.clip": self.aesthetic and self.aesthetic.clip,
+        }
+        return {key: name for key, name in found.items() if name} if self.kind == "vbench" else {}
+
+    def files(self) -> dict[str, str]:
+        """The other files that it reads, by key."""
+        parts = {"checklist": self.checklist, "aesthetic": self.aesthetic}
+        found = {k: path for name, part in parts.items() if part for k, path in sources(part, f"{name}.")}
+        found.pop("aesthetic.clip", None)
+        return found | ({"styles": self.styles} if self.styles else {})
 
     @model_validator(mode="after")
     def _all_used(self) -> Reward:
         if self.is_plugin:
             return self
-        require_keys(self, "model checklist")
         refuse_unused(self, "options", f"with kind: {self.kind}")
+        if self.kind == "vbench":
+            return self._measures()
+        require_keys(self, "model checklist")
+        refuse_unused(self, "dimensions clip dino aesthetic styles", f"with kind: {self.kind}")
         refuse_keys(self.endpoint, ["answers"], "a reward, whose answers are its scores")
         if self.kind == "visionreward":
             refuse_unused(self, "endpoint", "with kind: visionreward")
@@ -230,6 +286,18 @@ class Reward(Modelled):
         refuse_unused(self, local, "with kind: openai: they are of a model that is loaded here")
         if not self.endpoint.logprobs:
             refuse_unused(self, "rule", "with endpoint.logprobs: false")
+        return self
+
+    def _measures(self) -> Reward:
+        others = "model endpoint dtype attention frame_strategy template rule yes_tokens no_tokens convention"
+        refuse_unused(self, f"{others} checklist", "with kind: vbench, which asks no questions")
+        require_keys(self, "dimensions")
+        if twice := {name for name in self.dimensions if self.dimensions.count(name) > 1}:
+            raise ValueError(f"dimensions: {', '.join(sorted(twice))} is there twice")
+        used = {key for name in self.dimensions for key in _MADE_WITH.get(name, ())}
+        require_keys(self, " ".join(sorted(used)))
+        unused = {"clip", "dino", "aesthetic", "styles"} - used
+        refuse_unused(self, " ".join(sorted(unused)), f"with the dimensions {', '.join(self.dimensions)}")
         return self
 
 

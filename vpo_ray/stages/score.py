@@ -186,11 +186,13 @@ def facts(recipe: Recipe) -> Iterator[Fact]:
     for where, reward in rewards.items():
         yield from of_plugin(where, reward)
         for name, path in reward.files().items():
-            if path is not None:
-                yield from of_file(f"{where}.checklist.{name}", path)
-        if reward.kind == "visionreward":
+            yield from of_file(f"{where}.{name}", path)
+        if models := reward.models():
             yield from of_versions("torch", "transformers")
-            yield from of_model(f"{where}.model", reward.model)
+        for name, path in models.items():
+            yield from of_model(f"{where}.{name}", path)
+        if {"dynamic_degree", "motion_magnitude"}.intersection(reward.dimensions):
+            yield from of_versions("opencv-python-headless")
 
 
 class ScoreTally(Tally):

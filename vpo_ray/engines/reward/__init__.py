@@ -18,6 +18,7 @@ from vpo_ray.recipe import Reward, plugins
 KINDS = {
     "visionreward": "vpo_ray.engines.reward.visionreward",
     "openai": "vpo_ray.engines.reward.endpoint",
+    "vbench": "vpo_ray.engines.reward.vbench",
 }
 
 

@@ -73,6 +73,18 @@ def read_frames(video: bytes | str, pick: Callable[[list[float], float], list[in
         raise RewardError(f"not a readable video ({len(video)} bytes): {error.strerror}") from error
 
 
+def read_video(video: bytes | str) -> tuple[np.ndarray, float]:
+    """All frames of a video, and how many there are a second; see `read_frames`."""
+    rate = 0.0
+
+    def every(timestamps: list[float], fps: float) -> list[int]:
+        nonlocal rate
+        rate = fps
+        return list(range(len(timestamps)))
+
+    return read_frames(video, every), rate
+
+
 def _fetch(uri: str) -> bytes:
     try:
         with fsspec.open(uri, "rb") as stream:
