@@ -4,7 +4,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from evaluation_samples import clip, sample, save, with_video
 from html_page import ARABIC, ATTACK, Tags, until
 
 from vpo_ray.evaluation.figures import NOTHING_OUTSIDE, results_of
+from vpo_ray.evaluation.people import votes_table
 from vpo_ray.files.folder import Folder
 from vpo_ray.recipe import Evaluation
 from vpo_ray.records import content_id
@@ -60,8 +61,8 @@ def answer(query: Row, by: str, given: str, **more: Any) -> Row:
     return {**row, "comparison_id": content_id(query["sample_id"], by, given, sorted(more)), **more}
 
 
-def page_of(folder: Folder, results: Any, rows: Sequence[Row], comparisons: Sequence[Row] = ()) -> str:
-    path = write_evaluation_page(results, rows, comparisons, folder)
+def page_of(folder: Folder, results: Any, rows: Iterable[Row]) -> str:
+    path = write_evaluation_page(results, rows, [], folder)
     assert path == folder.at("report.html")
     return Path(path).read_text("utf-8")
 
@@ -96,7 +97,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, list[Row]]:
 def html(rows: tuple[Folder, list[Row]]) -> str:
     folder, samples = rows
     votes = [answer(samples[0], by, "b") for by in ("Ann", "<b>Bob</b>")]
-    return page_of(folder, made(samples, people=votes), samples, votes)
+    votes_table(folder).append(votes)
+    return page_of(folder, made(samples, people=votes), samples)
 
 
 def test_texts_stay_texts_and_nothing_is_fetched(html: str) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from vpo_ray.evaluation.blocks import is_of_prompt, is_share
 from vpo_ray.evaluation.figures import NOTHING_OUTSIDE
+from vpo_ray.evaluation.people import votes_table
 from vpo_ray.files.folder import Folder
 from vpo_ray.records import Row
 from vpo_ray.report.chart import Dots, dots
@@ -84,15 +85,16 @@ def write_evaluation_page(
     Args:
         results: the content of results.json, see `evaluation.figures`.
         samples: rows of `evaluation.samples.SAMPLE`.
-        comparisons: rows of COMPARISON, an LLM's answers and people's votes.
-        folder: of the evaluation, <run>/evaluation/<id>.
+        comparisons: rows of COMPARISON, an LLM's answers.
+        folder: of the evaluation, <run>/evaluation/<id>, with people's votes where there are any.
 
     Raises:
         StorageError: the page cannot be written, or a video not be copied.
     """
     alpha = 1 - results.get("confidence", 0.95)
     groups = groups_of(results)
-    cards = query_cards(results, _rows(samples), _rows(comparisons), folder)
+    answers = {row["comparison_id"]: row for row in (*_rows(comparisons), *votes_table(folder).rows())}
+    cards = query_cards(results, _rows(samples), answers.values(), folder)
     page = render_page(
         "evaluation.html",
         ["report.css", "evaluation.css"],
