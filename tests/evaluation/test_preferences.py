@@ -98,6 +98,29 @@ def test_pairs_are_of_one_place_and_with_one_policy_where_that_is_asked(tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.engine
+def test_an_llm_of_the_cluster_prefers_prompts(
+    tmp_path: Path, tiny_models: Path, tiny_sets: list[str], ray_cluster: None
+) -> None:
+    """Its weights are random: what counts is that every question has an answer, and the same again."""
+    judge = load(TINY, tiny_sets[1::2]).judge
+    llm = judge.model_dump(include={"model", "engine", "pool"}, exclude_defaults=True)
+    evaluate = {"policies": ["query", "base"], "prefer_prompts": {"llm": llm}}
+    recipe = load(TINY, [*tiny_sets[1::2], f"out={tmp_path / 'run'}", f"evaluate={json.dumps(evaluate)}"])
+    queries = ["a cat", "a dog", "a bird"]
+    samples = [
+        sample(name, query, f"{query}{more}")
+        for name, more in (("query", ""), ("base", ", at night"))
+        for query in queries
+    ]
+    rows = prefer(recipe, RunDir(recipe.out), samples, "prompt")
+    assert len(rows) == 6
+    assert {row["answer"] for row in rows} <= {"a", "b", "tie"}, [row["error"] for row in rows]
+    assert all("reason" in json.loads(row["raw"]) for row in rows)
+    assert prefer(recipe, RunDir(recipe.out), samples, "prompt") == rows
+
+
+@pytest.mark.ray
 def test_both_orders_are_asked_once_and_a_place_is_no_preference(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve, clip: Callable[..., bytes]
 ) -> None:

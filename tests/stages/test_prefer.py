@@ -45,7 +45,9 @@ class Endpoint:
 
 def prefer(row: Row, answer: Any, question: str = "builtin:prefer") -> tuple[Row, Endpoint]:
     endpoint = Endpoint(answer)
-    done = asyncio.run(Preferring(SETTINGS, question)({**dict.fromkeys(PREFERENCE.names), **row}, endpoint))
+    done = asyncio.run(
+        Preferring(SETTINGS, question, 1200)({**dict.fromkeys(PREFERENCE.names), **row}, endpoint)
+    )
     assert table([done], PREFERENCE).num_rows == 1
     return done, endpoint
 

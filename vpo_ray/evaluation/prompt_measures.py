@@ -61,10 +61,12 @@ def guard(recipe: Recipe, run: RunDir, samples: Sequence[Row], retry_errors: boo
 
 
 def _recipe(recipe: Recipe, run: RunDir) -> Recipe:
-    """The recipe of the run directory that is asked in; another model is asked in another."""
+    """The recipe of the run directory that is asked in; another model is asked in another. Its answers have
+    the judge's limits."""
     assert recipe.evaluate is not None
     assert recipe.evaluate.guard is not None
-    given = recipe.evaluate.guard.model_dump(mode="json", exclude_defaults=True)
+    limits = recipe.judge.model_dump(include={"critique_max_chars", "max_tokens"}, exclude_defaults=True)
+    given = limits | recipe.evaluate.guard.model_dump(mode="json", exclude_defaults=True)
     asked = {"unsafe_judge": True, "unsafe_prompt": "builtin:safety"}
     return recipe.model_copy(
         update={

@@ -27,11 +27,6 @@ from vpo_ray.stages.facts import Fact, of_chat, of_prompt
 from vpo_ray.stages.spec import Making, preference, preference_model
 from vpo_ray.stages.tally import Tally, by_reason
 
-_MAX_REASON = 1200
-_PROPERTIES: dict[str, Any] = {
-    "reason": string_schema(_MAX_REASON),
-    "better": {"type": "string", "enum": ["1", "2", "tie"]},
-}
 _ANSWERS = {"1": "a", "2": "b", "tie": "tie"}
 
 
@@ -53,12 +48,15 @@ class Preferring:
 
     Args:
         question: a prompt file, with the slots `{query}` and, for prompts, `{first}` and `{second}`.
+        max_chars: of the reason.
     """
 
     name = "prefer"
 
-    def __init__(self, settings: Preference, question: str) -> None:
+    def __init__(self, settings: Preference, question: str, max_chars: int) -> None:
         self.settings, self.question = settings, read_prompt(question)
+        better = {"type": "string", "enum": list(_ANSWERS)}
+        self.properties: dict[str, Any] = {"reason": string_schema(max_chars), "better": better}
 
     def wants(self, row: Row) -> bool:
         return row["answer"] is None and row["error"] is None
@@ -73,8 +71,8 @@ class Preferring:
                 content += [_text(f"Video {number}:"), *await asyncio.to_thread(self._images, row[name])]
         sampling = Sampling(0.0, self.settings.max_tokens, seed_of("prefer", row["preference_id"]))
         messages = [{"role": "user", "content": content}]
-        text = (await chat.complete(messages, sampling, object_schema(_PROPERTIES))).text
-        better = parse_object(text, _PROPERTIES).get("better")
+        text = (await chat.complete(messages, sampling, object_schema(self.properties))).text
+        better = parse_object(text, self.properties).get("better")
         if better not in _ANSWERS:
             raise AnswerError(f'the answer has no `better` of "1", "2" or "tie": {text[:200]!r}')
         return {**row, "answer": _ANSWERS[better], "raw": text}
@@ -97,7 +95,7 @@ def _text(text: str) -> dict[str, Any]:
 
 def make(making: Making) -> Callable[[], Preferring]:
     key, settings = preference(making.recipe)
-    return partial(Preferring, settings, _question(key, settings))
+    return partial(Preferring, settings, _question(key, settings), making.recipe.judge.critique_max_chars)
 
 
 def _question(key: str, settings: Preference) -> str:
