@@ -91,8 +91,8 @@ def noisy(
     for at, policy in enumerate(policies):
         for number in range(queries):
             query = f"a cat, number {number}"
-            verdict = rng.choices((*VERDICTS, None), (90, 3, 4, 2, 1))[0]
             for seed in range(seeds):
+                verdict = rng.choices((*VERDICTS, None), (90, 3, 4, 2, 1))[0]
                 scores: dict[str, float | None] = {
                     name: round(rng.gauss(0.1 * at, 1), 1) for name in measures
                 }

@@ -13,6 +13,7 @@ from vpo_ray.evaluation.figures import results_of
 from vpo_ray.evaluation.gates import GateError, LimitError, below, check, read_results, require, worse
 from vpo_ray.recipe import Evaluation, RecipeError, load_serve
 from vpo_ray.recipe.serve import Require
+from vpo_ray.records import content_id
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 QUERIES = [f"query {n}" for n in range(50)]
@@ -119,7 +120,7 @@ def test_a_checkpoint_needs_the_evaluation_that_it_passed(checkpoint: str, tmp_p
     with pytest.raises(GateError, match=r"verdict\.aligned of dpo is 0\.9"):
         require(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
     Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of another"}))
-    with pytest.raises(GateError, match=r"evaluates other checkpoints .* has the identity id of another"):
+    with pytest.raises(GateError, match=r"evaluates other checkpoints .* has its identity"):
         require(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
 
 
@@ -135,7 +136,7 @@ def test_a_checkpoint_of_another_trainer_is_known_by_its_files(checkpoint: str, 
 
     Path(checkpoint, "vpo.json").unlink()
     results = evaluated()
-    results["policies"]["dpo"]["checkpoint"] = identity(checkpoint, None)
+    results["policies"]["dpo"]["identity"] = content_id("checkpoint", identity(checkpoint, None), digits=16)
     required = Require(results=stored(tmp_path, results), fail_below=["verdict.aligned=0.9"])
     require(shutil.copytree(checkpoint, str(tmp_path / "copy")), required)
     Path(checkpoint, "model.safetensors").write_bytes(b"other weights")

@@ -51,7 +51,7 @@ class Block:
         seen: by measure, the values [policies, queries, seeds] of the samples; nan where there is none.
         values: the same with the worst value seen in place of a missing one; nan where a measure does not
             apply to a query, or is neither better high nor low.
-        shares: 0 or 1 by metric, [policies, queries]: the verdicts, and whether a sample of the query failed.
+        shares: 0 or 1 by metric, [policies, queries, seeds]: the verdicts, and whether the sample failed.
         errors: by policy, how many samples failed, by reason.
         reasons: by policy, query and seed, why a sample has no video or no score.
     """
@@ -69,7 +69,7 @@ class Block:
     reasons: Mapping[tuple[int, ...], str]
 
     def metric(self, name: str, policy: int) -> Floats:
-        """[queries] or [queries, seeds] of a policy."""
+        """[queries, seeds] of a policy."""
         return (self.shares if name in self.shares else self.values)[name][policy]
 
     def missing(self) -> list[str]:
@@ -156,8 +156,9 @@ def _block(
             errors[list(found)[at[0]]][why] += 1
         if why or row["skipped"]:
             reasons[at] = why or row["skipped"]
-    verdicts = [[_verdict(of_query) for of_query in of_policy] for of_policy in rows]
-    shares = {f"verdict.{name}": [[v == name for v in of] for of in verdicts] for name in (*VERDICTS, "none")}
+    verdicts = np.array(
+        [[[row["verdict"] or "none" for row in seeds] for seeds in of_policy] for of_policy in rows]
+    )
     return Block(
         set,
         video_model,
@@ -171,8 +172,8 @@ def _block(
             for name, values in seen.items()
         },
         {
-            **{name: np.array(of, float) for name, of in shares.items()},
-            "errors": failed.any(axis=2).astype(float),
+            **{f"verdict.{name}": (verdicts == name).astype(float) for name in (*VERDICTS, "none")},
+            "errors": failed.astype(float),
         },
         {name: by_reason(counts) for name, counts in errors.items()},
         reasons,
@@ -191,11 +192,6 @@ def _refuse_other_queries(
                 f"set {set}, {video_model}: the policies answered different queries. {policy} has no sample "
                 f"of {len(lacking)} that another has: {shown}"
             )
-
-
-def _verdict(samples: Sequence[Row]) -> str:
-    """Of a query's prompt, which its seeds share."""
-    return next((row["verdict"] for row in samples if row["verdict"]), "none")
 
 
 def _filled(values: Floats, better: bool | None, made: np.ndarray) -> Floats:

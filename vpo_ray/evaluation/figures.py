@@ -22,10 +22,12 @@ from vpo_ray.evaluation.preference_figures import comparison, preferences
 from vpo_ray.evaluation.signs import Trained, signs
 from vpo_ray.evaluation.statistics import (
     Difference,
+    Floats,
     Interval,
     difference,
     holm,
     mean_interval,
+    per_query,
     share_interval,
     variance_parts,
 )
@@ -148,20 +150,24 @@ def _figures(
 ) -> dict[str, dict[str, Any]]:
     """Every metric of one policy."""
     figures = {}
-    for name, shares in block.shares.items():
-        there = shares[policy]
-        figures[name] = _entry(share_interval(int(there.sum()), len(there), settings.confidence))
-    for name in block.values:
+    for name in (*block.shares, *block.values):
         values = block.metric(name, policy)
-        entry = _entry(mean_interval(values, settings.confidence, settings.resamples))
-        if direction(name, directions) is not None:
+        entry = _entry(_interval(values, settings, name in block.shares))
+        if name in block.values and direction(name, directions) is not None:
             entry |= {"filled": int((~np.isnan(values) & np.isnan(block.seen[name][policy])).sum())}
             entry |= _where_all_have_one(block.seen[name], policy)
-        if len(block.seeds) > 1 and not is_of_prompt(name):
+        if len(block.seeds) > 1:
             parts = variance_parts(values)
             entry |= {"variance_of_queries": parts.queries, "variance_of_seeds": parts.seeds}
         figures[name] = entry
     return figures
+
+
+def _interval(values: Floats, settings: Evaluation, share: bool) -> Interval:
+    """Of a mean over queries; Wilson's of a share where no query is partly one thing and partly another."""
+    if share and np.isin(means := per_query(values), (0, 1)).all():
+        return share_interval(int(means.sum()), len(means), settings.confidence)
+    return mean_interval(values, settings.confidence, settings.resamples)
 
 
 def _where_all_have_one(seen: np.ndarray, policy: int) -> dict[str, Any]:

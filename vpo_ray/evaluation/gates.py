@@ -17,6 +17,7 @@ from typing import Any
 from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.recipe.evaluation import limit_of
 from vpo_ray.recipe.serve import Require
+from vpo_ray.records import content_id
 
 Results = Mapping[str, Any]
 
@@ -133,7 +134,7 @@ def require(checkpoint: str, required: Require | None) -> None:
     """Refuse a checkpoint whose evaluation is missing or did not pass: see `serve.require`.
 
     The checkpoint is one of the evaluation's policies where its `vpo.json` names that policy's identity, or
-    where its files are those that were evaluated (`checkpoint` of the policy).
+    where its files have the sizes and configuration of the ones that were evaluated.
 
     Raises:
         GateError: a limit is not kept, or the evaluation is of other checkpoints.
@@ -145,17 +146,14 @@ def require(checkpoint: str, required: Require | None) -> None:
     from vpo_ray.train.model_files import identity, marker
 
     results = read_results(required.results)
-    made = (marker(checkpoint) or {}).get("fingerprint")
-    files = identity(checkpoint, None)
-    policies = [
-        name
-        for name, policy in results["policies"].items()
-        if (made is not None and policy.get("identity") == made) or policy.get("checkpoint") == files
-    ]
+    # Of a policy of the run, and of one of kind `checkpoint`: see `policies.Rival`.
+    files = content_id("checkpoint", identity(checkpoint, None), digits=16)
+    known = {(marker(checkpoint) or {}).get("fingerprint"), files} - {None}
+    policies = [name for name, policy in results["policies"].items() if policy["identity"] in known]
     if not policies:
         raise GateError(
             f"serve.require: {required.results} evaluates other checkpoints than {checkpoint}: none of its "
-            f"policies ({', '.join(results['order'])}) has the identity {made or files}. Evaluate this one"
+            f"policies ({', '.join(results['order'])}) has its identity. Evaluate this one"
         )
     check([reason for name in policies for reason in below(results, required.fail_below, name)])
 
