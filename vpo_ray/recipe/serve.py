@@ -208,6 +208,9 @@ class Serve(Section):
     )
     log_queries: Literal["no", "hash", "yes"] = "no"
     playground: bool = True
+    compare: Source | None = Field(
+        default=None, description="folder of `vpo compare page`, shown to anyone at /compare/"
+    )
     ingress_replicas: Positive = 1
     safety: Safety = Safety()
     best_of: BestOf | None = None

@@ -39,6 +39,7 @@ from vpo_ray.serve.optimize_schema import (
     engine_fields,
     parse_optimize,
 )
+from vpo_ray.serve.pairs import pairs_file
 from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
@@ -143,6 +144,13 @@ class Ingress:
     @http.get("/playground/{name}", include_in_schema=False)
     async def asset(self, name: str) -> Response:
         found = playground.asset(name) if self.settings.playground else None
+        return found or refused(ApiError(404, "no such file"))
+
+    @http.get("/compare/{name:path}", include_in_schema=False)
+    async def compare(self, request: Request, name: str) -> Response:
+        found, folder = None, self.settings.compare
+        if folder is not None:
+            found = await asyncio.to_thread(pairs_file, folder, name, request.headers.get("range"))
         return found or refused(ApiError(404, "no such file"))
 
     @http.get("/v1/models")
