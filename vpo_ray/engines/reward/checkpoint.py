@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.storage.model_cache import fetch
+
 ARCHITECTURE = "CogVLMVideoForCausalLM"
 INDEX = "model.safetensors.index.json"
 TensorShape = tuple[int, ...]
@@ -171,6 +173,26 @@ def tensor_shapes(config: Config) -> dict[str, TensorShape]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes |= {f"{layer}{norm}.weight": (w,), f"{layer}{norm}.bias": (w,)}
     return shapes
+
+
+def model_folder(key: str, name: str) -> Path:
+    """A local folder, this node's copy of a URI, or the files of a hub id (no remote code among them).
+
+    Raises:
+        CheckpointError: there is no such model; `key` names it in the message.
+    """
+    name = fetch(name)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{key}: {name} is neither a folder here nor a hub id that could be fetched: {error}"
+        ) from error
 
 
 def shard_files(folder: str | Path) -> list[Path]:

@@ -6,16 +6,23 @@ video count. What differs from VBench's own command is said where it is computed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
+from typing import Any
 
 import numpy as np
+import torch
 
 from vpo_ray.engines.reward import RewardError, Scored
+from vpo_ray.engines.reward.checkpoint import CheckpointError
 from vpo_ray.engines.reward.frames import read_video
+from vpo_ray.engines.reward.image_features import Clip, Dino, style_pixels
 from vpo_ray.engines.reward.motion import Motion, temporal_flickering
+from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.recipe import Reward
+from vpo_ray.storage.model_cache import fetch
 
 # They compare frames.
 _OF_TWO_FRAMES = {
@@ -25,7 +32,7 @@ _OF_TWO_FRAMES = {
 
 
 @dataclass
-class Clip:
+class Video:
     """A decoded video, uint8 RGB (T, H, W, 3), and its query."""
 
     frames: np.ndarray
@@ -37,16 +44,14 @@ class Clip:
         return Motion(self.frames, self.fps)
 
 
+Measure = Callable[[Video], float | None]
+
+
 class VBench:
     """Measures the recipe's `dimensions` of each video; its score is their mean. Built by `build`."""
 
     def __init__(self, settings: Reward) -> None:
-        self.settings = settings
-        self.measures = {
-            "temporal_flickering": lambda clip: temporal_flickering(clip.frames),
-            "dynamic_degree": lambda clip: clip.motion.dynamic,
-            "motion_magnitude": lambda clip: clip.motion.magnitude,
-        }
+        self.measures = _measures(settings)
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """See `RewardModel.score`. A video of one frame is an error where a dimension compares frames."""
@@ -54,19 +59,109 @@ class VBench:
 
     def _scored(self, video: bytes | str, query: str) -> Scored | Exception:
         try:
-            frames, fps = read_video(video)
-            found = self._measured(Clip(frames, fps, query))
+            found = self._measured(Video(*read_video(video), query))
         except RewardError as error:
             return error
+        except torch.OutOfMemoryError as error:
+            return RewardError(f"out of memory with this video alone: {error}")
         return Scored([], found, float(np.mean(list(found.values()))))
 
-    def _measured(self, clip: Clip) -> dict[str, float]:
-        compared = [name for name in self.settings.dimensions if name in _OF_TWO_FRAMES]
-        if len(clip.frames) < 2 and compared:
+    def _measured(self, video: Video) -> dict[str, float]:
+        compared = [name for name in self.measures if name in _OF_TWO_FRAMES]
+        if len(video.frames) < 2 and compared:
             raise RewardError(f"the video has one frame, and {' and '.join(compared)} compare frames")
-        return {name: self.measures[name](clip) for name in self.settings.dimensions}
+        found = {name: measure(video) for name, measure in self.measures.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        if not known:
+            raise RewardError("VBench has no style of this query, which is none of its own prompts")
+        return known
 
 
 def build(settings: Reward) -> VBench:
-    """The measures of a recipe."""
+    """The measures of a recipe, with their models loaded.
+
+    Raises:
+        CheckpointError: a model, the aesthetic head or the file of styles is not what it should be.
+    """
     return VBench(settings)
+
+
+def _measures(settings: Reward) -> dict[str, Measure]:
+    """By dimension, in the order of the recipe. Only models that are asked for are loaded, each once."""
+    load = cache(lambda kind, key, name: kind(f"reward.{key}", name, settings.device))
+    made: dict[str, Callable[[], Measure]] = {
+        "temporal_flickering": lambda: lambda video: temporal_flickering(video.frames),
+        "dynamic_degree": lambda: lambda video: video.motion.dynamic,
+        "motion_magnitude": lambda: lambda video: video.motion.magnitude,
+        "background_consistency": lambda: partial(_consistency, load(Clip, "clip", settings.clip)),
+        "subject_consistency": lambda: partial(_consistency, load(Dino, "dino", settings.dino)),
+        "aesthetic_quality": lambda: _aesthetic(settings),
+        "appearance_style": lambda: _style(load(Clip, "clip", settings.clip), settings.styles),
+    }
+    return {name: made[name]() for name in settings.dimensions}
+
+
+def _consistency(model: Clip | Dino, video: Video) -> float:
+    """The mean, over all frames but the first, of how alike each is to the one before and to the first:
+    cosines, not below 0."""
+    features = model.images(video.frames)
+    later = features[1:]
+    cosines = torch.stack([(later * features[:-1]).sum(-1), later @ features[0]])
+    return float(cosines.clamp(min=0).mean())
+
+
+def _aesthetic(settings: Reward) -> Measure:
+    """LAION's predictor, trained on marks of 1 to 10, over 10; mean of the frames."""
+    assert settings.aesthetic is not None
+    model = Clip("reward.aesthetic.clip", settings.aesthetic.clip, settings.device)
+    weight, bias = _head(settings.aesthetic.head, model.model.config.projection_dim)
+    weight, bias = weight.to(model.model.device), bias.to(model.model.device)
+    return lambda video: float((model.images(video.frames) @ weight.T + bias).mean()) / 10
+
+
+def _head(path: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(fetch(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"reward.aesthetic.head: {path} is no safetensors file ({error}); of LAION's .pth, make one with "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'head.safetensors')"
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != {"weight": (1, width), "bias": (1,)}:
+        raise CheckpointError(
+            f"reward.aesthetic.head: {path} has {shapes}; a head on features of {width} "
+            f"has weight (1, {width}) and bias (1,)"
+        )
+    return found["weight"].float(), found["bias"].float()
+
+
+def _style(model: Clip, path: str) -> Measure:
+    """CLIP's logit of each frame with the style that VBench names for the prompt, over 100; mean of the
+    frames. None for a query that is no prompt of this dimension."""
+    styles = _styles(path)
+    text = cache(model.text)
+    scale = float(model.model.logit_scale.detach().exp()) / 100
+
+    def measure(video: Video) -> float | None:
+        if (style := styles.get(video.query.strip())) is None:
+            return None
+        return float((model.images(video.frames, style_pixels) @ text(style)[0]).mean()) * scale
+
+    return measure
+
+
+def _styles(path: str) -> dict[str, str]:
+    """The style by prompt, of VBench_full_info.json."""
+    try:
+        entries: list[dict[str, Any]] = json.loads(read_text(path))
+        described = [e for e in entries if "appearance_style" in (e.get("auxiliary_info") or {})]
+        found = {e["prompt_en"].strip(): e["auxiliary_info"]["appearance_style"] for e in described}
+        return {prompt: style["appearance_style"] for prompt, style in found.items()}
+    except TextFileError as error:
+        raise CheckpointError(f"reward.styles: cannot read {path}: {error.reason}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"reward.styles: {path} is not VBench_full_info.json: {error!r}") from error

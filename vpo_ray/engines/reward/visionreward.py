@@ -16,10 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames, model, sequence
-from vpo_ray.engines.reward.checkpoint import CheckpointError
+from vpo_ray.engines.reward.checkpoint import CheckpointError, model_folder
 from vpo_ray.prompts.policy_prompt import control_tokens, neutralise
 from vpo_ray.recipe import Reward
-from vpo_ray.storage.model_cache import fetch
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class VisionReward:
     def __init__(self, settings: Reward) -> None:
         self.settings = settings
         self.checklist = checklist.load_checklist(settings.checklist)
-        folder = _folder(settings.model)
+        folder = model_folder("reward.model", settings.model)
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,22 +135,6 @@ def build(settings: Reward) -> VisionReward:
         ChecklistError: see `load_checklist`.
     """
     return VisionReward(settings)
-
-
-def _folder(name: str) -> Path:
-    """A local folder, this node's copy of a URI, or the files of a hub id (no remote code among them)."""
-    name = fetch(name)
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(
-            f"reward.model: {name} is neither a folder here nor a hub id that could be fetched: {error}"
-        ) from error
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
