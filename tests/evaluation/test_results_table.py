@@ -1,5 +1,6 @@
 """The table of an evaluation on the terminal."""
 
+import json
 import math
 
 import pytest
@@ -90,6 +91,11 @@ def test_lines_are_as_wide_as_the_terminal_at_most(width: int) -> None:
     text = table_text(results, width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_results_of_a_file_give_the_same_table() -> None:
+    results = results_of(noisy(["sft", "dpo"], 30), [], FEW, context("sft", "dpo"))
+    assert table_text(json.loads(json.dumps(results, sort_keys=True)), 100) == table_text(results, 100)
 
 
 def test_nothing_to_show_is_a_dash() -> None:

@@ -95,7 +95,8 @@ def _block(results: Results, name: str, model: str, width: int) -> Iterator[str]
 def _failures(results: Results, name: str, model: str, rows: Sequence[str]) -> Iterator[str]:
     for policy in rows:
         if reasons := results["errors"][name][model][policy]:
-            shown = [f"{count} {reason}" for reason, count in list(reasons.items())[:_REASONS]]
+            ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+            shown = [f"{count} {reason}" for reason, count in ordered[:_REASONS]]
             more = [f"{len(reasons) - _REASONS} other reasons"] if len(reasons) > _REASONS else []
             yield f"{policy} failed: {', '.join([*shown, *more])}"
 
