@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/vpo tiny runs/tiny
 	$(BIN)/vpo run jobs/recipes/tiny.yaml
+	$(BIN)/vpo evaluate jobs/recipes/tiny.yaml
 
 # Every part runs even if an earlier one failed; the last line names those that failed.
 PARTS = failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \

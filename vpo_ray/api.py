@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vpo_ray.evaluation.evaluate import Evaluated
     from vpo_ray.plan.cluster import Cluster
     from vpo_ray.plan.estimate import Plan
     from vpo_ray.recipe import Recipe, Serve
     from vpo_ray.records import Shard
     from vpo_ray.storage.run import Run
+    from vpo_ray.storage.run_dir import RunDir
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -117,16 +119,33 @@ def train(recipe: Recipe, phase: str | None = None, *, verbose: bool = False) ->
     return Run(recipe.out)
 
 
-def evaluate(recipe: Recipe, *, retry_errors: bool = False, verbose: bool = False) -> dict[str, Any]:
-    """The policies before and after DPO on the eval split; see `loop.evaluation.evaluate` for the result.
+def evaluate(
+    recipe: Recipe, *, vbench: Sequence[str] = (), retry_errors: bool = False, verbose: bool = False
+) -> Evaluated:
+    """Policies side by side on held-out queries, as the `evaluate` section of the recipe says; the user's
+    words, and the policy before and after DPO on the eval split where it has none.
+
+    Args:
+        vbench: results files of VBench's own command, on videos that it was given by `vpo evaluate --export`.
+
+    Returns:
+        `results`, a dictionary as `results.json` has it; `samples()`, `comparisons()`, and the `folder`.
 
     Raises:
-        LoopError: there is no trained policy, or no query in the eval split; and see `run`.
+        LoopError: a policy is not trained, or there is no query; and see `run`.
+        SetError: a set of queries or a file of prompts is not what it should be.
     """
-    from vpo_ray.loop.commands import run_phase
+    from vpo_ray.evaluation import evaluate
+    from vpo_ray.loop.commands import run_work
+    from vpo_ray.report.evaluation_page import write_evaluation_page
 
-    found: dict[str, Any] = run_phase(recipe, "evaluate", retry_errors, verbose)
-    return found
+    def work(recipe: Recipe, run: RunDir, retry_errors: bool) -> Evaluated:
+        found = evaluate.evaluate(recipe, run, retry_errors, vbench)
+        write_evaluation_page(found.results, found.samples(), found.comparisons(), found.folder)
+        return found
+
+    done: Evaluated = run_work(recipe, work, retry_errors, verbose)
+    return done
 
 
 def serve(checkpoint: str, settings: Serve | None = None, *, verbose: bool = False) -> None:

@@ -10,7 +10,15 @@ from made_samples import context, sample
 
 from vpo_ray import cli
 from vpo_ray.evaluation.figures import results_of
-from vpo_ray.evaluation.gates import GateError, LimitError, below, check, read_results, require, worse
+from vpo_ray.evaluation.gates import (
+    GateError,
+    LimitError,
+    below,
+    must_pass,
+    read_results,
+    require_evaluation,
+    worse,
+)
 from vpo_ray.recipe import Evaluation, RecipeError, load_serve
 from vpo_ray.recipe.serve import Require
 from vpo_ray.records import content_id
@@ -82,9 +90,9 @@ def test_the_figures_of_an_earlier_evaluation() -> None:
 
 
 def test_what_does_not_pass_has_an_exit_status_of_its_own() -> None:
-    check([])
+    must_pass([])
     with pytest.raises(GateError, match="the evaluation does not pass:\n  one\n  two") as caught:
-        check(["one", "two"])
+        must_pass(["one", "two"])
     assert caught.value.exit_status == 4
 
 
@@ -115,20 +123,20 @@ def stored(tmp_path: Path, results: dict[str, Any]) -> str:
 
 def test_a_checkpoint_needs_the_evaluation_that_it_passed(checkpoint: str, tmp_path: Path) -> None:
     place = stored(tmp_path, evaluated())
-    require(checkpoint, None)
-    require(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
+    require_evaluation(checkpoint, None)
+    require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
     with pytest.raises(GateError, match=r"verdict\.aligned of dpo is 0\.9"):
-        require(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
+        require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
     Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of another"}))
     with pytest.raises(GateError, match=r"evaluates other checkpoints .* has its identity"):
-        require(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
+        require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
 
 
 def test_limits_are_of_the_policy_that_is_deployed(checkpoint: str, tmp_path: Path) -> None:
     """Not of the last one of the evaluation."""
     Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of sft"}))
     place = stored(tmp_path, evaluated(10))
-    require(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
+    require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
 
 
 def test_a_checkpoint_of_another_trainer_is_known_by_its_files(checkpoint: str, tmp_path: Path) -> None:
@@ -138,10 +146,10 @@ def test_a_checkpoint_of_another_trainer_is_known_by_its_files(checkpoint: str, 
     results = evaluated()
     results["policies"]["dpo"]["identity"] = content_id("checkpoint", identity(checkpoint, None), digits=16)
     required = Require(results=stored(tmp_path, results), fail_below=["verdict.aligned=0.9"])
-    require(shutil.copytree(checkpoint, str(tmp_path / "copy")), required)
+    require_evaluation(shutil.copytree(checkpoint, str(tmp_path / "copy")), required)
     Path(checkpoint, "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(GateError, match="evaluates other checkpoints"):
-        require(checkpoint, required)
+        require_evaluation(checkpoint, required)
 
 
 def test_deploying_and_writing_a_config_refuse_before_anything_starts(

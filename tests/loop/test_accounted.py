@@ -7,8 +7,10 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray import recipe as recipes
+from vpo_ray.evaluation import policies as evaluated
+from vpo_ray.evaluation.evaluate import evaluate
 from vpo_ray.files.folder import StorageError
-from vpo_ray.loop import evaluation, opening, phases, policies
+from vpo_ray.loop import opening, phases, policies
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream import connection
@@ -89,15 +91,15 @@ def test_a_command_of_one_stage_leaves_its_ledger(tmp_path: Path) -> None:
     assert RunDir(tmp_path / "b").read_json("ledger.json")["stages"]["pair"]["out"] == 0
 
 
-def test_an_evaluation_leaves_the_ledgers_of_its_policy(
+def test_an_evaluation_leaves_the_ledgers_of_its_policies(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = opening.open_run(recipe)
     phases.curate_queries(recipe, run)
     run.write_json("checkpoints/dpo/vpo.json", {})
-    monkeypatch.setattr(evaluation, "generate_feedback", raising(GenerationError("no")))
+    monkeypatch.setattr(evaluated, "generate", raising(GenerationError("no")))
     with pytest.raises(GenerationError):
-        evaluation.evaluate(recipe, run)
-    own = RunDir(run.at(f"evaluation/{phases.starting_policy(recipe, run).identity}"))
+        evaluate(recipe.model_copy(update={"evaluate": None}), run)
+    own = RunDir(run.at(f"evaluation/policy-{phases.starting_policy(recipe, run).identity}"))
     held_out = sum(row["split"] == "eval" for row in run.table("queries").rows())
     assert own.read_json("ledger.json")["stages"]["curate"]["out"] == held_out > 0

@@ -103,18 +103,19 @@ def test_the_loop_runs_on_three_kinds_of_nodes(
             assert cluster.ran_on(f"({stage})") == {kind}
         # Done: the same jobs again change nothing, and say so with status 0.
         trained = (Path(run.path) / "checkpoints/dpo/vpo.json").stat().st_mtime_ns
-        result = run.read_json("evaluation.json")
+        latest = run.read_json("evaluation.json")
         for name in ("generate", "train", "evaluate"):
             job(cluster, name, sets)
     assert snapshot(run, "feedback") == feedback
     assert (Path(run.path) / "checkpoints/dpo/vpo.json").stat().st_mtime_ns == trained
-    assert run.read_json("evaluation.json") == result
+    assert run.read_json("evaluation.json") == latest
+    result = run.read_json(latest["results"])
     held_out = {row["query_id"] for row in run.table("queries").rows() if row["split"] == "eval"}
-    assert result["queries"] == len(held_out) > 0
+    assert result["sets"]["eval"]["n"] == len(held_out) > 0
     assert not held_out & {row["query_id"] for row in run.table("feedback").rows()}
-    for name in ("before", "after"):
-        found = result[name]
-        assert sum(found["verdicts"].values()) + found["errors"] == len(held_out)
+    for figures in result["results"]["eval"]["render"].values():
+        shares = [figure["value"] for name, figure in figures.items() if name.startswith("verdict.")]
+        assert sum(shares) == pytest.approx(1)
     assert reconcile(run.read_json("ledger.json")) == []
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from vpo_ray.cli import compare as compare_command
 from vpo_ray.cli import console
+from vpo_ray.cli import evaluate as evaluate_command
 from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import plugins as plugins_command
 from vpo_ray.cli import submit as submit_command
@@ -143,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     run_of |= dict.fromkeys(sharded_commands(), _generate)
     for name, text in step_commands().items():
         sub = with_recipe(name, text, run_of.get(name, _phase))
+        if name == "evaluate":
+            evaluate_command.add(sub)
         if name in retrying_commands():
             sub.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
         if name in sharded_commands():
@@ -270,13 +273,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from vpo_ray import api
-    from vpo_ray.loop.evaluation import summary
-
-    recipe = _load(arguments)
-    options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
-    sys.stdout.write(summary(api.evaluate(recipe, **options)))
-    return _done(arguments.name, recipe)
+    return evaluate_command.run(_load(arguments), arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -316,11 +313,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = recipes.load_serve(arguments.recipe, arguments.set)
     if arguments.config:
-        from vpo_ray.evaluation.gates import require
+        from vpo_ray.evaluation.gates import require_evaluation
         from vpo_ray.serve.config import config_file
 
         checkpoint = recipes.locate(arguments.checkpoint)
-        require(checkpoint, settings.require)
+        require_evaluation(checkpoint, settings.require)
         sys.stdout.write(config_file(checkpoint, settings))
         return 0
     api.serve(arguments.checkpoint, settings, verbose=arguments.verbose)
@@ -329,7 +326,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _deploy(arguments: argparse.Namespace) -> int:
     from vpo_ray import recipe as recipes
-    from vpo_ray.evaluation.gates import require
+    from vpo_ray.evaluation.gates import require_evaluation
     from vpo_ray.serve.deploy import roll_out
     from vpo_ray.storage.run_dir import RunDir
     from vpo_ray.stream.connection import connect
@@ -337,7 +334,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
     recipe = _load(arguments)
     phase = "sft" if recipe.dpo is None else "dpo"
     checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
-    require(recipes.locate(checkpoint), recipe.serve.require)
+    require_evaluation(recipes.locate(checkpoint), recipe.serve.require)
     connect(arguments.verbose)
     roll_out(recipes.locate(checkpoint), recipes.serve_of(recipe), arguments.timeout)
     sys.stdout.write(f"deployed {checkpoint} as {recipe.serve.model_name!r}\n")

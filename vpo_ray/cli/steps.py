@@ -11,7 +11,7 @@ STEPS = {
     "pair": "feedback/ to pairs/",
     "dpo": "train the policy on pairs/ into checkpoints/dpo",
     "train": "SFT, and once generation is done pairs and DPO",
-    "evaluate": "the policies before and after DPO on the eval split, into evaluation.json",
+    "evaluate": "policies side by side on held-out queries, with intervals and tests, into evaluation/",
     "report": "write ledger.json and report/index.html",
 }
 # The chain whose stages come behind a step.

@@ -32,7 +32,7 @@ class LimitError(ValueError):
     """A limit that cannot be checked, or results that it cannot be checked on."""
 
 
-def check(reasons: Sequence[str]) -> None:
+def must_pass(reasons: Sequence[str]) -> None:
     """Raises GateError where there is a reason."""
     if reasons:
         raise GateError("the evaluation does not pass:\n  " + "\n  ".join(reasons))
@@ -130,7 +130,7 @@ def worse(results: Results, earlier: Results, by: float) -> list[str]:
     return reasons
 
 
-def require(checkpoint: str, required: Require | None) -> None:
+def require_evaluation(checkpoint: str, required: Require | None) -> None:
     """Refuse a checkpoint whose evaluation is missing or did not pass: see `serve.require`.
 
     The checkpoint is one of the evaluation's policies where its `vpo.json` names that policy's identity, or
@@ -155,7 +155,7 @@ def require(checkpoint: str, required: Require | None) -> None:
             f"serve.require: {required.results} evaluates other checkpoints than {checkpoint}: none of its "
             f"policies ({', '.join(results['order'])}) has its identity. Evaluate this one"
         )
-    check([reason for name in policies for reason in below(results, required.fail_below, name)])
+    must_pass([reason for name in policies for reason in below(results, required.fail_below, name)])
 
 
 def _figures(results: Results) -> dict[tuple[str, str, str, str], Mapping[str, Any]]:

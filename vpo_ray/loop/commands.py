@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vpo_ray.loop import evaluation, phases
+from vpo_ray.loop import phases
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.recipe import Recipe
@@ -30,7 +30,6 @@ PHASES: dict[str, Phase] = {
     "pair": lambda recipe, run, _: make_pairs(recipe, run),
     "dpo": lambda recipe, run, _: phases.train_dpo(recipe, run, phases.starting_policy(recipe, run)),
     "train": lambda recipe, run, _: phases.train_what_is_due(recipe, run),
-    "evaluate": evaluation.evaluate,
 }
 WITHOUT_RAY = frozenset({"curate", "pair"})  # curation asks for it where its input is large
 
@@ -45,14 +44,15 @@ def run_phase(recipe: Recipe, name: str, retry_errors: bool = False, verbose: bo
         LoopError, GenerationError, PlacementError: see the phase.
         OtherRecipeError, RunInUseError, RunLostError: see `opening.opened`.
     """
-    return _run(recipe, PHASES.get(name) or _stages((name,)), name not in WITHOUT_RAY, retry_errors, verbose)
+    work = PHASES.get(name) or _stages((name,))
+    return run_work(recipe, work, retry_errors, verbose, name not in WITHOUT_RAY)
 
 
 def run_stages(
     recipe: Recipe, stages: Sequence[str], retry_errors: bool = False, verbose: bool = False
 ) -> dict[str, Any]:
     """Consecutive candidate stages as one stream; see `run_phase`."""
-    counts: dict[str, Any] = _run(recipe, _stages(tuple(stages)), True, retry_errors, verbose)
+    counts: dict[str, Any] = run_work(recipe, _stages(tuple(stages)), retry_errors, verbose)
     return counts
 
 
@@ -64,7 +64,10 @@ def _stages(stages: tuple[str, ...]) -> Phase:
     return work
 
 
-def _run(recipe: Recipe, work: Phase, on_ray: bool, retry_errors: bool, verbose: bool) -> Any:
+def run_work(
+    recipe: Recipe, work: Phase, retry_errors: bool = False, verbose: bool = False, on_ray: bool = True
+) -> Any:
+    """Any function of a run directory, as a phase; see `run_phase`."""
     with opened(recipe) as run:
         with accounted(recipe, run):
             if on_ray:

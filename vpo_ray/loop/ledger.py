@@ -15,7 +15,7 @@ from typing import Any
 from vpo_ray.recipe import Pair, Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages import spec
-from vpo_ray.stages.chains import CHAINS, Chain, table_of_stage
+from vpo_ray.stages.chains import CHAINS, Chain, chain_of, table_of_stage
 from vpo_ray.stages.pair import by_reward
 from vpo_ray.stages.score import ALARM_AFTER
 from vpo_ray.stages.spec import StageSpec
@@ -43,9 +43,10 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     given = run.read_json(GIVEN) if run.exists(GIVEN) else {}
     for chain in CHAINS.values():
         entered = _entering(run, chain, stages["curate"]["splits"], recipe)
+        if given and chain.name == chain_of(given["stages"][0]).name:
+            entered = given["rows"]
         for stage in spec.stages(chain.name):
-            if stage.name in counts:
-                entered = given.get(stage.name, entered)
+            if stage.name in counts and (not given or stage.name in given["stages"]):
                 stages[stage.name] = counts[stage.name].entry(entered)
                 entered = stages[stage.name]["out"]
     stages["pair"] = pairs.entry(run)

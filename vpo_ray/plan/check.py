@@ -16,7 +16,7 @@ from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import ChatModel, Checklist, Draft, Lora, Pair, Recipe, Rules, Serve, plugins
+from vpo_ray.recipe import ChatModel, Checklist, Draft, Evaluation, Lora, Pair, Recipe, Rules, Serve, plugins
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check_rules
@@ -124,6 +124,8 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         yield from _draft(recipe.draft)
     yield from _keywords(recipe.queries.rules)
     yield from _serving(recipe.serve)
+    if recipe.evaluate is not None:
+        yield from _sets(recipe.evaluate)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
@@ -208,6 +210,18 @@ def _serving(settings: Serve) -> Iterator[str]:
                 use(path)
             except (KeyFileError, KeywordFileError) as error:
                 yield f"{key}{error}"
+
+
+def _sets(settings: Evaluation) -> Iterator[str]:
+    """Sets of queries whose files are here, read as an evaluation reads them."""
+    from vpo_ray.evaluation.sets import SetError, read_set
+
+    for name, entry in settings.sets.items():
+        if entry.path is not None and not _elsewhere(entry.path):
+            try:
+                read_set(name, entry, None)
+            except (SetError, InputError) as error:
+                yield str(error)
 
 
 def _draft(settings: Draft) -> Iterator[str]:

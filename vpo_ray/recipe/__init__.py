@@ -162,12 +162,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rewards_have_names(self) -> Recipe:
-        for name, reward in self.more_rewards.items():
-            if not _REWARD_NAME.fullmatch(name) or name in OPERATIONAL:
-                raise ValueError(f"more_rewards.{name}: choose another name, of a-z, 0-9 and _")
-            if ignored := [key for key, unset in _OF_ALL_REWARDS.items() if getattr(reward, key) != unset]:
+        measures = self.evaluate.rewards if self.evaluate is not None else {}
+        for key, name, reward, taken in (
+            *(("more_rewards", name, reward, ()) for name, reward in self.more_rewards.items()),
+            *(
+                ("evaluate.rewards", name, reward, ("reward", *self.more_rewards))
+                for name, reward in measures.items()
+            ),
+        ):
+            if not _REWARD_NAME.fullmatch(name) or name in (*OPERATIONAL, *taken):
+                raise ValueError(f"{key}.{name}: choose another name, of a-z, 0-9 and _")
+            if ignored := [part for part, unset in _OF_ALL_REWARDS.items() if getattr(reward, part) != unset]:
                 raise ValueError(
-                    f"more_rewards.{name}: {' and '.join(ignored)} cannot be set; all rewards of a video are "
+                    f"{key}.{name}: {' and '.join(ignored)} cannot be set; all rewards of a video are "
                     "asked in one replica of reward.pool (give each its `device` there)"
                 )
         if self.pair.reward is not None and self.pair.reward not in self.more_rewards:
@@ -186,6 +193,9 @@ class Recipe(Section):
     def _counts_a_price(self) -> Recipe:
         llms = [self.judge, *([self.draft.llm] if self.draft is not None and self.draft.llm else [])]
         rewards = [self.reward, *self.more_rewards.values()]
+        if self.evaluate is not None:
+            llms += self.evaluate.llms()
+            rewards += self.evaluate.rewards.values()
         asked = [llm.endpoint for llm in llms if llm.backend == "openai"]
         asked += [reward.endpoint for reward in rewards if reward.kind == "openai"]
         priced = any(e.prompt_price or e.completion_price for e in asked) or self.render.endpoint.cost

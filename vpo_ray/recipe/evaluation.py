@@ -183,3 +183,9 @@ class Evaluation(Section):
                 "openai, with the `endpoint` of a vision-language model"
             )
         return self
+
+    def llms(self) -> list[ChatModel]:
+        """The LLMs that it asks, beside those of the run."""
+        asked = [self.judge, self.guard, *(policy.llm for policy in self.policies.values())]
+        asked += [choice.llm for choice in (self.prefer_prompts, self.prefer_videos) if choice is not None]
+        return [llm for llm in asked if llm is not None]

@@ -143,7 +143,7 @@ class Judge(ChatModel):
     @model_validator(mode="after")
     def _refines(self) -> Judge:
         if not self.refine:
-            refuse_unused(self, "refine_prompt prompt_max_chars", "with refine: false")
+            refuse_unused(self, "refine_prompt", "with refine: false")
         return self
 
 

@@ -71,7 +71,7 @@ widen(["rewrites"], "rewrite", ())
 
 # In the run directory of a round or an evaluation: the policy that it samples.
 ROUND = "round.json"
-# In one of an evaluation: the stage that its rows enter at, which other run directories made, and how many.
+# In one of an evaluation: the stages that it has, and how many rows that others made enter the first.
 GIVEN = f"{META}/given.json"
 
 

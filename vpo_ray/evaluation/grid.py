@@ -1,0 +1,116 @@
+"""Verdicts, videos and scores of prompts, whoever made them.
+
+All policies share the run directories here, so that each model is loaded once and a prompt that two of them
+make is judged and rendered once:
+
+    evaluation/judged-<id>   candidates ─► judge ─► verdicts
+    evaluation/videos-<id>   verdicts ─► render ─► score ─► feedback, of one video model and seed
+
+A prompt is rendered whatever its verdict, so the second knows none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from vpo_ray.evaluation.policies import enter, seeded
+from vpo_ray.files.folder import join
+from vpo_ray.loop.opening import accounted, opened, write_ledger
+from vpo_ray.prompts.policy_prompt import read_prompt
+from vpo_ray.recipe import Evaluation, Recipe, Render, Reward
+from vpo_ray.records import Row, content_id
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream.pipeline import Models, generate
+
+logger = logging.getLogger(__name__)
+
+# What every policy's prompt of a query is known by.
+Key = tuple[str, str]  # query id, prompt
+
+
+def prompt_id(key: Key) -> str:
+    return content_id("evaluated", *key)
+
+
+def verdicts(
+    recipe: Recipe, run: RunDir, settings: Evaluation, prompts: Mapping[Key, Row], retry_errors: bool
+) -> dict[str, Row]:
+    """The judge's rows of prompts, by `prompt_id`: `verdict`, `critique`, `error`.
+
+    Args:
+        prompts: the query of each.
+
+    Raises:
+        PlacementError, GenerationError: see `pipeline.generate`.
+    """
+    judge = (settings.judge or recipe.judge).model_copy(
+        update={"refine": False, "refine_prompt": "builtin:refine"}
+    )
+    own = recipe.model_copy(update={"judge": judge, "evaluate": None})
+    name = content_id(own.fingerprint("judge"), read_prompt(judge.critique_prompt), recipe.seed, digits=16)
+    columns = ["candidate_id", "verdict", "critique", "error", "error_stage"]
+    logger.info("evaluate: verdicts on %d prompts", len(prompts))
+    folder = _through(own, run, f"judged-{name}", "candidates", _rows(prompts), ("judge",), retry_errors)
+    return {row["candidate_id"]: row for row in folder.table("verdicts").rows(columns)}
+
+
+def videos(
+    recipe: Recipe,
+    run: RunDir,
+    render: Render,
+    rewards: Mapping[str, Reward],
+    prompts: Mapping[Key, Row],
+    seed: int,
+    retry_errors: bool,
+) -> dict[str, Row]:
+    """The rows of prompts with their videos and scores, by `prompt_id`.
+
+    Args:
+        rewards: measures beside the recipe's own rewards.
+        seed: number of the video seed.
+
+    Raises:
+        PlacementError, GenerationError: see `pipeline.generate`.
+    """
+    settings = render.model_copy(update={"store": recipe.render.store or run.at("videos"), "strategy": "all"})
+    own = seeded(recipe, seed).model_copy(
+        update={"render": settings, "more_rewards": {**recipe.more_rewards, **rewards}, "evaluate": None}
+    )
+    name = content_id(own.fingerprint("render", "reward", "more_rewards"), own.seed, digits=16)
+    logger.info("evaluate: videos of %d prompts by %s", len(prompts), render.model or render.kind)
+    stages = ("render", "score")
+    folder = _through(own, run, f"videos-{name}", "verdicts", _rows(prompts), stages, retry_errors)
+    return {row["candidate_id"]: row for row in folder.table("feedback").rows()}
+
+
+def _rows(prompts: Mapping[Key, Row]) -> Iterable[Row]:
+    for key, query in sorted(prompts.items(), key=lambda item: item[0]):
+        yield {
+            "candidate_id": prompt_id(key),
+            "query_id": key[0],
+            "query": query["query"],
+            "unsafe": query["unsafe"],
+            "k": 0,
+            "seed": 0,
+            "prompt": key[1],
+        }
+
+
+def _through(
+    recipe: Recipe,
+    run: RunDir,
+    name: str,
+    table: str,
+    rows: Iterable[Row],
+    stages: tuple[str, ...],
+    retry_errors: bool,
+) -> RunDir:
+    """Take rows through stages in a run directory of their own."""
+    own = recipe.model_copy(update={"out": join(run.uri, f"evaluation/{name}")})
+    with opened(own) as folder:
+        with accounted(own, folder):
+            enter(folder, table, rows, run, stages)
+            generate(own, folder, Models("", ""), stages, retry_errors)
+        write_ledger(own, folder)
+    return folder
