@@ -32,7 +32,7 @@ _OF_TWO_FRAMES = {
 
 
 @dataclass
-class Video:
+class DecodedVideo:
     """A decoded video, uint8 RGB (T, H, W, 3), and its query."""
 
     frames: np.ndarray
@@ -44,7 +44,7 @@ class Video:
         return Motion(self.frames, self.fps)
 
 
-Measure = Callable[[Video], float | None]
+Measure = Callable[[DecodedVideo], float | None]
 
 
 class VBench:
@@ -59,14 +59,14 @@ class VBench:
 
     def _scored(self, video: bytes | str, query: str) -> Scored | Exception:
         try:
-            found = self._measured(Video(*read_video(video), query))
+            found = self._measured(DecodedVideo(*read_video(video), query))
         except RewardError as error:
             return error
         except torch.OutOfMemoryError as error:
             return RewardError(f"out of memory with this video alone: {error}")
         return Scored([], found, float(np.mean(list(found.values()))))
 
-    def _measured(self, video: Video) -> dict[str, float]:
+    def _measured(self, video: DecodedVideo) -> dict[str, float]:
         compared = [name for name in self.measures if name in _OF_TWO_FRAMES]
         if len(video.frames) < 2 and compared:
             raise RewardError(f"the video has one frame, and {' and '.join(compared)} compare frames")
@@ -101,7 +101,7 @@ def _measures(settings: Reward) -> dict[str, Measure]:
     return {name: made[name]() for name in settings.dimensions}
 
 
-def _consistency(model: Clip | Dino, video: Video) -> float:
+def _consistency(model: Clip | Dino, video: DecodedVideo) -> float:
     """The mean, over all frames but the first, of how alike each is to the one before and to the first:
     cosines, not below 0."""
     features = model.images(video.frames)
@@ -146,7 +146,7 @@ def _style(model: Clip, path: str) -> Measure:
     text = cache(model.text)
     scale = float(model.model.logit_scale.detach().exp()) / 100
 
-    def measure(video: Video) -> float | None:
+    def measure(video: DecodedVideo) -> float | None:
         if (style := styles.get(video.query.strip())) is None:
             return None
         return float((model.images(video.frames, style_pixels) @ text(style)[0]).mean()) * scale
