@@ -7,7 +7,7 @@ import pytest
 from plan_recipes import recipe
 
 from vpo_ray.plan import PlanError, check_recipe
-from vpo_ray.plan.check import check_nodes, hub_ids
+from vpo_ray.plan.check import absent_measures, check_nodes, hub_ids
 
 
 def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
@@ -185,3 +185,18 @@ def test_a_node_without_the_model_of_another_is_named(
     check_recipe(there)
     with pytest.raises(PlanError, match=r"more_rewards.mine.kind on node .*cannot be imported"):
         check_nodes(there)
+
+
+def test_models_of_measures_are_looked_for(tiny: dict[str, Any], tmp_path: Path) -> None:
+    measure = {
+        "kind": "vbench",
+        "dimensions": ["subject_consistency", "aesthetic_quality"],
+        "dino": str(tmp_path / "dino"),
+        "aesthetic": {"clip": "openai/clip-vit-large-patch14", "head": str(tmp_path / "head")},
+    }
+    told = [f"dino: no such folder: {tmp_path}/dino", f"aesthetic.head: no such file: {tmp_path}/head"]
+    assert problems(tiny, more_rewards__look=measure) == [f"more_rewards.look.{line}" for line in told]
+    evaluated = recipe(tiny, evaluate__rewards__look=measure)
+    check_recipe(evaluated)  # an evaluation can do without
+    left_out = "; vpo evaluate leaves this measure out"
+    assert absent_measures(evaluated) == [f"evaluate.rewards.look.{line}{left_out}" for line in told]

@@ -117,6 +117,8 @@ def asked(recipe: Recipe | None) -> Ask:
         elif llm.backend == "openai":
             endpoints.append(llm.endpoint)
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
+    if recipe.evaluate is not None:
+        rewards |= {f"evaluate.rewards.{n}": r for n, r in recipe.evaluate.rewards.items()}
     for key, reward in rewards.items():
         files |= {f"{key}.{n}": path for n, path in reward.files().items()}
         models |= {f"{key}.{n}": model for n, model in reward.models().items()}

@@ -16,7 +16,19 @@ from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
-from vpo_ray.recipe import ChatModel, Checklist, Draft, Evaluation, Lora, Pair, Recipe, Rules, Serve, plugins
+from vpo_ray.recipe import (
+    ChatModel,
+    Checklist,
+    Draft,
+    Evaluation,
+    Lora,
+    Pair,
+    Recipe,
+    Reward,
+    Rules,
+    Serve,
+    plugins,
+)
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check_rules
@@ -94,10 +106,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         yield "render.cache_options has no effect without render.cache: name a cache"
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     for key, reward in rewards.items():
-        for name, model in reward.models().items():
-            yield from _folder(f"{key}.{name}", model, "config.json", "*.safetensors")
-        if reward.kind == "vbench":
-            yield from (line for n, path in reward.files().items() for line in _file(f"{key}.{n}", path))
+        yield from _reward(key, reward)
         decides = key == ("reward" if recipe.pair.reward is None else f"more_rewards.{recipe.pair.reward}")
         if reward.checklist is not None:
             yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
@@ -143,6 +152,21 @@ def _evaluated_prompts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], s
         if policy.prompt is not None:
             slots = (SLOT, EXAMPLES) if policy.kind == "few_shot" else (SLOT,)
             yield f"evaluate.policies.{name}.prompt", slots, policy.prompt
+
+
+def absent_measures(recipe: Recipe) -> list[str]:
+    """A line for each measure of an evaluation whose files are not here. It is no problem: `vpo evaluate`
+    leaves it out."""
+    rewards = recipe.evaluate.rewards if recipe.evaluate is not None else {}
+    found = [line for name, reward in rewards.items() for line in _reward(f"evaluate.rewards.{name}", reward)]
+    return [f"{line}; vpo evaluate leaves this measure out" for line in found]
+
+
+def _reward(key: str, reward: Reward) -> Iterator[str]:
+    for name, model in reward.models().items():
+        yield from _folder(f"{key}.{name}", model, "config.json", "*.safetensors")
+    if reward.kind == "vbench":
+        yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
 
 
 def _llms(recipe: Recipe) -> dict[str, ChatModel]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vpo_ray.plan.balance import balance, makespan
-from vpo_ray.plan.check import PlanError, check_recipe, hub_ids
+from vpo_ray.plan.check import PlanError, absent_measures, check_recipe, hub_ids
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
@@ -133,7 +133,7 @@ def plan(
         made.notes.append(
             "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
         )
-    made.notes += [*hub_ids(recipe), *_endpoint_notes(recipe)]
+    made.notes += [*hub_ids(recipe), *absent_measures(recipe), *_endpoint_notes(recipe)]
     if recipe.limits.max_cost is not None and made.video_cost > recipe.limits.max_cost:
         made.notes.append(f"limits.max_cost {recipe.limits.max_cost:g} stops the run before its last video")
     if recipe.render.strategy == "adaptive":
