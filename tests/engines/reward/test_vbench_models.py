@@ -18,7 +18,9 @@ from vpo_ray.engines.reward import RewardError, Scored, build
 from vpo_ray.engines.reward.checkpoint import CheckpointError
 from vpo_ray.engines.reward.frames import read_video
 from vpo_ray.engines.video.engine import encode
+from vpo_ray.stages import score
 
+TINY = Path(__file__).parents[3] / "jobs/recipes/tiny.yaml"
 SIZE = 32
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -181,6 +183,31 @@ def test_a_query_that_vbench_has_no_style_of_has_no_such_dimension(
     assert list(found) == ["temporal_flickering"]
     (result,) = build(reward(folder, "appearance_style")).score([clip(0)], ["a dog"])
     assert isinstance(result, RewardError)
+
+
+def test_what_a_measure_is_made_with_is_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files travel with `vpo submit`, are found on every node, and others of the same name are not mixed."""
+    monkeypatch.chdir(folder)
+    settings = reward(Path(), *MODELS, "motion_magnitude")
+    places = {
+        "clip": "clip", "dino": "dino", "styles": "info.json",
+        "aesthetic.clip": "large", "aesthetic.head": "head.safetensors",
+    }  # fmt: skip
+    assert dict(recipe.sources(settings)) == places
+    assert dict(recipe.sources(settings.located())) == {k: str(folder / name) for k, name in places.items()}
+    assert build(settings.located())
+    given = recipe.load(TINY).model_copy(update={"reward": settings, "more_rewards": {}})
+    before = dict(score.facts(given))
+    assert before.keys() == {f"reward.{key}" for key in places} | {
+        "torch", "transformers", "opencv-python-headless",
+    }  # fmt: skip
+    text = (folder / "info.json").read_text()
+    try:
+        (folder / "info.json").write_text("[]")
+        after = dict(score.facts(given))
+    finally:
+        (folder / "info.json").write_text(text)
+    assert {key for key in before if before[key] != after[key]} == {"reward.styles"}
 
 
 def test_what_is_no_such_model_is_refused(folder: Path, tmp_path: Path) -> None:
