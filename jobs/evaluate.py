@@ -1,4 +1,4 @@
-"""What `ray job submit` takes: the trained policy against the one before it, on the eval split.
+"""What `ray job submit` takes: policies side by side, as the `evaluate` section of the recipe says.
 
     ray job submit --working-dir . -- python jobs/evaluate.py --recipe jobs/recipes/tiny.yaml
 

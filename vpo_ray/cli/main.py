@@ -2,6 +2,7 @@
 
 vpo run recipe.yaml                 everything, or what is left of it
 vpo plan recipe.yaml                check the recipe and say what it will take
+vpo evaluate recipe.yaml            does it help, by how much, and how sure is that
 vpo submit recipe.yaml              the same as a job of a Ray cluster
 vpo doctor recipe.yaml              check every node of the cluster
 vpo sample|judge|render|score ...   one stage, from its table to the next
