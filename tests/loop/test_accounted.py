@@ -7,7 +7,7 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray import recipe as recipes
-from vpo_ray.evaluation import policies as evaluated
+from vpo_ray.evaluation import streams
 from vpo_ray.evaluation.evaluate import evaluate
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop import opening, phases, policies
@@ -97,7 +97,7 @@ def test_an_evaluation_leaves_the_ledgers_of_its_policies(
     run = opening.open_run(recipe)
     phases.curate_queries(recipe, run)
     run.write_json("checkpoints/dpo/vpo.json", {})
-    monkeypatch.setattr(evaluated, "generate", raising(GenerationError("no")))
+    monkeypatch.setattr(streams, "generate", raising(GenerationError("no")))
     with pytest.raises(GenerationError):
         evaluate(recipe.model_copy(update={"evaluate": None}), run)
     own = RunDir(run.at(f"evaluation/policy-{phases.starting_policy(recipe, run).identity}"))

@@ -14,14 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
-from vpo_ray.evaluation.policies import enter, seeded
-from vpo_ray.files.folder import join
-from vpo_ray.loop.opening import accounted, opened, write_ledger
+from vpo_ray.evaluation.policies import seeded
+from vpo_ray.evaluation.streams import through
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evaluation, Recipe, Render, Reward
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.stream.pipeline import Models, generate
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +47,10 @@ def verdicts(
     )
     own = recipe.model_copy(update={"judge": judge, "evaluate": None})
     name = content_id(own.fingerprint("judge"), read_prompt(judge.critique_prompt), recipe.seed, digits=16)
+    own = own.model_copy(update={"out": run.at(f"evaluation/judged-{name}")})
     columns = ["candidate_id", "verdict", "critique", "error", "error_stage"]
     logger.info("evaluate: verdicts on %d prompts", len(prompts))
-    folder = _through(own, run, f"judged-{name}", "candidates", _rows(prompts), ("judge",), retry_errors)
+    folder = through(own, run, ("judge",), _rows(prompts), retry_errors)
     return {row["candidate_id"]: row for row in folder.table("verdicts").rows(columns)}
 
 
@@ -78,9 +77,9 @@ def videos(
         update={"render": settings, "more_rewards": {**recipe.more_rewards, **rewards}, "evaluate": None}
     )
     name = content_id(own.fingerprint("render", "reward", "more_rewards"), own.seed, digits=16)
+    own = own.model_copy(update={"out": run.at(f"evaluation/videos-{name}")})
     logger.info("evaluate: videos of %d prompts by %s", len(prompts), render.model or render.kind)
-    stages = ("render", "score")
-    folder = _through(own, run, f"videos-{name}", "verdicts", _rows(prompts), stages, retry_errors)
+    folder = through(own, run, ("render", "score"), _rows(prompts), retry_errors)
     return {row["candidate_id"]: row for row in folder.table("feedback").rows()}
 
 
@@ -95,22 +94,3 @@ def _rows(prompts: Mapping[Key, Row]) -> Iterable[Row]:
             "seed": 0,
             "prompt": key[1],
         }
-
-
-def _through(
-    recipe: Recipe,
-    run: RunDir,
-    name: str,
-    table: str,
-    rows: Iterable[Row],
-    stages: tuple[str, ...],
-    retry_errors: bool,
-) -> RunDir:
-    """Take rows through stages in a run directory of their own."""
-    own = recipe.model_copy(update={"out": join(run.uri, f"evaluation/{name}")})
-    with opened(own) as folder:
-        with accounted(own, folder):
-            enter(folder, table, rows, run, stages)
-            generate(own, folder, Models("", ""), stages, retry_errors)
-        write_ledger(own, folder)
-    return folder

@@ -7,26 +7,23 @@ seed and for each time that it is applied to its own output, filled by the stage
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vpo_ray.evaluation.sets import SetError, prompts_of_file
-from vpo_ray.files.folder import chunks, join
-from vpo_ray.loop.opening import accounted, opened, write_ledger
+from vpo_ray.evaluation.streams import through
 from vpo_ray.loop.phases import starting_policy
 from vpo_ray.loop.policies import LoopError, Start, dpo_id, policy_id
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, EvaluatedPolicy, Evaluation, Recipe, locate, result_keys
 from vpo_ray.records import Row, content_id, query_id, seed_of
-from vpo_ray.storage.run_dir import CURATED, GIVEN, ROUND, RunDir
+from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import sft_rows
-from vpo_ray.stream.pipeline import Models, generate
+from vpo_ray.stream.pipeline import Models
 from vpo_ray.train.model_files import identity as model_identity
 
 logger = logging.getLogger(__name__)
-
-QUERIES_PER_PART = 10_000
 
 
 @dataclass(frozen=True)
@@ -193,44 +190,16 @@ def _sampled(
     asked = Evaluation.model_validate({"policies": {rival.name: rival.settings}})
     own = seeded(recipe, seed).model_copy(
         update={
-            "out": join(run.uri, f"evaluation/policy-{name}"),
+            "out": run.at(f"evaluation/policy-{name}"),
             "sample": recipe.sample.model_copy(update={"k": 1}),
             "evaluate": None if rival.start is not None else asked,
         }
     )
-    source, stage, table = ("unwritten", "rewrite", "rewrites")
-    models = Models("", rival.identity)
-    if rival.start is not None:
-        source, stage, table = ("queries", "sample", "candidates")
-        models = Models(rival.start.policy, rival.start.identity)
     logger.info("evaluate: prompts of %s%s", rival.name, f", time {time}" if time > 1 else "")
-    with opened(own) as folder:
-        with accounted(own, folder):
-            enter(folder, source, queries, run, (stage,), rival.start)
-            generate(own, folder, models, (stage,), retry_errors)
-        write_ledger(own, folder)
+    if rival.start is None:
+        stage, table, models = "rewrite", "rewrites", Models("", rival.identity)
+    else:
+        stage, table, models = "sample", "candidates", Models(rival.start.policy, rival.start.identity)
+    folder = through(own, run, (stage,), queries, retry_errors, models, rival.start)
     columns = ["query_id", "prompt", "error", "error_stage"]
     return {row["query_id"]: row for row in folder.table(table).rows(columns)}
-
-
-def enter(
-    folder: RunDir,
-    table: str,
-    rows: Iterable[Row],
-    run: RunDir,
-    stages: Sequence[str],
-    start: Start | None = None,
-) -> None:
-    """Put rows that are not there yet into the table that the first stage of an evaluation's run directory
-    reads."""
-    facts: dict[str, Any] = {"evaluates": run.uri}
-    if start is not None:
-        facts["start"] = asdict(start)
-    folder.write_json(ROUND, facts)
-    target = folder.table(table)
-    known = target.keys()
-    for part in chunks((row for row in rows if row[target.key] not in known), QUERIES_PER_PART):
-        target.append(part)
-    folder.write_json(GIVEN, {"stages": list(stages), "rows": target.count()})
-    if table == "queries":
-        folder.write_json(CURATED, {"queries": target.count(), "dropped": 0})

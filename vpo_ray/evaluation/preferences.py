@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
-from vpo_ray.evaluation.asking import answers_of
+from vpo_ray.evaluation.streams import answers_of
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evaluation, Preference, Recipe
 from vpo_ray.recipe.result_keys import result_keys
@@ -34,7 +34,7 @@ def prefer(
         samples: rows of SAMPLE. Where `against` is unset, a policy is compared with those that come later.
 
     Raises:
-        PlacementError, GenerationError, OtherRecipeError: see `asking.answers_of`.
+        PlacementError, GenerationError, OtherRecipeError: see `streams.through`.
     """
     assert recipe.evaluate is not None
     settings = recipe.evaluate.prefer_prompts if what == "prompt" else recipe.evaluate.prefer_videos

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from vpo_ray.evaluation.asking import answers_of
+from vpo_ray.evaluation.streams import answers_of
 from vpo_ray.keywords import KeywordList
 from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.recipe.result_keys import result_keys
@@ -50,7 +50,7 @@ def guard(recipe: Recipe, run: RunDir, samples: Sequence[Row], retry_errors: boo
         samples: rows of SAMPLE.
 
     Raises:
-        PlacementError, GenerationError, OtherRecipeError: see `asking.answers_of`.
+        PlacementError, GenerationError, OtherRecipeError: see `streams.through`.
     """
     own = _recipe(recipe, run)
     logger.info("evaluate.guard is asked as the judge of %s", own.out)

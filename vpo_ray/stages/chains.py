@@ -83,7 +83,9 @@ class Chain:
         return run.table(spec.stage(stage).table)
 
     def table_before(self, run: RunDir, stage: str) -> Table:
-        """What a stage reads; not for the first."""
+        """What a stage reads."""
+        if self.enters(stage):
+            return run.table(self.source)
         return self.table(run, self.stages[self.stages.index(stage) - 1])
 
     def rows_before(self, recipe: Recipe, run: RunDir, models: Models, stage: str) -> Iterator[Row]:
