@@ -97,6 +97,7 @@ def test_pairs_are_of_one_place_and_with_one_policy_where_that_is_asked(tmp_path
     assert all("dpo" in (row["a"], row["b"]) for row in videos)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
 def test_an_llm_of_the_cluster_prefers_prompts(

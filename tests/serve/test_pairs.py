@@ -54,6 +54,7 @@ def test_videos_come_in_parts(
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine
 def test_the_endpoint_shows_the_page(endpoint: Callable[..., str], folder: Path) -> None:

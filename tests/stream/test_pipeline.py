@@ -132,6 +132,7 @@ def outputs(run: RunDir) -> dict[tuple, tuple]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["all", "adaptive"])
 def test_shards_and_then_the_whole_make_what_one_driver_makes(
     tmp_path: Path, faults: Path, strategy: str

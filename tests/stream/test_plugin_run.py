@@ -130,6 +130,7 @@ def test_the_command_lists_what_is_here_and_what_cannot_be_imported(installed: P
     assert "ModuleNotFoundError: No module named" in lines["render.kind", "worse"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
     (installed / "others.py").write_text(OTHERS)

@@ -117,6 +117,7 @@ def test_a_service_renders_what_is_scored(
     assert all(row["error"] is None for row in run.table("feedback").rows())
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_pays_for_no_video_twice(
     tmp_path: Path, ray_cluster: None, tiny_models: Path, server: VideoServer
 ) -> None:
