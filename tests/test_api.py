@@ -154,7 +154,7 @@ def test_every_phase_is_a_command() -> None:
     from vpo_ray.cli.steps import step_commands
     from vpo_ray.stages import spec
 
-    assert {*PHASES, *spec.names("generation"), "report"} == set(step_commands())
+    assert {*PHASES, *spec.names("generation"), "evaluate", "report"} == set(step_commands())
 
 
 # Batch inference
