@@ -6,7 +6,8 @@ make is judged and rendered once:
     evaluation/judged-<id>   candidates ─► judge ─► verdicts
     evaluation/videos-<id>   verdicts ─► render ─► score ─► feedback, of one video model and seed
 
-A prompt is rendered whatever its verdict, so the second knows none.
+A prompt is rendered whatever its verdict, which is in the first: for the second all count as aligned, as the
+render stage takes no others.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def videos(
     name = content_id(own.fingerprint("render", "reward", "more_rewards"), own.seed, digits=16)
     own = own.model_copy(update={"out": run.at(f"evaluation/videos-{name}")})
     logger.info("evaluate: videos of %d prompts by %s", len(prompts), render.model or render.kind)
-    folder = through(own, run, ("render", "score"), _rows(prompts), retry_errors)
+    rows = ({**row, "verdict": "aligned"} for row in _rows(prompts))
+    folder = through(own, run, ("render", "score"), rows, retry_errors)
     return {row["candidate_id"]: row for row in folder.table("feedback").rows()}
 
 

@@ -56,11 +56,11 @@ def decide(candidates: Sequence[Row], settings: Pair) -> dict[str, str | None]:
 
 
 def is_renderable(row: Row) -> bool:
-    """Whether a candidate is one to make a video of: its prompt was judged aligned, or by nobody, and nothing
-    failed before it came to the render stage. It may be rendered already, or have failed there."""
+    """Whether a candidate is one to make a video of: its prompt was judged aligned, and nothing failed
+    before it came to the render stage. It may be rendered already, or have failed there."""
     own = names("generation")
     failed_before = row.get("error") is not None and row.get("error_stage") not in own[own.index("render") :]
-    return row.get("verdict") in (None, "aligned") and row.get("prompt") is not None and not failed_before
+    return row.get("verdict") == "aligned" and row.get("prompt") is not None and not failed_before
 
 
 def videos_by_strategy(candidates: Sequence[Row], settings: Pair) -> dict[str, int]:
