@@ -20,7 +20,7 @@ from vpo_ray.loop.ledger import reconcile
 from vpo_ray.storage.cache_folder import VARIABLE
 from vpo_ray.storage.run_dir import RunDir
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[1]
 
