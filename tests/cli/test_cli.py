@@ -49,6 +49,7 @@ COMMANDS = {
     ],
     "doctor": ["recipe", "--help", "--out", "--set", "--json"],
     "tiny": ["DIR", "--help"],
+    "world": ["DIR", "--help"],
     "curate": RECIPE,
     "draft": [*RECIPE, "--retry-errors"],
     "sft": RECIPE,

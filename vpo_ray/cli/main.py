@@ -141,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
     )
     tiny.add_argument("folder", metavar="DIR")
+    world = command("world", "make the small world's models: a published LLM as the policy", _world)
+    world.add_argument("folder", metavar="DIR")
     run_of = {"train": _train, "sft": _train, "dpo": _train, "evaluate": _evaluate, "report": _report}
     run_of |= dict.fromkeys(sharded_commands(), _generate)
     for name, text in step_commands().items():
@@ -240,6 +242,14 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
     make_tiny(arguments.folder)
     sys.stdout.write(f"tiny checkpoints are in {arguments.folder}\n")
+    return 0
+
+
+def _world(arguments: argparse.Namespace) -> int:
+    from vpo_ray.world.make import make_world
+
+    make_world(arguments.folder)
+    sys.stdout.write(f"the world is in {arguments.folder}\n")
     return 0
 
 
