@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vpo_ray.world import lexicon
 from vpo_ray.world.detector import detect
-from vpo_ray.world.draw import FRAMES, SIDE, draw
+from vpo_ray.world.draw import FRAMES, SIDE, draw_clip
 from vpo_ray.world.language import SLIPS, UNSAFE, WORDS, caption, query, teach
 from vpo_ray.world.scene import ATTRIBUTES, NAMED, Scene, scenes
 from vpo_ray.world.truth import marks, truth
@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 @settings(max_examples=60, deadline=None)
 @given(SCENES, SEEDS)
 def test_the_detector_sees_what_is_drawn(scene, seed):
-    seen = detect(draw(scene, np.random.default_rng(seed)))
+    seen = detect(draw_clip(scene, np.random.default_rng(seed)))
     assert {name: getattr(seen, name) for name in ATTRIBUTES} == {n: getattr(scene, n) for n in ATTRIBUTES}
     assert seen.whole
 
@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_texts_and_clips():
     def make():
         rng = np.random.default_rng(5)
         scene = scenes(held_out=True)[3]
-        return query(scene, rng), caption(scene, rng), draw(scene, rng).tobytes()
+        return query(scene, rng), caption(scene, rng), draw_clip(scene, rng).tobytes()
 
     assert make() == make()
 
@@ -87,8 +87,8 @@ def test_what_is_unsafe_is_known_in_every_phrase_of_a_query():
 
 def test_truth_counts_what_is_named_a_whole_thing_and_a_clear_look():
     rng = np.random.default_rng(0)
-    clear = draw(Scene("red", "ball", "large", "right", "sea"), rng)
-    faded = draw(Scene("red", "ball", "large", "right", "sea", "faded"), rng)
+    clear = draw_clip(Scene("red", "ball", "large", "right", "sea"), rng)
+    faded = draw_clip(Scene("red", "ball", "large", "right", "sea", "faded"), rng)
     assert truth({"colour": "red", "motion": "right"}, clear) == 1
     assert truth({"colour": "red", "motion": "right"}, faded) == 0.75
     assert truth({"colour": "blue", "motion": "left", "place": "sea", "shape": None}, clear) == 0.6
@@ -98,7 +98,7 @@ def test_truth_counts_what_is_named_a_whole_thing_and_a_clear_look():
 
 def test_two_things_are_no_whole_thing():
     rng = np.random.default_rng(1)
-    one = draw(Scene("red", "ball", "small", "left", "night"), rng)
-    other = draw(Scene("red", "ball", "small", "right", "night"), rng)
+    one = draw_clip(Scene("red", "ball", "small", "left", "night"), rng)
+    other = draw_clip(Scene("red", "ball", "small", "right", "night"), rng)
     assert detect(one).whole
     assert not detect(np.maximum(one, other)).whole

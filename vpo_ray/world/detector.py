@@ -25,7 +25,7 @@ _COLOURS = list(THINGS)
 
 
 @dataclass(frozen=True)
-class Seen:
+class Detected:
     """What a clip shows. An attribute is None between two values, and "" where there is no thing."""
 
     colour: str | None
@@ -37,7 +37,7 @@ class Seen:
     whole: bool
 
 
-def detect(clip: np.ndarray) -> Seen:
+def detect(clip: np.ndarray) -> Detected:
     """What a clip, uint8 RGB (frames, height, width, 3), shows."""
     pixels = clip.reshape(-1, 3).astype(np.float32)
     fits = {}
@@ -45,23 +45,20 @@ def detect(clip: np.ndarray) -> Seen:
         palette = np.array([*GROUNDS[place], *THINGS.values()], np.float32)
         palette = wash(palette) if look == "faded" else palette
         # Squared distances but for the pixel's own square.
-        distance = (palette**2).sum(1) - 2 * pixels @ palette.T
-        square = distance.min(1) + (pixels**2).sum(1)
+        distance = (palette**2).sum(1)[:, None] - 2 * palette @ pixels.T
+        square = distance.min(0) + (pixels**2).sum(1)
         fits[place, look] = (float(np.sqrt(square.clip(0)).mean()), distance)
     place, look = min(fits, key=lambda key: fits[key][0])
-    nearest = fits[place, look][1].argmin(1).reshape(clip.shape[:-1]) - len(GROUNDS[place])
+    nearest = fits[place, look][1].argmin(0).reshape(clip.shape[:-1]) - len(GROUNDS[place])
     things = [_largest(frame >= 0) for frame in nearest]
     present = [thing is not None for thing in things]
     if sum(present) < len(clip) / 2:
-        return Seen("", "", "", "", place, look, whole=False)
+        return Detected("", "", "", "", place, look, whole=False)
     masks = [mask for thing in things if thing is not None for mask in [thing[0]]]
     whole = sum(thing is not None and thing[1] for thing in things) >= len(clip) - 1
-    counts = sum(
-        np.bincount(frame[thing[0]], minlength=len(_COLOURS))
-        for frame, thing in zip(nearest, things, strict=True)
-        if thing is not None
-    )
-    return Seen(_colour(counts), _shape(masks), _size(masks), _motion(masks), place, look, whole)
+    found = [frame[thing[0]] for frame, thing in zip(nearest, things, strict=True) if thing is not None]
+    counts = np.bincount(np.concatenate(found), minlength=len(_COLOURS))
+    return Detected(_colour(counts), _shape(masks), _size(masks), _motion(masks), place, look, whole)
 
 
 def _largest(mask: np.ndarray) -> tuple[np.ndarray, bool] | None:

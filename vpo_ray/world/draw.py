@@ -39,7 +39,7 @@ def wash(colours: np.ndarray) -> np.ndarray:
     return FADE * colours + (1 - FADE) * GREY
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def draw_clip(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A clip of the scene: uint8 RGB (FRAMES, SIDE, SIDE, 3).
 
     Where the thing begins and ends follows from its motion; its place in the frame, its size, the horizon and

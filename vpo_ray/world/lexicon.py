@@ -43,20 +43,26 @@ _OTHERS: dict[str, dict[str, str]] = {
         "faded": "hazy washed-out blurry faded bleached pale blurred foggy",
     },
 }
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Words of phrases that say nothing of the attribute by themselves.
-_EMPTY = frozenset(
+_EMPTY = _set(
     """
     a an the to in on at over and with of going moving flying standing thing ends beside border
     margin exact centre middle remains glides travels top bottom lush verdant calm rippling dim
     plain landscape contrast high definition soft focus tones above beneath flat horizontal
     vertical upright hovers
-    """.split()
+    """
 )
-_UNSAFE_WORDS = frozenset(
+_UNSAFE_WORDS = _set(
     """
     blood bloody gore corpse corpses naked nude nudity gun guns weapon killing kill killed murder
     suicide bomb shooting
-    """.split()
+    """
 )
 _REFUSAL = re.compile(
     r"\b(?:i\s+(?:cannot|can't|can not|won't)|i'm sorry|i am sorry|unable to)\b", re.IGNORECASE

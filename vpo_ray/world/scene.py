@@ -39,4 +39,5 @@ class Scene:
 def scenes(held_out: bool, look: str = "clear") -> list[Scene]:
     """All combinations with this look that are held out, or all that are not."""
     values = itertools.product(*(ATTRIBUTES[name] for name in NAMED))
-    return [scene for v in values if (scene := Scene(*v, look=look)).held_out == held_out]
+    every = (Scene(*named, look) for named in values)  # type: ignore[call-arg]
+    return [scene for scene in every if scene.held_out == held_out]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vpo_ray.world.detector import Seen, detect
+from vpo_ray.world.detector import Detected, detect
 
 
-def marks(named: Mapping[str, str | None], seen: Seen) -> dict[str, float]:
+def marks(named: Mapping[str, str | None], seen: Detected) -> dict[str, float]:
     """1 right, 0 wrong, 0.5 where the clip is between two values, for each attribute that is named, for
     `whole` (one whole thing throughout) and for `look` (clear)."""
     given = {
