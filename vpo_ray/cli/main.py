@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         "tiny", "make tiny checkpoints of the real architectures, to try everything on a CPU", _tiny
     )
     tiny.add_argument("folder", metavar="DIR")
-    world = command("world", "make the small world's models: a published LLM as the policy", _world)
+    world = command(
+        "world", "make a small world to learn in on a CPU: a published LLM, queries, SFT data", _world
+    )
     world.add_argument("folder", metavar="DIR")
     run_of = {"train": _train, "sft": _train, "dpo": _train, "evaluate": _evaluate, "report": _report}
     run_of |= dict.fromkeys(sharded_commands(), _generate)

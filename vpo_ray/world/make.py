@@ -1,17 +1,71 @@
-"""Everything that the small world's recipes name: `vpo world FOLDER`."""
+"""Everything that the small world's recipes name: `vpo world FOLDER`.
+
+`policy` is dequantised from a package; `video`, `judge` and `reward` are copies of what this package ships.
+`queries.jsonl` has users' queries to train on, `sft.jsonl` others with a teacher's prompts, and
+`held_out.jsonl` queries for scenes that no clip of the video model's training shows.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from vpo_ray.world.folder import make_once
+from vpo_ray.world.language import Query, query, teach
 from vpo_ray.world.policy import make_smollm2
+from vpo_ray.world.scene import scenes
+
+WEIGHTS = Path(__file__).parent / "weights"
+SEED = 5
+# Rows of the files; a recipe may take the first ones only.
+SFT, QUERIES, HELD_OUT = 60, 200, 150
 
 
 def make_world(folder: str | Path) -> None:
-    """Make `policy` in a folder; what is complete is kept.
+    """Make all of it in a folder; models that are complete are kept.
 
     Raises:
-        WorldError: see `make_smollm2`.
+        WorldError: see `make_smollm2` and `make_once`.
     """
     folder = Path(folder).expanduser()
     make_smollm2(folder / "policy")
+    for shipped in sorted(path for path in WEIGHTS.glob("*") if path.is_dir()):
+        copy = partial(shutil.copytree, shipped, dirs_exist_ok=True)
+        make_once(folder / shipped.name, {"content": _digest(shipped)}, copy)
+    write_texts(folder)
+
+
+def write_texts(folder: Path) -> None:
+    """Write the three files. No query is in two of them, and rows are the same on every machine."""
+    rng, known = np.random.default_rng(SEED), set[str]()
+    new = {held_out: _queries(held_out, known, rng) for held_out in (False, True)}
+    taught = list(itertools.islice(new[False], SFT))
+    _write(folder / "sft.jsonl", ({"query": q.text, "prompt": teach(q, rng)} for q in taught))
+    for name, held_out, rows in (("queries", False, QUERIES), ("held_out", True, HELD_OUT)):
+        _write(folder / f"{name}.jsonl", ({"query": q.text} for q in itertools.islice(new[held_out], rows)))
+
+
+def _queries(held_out: bool, known: set[str], rng: np.random.Generator) -> Iterator[Query]:
+    """Queries that are not known yet, without end."""
+    possible = scenes(held_out)
+    while True:
+        asked = query(possible[int(rng.integers(len(possible)))], rng)
+        if asked.text not in known:
+            known.add(asked.text)
+            yield asked
+
+
+def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def _digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
