@@ -5,6 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vpo_ray.engines.reward import RewardError, build
+from vpo_ray.engines.video.engine import encode
+from vpo_ray.recipe import Reward
 from vpo_ray.world import lexicon
 from vpo_ray.world.detector import detect
 from vpo_ray.world.draw import FRAMES, SIDE, draw_clip
@@ -102,3 +105,14 @@ def test_two_things_are_no_whole_thing():
     other = draw_clip(Scene("red", "ball", "small", "right", "night"), rng)
     assert detect(one).whole
     assert not detect(np.maximum(one, other)).whole
+
+
+def test_truth_is_a_reward_for_evaluations():
+    rng = np.random.default_rng(2)
+    clip = draw_clip(Scene("violet", "pole", "large", "up", "sea", "faded"), rng)
+    video = encode(clip, fps=8, crf=12)
+    settings = Reward(kind="vpo_ray.world.truth:Truth")
+    good, bad = build(settings).score([video, b"no video"], ["purpel pole at sea", "pole"])
+    assert good.dimensions == {"colour": 1, "shape": 1, "place": 1, "whole": 1, "look": 0}
+    assert good.score == 0.8
+    assert isinstance(bad, RewardError)

@@ -45,6 +45,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from vpo_ray.evaluation.results_table import table_text
     from vpo_ray.evaluation.vbench_files import export_vbench
     from vpo_ray.recipe import RecipeError
+    from vpo_ray.report.examples import examples_text, pick_examples
 
     if (arguments.export is None) != (arguments.to is None):
         raise RecipeError("--export and --to go together")
@@ -56,9 +57,11 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         retry_errors=arguments.retry_errors,
         verbose=arguments.verbose,
     )
-    sys.stdout.write(table_text(done.results, shutil.get_terminal_size((100, 24)).columns))
+    width, samples = shutil.get_terminal_size((100, 24)).columns, done.samples()
+    sys.stdout.write(table_text(done.results, width))
+    sys.stdout.write(f"\n{examples_text(pick_examples(done.results, samples), width)}\n")
     if arguments.export is not None:
-        counts = export_vbench(done.samples(), done.queries, arguments.to)
+        counts = export_vbench(samples, done.queries, arguments.to)
         sys.stdout.write(
             f"vbench   {counts['written']} videos, {counts['left_out']} left out: {arguments.to}\n"
         )

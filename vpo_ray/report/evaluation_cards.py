@@ -104,7 +104,7 @@ def query_cards(
     for group in groups:
         metric = sorting_metric(results, group)
         block = rows[group.set, group.video_model]
-        values = _values(block, metric, results["higher_is_better"].get(metric))
+        values = policy_values(block, metric, results["higher_is_better"].get(metric))
         a, b = block[group.a], block[group.b]
         sign = -1 if results["higher_is_better"].get(metric) is False else 1
         order = sorted(
@@ -152,7 +152,7 @@ def _measures(row: Row) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def _values(
+def policy_values(
     block: Mapping[str, Mapping[Key, Row]], metric: str, higher_is_better: bool | None
 ) -> dict[tuple[str, Key], float]:
     def value(row: Row) -> float | None:

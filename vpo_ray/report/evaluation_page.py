@@ -22,6 +22,7 @@ from vpo_ray.files.folder import Folder
 from vpo_ray.records import Row
 from vpo_ray.report.chart import Dots, dots
 from vpo_ray.report.evaluation_cards import groups_of, query_cards, sorting_metric
+from vpo_ray.report.examples import PICTURE, examples_picture, pick_examples
 from vpo_ray.report.page import render_page
 
 PAGE = "report.html"
@@ -92,9 +93,14 @@ def write_evaluation_page(
         StorageError: the page cannot be written, or a video not be copied.
     """
     alpha = 1 - results.get("confidence", 0.95)
+    samples = list(_rows(samples))
     groups = groups_of(results)
     answers = {row["comparison_id"]: row for row in (*_rows(comparisons), *votes_table(folder).rows())}
-    cards = query_cards(results, _rows(samples), answers.values(), folder)
+    cards = query_cards(results, samples, answers.values(), folder)
+    examples = pick_examples(results, samples)
+    picture = examples_picture(examples, folder)
+    if picture is not None:
+        folder.write(PICTURE, picture)
     page = render_page(
         "evaluation.html",
         ["report.css", "evaluation.css"],
@@ -112,6 +118,8 @@ def write_evaluation_page(
         rankings=_rankings(results.get("ranking", ())),
         errors=list(_errors(results.get("errors", {}))),
         cards=cards,
+        examples=examples,
+        picture=PICTURE if picture is not None else None,
         details={
             name: yaml.safe_dump(results[name], sort_keys=False, allow_unicode=True)
             for name in ("policies", "video_models", "config", "versions", "hashes")

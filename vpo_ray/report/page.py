@@ -68,8 +68,14 @@ def video_stores(evaluation: Folder, row: Row) -> list[VideoStore]:
 
 
 def _policy(style: str, script: str) -> str:
-    """A content security policy for a page without a server: our style, our script, videos by file."""
-    sources = {"style-src": _hash(style), "script-src": _hash(script), "media-src": "'self' file:"}
+    """A content security policy for a page without a server: our style and script, pictures and videos by
+    file."""
+    sources = {
+        "style-src": _hash(style),
+        "script-src": _hash(script),
+        "media-src": "'self' file:",
+        "img-src": "'self' file:",
+    }
     listed = "; ".join(f"{name} {value}" for name, value in sources.items())
     return f"default-src 'none'; {listed}; base-uri 'none'; form-action 'none'"
 
