@@ -127,6 +127,7 @@ _LOOKLESS = (
     "Across {place}, one {size} {colour} {shape} {motion}. It keeps its form throughout and is quite alone "
     "in the frame.",
 )
+CAPTIONS = _CAPTIONS + _LOOKLESS
 _VAGUE = ("thing", "smth", "something")
 _OPENINGS = ("", "", "", "", "video of ", "make ", "pls ", "i want to see ")
 
