@@ -1,0 +1,68 @@
+"""The world's video model: what was shipped does what its figures say, and training learns."""
+
+import json
+import re
+
+import pytest
+
+from vpo_ray.world.train import WEIGHTS
+
+pytestmark = pytest.mark.engine
+
+CLIPS = 40
+
+
+@pytest.fixture(scope="module")
+def measured():
+    from vpo_ray.world.train_video import figures
+
+    return figures(WEIGHTS / "video", CLIPS, seed=11)
+
+
+@pytest.fixture(scope="module")
+def noted():
+    return json.loads((WEIGHTS / "figures.json").read_text("utf-8"))["video"]
+
+
+@pytest.mark.parametrize("name", ["colour", "shape", "motion", "place", "look", "whole"])
+def test_shipped_weights_reach_their_figures_on_held_out_captions(name, measured, noted):
+    # Three standard errors of a share of 40 clips.
+    error = 3 * (max(noted[name] * (1 - noted[name]), 0.01) / CLIPS) ** 0.5
+    assert measured[name] >= noted[name] - error
+
+
+def test_a_users_query_gives_less_than_a_careful_caption(measured):
+    assert measured["truth_of_captions"] - measured["truth_of_queries"] > 0.15
+
+
+def test_the_weights_are_small():
+    assert sum(f.stat().st_size for f in (WEIGHTS / "video").rglob("*") if f.is_file()) < 7 * 2**20
+
+
+def test_no_caption_is_longer_than_the_text_encoder_takes():
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from vpo_ray.world.language import caption
+    from vpo_ray.world.scene import scenes
+    from vpo_ray.world.train_video import TEXT_TOKENS
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "video" / "tokenizer")
+    rng = np.random.default_rng(0)
+    texts = [caption(scene, rng) for scene in scenes(held_out=True)]
+    assert max(len(ids) for ids in tokenizer(texts).input_ids) <= TEXT_TOKENS
+
+
+@pytest.mark.slow
+def test_a_minute_of_training_sees_the_loss_fall(tmp_path, caplog):
+    from vpo_ray.world import train_video
+
+    with caplog.at_level("INFO"):
+        train_video.train(tmp_path / "video", minutes=1, clips=2)
+    losses = {
+        part: [float(x) for x in re.findall(rf"{part}.*?: step \d+, loss ([\d.]+)", caplog.text)]
+        for part in ("vae 32px", "text", "denoiser")
+    }
+    assert losses["vae 32px"][-1] < losses["vae 32px"][0]
+    assert losses["text"][-1] < losses["text"][0]
+    assert losses["denoiser"][-1] < losses["denoiser"][0]
