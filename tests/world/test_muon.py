@@ -15,7 +15,7 @@ def fit(dtype):
     x = torch.randn(64, 8, dtype=dtype)
     wanted = torch.sin(x @ torch.randn(8, 4, dtype=dtype))
     model = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 4)).to(dtype)
-    optimiser = Muon([model], rate=5e-3, adam_rate=1e-2)
+    optimiser = Muon([model], rate=2e-2, adam_rate=1e-2)
     losses = []
     for share in Budget(200).rates():
         loss = (model(x) - wanted).float().square().mean()
