@@ -33,7 +33,7 @@ from vpo_ray.world.truth import marks
 log = logging.getLogger(__name__)
 
 TEXT_TOKENS = 64
-STEPS, GUIDANCE = 6, 1.5
+STEPS, GUIDANCE = 6, 1.0
 _LOOKLESS = 0.15  # share of captions that do not say the look
 _DROPPED = 0.1  # share of captions that are empty, for guidance
 _THING = 8.0  # latents of a thing weigh so much more than those around it
