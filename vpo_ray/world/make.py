@@ -45,18 +45,21 @@ def make_world(folder: str | Path) -> None:
 def write_texts(folder: Path) -> None:
     """Write the three files. No query is in two of them, and rows are the same on every machine."""
     rng, known = np.random.default_rng(SEED), set[str]()
-    new = {held_out: _queries(held_out, known, rng) for held_out in (False, True)}
-    taught = list(itertools.islice(new[False], SFT))
+    # An example that names more teaches more: what a teacher adds by chance cannot be learnt.
+    taught = list(itertools.islice(_queries(False, (3, 5), known, rng), SFT))
     _write(folder / "sft.jsonl", ({"query": q.text, "prompt": teach(q, rng)} for q in taught))
     for name, held_out, rows in (("queries", False, QUERIES), ("held_out", True, HELD_OUT)):
-        _write(folder / f"{name}.jsonl", ({"query": q.text} for q in itertools.islice(new[held_out], rows)))
+        new = _queries(held_out, (2, 4), known, rng)
+        _write(folder / f"{name}.jsonl", ({"query": q.text} for q in itertools.islice(new, rows)))
 
 
-def _queries(held_out: bool, known: set[str], rng: np.random.Generator) -> Iterator[Query]:
-    """Queries that are not known yet, without end."""
+def _queries(
+    held_out: bool, names: tuple[int, int], known: set[str], rng: np.random.Generator
+) -> Iterator[Query]:
+    """Queries that are not known yet, without end; `names` are the fewest and the most attributes of each."""
     possible = scenes(held_out)
     while True:
-        asked = query(possible[int(rng.integers(len(possible)))], rng)
+        asked = query(possible[int(rng.integers(len(possible)))], rng, names=names)
         if asked.text not in known:
             known.add(asked.text)
             yield asked
