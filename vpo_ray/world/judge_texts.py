@@ -87,14 +87,16 @@ def judged(query: str, prompt: str) -> dict[str, Any]:
     """The answer of a perfect judge to its critique prompt."""
     asked, said = lexicon.read(query), lexicon.read(prompt)
     harm = next(iter(lexicon.unsafe_words(prompt)), "none")
+    broken = lexicon.broken(asked, prompt)
     slots = [f"refusal {'yes' if lexicon.is_refusal(prompt) else 'no'}", f"harm {harm}"]
     for name in ATTRIBUTES:
         wanted = (asked[name] or "two") if name in asked else "any"
         seen = (said[name] or "two") if name in said else "none"
-        slots.append(f"{name} asked {wanted} said {seen}")
+        mark = "broken" if name in broken else "kept" if asked.get(name) else "free"
+        slots.append(f"{name} asked {wanted} said {seen} {mark}")
     return {
         "critique": ", ".join(slots),
-        "missing": [f"{name} {asked[name]}" for name in lexicon.broken(asked, prompt)],
+        "missing": [f"{name} {asked[name]}" for name in broken],
         "added": [],
         "verdict": lexicon.verdict(query, prompt),
     }
@@ -139,13 +141,17 @@ def _prompt(asked: Query, rng: np.random.Generator) -> str:
     kind = rng.random()
     if kind < 0.3:
         return teach(asked, rng)
-    if kind < 0.55:
+    if kind < 0.45:
         return _altered(asked, rng)
-    if kind < 0.8:
+    if kind < 0.6:
+        return _spliced(asked, rng)
+    if kind < 0.82:
         said = {name: value for name, value in _about(asked.named, rng).items() if rng.random() < 0.9}
         slots = {name: _phrase(name, said[name], rng) if name in said else "" for name in ATTRIBUTES}
-        return re.sub(" +", " ", _pick(_PROSE, rng).format(**slots)).strip()
-    if kind < 0.86:
+        return re.sub(
+            " +", " ", _pick(_PROSE if rng.random() < 0.6 else CAPTIONS, rng).format(**slots)
+        ).strip()
+    if kind < 0.87:
         return asked.text
     return _soup(_about(asked.named, rng), rng)
 
@@ -162,6 +168,27 @@ def _altered(asked: Query, rng: np.random.Generator) -> str:
         return re.sub(" +", " ", text)
     changed = {name: _pick(ATTRIBUTES[name], rng) for name in rng.choice(names, rng.integers(1, 3))}
     return caption(Scene(**{**vars(scene), **changed}), rng, look=bool(rng.integers(2)))
+
+
+def _spliced(asked: Query, rng: np.random.Generator) -> str:
+    """The beginning of a caption and the end of another, as policies mix what they know; or a caption with
+    a word or two changed for others of the same attribute."""
+    words = teach(asked, rng).split(" ")
+    if rng.random() < 0.5:
+        names = [name for name in asked.named if rng.random() < 0.7]
+        other = complete(
+            {name: asked.named[name] for name in names}, rng, look=_pick(ATTRIBUTES["look"], rng)
+        )
+        end = caption(other, rng).split(" ")
+        at = rng.random()
+        skipped = min(max(at + rng.normal(0, 0.15), 0), 1)
+        return " ".join([*words[: int(at * len(words))], *end[int(skipped * len(end)) :]])
+    for _ in range(int(rng.integers(1, 3))):
+        known = [i for i, word in enumerate(words) if word.strip(".,") in lexicon.VOCABULARY]
+        at = _pick(known, rng)
+        name, _ = lexicon.VOCABULARY[words[at].strip(".,")]
+        words[at] = _pick(_words()[name, _pick(ATTRIBUTES[name], rng)], rng)
+    return " ".join(words)
 
 
 def _about(named: dict[str, str], rng: np.random.Generator) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The world's judge: a Llama of 1.7 M parameters, trained from nothing on the lexicon's answers.
+"""The world's judge: a Llama of 1.2 M parameters, trained from nothing on the lexicon's answers.
 
 `python -m vpo_ray.world.train judge` makes the folder that `judge.model` names, with the judge's own short
 templates beside the weights.
@@ -26,7 +26,7 @@ from vpo_ray.world.scene import scenes
 logger = logging.getLogger(__name__)
 
 PAIRS = 40_000
-STEPS = 2_000
+STEPS = 1_000
 TOKENS = 4_096  # of a batch, the padding among them
 POOL = 1_024  # examples that are sorted by length before they are cut into batches
 LEARNING_RATE = 3e-3
