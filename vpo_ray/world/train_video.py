@@ -75,7 +75,7 @@ def train(folder: Path, minutes: float | None = None, clips: int = 300) -> dict[
 
 def _fit_video(vae: Any, folder: Path, start: float, total: float) -> None:
     rng = np.random.default_rng(2)
-    latents = encode_clips(vae, rng)
+    latents = encode_clips(vae, rng, seconds=total * 0.15)
     vae.register_to_config(scaling_factor=latents.scale)
     tokenizer = build_tokenizer(rng)
     torch.manual_seed(3)
@@ -121,11 +121,17 @@ class Video:
 
 
 @torch.no_grad()
-def encode_clips(vae: Any, rng: np.random.Generator, of_each: int = 2) -> Latents:
-    """Draw some clips of every training scene, and encode them."""
+def encode_clips(vae: Any, rng: np.random.Generator, of_each: int = 2, seconds: float = math.inf) -> Latents:
+    """Draw some clips of every training scene, and encode them; as many as the time allows."""
     every = training_scenes() * of_each
-    values, masks = [], []
+    every = [every[int(i)] for i in rng.permutation(len(every))]
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+    start = time.monotonic()
     for i in range(0, len(every), 16):
+        if values and time.monotonic() - start > seconds:
+            every = every[:i]
+            break
         clips, things = drawn(every[i : i + 16], rng)
         with torch.autocast("cpu", torch.bfloat16):
             values.append(encode(vae, clips).float())
@@ -359,6 +365,7 @@ def figures(folder: Path, count: int, seed: int = 7, **changes: Any) -> dict[str
     seconds = (time.monotonic() - start) / (2 * count)
     return {
         "clips": count,
+        "dtype": engine.settings.dtype,
         "steps": engine.settings.steps,
         "guidance": engine.settings.guidance,
         "seconds_a_clip": round(seconds, 3),
