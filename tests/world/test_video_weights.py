@@ -16,7 +16,7 @@ CLIPS = 40
 def measured():
     from vpo_ray.world.train_video import figures
 
-    return figures(WEIGHTS / "video", CLIPS, seed=11)
+    return figures(WEIGHTS / "video", CLIPS, seed=11, queries=12)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def noted():
 @pytest.mark.parametrize("name", ["colour", "shape", "motion", "place", "look", "whole"])
 def test_shipped_weights_reach_their_figures_on_held_out_captions(name, measured, noted):
     # Three standard errors of a share of 40 clips.
-    error = 3 * (max(noted[name] * (1 - noted[name]), 0.01) / CLIPS) ** 0.5
+    error = 3 * (max(noted[name] * (1 - noted[name]), 0.02) / CLIPS) ** 0.5
     assert measured[name] >= noted[name] - error
 
 
@@ -55,14 +55,14 @@ def test_no_caption_is_longer_than_the_text_encoder_takes():
 
 @pytest.mark.slow
 def test_a_minute_of_training_sees_the_loss_fall(tmp_path, caplog):
-    from vpo_ray.world import train_video
+    from vpo_ray.world.muon import Budget
+    from vpo_ray.world.train_vae import train_vae
+    from vpo_ray.world.train_video import fit_video
 
     with caplog.at_level("INFO"):
-        train_video.train(tmp_path / "video", minutes=1, clips=2)
-    losses = {
-        part: [float(x) for x in re.findall(rf"{part}.*?: step \d+, loss ([\d.]+)", caplog.text)]
-        for part in ("vae 32px", "text", "denoiser")
-    }
-    assert losses["vae 32px"][-1] < losses["vae 32px"][0]
-    assert losses["text"][-1] < losses["text"][0]
-    assert losses["denoiser"][-1] < losses["denoiser"][0]
+        vae = train_vae(Budget(41), Budget(1))
+        fit_video(vae, tmp_path, text=Budget(101), denoiser=Budget(41), encoding_s=5)
+    for part in ("vae 32px", "text", "denoiser"):
+        losses = [float(x) for x in re.findall(rf"{part}: step \d+, loss ([\d.]+)", caplog.text)]
+        assert losses[-1] < 0.9 * losses[0], part
+    assert (tmp_path / "model_index.json").exists()

@@ -68,22 +68,26 @@ def train(folder: Path, minutes: float | None = None, clips: int = 300) -> dict[
     start = time.monotonic()
     total = 60 * minutes if minutes else math.inf
     vae = train_vae(Budget(200, total * 0.06), Budget(900, total * 0.25))
-    _fit_video(vae, folder, start, total)
+    fit_video(vae, folder, Budget(200, total * 0.03), Budget(2500, total * 0.5, warm_up=60), total * 0.15)
     seconds = time.monotonic() - start
     return {"minutes": round(seconds / 60, 1)} | figures(folder, clips)
 
 
-def _fit_video(vae: Any, folder: Path, start: float, total: float) -> None:
+def fit_video(vae: Any, folder: Path, text: Budget, denoiser: Budget, encoding_s: float = math.inf) -> None:
+    """Train the rest of the pipeline for a VAE, and write all of it.
+
+    Args:
+        encoding_s: seconds for drawing and encoding the clips to train on.
+    """
     rng = np.random.default_rng(2)
-    latents = encode_clips(vae, rng, seconds=total * 0.15)
+    latents = encode_clips(vae, rng, seconds=encoding_s)
     vae.register_to_config(scaling_factor=latents.scale)
     tokenizer = build_tokenizer(rng)
     torch.manual_seed(3)
     text_encoder = build_text_encoder(len(tokenizer))
-    pretrain_text(text_encoder, tokenizer, Budget(200, total * 0.025), rng)
+    pretrain_text(text_encoder, tokenizer, text, rng)
     video = Video(tokenizer, text_encoder.bfloat16(), vae, build_transformer().bfloat16(), build_scheduler())
-    left = total - (time.monotonic() - start)
-    train_denoiser(video, latents, Budget(2500, left, warm_up=60), folder, rng)
+    train_denoiser(video, latents, denoiser, folder, rng)
 
 
 @dataclass(frozen=True)
@@ -337,10 +341,13 @@ def _timesteps(count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.where(rng.random(count) < 0.2, 999, steps))
 
 
-def figures(folder: Path, count: int, seed: int = 7, **changes: Any) -> dict[str, Any]:
+def figures(
+    folder: Path, count: int, seed: int = 7, queries: int | None = None, **changes: Any
+) -> dict[str, Any]:
     """What the detector finds in clips of held-out combinations, rendered by the product's engine.
 
     Args:
+        queries: of how many of the scenes a query is rendered, too; of all when unset.
         changes: of the render settings.
 
     Returns:
@@ -353,6 +360,8 @@ def figures(folder: Path, count: int, seed: int = 7, **changes: Any) -> dict[str
     start = time.monotonic()
     for i, scene, asked in held_out(count, seed):
         texts = {"caption": caption(scene, np.random.default_rng([seed, i, 1])), "query": asked.text}
+        if queries is not None and i >= queries:
+            del texts["query"]
         for kind, text in texts.items():
             clip = engine.render([text], [i])[0]
             if isinstance(clip, Exception):
@@ -362,7 +371,7 @@ def figures(folder: Path, count: int, seed: int = 7, **changes: Any) -> dict[str
             if kind == "caption":
                 right.update(name for name in ATTRIBUTES if getattr(seen, name) == getattr(scene, name))
                 right["whole"] += seen.whole
-    seconds = (time.monotonic() - start) / (2 * count)
+    seconds = (time.monotonic() - start) / sum(map(len, truth.values()))
     return {
         "clips": count,
         "dtype": engine.settings.dtype,
