@@ -47,12 +47,17 @@ _TEMPLATE = (
 
 
 def train(
-    folder: str | Path, minutes: float | None = None, steps: int = STEPS, pairs: int = PAIRS
+    folder: str | Path,
+    minutes: float | None = None,
+    steps: int = STEPS,
+    pairs: int = PAIRS,
+    measured: int = 400,
 ) -> dict[str, Any]:
     """Train a judge from fixed seeds into a folder; the same on every run of a machine without `minutes`.
 
     Args:
         minutes: stop after so many minutes of training, where that is before the last step.
+        measured: pairs of its figures.
 
     Returns:
         Its figures; see `measure`.
@@ -99,7 +104,11 @@ def train(
             save(model, tokenizer, folder)
     save(model, tokenizer, folder)
     took = {"minutes": round((time.monotonic() - begun) / 60, 1), "steps": len(losses)}
-    return {**took, "loss": [round(losses[0], 3), round(float(np.mean(losses[-20:])), 4)], **measure(folder)}
+    return {
+        **took,
+        "loss": [round(losses[0], 3), round(float(np.mean(losses[-20:])), 4)],
+        **measure(folder, measured),
+    }
 
 
 def measure(folder: str | Path, count: int = 400, seed: int = 1) -> dict[str, Any]:
