@@ -37,8 +37,20 @@ class Detected:
     whole: bool
 
 
-def detect(clip: np.ndarray) -> Detected:
-    """What a clip, uint8 RGB (frames, height, width, 3), shows."""
+@dataclass(frozen=True)
+class Parts:
+    """What the pixels of a clip belong to: `nearest` (frames, height, width) is the index of a thing's
+    colour, below 0 for sky and ground; `things` the largest patch of each frame and whether it is nearly all
+    there is, None without one."""
+
+    place: str
+    look: str
+    nearest: np.ndarray
+    things: list[tuple[np.ndarray, bool] | None]
+
+
+def segment(clip: np.ndarray) -> Parts:
+    """What the pixels of a clip, uint8 RGB (frames, height, width, 3), belong to."""
     pixels = clip.reshape(-1, 3).astype(np.float32)
     fits = {}
     for place, look in itertools.product(GROUNDS, ("clear", "faded")):
@@ -50,12 +62,22 @@ def detect(clip: np.ndarray) -> Detected:
         fits[place, look] = (float(np.sqrt(square.clip(0)).mean()), distance)
     place, look = min(fits, key=lambda key: fits[key][0])
     nearest = fits[place, look][1].argmin(0).reshape(clip.shape[:-1]) - len(GROUNDS[place])
-    things = [_largest(frame >= 0) for frame in nearest]
+    return Parts(place, look, nearest, [_largest(frame >= 0) for frame in nearest])
+
+
+def detect(clip: np.ndarray) -> Detected:
+    """What a clip, uint8 RGB (frames, height, width, 3), shows."""
+    return describe(segment(clip))
+
+
+def describe(parts: Parts) -> Detected:
+    """What a clip of these parts shows."""
+    place, look, nearest, things = parts.place, parts.look, parts.nearest, parts.things
     present = [thing is not None for thing in things]
-    if sum(present) < len(clip) / 2:
+    if sum(present) < len(things) / 2:
         return Detected("", "", "", "", place, look, whole=False)
     masks = [mask for thing in things if thing is not None for mask in [thing[0]]]
-    whole = sum(thing is not None and thing[1] for thing in things) >= len(clip) - 1
+    whole = sum(thing is not None and thing[1] for thing in things) >= len(things) - 1
     found = [frame[thing[0]] for frame, thing in zip(nearest, things, strict=True) if thing is not None]
     counts = np.bincount(np.concatenate(found), minlength=len(_COLOURS))
     return Detected(_colour(counts), _shape(masks), _size(masks), _motion(masks), place, look, whole)

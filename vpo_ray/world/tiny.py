@@ -8,7 +8,7 @@ package's example texts. Everything is made from fixed seeds, so that two machin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -131,11 +131,12 @@ def _texts() -> list[str]:
     return texts + prompts + [question for question, _, _ in QUESTIONS]
 
 
-def _llama3_tokenizer(vocab_size: int, words: tuple[str, ...] = ()) -> Any:
+def llama3_tokenizer(vocab_size: int, words: tuple[str, ...] = (), texts: Sequence[str] | None = None) -> Any:
     """A byte-level BPE tokenizer as Llama 3's: special tokens after the vocabulary, BOS in front.
 
     Args:
         words: whole words that must be one token each (`ignore_merges` keeps them so).
+        texts: what it is trained on; the package's example texts when None.
     """
     from tokenizers import (
         AddedToken,
@@ -160,7 +161,9 @@ def _llama3_tokenizer(vocab_size: int, words: tuple[str, ...] = ()) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     # Words that must be single tokens are repeated, so that their merges come first.
-    tokenizer.train_from_iterator([*_texts(), *(word for word in words for _ in range(1000))], trainer)
+    tokenizer.train_from_iterator(
+        [*(texts or _texts()), *(word for word in words for _ in range(1000))], trainer
+    )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in LLAMA3_SPECIAL])
     bos = LLAMA3_SPECIAL[0]
     tokenizer.post_processor = processors.Sequence(
@@ -187,7 +190,7 @@ def _llama(folder: Path) -> None:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _llama3_tokenizer(1024)
+    tokenizer = llama3_tokenizer(1024)
     tokenizer.chat_template = LLAMA3_TEMPLATE
     tokenizer.model_max_length = 4096
     ends = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
@@ -314,7 +317,7 @@ def _cogvlm2_video(folder: Path, sizes: dict[str, Any]) -> None:
 
     from vpo_ray.engines.reward.checkpoint import ARCHITECTURE, read_config, tensor_shapes
 
-    tokenizer = _llama3_tokenizer(1024, words=("yes", "no", "Yes", "No", " yes", " no"))
+    tokenizer = llama3_tokenizer(1024, words=("yes", "no", "Yes", "No", " yes", " no"))
     tree: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "bos_token_id": tokenizer.bos_token_id,

@@ -116,7 +116,7 @@ def mochi(folder: Path) -> None:
 
 
 def hunyuanvideo(folder: Path) -> None:
-    tokenizer = tiny._llama3_tokenizer(512)
+    tokenizer = tiny.llama3_tokenizer(512)
     llama = transformers.LlamaModel(
         transformers.LlamaConfig(
             vocab_size=len(tokenizer),

@@ -284,7 +284,7 @@ def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
     segments: list[Segment] = []
     start, size = 0, group_size(device)
     for layout in layouts:
-        sees = _sees(layout)
+        sees = visibility(layout)
         total = len(layout.tokens.ids)
         groups = []
         for i in range(0, len(layout.chains), size):
@@ -304,7 +304,7 @@ def _segments(layouts: Sequence[Layout], device: torch.device) -> list[Segment]:
     return segments
 
 
-def _sees(layout: Layout) -> torch.Tensor:
+def visibility(layout: Layout) -> torch.Tensor:
     """True where a question token (row) sees another (column): those of its ancestors, and earlier ones of
     its own chain. Both are counted from the end of the prefix."""
     count = len(layout.tokens.ids) - layout.prefix

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from vpo_ray.engines.reward import RewardError
 
 Template = Literal["chat", "vqa", "base"]
-_TEXT = {"chat": "Question: {} Answer:", "vqa": "Question: {} Short answer:", "base": "{}"}
+TEXT = {"chat": "Question: {} Answer:", "vqa": "Question: {} Short answer:", "base": "{}"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def layout(
     first = before.positions[-1] + 1
     texts = []
     for number, question in enumerate(questions, 1):
-        text = _encode(tokenizer, _TEXT[template].format(question))
+        text = _encode(tokenizer, TEXT[template].format(question))
         if first + len(text) > limit:
             raise RewardError(
                 f"question {number} has {len(text)} tokens after {first} positions of video, together "
