@@ -29,6 +29,7 @@ from vpo_ray.engines.reward import checkpoint, sequence
 from vpo_ray.engines.reward.frames import preprocess
 from vpo_ray.engines.reward.model import CogVLM2Video, visibility
 from vpo_ray.world.language import query
+from vpo_ray.world.make import WEIGHTS
 from vpo_ray.world.muon import Budget, Muon
 from vpo_ray.world.questions import BLIND_SPOT, CHECKS
 from vpo_ray.world.reward_batches import ASKED, Batch, Reader
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 SEED = 3
 MINUTES = 40.0
-VIDEO = Path(__file__).parent / "weights" / "video"
+VIDEO = WEIGHTS / "video"
 # Of every attribute: each value, and none.
 VALUES = [len(values) + 1 for values in ATTRIBUTES.values()]
 SIZES: dict[str, Any] = {
