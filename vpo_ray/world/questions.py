@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import binary_dilation, find_objects
+from scipy.ndimage import find_objects
 
 from vpo_ray.engines.reward.checklist import SLOT
 from vpo_ray.world.detector import MOVING, STILL, Detected, Parts, describe, segment
@@ -26,7 +26,6 @@ class View:
         areas: (frames,), pixels.
         aspects: (frames,), width by height of the box around it.
         inside: no frame has it at the picture's edge.
-        contrast: distance in RGB of its mean colour to that of its surroundings, mean of the frames.
     """
 
     seen: Detected
@@ -35,14 +34,13 @@ class View:
     areas: np.ndarray
     aspects: np.ndarray
     inside: bool
-    contrast: float
 
 
 def view(clip: np.ndarray) -> View:
     """What a clip, uint8 RGB (frames, height, width, 3), shows."""
     parts = segment(clip)
     centres = np.full((len(clip), 2), np.nan)
-    areas, aspects, contrasts = (np.full(len(clip), np.nan) for _ in range(3))
+    areas, aspects = (np.full(len(clip), np.nan) for _ in range(2))
     inside = True
     for i, thing in enumerate(parts.things):
         if thing is None:
@@ -52,12 +50,7 @@ def view(clip: np.ndarray) -> View:
         height, width = (side.stop - side.start for side in box)
         centres[i], areas[i], aspects[i] = np.argwhere(mask).mean(0)[::-1], mask.sum(), width / height
         inside &= all(side.start > 0 and side.stop < SIDE for side in box)
-        around = tuple(slice(max(side.start - 5, 0), side.stop + 5) for side in box)
-        near, own = clip[i][around], mask[around]
-        ring = ~binary_dilation(own, iterations=2)
-        contrasts[i] = np.linalg.norm(near[own].mean(0) - near[ring].mean(0)) if ring.any() else 0.0
-    contrast = 0.0 if np.isnan(contrasts).all() else float(np.nanmean(contrasts))
-    return View(describe(parts), parts, centres, areas, aspects, inside, contrast)
+    return View(describe(parts), parts, centres, areas, aspects, inside)
 
 
 def _asked(name: str) -> Callable[[View, Mapping[str, str | None]], bool | None]:
@@ -88,14 +81,6 @@ def _moves(shown: View) -> bool | None:
     there = shown.centres[~np.isnan(shown.areas)]
     way = float(np.abs(there[-2:].mean(0) - there[:2].mean(0)).max())
     return _between(way, STILL, MOVING)
-
-
-def _steady(shown: View) -> bool | None:
-    """Whether the thing's centre stays near a straight line in equal steps: a pixel and a half, or three."""
-    frames = np.flatnonzero(~np.isnan(shown.areas))
-    there = shown.centres[frames]
-    line = np.stack([np.polyval(np.polyfit(frames, axis, 1), frames) for axis in there.T], 1)
-    return _between(float(np.linalg.norm(there - line, axis=1).max()), 3.0, 1.5)
 
 
 def _form(shown: View) -> bool | None:
@@ -140,13 +125,6 @@ CHECKS = (
         }.items()
     ),
     Check("clear", "Is the picture sharp and clear?", 1.0, "quality", lambda v, _: v.seen.look == "clear"),
-    Check(
-        "contrast",
-        "Does the thing stand out from what surrounds it?",
-        0.2,
-        "quality",
-        _rule(lambda v: _between(v.contrast, 125.0, 140.0)),
-    ),
     Check("large", "Is the thing large?", 0.15, "quality", _rule(_large)),
     Check("whole", "Is there one whole thing throughout?", 1.0, "stability", lambda v, _: v.seen.whole),
     Check(
@@ -161,7 +139,6 @@ CHECKS = (
         "inside", "Is it inside the frame from edge to edge?", 0.15, "stability", _rule(lambda v: v.inside)
     ),
     Check("moves", "Does it move to another place?", 0.1, "dynamics", _rule(_moves)),
-    Check("steady", "Is its movement even?", 0.1, "dynamics", _rule(_steady)),
 )
 
 

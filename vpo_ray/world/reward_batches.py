@@ -78,9 +78,12 @@ class Reader:
             answers.append(right)
             named.append(told)
         frames = torch.from_numpy(clips.frames[chosen]).flatten(0, 1)
+        seen, free, course = (torch.from_numpy(a[chosen]) for a in (clips.seen, clips.free, clips.course))
         return Batch(
             preprocess(frames, self.config.vision.image_size).bfloat16(),
-            *(torch.from_numpy(a[chosen]) for a in (clips.seen, clips.free, clips.course)),
+            seen,
+            free,
+            course,
             torch.tensor(named),
             torch.from_numpy(np.array(answers)),
             layouts,

@@ -81,6 +81,15 @@ class Clips:
                 found[i] = -1 if value < 0 else value == asked
         return found
 
+    def truth(self, clip: int, named: dict[str, str]) -> float:
+        """`truth.truth` of a clip for a query that names this."""
+        look, free = tuple(ATTRIBUTES).index("look"), {c.key: i for i, c in enumerate(CHECKS)}
+        marks = [float(self.free[clip, free["whole"]]), float(self.seen[clip, look] == 0)]
+        for name, asked in named.items():
+            value = int(self.seen[clip, NAMED.index(name)])
+            marks.append(0.5 if value < 0 else float(value == ATTRIBUTES[name].index(asked)))
+        return float(np.mean(marks))
+
 
 def read(videos: Iterable[bytes], asked: Sequence[Scene]) -> Clips:
     """The clips of mp4 files, and the right answers."""

@@ -10,25 +10,23 @@ from typing import Any
 import numpy as np
 
 from vpo_ray import recipe
-from vpo_ray.engines.reward import Scored, build
-from vpo_ray.engines.reward.frames import read_video
+from vpo_ray.engines.reward import RewardModel, Scored, build
 from vpo_ray.world.language import query
 from vpo_ray.world.questions import BLIND_SPOT, CHECKS
-from vpo_ray.world.reward_clips import FRAME_STRATEGY, Group, read_groups
-from vpo_ray.world.truth import truth
+from vpo_ray.world.reward_clips import FRAME_STRATEGY, Clips, Group, read_groups
 
 
 def settings(folder: Path) -> recipe.Reward:
     """The world's reward as the recipes run it."""
-    checklist = recipe.Checklist(file=str(folder / "checklist.yaml"))
-    return recipe.Reward(
-        model=str(folder),
-        dtype="float32",
-        frame_strategy=FRAME_STRATEGY,
-        rule="margin",
-        checklist=checklist,
-        device="cpu",
-    )
+    given: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": "float32",
+        "frame_strategy": FRAME_STRATEGY,
+        "rule": "margin",
+        "checklist": recipe.Checklist(file=str(folder / "checklist.yaml")),
+        "device": "cpu",
+    }
+    return recipe.Reward(**given)
 
 
 def figures(folder: Path, groups: Sequence[Group], seed: int = 1) -> dict[str, Any]:
@@ -41,23 +39,28 @@ def figures(folder: Path, groups: Sequence[Group], seed: int = 1) -> dict[str, A
         clips of one query the truth differs; `preferred`, in what share the truly better one has the
         higher score, and `tied`, in what share both have the same; `blind_spot`.
     """
-    reward = build(settings(folder))
+    return compare(build(settings(folder)), groups, read_groups(groups), np.random.default_rng(seed))
+
+
+def compare(
+    reward: RewardModel, groups: Sequence[Group], clips: Clips, rng: np.random.Generator
+) -> dict[str, Any]:
+    """`figures` of a reward that is loaded, with the groups' clips as `read_groups` reads them."""
     videos = [video for group in groups for video in group.videos]
     own = [group.asked for group in groups for _ in group.videos]
-    clips = read_groups(groups)
-    rng = np.random.default_rng(seed)
     changed = [query(clips.scene(i, 0.4, rng), rng) for i in range(len(clips))]
     given, right, scores = [], [], []
     for queries in (own, changed):
-        for i, (video, asked) in enumerate(zip(videos, queries, strict=True)):
-            (scored,) = reward.score([video], [asked.text])
-            if not isinstance(scored, Scored):
-                raise scored
-            scores.append(scored.score)
-            given.append([answer.yes for answer in scored.answers])
-            right.append(clips.answers(i, asked.named))
+        for i in range(0, len(videos), 8):
+            results = reward.score(videos[i : i + 8], [asked.text for asked in queries[i : i + 8]])
+            for scored in results:
+                if not isinstance(scored, Scored):
+                    raise scored
+                scores.append(scored.score)
+                given.append([answer.yes for answer in scored.answers])
+        right += [clips.answers(i, asked.named) for i, asked in enumerate(queries)]
     questions, same, known = _table(np.array(given), np.array(right))
-    preferred, tied, pairs = _pairs(groups, scores[: len(videos)])
+    preferred, tied, pairs = _pairs(groups, clips, scores[: len(videos)])
     return {
         "clips": len(clips),
         "queries": len(groups),
@@ -79,13 +82,13 @@ def _table(given: np.ndarray, right: np.ndarray) -> tuple[dict[str, Any], np.nda
     return table, same, known
 
 
-def _pairs(groups: Sequence[Group], scores: Sequence[float]) -> tuple[float, float, int]:
+def _pairs(groups: Sequence[Group], clips: Clips, scores: Sequence[float]) -> tuple[float, float, int]:
     """Shares of pairs with the higher score for the truly better clip and with equal scores; their number."""
     gaps, start = [], 0
     for group in groups:
-        truths = [truth(group.asked.named, read_video(video)[0]) for video in group.videos]
-        own = list(zip(truths, scores[start : start + len(truths)], strict=True))
-        start += len(truths)
+        numbers = range(start, start := start + len(group.videos))
+        truths = [clips.truth(i, group.asked.named) for i in numbers]
+        own = list(zip(truths, (scores[i] for i in numbers), strict=True))
         for (true_a, a), (true_b, b) in itertools.combinations(own, 2):
             if abs(true_a - true_b) > 1e-6:
                 gaps.append((a - b) * np.sign(true_a - true_b))
