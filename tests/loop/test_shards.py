@@ -246,6 +246,7 @@ def made(run: RunDir, table: str) -> dict[str, tuple[object, ...]]:
     return {row["candidate_id"]: tuple(row[name] for name in columns) for row in run.table(table).rows()}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_shard_that_is_killed_and_run_again_beside_another(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve

@@ -110,6 +110,7 @@ def test_drafts_of_an_endpoint(tmp_path: Path, ray_cluster: None, serve_endpoint
     assert endpoint_cost(run) == pytest.approx(drafted["cost"])
 
 
+@pytest.mark.slow
 def test_the_limit_of_cost_stops_a_run_that_goes_on_later(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
 ) -> None:

@@ -75,6 +75,7 @@ def test_the_export_is_a_plain_hugging_face_folder(trained: tuple[Path, TrainRes
     assert "0123456789abcdef" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_one_worker_gives_the_same_losses_and_weights_as_two(
     trained: tuple[Path, TrainResult], make_worker: Any
 ):

@@ -92,11 +92,12 @@ def test_two_ranks_render_the_video_of_one_and_give_up_together(models: dict[str
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "says"),
     [
-        pytest.param("cogvideox", {}, "CogVideoXTransformer3DModel cannot be split", marks=pytest.mark.slow),
-        pytest.param("ltx-video", {}, "LTXVideoTransformer3DModel cannot be split", marks=pytest.mark.slow),
+        ("cogvideox", {}, "CogVideoXTransformer3DModel cannot be split"),
+        ("ltx-video", {}, "LTXVideoTransformer3DModel cannot be split"),
         ("wan2.1-1.3b", {"frames": 9, "width": 48}, "has 9 tokens, which 2 GPUs cannot share evenly"),
     ],
 )
