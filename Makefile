@@ -7,9 +7,9 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint types unit fast engines slow chaos lock-cpu lock-gpu clean
 
 demo: $(READY)
-	$(BIN)/vpo tiny runs/tiny
-	$(BIN)/vpo run jobs/recipes/tiny.yaml
-	$(BIN)/vpo evaluate jobs/recipes/tiny.yaml
+	$(BIN)/vpo world runs/world
+	$(BIN)/vpo run jobs/recipes/laptop.yaml
+	$(BIN)/vpo evaluate jobs/recipes/laptop.yaml
 
 # Every part runs even if an earlier one failed; the last line names those that failed.
 PARTS = failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \

@@ -121,6 +121,7 @@ def test_an_llm_of_the_cluster_prefers_prompts(
     assert prefer(recipe, RunDir(recipe.out), samples, "prompt") == rows
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_both_orders_are_asked_once_and_a_place_is_no_preference(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve, clip: Callable[..., bytes]

@@ -236,6 +236,7 @@ def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults
     assert all(row["error"] is None for row in run.table("feedback").rows())
 
 
+@pytest.mark.slow
 def test_a_video_that_is_gone_when_it_is_scored_is_rendered_again(tmp_path: Path, faults: Path) -> None:
     for fault in ("score-q1-0", "score-q2-1"):
         (faults / fault).write_text("other bytes than were written")
@@ -272,6 +273,7 @@ def test_a_row_that_kills_its_process_is_given_up_alone(tmp_path: Path, faults: 
     assert len(outputs(run)) == 24
 
 
+@pytest.mark.slow
 def test_a_pass_in_which_a_node_was_lost_gives_up_no_row(
     tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_clip_without_a_thing_is_clear_and_nothing_else():
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_training_sees_the_loss_fall_and_what_is_saved_loads(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

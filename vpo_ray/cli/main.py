@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vpo",
         description="Make a prompt optimiser for your own text-to-video model, on Ray.",
-        epilog="Start with: vpo tiny runs/tiny && vpo run jobs/recipes/tiny.yaml",
+        epilog="Start with: vpo world runs/world && vpo run jobs/recipes/laptop.yaml",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--bare", action="store_true", help="leave the task prompt out of the messages")
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
     serve.add_argument(
-        "checkpoint", help="a folder or URI that `vpo run` made, e.g. runs/demo/checkpoints/dpo"
+        "checkpoint", help="a folder or URI that `vpo run` made, e.g. runs/laptop/checkpoints/dpo"
     )
     serve.add_argument("--recipe", help="recipe file whose `serve` section to use")
     serve.add_argument(

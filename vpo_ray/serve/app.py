@@ -3,7 +3,7 @@
 `vpo serve CHECKPOINT` runs it; an OpenAI client then gets the optimised prompt for a raw query by
 changing its `base_url`. Ray's own tools take it as `vpo_ray.serve.app:app`:
 
-    serve run vpo_ray.serve.app:app checkpoint=runs/demo/checkpoints/dpo
+    serve run vpo_ray.serve.app:app checkpoint=runs/laptop/checkpoints/dpo
 """
 
 from typing import Any

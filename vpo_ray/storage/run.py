@@ -1,6 +1,6 @@
 """A run directory as somebody sees it who uses what a run made; it changes nothing there.
 
-run = vpo_ray.Run("runs/demo")
+run = vpo_ray.Run("runs/laptop")
 run.table("pairs").to_pandas()
 run.ledger["stages"]["render"]["videos"]
 """

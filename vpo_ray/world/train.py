@@ -1,7 +1,7 @@
 """Trains the world's models from nothing: `python -m vpo_ray.world.train video|judge|reward [--out FOLDER]`.
 
-The weights in the repository were made by it. Each part is a module `train_PART` with a function
-`train(folder, minutes)`, which writes the weights and returns what was measured.
+Those in the repository were made by its parts in several runs (`weights/figures.json`). Each part is a module
+`train_PART` with a function `train(folder, minutes)`, which writes the weights and returns what was measured.
 """
 
 from __future__ import annotations

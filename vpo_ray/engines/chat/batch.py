@@ -1,6 +1,6 @@
 """Batch inference of a trained policy on this machine, without Ray: many queries in, their prompts out.
 
-    vpo_ray.optimise("runs/demo/checkpoints/dpo", ["a cat", "waves at night"])
+    vpo_ray.optimise("runs/laptop/checkpoints/dpo", ["a cat", "waves at night"])
 
 Offline data sets are optimised so; `vpo serve` is for requests as they come.
 """
