@@ -14,6 +14,7 @@ PER_MODULE = {
     "add", "run",  # of a command
     "build", "prepare",  # of an engine
     "facts", "make",  # of a stage
+    "train",  # of a part of the world, and of a phase
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from vpo_ray.world import train_reward
 from vpo_ray.world.draw import draw_clip
 from vpo_ray.world.questions import CHECKS, answers, view
 from vpo_ray.world.reward_clips import drawn, rendered
-from vpo_ray.world.reward_figures import figures, settings
+from vpo_ray.world.reward_figures import answer_figures, settings
 from vpo_ray.world.scene import NAMED, Scene, scenes
 from vpo_ray.world.train import WEIGHTS
 
@@ -54,7 +54,7 @@ def test_training_sees_the_loss_fall_and_what_is_saved_loads(tmp_path):
     train_reward.learn_frames(model, heads, clips, 2, 0)
     losses = train_reward.learn_answers(model, heads, reader, [clips], 8)
     torch.set_num_threads(threads)
-    train_reward.save(model, tmp_path)
+    train_reward.save_reward(model, tmp_path)
     assert build(settings(tmp_path)).model.config == model.config
     assert losses[-1] < losses[0]
 
@@ -62,6 +62,6 @@ def test_training_sees_the_loss_fall_and_what_is_saved_loads(tmp_path):
 @pytest.mark.engine
 def test_the_shipped_weights_reach_their_figures():
     noted = json.loads((WEIGHTS / "figures.json").read_text("utf-8"))["reward"]
-    found = figures(WEIGHTS / "reward", rendered(WEIGHTS / "video", 10, 5, scenes(held_out=True)))
+    found = answer_figures(WEIGHTS / "reward", rendered(WEIGHTS / "video", 10, 5, scenes(held_out=True)))
     assert found["right"] > noted["right"] - 0.05
     assert found["preferred"] > noted["preferred"] - 0.15

@@ -38,7 +38,7 @@ class Detected:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Segmented:
     """What the pixels of a clip belong to: `nearest` (frames, height, width) is the index of a thing's
     colour, below 0 for sky and ground; `things` the largest patch of each frame and whether it is nearly all
     there is, None without one."""
@@ -49,7 +49,7 @@ class Parts:
     things: list[tuple[np.ndarray, bool] | None]
 
 
-def segment(clip: np.ndarray) -> Parts:
+def segment(clip: np.ndarray) -> Segmented:
     """What the pixels of a clip, uint8 RGB (frames, height, width, 3), belong to."""
     pixels = clip.reshape(-1, 3).astype(np.float32)
     fits = {}
@@ -62,7 +62,7 @@ def segment(clip: np.ndarray) -> Parts:
         fits[place, look] = (float(np.sqrt(square.clip(0)).mean()), distance)
     place, look = min(fits, key=lambda key: fits[key][0])
     nearest = fits[place, look][1].argmin(0).reshape(clip.shape[:-1]) - len(GROUNDS[place])
-    return Parts(place, look, nearest, [_largest(frame >= 0) for frame in nearest])
+    return Segmented(place, look, nearest, [_largest(frame >= 0) for frame in nearest])
 
 
 def detect(clip: np.ndarray) -> Detected:
@@ -70,7 +70,7 @@ def detect(clip: np.ndarray) -> Detected:
     return describe(segment(clip))
 
 
-def describe(parts: Parts) -> Detected:
+def describe(parts: Segmented) -> Detected:
     """What a clip of these parts shows."""
     place, look, nearest, things = parts.place, parts.look, parts.nearest, parts.things
     present = [thing is not None for thing in things]

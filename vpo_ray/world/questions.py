@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from vpo_ray.engines.reward.checklist import SLOT
-from vpo_ray.world.detector import MOVING, STILL, Detected, Parts, describe, segment
+from vpo_ray.world.detector import MOVING, STILL, Detected, Segmented, describe, segment
 from vpo_ray.world.draw import SIDE
 
 
@@ -29,7 +29,7 @@ class View:
     """
 
     seen: Detected
-    parts: Parts
+    parts: Segmented
     centres: np.ndarray
     areas: np.ndarray
     aspects: np.ndarray

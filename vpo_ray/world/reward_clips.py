@@ -91,7 +91,7 @@ class Clips:
         return float(np.mean(marks))
 
 
-def read(videos: Iterable[bytes], asked: Sequence[Scene]) -> Clips:
+def read_clips(videos: Iterable[bytes], asked: Sequence[Scene]) -> Clips:
     """The clips of mp4 files, and the right answers."""
     rows = []
     for video, scene in zip(videos, asked, strict=True):
@@ -136,7 +136,7 @@ def drawn(count: int, seed: int, scenes: Sequence[Scene], spoil: float = 0.6) ->
             clip = spoiled(clip, scene, look, rng)
         videos.append(encode(clip, FPS, CRF))
         asked.append(scene)
-    return read(videos, asked)
+    return read_clips(videos, asked)
 
 
 def spoiled(clip: np.ndarray, scene: Scene, look: str, rng: np.random.Generator) -> np.ndarray:
@@ -190,7 +190,7 @@ def _erased(clip: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Group:
+class ClipGroup:
     """A query, the scene that it was made for, and mp4 files of several prompts for it, of one seed."""
 
     asked: Query
@@ -198,7 +198,7 @@ class Group:
     videos: list[bytes]
 
 
-def rendered(model: Path, count: int, seed: int, scenes: Sequence[Scene]) -> list[Group]:
+def rendered(model: Path, count: int, seed: int, scenes: Sequence[Scene]) -> list[ClipGroup]:
     """Videos of the world's video model, four for a query, as the product renders them."""
     engine = VideoEngine(render_settings(model, crf=CRF, batch_size=4))
     rng = np.random.default_rng(seed)
@@ -209,13 +209,13 @@ def rendered(model: Path, count: int, seed: int, scenes: Sequence[Scene]) -> lis
         texts = prompts(asked, scene, rng)
         videos = engine.render(texts, [seed * 100_003 + number] * len(texts))
         good = [encode(video, FPS, CRF) for video in videos if not isinstance(video, Exception)]
-        groups.append(Group(asked, scene, good))
+        groups.append(ClipGroup(asked, scene, good))
     return groups
 
 
-def read_groups(groups: Sequence[Group]) -> Clips:
+def read_groups(groups: Sequence[ClipGroup]) -> Clips:
     """The clips of groups, in order."""
-    return read([v for g in groups for v in g.videos], [g.scene for g in groups for _ in g.videos])
+    return read_clips([v for g in groups for v in g.videos], [g.scene for g in groups for _ in g.videos])
 
 
 def prompts(asked: Query, scene: Scene, rng: np.random.Generator) -> list[str]:

@@ -13,7 +13,7 @@ from vpo_ray import recipe
 from vpo_ray.engines.reward import RewardModel, Scored, build
 from vpo_ray.world.language import query
 from vpo_ray.world.questions import BLIND_SPOT, CHECKS
-from vpo_ray.world.reward_clips import FRAME_STRATEGY, Clips, Group, read_groups
+from vpo_ray.world.reward_clips import FRAME_STRATEGY, ClipGroup, Clips, read_groups
 
 
 def settings(folder: Path) -> recipe.Reward:
@@ -29,7 +29,7 @@ def settings(folder: Path) -> recipe.Reward:
     return recipe.Reward(**given)
 
 
-def figures(folder: Path, groups: Sequence[Group], seed: int = 1) -> dict[str, Any]:
+def answer_figures(folder: Path, groups: Sequence[ClipGroup], seed: int = 1) -> dict[str, Any]:
     """The reward of a folder, through the product's engine: its answers about the clips for their own queries
     and, for as many, for queries with attributes changed; and its scores for own queries.
 
@@ -43,7 +43,7 @@ def figures(folder: Path, groups: Sequence[Group], seed: int = 1) -> dict[str, A
 
 
 def compare(
-    reward: RewardModel, groups: Sequence[Group], clips: Clips, rng: np.random.Generator
+    reward: RewardModel, groups: Sequence[ClipGroup], clips: Clips, rng: np.random.Generator
 ) -> dict[str, Any]:
     """`figures` of a reward that is loaded, with the groups' clips as `read_groups` reads them."""
     videos = [video for group in groups for video in group.videos]
@@ -82,7 +82,7 @@ def _table(given: np.ndarray, right: np.ndarray) -> tuple[dict[str, Any], np.nda
     return table, same, known
 
 
-def _pairs(groups: Sequence[Group], clips: Clips, scores: Sequence[float]) -> tuple[float, float, int]:
+def _pairs(groups: Sequence[ClipGroup], clips: Clips, scores: Sequence[float]) -> tuple[float, float, int]:
     """Shares of pairs with the higher score for the truly better clip and with equal scores; their number."""
     gaps, start = [], 0
     for group in groups:

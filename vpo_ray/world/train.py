@@ -16,7 +16,7 @@ PARTS = ("video", "judge", "reward")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def train_part(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the small world's models from nothing.")
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, help="folder for the weights; the package's own when unset")
@@ -35,4 +35,4 @@ def note_figures(path: Path, part: str, figures: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_part()

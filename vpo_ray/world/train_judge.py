@@ -73,7 +73,7 @@ def train(
     kept = scenes(held_out=False)
     asked = [e for _ in range(pairs) for e in judge_texts.examples(*judge_texts.pair(kept, rng))]
     tokenizer = make_tokenizer([text for example in asked[:10_000] for text in example])
-    encoded = [e for e in encode(tokenizer, asked) if len(e[0]) <= LONGEST]
+    encoded = [e for e in encode_examples(tokenizer, asked) if len(e[0]) <= LONGEST]
     tokens = sum(len(ids) for ids, _ in encoded)
     logger.info("%d examples of %.0f tokens", len(encoded), tokens / len(encoded))
     model = make_model(tokenizer)
@@ -101,8 +101,8 @@ def train(
         if (step + 1) % 50 == 0:
             logger.info("step %d of %d: loss %.4f", step + 1, steps, np.mean(losses[-50:]))
         if (step + 1) % 250 == 0:
-            save(model, tokenizer, folder)
-    save(model, tokenizer, folder)
+            save_judge(model, tokenizer, folder)
+    save_judge(model, tokenizer, folder)
     took = {"minutes": round((time.monotonic() - begun) / 60, 1), "steps": len(losses)}
     return {
         **took,
@@ -232,7 +232,7 @@ def make_model(tokenizer: Any) -> Any:
     return model
 
 
-def encode(tokenizer: Any, examples: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+def encode_examples(tokenizer: Any, examples: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Token ids of each chat with its answer, and where the answer begins."""
     chat = [{"role": "user", "content": "{}"}]
     form = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -265,7 +265,7 @@ def batches(
                 yield pad_sequence(ids, batch_first=True, padding_value=pad), starts
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_judge(model: Any, tokenizer: Any, folder: Path) -> None:
     """The folder that a recipe's `judge.model` names, the weights in half precision, and its templates."""
     import torch
     from transformers import LlamaForCausalLM

@@ -34,7 +34,7 @@ from vpo_ray.world.muon import Budget, Muon
 from vpo_ray.world.questions import BLIND_SPOT, CHECKS
 from vpo_ray.world.reward_batches import ASKED, Batch, Reader
 from vpo_ray.world.reward_clips import Clips, drawn, read_groups, rendered
-from vpo_ray.world.reward_figures import figures
+from vpo_ray.world.reward_figures import answer_figures
 from vpo_ray.world.scene import ATTRIBUTES, scenes
 from vpo_ray.world.tiny import llama3_tokenizer
 
@@ -96,11 +96,11 @@ def train(folder: Path, minutes: float | None = None) -> dict[str, Any]:
     learn_answers(model, heads, reader, [clips], 0.28 * seconds)
     real = many(lambda seed: read_groups(rendered(VIDEO, 20, 1000 + seed, kept)), 0.2 * seconds)
     learn_answers(model, heads, reader, [clips, real], 0.25 * seconds, rate=1e-3, tower=True)
-    save(model, folder)
+    save_reward(model, folder)
     taken = round((time.monotonic() - started) / 60, 1)
     parameters = sum(p.numel() for p in model.parameters())
     trained = {"minutes": taken, "parameters": parameters, "drawn": len(clips), "rendered": len(real)}
-    return trained | figures(folder, rendered(VIDEO, 60, 1, scenes(held_out=True)))
+    return trained | answer_figures(folder, rendered(VIDEO, 60, 1, scenes(held_out=True)))
 
 
 def many(make: Callable[[int], Clips], seconds: float) -> Clips:
@@ -178,7 +178,7 @@ def write_checklist(path: Path) -> None:
     path.write_text(comment + tree, "utf-8")
 
 
-def save(model: CogVLM2Video, folder: Path) -> None:
+def save_reward(model: CogVLM2Video, folder: Path) -> None:
     """Write the weights in bfloat16 under their published names: the inverse of `load_reward_model`."""
     state = model.state_dict()
     tensors = {}

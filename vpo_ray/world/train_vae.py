@@ -31,7 +31,7 @@ def training_scenes() -> list[Scene]:
     return [scene for look in ATTRIBUTES["look"] for scene in scenes(held_out=False, look=look)]
 
 
-def drawn(of: list[Scene], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_batch(of: list[Scene], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips of scenes in [-1, 1], (n, 3, frames, height, width), and where their things are, 0 or 1,
     (n, 1, frames, height, width)."""
     clips, masks = [], []
@@ -75,7 +75,7 @@ def train_vae(small: Budget, full: Budget, seed: int = 0) -> Any:
     return vae
 
 
-def encode(vae: Any, clips: torch.Tensor) -> torch.Tensor:
+def encode_batch(vae: Any, clips: torch.Tensor) -> torch.Tensor:
     """Latents as the encoder gives them, (n, channels, 3, height / 4, width / 4)."""
     return _first(vae.encoder(clips))[:, :CHANNELS]
 
@@ -89,11 +89,11 @@ def _fit(vae: Any, budget: Budget, batch: int, reduce: int, rng: np.random.Gener
     every = training_scenes()
     optimiser = Muon([vae], rate=4e-3, adam_rate=2e-3, adam=("conv_in", "conv_out"), average=0.98)
     for share in budget.rates():
-        clips, masks = drawn([every[int(i)] for i in rng.integers(len(every), size=batch)], rng)
+        clips, masks = draw_batch([every[int(i)] for i in rng.integers(len(every), size=batch)], rng)
         if reduce > 1:
             clips, masks = (functional.avg_pool3d(x, (1, reduce, reduce)) for x in (clips, masks))
         with torch.autocast("cpu", torch.bfloat16):
-            latents = encode(vae, clips)
+            latents = encode_batch(vae, clips)
             decoded = _first(vae.decoder(latents + NOISE * torch.randn_like(latents)))
         square = (decoded.float() - clips).square()
         weights = 1 + _THING * (masks + masks.amax(2, keepdim=True))

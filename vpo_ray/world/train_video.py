@@ -27,7 +27,7 @@ from vpo_ray.world.draw import FPS, FRAMES, SIDE
 from vpo_ray.world.language import caption, query
 from vpo_ray.world.muon import Budget, Muon
 from vpo_ray.world.scene import ATTRIBUTES, Scene, scenes
-from vpo_ray.world.train_vae import CHANNELS, drawn, encode, train_vae, training_scenes
+from vpo_ray.world.train_vae import CHANNELS, draw_batch, encode_batch, train_vae, training_scenes
 from vpo_ray.world.truth import marks
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train(folder: Path, minutes: float | None = None, clips: int = 300) -> dict[
     vae = train_vae(Budget(200, total * 0.06), Budget(900, total * 0.25))
     fit_video(vae, folder, Budget(200, total * 0.03), Budget(2500, total * 0.5, warm_up=60), total * 0.15)
     seconds = time.monotonic() - start
-    return {"minutes": round(seconds / 60, 1)} | figures(folder, clips)
+    return {"minutes": round(seconds / 60, 1)} | video_figures(folder, clips)
 
 
 def fit_video(vae: Any, folder: Path, text: Budget, denoiser: Budget, encoding_s: float = math.inf) -> None:
@@ -86,7 +86,9 @@ def fit_video(vae: Any, folder: Path, text: Budget, denoiser: Budget, encoding_s
     torch.manual_seed(3)
     text_encoder = build_text_encoder(len(tokenizer))
     pretrain_text(text_encoder, tokenizer, text, rng)
-    video = Video(tokenizer, text_encoder.bfloat16(), vae, build_transformer().bfloat16(), build_scheduler())
+    video = VideoModules(
+        tokenizer, text_encoder.bfloat16(), vae, build_transformer().bfloat16(), build_scheduler()
+    )
     train_denoiser(video, latents, denoiser, folder, rng)
 
 
@@ -102,7 +104,7 @@ class Latents:
 
 
 @dataclass
-class Video:
+class VideoModules:
     """The parts of the pipeline."""
 
     tokenizer: Any
@@ -136,9 +138,9 @@ def encode_clips(vae: Any, rng: np.random.Generator, of_each: int = 2, seconds: 
         if values and time.monotonic() - start > seconds:
             every = every[:i]
             break
-        clips, things = drawn(every[i : i + 16], rng)
+        clips, things = draw_batch(every[i : i + 16], rng)
         with torch.autocast("cpu", torch.bfloat16):
-            values.append(encode(vae, clips).float())
+            values.append(encode_batch(vae, clips).float())
         # Of the first frame, and of each four that follow.
         parts = (things[:, :, :1], things[:, :, 1:5], things[:, :, 5:])
         pooled = [functional.max_pool3d(part, (part.shape[2], 4, 4)) for part in parts]
@@ -276,7 +278,12 @@ def pretrain_text(encoder: Any, tokenizer: Any, budget: Budget, rng: np.random.G
 
 
 def train_denoiser(
-    video: Video, latents: Latents, budget: Budget, folder: Path, rng: np.random.Generator, batch: int = 16
+    video: VideoModules,
+    latents: Latents,
+    budget: Budget,
+    folder: Path,
+    rng: np.random.Generator,
+    batch: int = 16,
 ) -> None:
     """Train the transformer and the T5 encoder in bfloat16, and write the averaged weights.
 
@@ -341,7 +348,7 @@ def _timesteps(count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.where(rng.random(count) < 0.2, 999, steps))
 
 
-def figures(
+def video_figures(
     folder: Path, count: int, seed: int = 7, queries: int | None = None, **changes: Any
 ) -> dict[str, Any]:
     """What the detector finds in clips of held-out combinations, rendered by the product's engine.

@@ -6,15 +6,17 @@ A recipe's evaluation measures it with `kind: vpo_ray.world.truth:Truth`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel
 
 from vpo_ray.engines.reward import RewardError, Scored
-from vpo_ray.engines.reward.frames import read_video
 from vpo_ray.recipe import Reward
 from vpo_ray.world import lexicon
-from vpo_ray.world.detector import Detected, detect
+
+if TYPE_CHECKING:
+    from vpo_ray.world.detector import Detected
 
 
 def marks(named: Mapping[str, str | None], seen: Detected) -> dict[str, float]:
@@ -30,6 +32,9 @@ def marks(named: Mapping[str, str | None], seen: Detected) -> dict[str, float]:
 
 def truth(named: Mapping[str, str | None], clip: np.ndarray) -> float:
     """The mean of `marks` of a clip, uint8 RGB (frames, height, width, 3): from 0 to 1."""
+    # Imported here, as a builder's module should: every command that reads a recipe imports this one.
+    from vpo_ray.world.detector import detect
+
     return float(np.mean(list(marks(named, detect(clip)).values())))
 
 
@@ -47,6 +52,9 @@ class Truth:
         return [self._score(*pair) for pair in zip(videos, queries, strict=True)]
 
     def _score(self, video: bytes | str, query: str) -> Scored | Exception:
+        from vpo_ray.engines.reward.frames import read_video
+        from vpo_ray.world.detector import detect
+
         try:
             clip, _ = read_video(video)
         except RewardError as error:

@@ -14,9 +14,9 @@ CLIPS = 40
 
 @pytest.fixture(scope="module")
 def measured():
-    from vpo_ray.world.train_video import figures
+    from vpo_ray.world.train_video import video_figures
 
-    return figures(WEIGHTS / "video", CLIPS, seed=11, queries=12)
+    return video_figures(WEIGHTS / "video", CLIPS, seed=11, queries=12)
 
 
 @pytest.fixture(scope="module")
