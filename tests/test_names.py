@@ -31,3 +31,8 @@ def test_every_public_function_has_a_name_of_its_own() -> None:
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     found = [node.name for tree in TREES for node in tree.body if isinstance(node, kinds)]
     assert not twice([name for name in found if not name.startswith("_")]) - PER_MODULE
+
+
+def test_every_test_module_has_a_name_of_its_own() -> None:
+    # pytest imports them by their name alone.
+    assert not twice([path.name for path in Path(__file__).parent.rglob("test_*.py")])
