@@ -22,6 +22,7 @@ from vpo_ray.stages.render import Renderer
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 MODULE = """
 from pydantic import BaseModel, Field
+from vpo_ray.recipe.base import Source
 class Model:
     class Options(BaseModel):
         level: int = Field(1, gt=0)
@@ -31,6 +32,12 @@ class Model:
             raise OSError("no such weights")
 class Bare:
     Options = BaseModel
+class Reads(Model):
+    checkpoints = ("model", "clip")
+    class Options(BaseModel):
+        level: int = 1
+        clip: Source
+        words: Source = ""
 class Loaded(Model):
     version = "weights-7"
     @staticmethod
@@ -242,3 +249,32 @@ def test_a_plugin_may_have_an_endpoint_of_its_own(install: Install) -> None:
     install()
     endpoint = "{base_url: 'http://127.0.0.1/v1'}"
     assert tiny(f"render={{kind: 'others:Model', endpoint: {endpoint}, version: v1}}").render.version == "v1"
+
+
+def test_what_a_models_options_name_is_found_and_located_and_travels(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    for name in ("clip", "scorer"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "words.txt").write_text("ball")
+    monkeypatch.chdir(tmp_path)
+    reward = Reward.model_validate(
+        {"kind": "others:Reads", "model": "scorer", "options": {"clip": "clip", "words": "words.txt"}}
+    )
+    assert reward.models() == {"model": "scorer", "options.clip": "clip"}
+    assert reward.files() == {"options.words": "words.txt"}
+    located = reward.located()
+    assert located.options == {"clip": str(tmp_path / "clip"), "words": str(tmp_path / "words.txt")}
+    recipe = tiny("reward={kind: 'others:Reads', options: {clip: clip, words: words.txt}}")
+    assert plugins.plugin_sources(recipe) == {
+        "reward.options.clip": "clip",
+        "reward.options.words": "words.txt",
+    }
+
+
+def test_options_that_are_refused_name_nothing(install: Install) -> None:
+    install()
+    reward = Reward.model_validate({"kind": "others:Reads", "options": {"words": 3}})
+    assert reward.models() == reward.files() == {}
+    assert reward.located().options == {"words": 3}

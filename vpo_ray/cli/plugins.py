@@ -10,7 +10,7 @@ HELP = "list the rewards, video models and chat engines that a recipe can name h
 def run() -> int:
     """Print a line for each: its key and name, where it comes from, or why it cannot be imported."""
     from vpo_ray.recipe import ChatModel, Render, Reward
-    from vpo_ray.recipe.plugins import Modelled, PluginError, entry_points, load_builder
+    from vpo_ray.recipe.plugins import BUILT_IN, Modelled, PluginError, entry_points, load_builder
     from vpo_ray.versions import versions
 
     ours = f"vpo-ray {versions().get('vpo-ray', 'without a package')}, built in"
@@ -21,7 +21,8 @@ def run() -> int:
         "judge.backend": ChatModel,
     }
     for key, section in sections.items():
-        rows += [(key, name, ours) for name in section.known]
+        own = (*section.known, *BUILT_IN[section.group])
+        rows += [(key, name, ours) for name in own]
         for name, points in sorted(entry_points(section.group).items()):
             for point in points:
                 shown = f"{point.dist.name} {point.dist.version}, {point.value}"
@@ -31,7 +32,11 @@ def run() -> int:
                 except PluginError as error:
                     shown += f": {error}"
                 shown += " (several packages have this name)" if points[1:] else ""
-                shown += " (the package's own has this name)" if name in section.known else ""
+                shown += (
+                    " (the package's own has this name)"
+                    if name in (*section.known, *BUILT_IN[section.group])
+                    else ""
+                )
                 rows.append((key, name, shown))
     width = max(len(name) for _, name, _ in rows)
     sys.stdout.writelines(f"{key:<14} {name:<{width}}  {shown}\n" for key, name, shown in rows)

@@ -16,6 +16,7 @@ from typing import Any
 
 from vpo_ray.files.input_files import matches, path_of_uri, walk
 from vpo_ray.recipe import Recipe, sources
+from vpo_ray.recipe.plugins import plugin_sources
 from vpo_ray.stream.ray_compat import largest_package, package_rules
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def write_package(
     files = dict(_left_by_ray(folder))
     named = {str(recipe_file.relative_to(folder)): recipe_file}
     problems = []
-    for key, name in sources(recipe):
+    for key, name in (*sources(recipe), *plugin_sources(recipe).items()):
         try:
             named |= _named(key, name, folder, everywhere)
         except PackageError as error:

@@ -93,7 +93,7 @@ def locate(name: str) -> str:
     return str(path.resolve()) if name and "://" not in name and path.exists() else name
 
 
-def sources(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
+def sources(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every path, URI and hub id in a section that a run reads, with its dotted key."""
     for name, field in type(section).model_fields.items():
         key, value = f"{prefix}{name}", getattr(section, name)

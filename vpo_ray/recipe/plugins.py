@@ -3,8 +3,9 @@
 It is a name that the package knows, the name of an installed package's entry point, or
 `package.module:builder`. A builder is called with the section and its options, and makes the model. It has
 an attribute `Options`, the pydantic model of the section's `options`; `version`, where the version of its
-package does not say what changes a result; and `identity(settings, options)`, where a result depends on more
-than these, such as the content of weights.
+package does not say what changes a result; `identity(settings, options)`, where a result depends on more
+than these, such as the content of weights; and `checkpoints`, the keys (`model`, or those of `options`) that
+name checkpoints it loads. Other keys of `Options` that are a `Source` name files.
 
 To name a builder is to run its module, as with `trust_remote_code`: nothing is fetched, and a module is found
 where Python finds any other. A recipe that is loaded gets the builder and its version written into it, as
@@ -26,7 +27,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 
-from vpo_ray.recipe.base import Section
+from vpo_ray.recipe.base import Section, locate, sources
+
+# Names of the package's own models that come in by the same door, by group of entry points.
+BUILT_IN: Mapping[str, Mapping[str, str]] = {"vpo_ray.rewards": {}, "vpo_ray.video": {}, "vpo_ray.chat": {}}
 
 _NAME = re.compile(r"(?P<name>[\w.-]+|[\w.]+:[\w.]+)(@(?P<version>[\w.!+-]+))?")
 
@@ -100,6 +104,29 @@ class Plugin:
         weights = section.model_dump(include={"model", "revision", "version", "lora"}, exclude_defaults=True)
         return f"{self.pin}+{json.dumps(weights, sort_keys=True)}" if weights else self.pin
 
+    def models(self, section: Modelled) -> dict[str, str]:
+        """The checkpoints that are loaded where it runs, by key: `model`, `options.clip`."""
+        named = self.named_sources(section)
+        keys = [
+            key if key == "model" else f"options.{key}" for key in getattr(self.builder, "checkpoints", ())
+        ]
+        return {key: named[key] for key in keys if key in named}
+
+    def files(self, section: Modelled) -> dict[str, str]:
+        """The other files that its options name, by key."""
+        models = self.models(section)
+        return {k: path for k, path in self.named_sources(section).items() if k not in ("model", *models)}
+
+    def located(self, section: Modelled) -> dict[str, Any]:
+        """The section's options with absolute paths."""
+        named = {key.removeprefix("options."): path for key, path in self.named_sources(section).items()}
+        return section.options | {key: locate(named[key]) for key in section.options if key in named}
+
+    def named_sources(self, section: Modelled) -> dict[str, str]:
+        """Every path, URI and hub id that is in the section's options or its `model`, by key."""
+        found = dict(sources(self.checked(section), "options."))
+        return found | ({"model": model} if (model := getattr(section, "model", "")) else {})
+
     def build(self, section: Modelled) -> Any:
         """The model. Raises PluginError where it cannot be built, whatever the builder raises."""
         return self._asked(self.builder, section)
@@ -133,6 +160,19 @@ def find(section: Modelled) -> Plugin:
     plugin = load_builder(name if ":" in name else _target(section, name))
     if version not in (None, plugin.version):
         raise PluginError(f"{name} has version {plugin.version} here, and not {version}")
+    return plugin
+
+
+def find_usable(section: Modelled) -> Plugin | None:
+    """The builder of a section whose model is not of its known kinds; None where it is not installed or
+    refuses the section's options, which the plan and the node that needs it say."""
+    if not section.is_plugin:
+        return None
+    try:
+        plugin = find(section)
+        plugin.checked(section)
+    except PluginError:
+        return None
     return plugin
 
 
@@ -172,13 +212,15 @@ def entry_points(group: str) -> dict[str, list[Any]]:
 
 
 def _target(section: Modelled, name: str) -> str:
+    if (ours := BUILT_IN[section.group].get(name)) is not None:
+        return ours
     offered = entry_points(section.group)
     points = offered.get(name, [])
     if len(points) > 1:
         targets = " and ".join(point.value for point in points)
         raise PluginError(f"{name} is offered by {targets}: write the one that is meant instead of the name")
     if not points:
-        names = ", ".join([*section.known, *sorted(offered)])
+        names = ", ".join([*section.known, *BUILT_IN[section.group], *sorted(offered)])
         raise PluginError(
             f"{name!r} is no {section.key} that is known here ({names}): no installed package has an entry "
             f"point of this name in {section.group}"
@@ -213,6 +255,17 @@ def plugins_of(section: Section, prefix: str = "") -> dict[str, Modelled]:
             inner = {f"{name}.{key}.": part for key, part in value.items() if isinstance(part, Section)}
         for path, part in inner.items():
             found |= plugins_of(part, prefix + path)
+    return found
+
+
+def plugin_sources(section: Section) -> dict[str, str]:
+    """What the options of plugins in a section name, by dotted key, as `base.sources` has it of the rest."""
+    found: dict[str, str] = {}
+    for key, part in plugins_of(section).items():
+        if (plugin := find_usable(part)) is not None:
+            prefix = key.removesuffix(part.key)
+            named = plugin.named_sources(part)
+            found |= {prefix + name: path for name, path in named.items() if name != "model"}
     return found
 
 

@@ -22,7 +22,7 @@ from vpo_ray.recipe.base import (
     sources,
 )
 from vpo_ray.recipe.endpoint import Endpoint, VideoEndpoint, refuse_keys
-from vpo_ray.recipe.plugins import Kind, Modelled
+from vpo_ray.recipe.plugins import Kind, Modelled, find_usable
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
 
@@ -249,12 +249,16 @@ class Reward(Modelled):
         for name in ("checklist", "aesthetic"):
             if (part := getattr(self, name)) is not None:
                 found[name] = part.model_copy(update={key: locate(path) for key, path in sources(part)})
+        if (plugin := find_usable(self)) is not None:
+            found["options"] = plugin.located(self)
         return self.model_copy(update=found)
 
     def models(self) -> dict[str, str]:
         """The checkpoints that are loaded where it runs, by key."""
         if self.kind == "visionreward":
             return {"model": self.model}
+        if (plugin := find_usable(self)) is not None:
+            return plugin.models(self)
         found = {
             "clip": self.clip,
             "dino": self.dino,
@@ -264,6 +268,8 @@ class Reward(Modelled):
 
     def files(self) -> dict[str, str]:
         """The other files that it reads, by key."""
+        if (plugin := find_usable(self)) is not None:
+            return plugin.files(self)
         parts = {"checklist": self.checklist, "aesthetic": self.aesthetic}
         found = {k: path for name, part in parts.items() if part for k, path in sources(part, f"{name}.")}
         found.pop("aesthetic.clip", None)
