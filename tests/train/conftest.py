@@ -43,7 +43,7 @@ def make_worker(
     from vpo_ray.train import zero
     from vpo_ray.train.examples import end_of_turn, tokenise
     from vpo_ray.train.phase import Job
-    from vpo_ray.train.policy import PackedPolicy
+    from vpo_ray.train.policy import PackedPolicy, autocasts
     from vpo_ray.train.worker import Worker
 
     def make(
@@ -77,7 +77,8 @@ def make_worker(
         config = zero.deepspeed_config(chosen, 1)
         with monkeypatch.context() as patch:
             patch.setenv("LOCAL_RANK", "0")
-            policy = PackedPolicy(zero.load_model(model, chosen, config, None, False))
+            loaded = zero.load_model(model, chosen, config, None, False)
+            policy = PackedPolicy(loaded, autocasts(chosen.autocast, torch.device("cpu")))
             worker = Worker(job, zero.start_engine(policy, chosen, config), 0, 1, torch.device("cpu"))
         if phase == "dpo":
             worker.compute_reference("test")

@@ -77,6 +77,39 @@ def test_the_head_in_chunks_equals_log_softmax(monkeypatch: Any, chunk: int, kee
     )
 
 
+def test_the_head_multiplies_in_the_dtype_of_its_input(monkeypatch: Any):
+    torch.manual_seed(0)
+    head = policy.ResponseHead.of(torch.nn.Linear(16, 50, bias=False))
+    hidden = torch.randn(23, 16)
+    targets, weights = torch.randint(50, (23,)), torch.randn(23)
+    wide = torch.autograd.grad((head(hidden, targets) * weights).sum(), head.weight)[0]
+    narrow = hidden.bfloat16().requires_grad_()
+    out = head(narrow, targets)
+    d_hidden, d_weight = torch.autograd.grad((out * weights).sum(), [narrow, head.weight])
+    assert (out.dtype, d_hidden.dtype, d_weight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(d_weight, wide, rtol=0.05, atol=0.05)
+
+
+def test_autocast_narrows_products_and_nothing_that_is_kept(make_worker: Any, monkeypatch: Any):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    values = {"global_batch": 3, "epochs": 2, "micro_batch": 3, "zero_stage": 0, "dtype": "float32"}
+    wide = make_worker("dpo", pairs(6), settings(**values))
+    cast = make_worker("dpo", pairs(6), settings(**values, autocast="bfloat16"))
+    examples = cast.job.examples
+    policy.check_packing(cast.engine.module, examples[2], torch.device("cpu"), 0.1)
+    assert not torch.equal(cast.engine.module(pack(examples)), wide.engine.module(pack(examples)))
+    for step in range(3):
+        expected, found = wide.step(step), cast.step(step)
+        for name in ("loss", "chosen_logp", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=0.1, abs=0.02), (step, name)
+    assert {p.dtype for p in cast.engine.module.parameters()} == {torch.float32}
+
+
+def test_autocast_is_for_wider_weights() -> None:
+    with pytest.raises(ValueError, match="autocast has no effect with dtype: bfloat16"):
+        settings(dtype="bfloat16", autocast="auto")
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[Any]:
     """The curve of a float32 run without ZeRO, made by the first test that needs it."""

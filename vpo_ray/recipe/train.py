@@ -121,6 +121,10 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    autocast: Literal["off", "auto", "bfloat16"] = Field(
+        "off",
+        description="with dtype: float32, matrix products in bfloat16; auto: where the device is made for it",
+    )
     activation_checkpointing: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 3
     offload: Offload = Offload()
@@ -138,6 +142,12 @@ class Training(Section):
     def _keeps_what_is_saved(self) -> Training:
         if self.save_steps is None and self.evaluate.export == "last":
             refuse_unused(self, "keep_checkpoints", "without save_steps or evaluate.export: best")
+        return self
+
+    @model_validator(mode="after")
+    def _casts_what_is_wider(self) -> Training:
+        if self.dtype == "bfloat16":
+            refuse_unused(self, "autocast", "with dtype: bfloat16")
         return self
 
     @model_validator(mode="after")

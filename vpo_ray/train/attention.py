@@ -40,6 +40,8 @@ def _attention(
     layout: Pack | None = options.pop("layout", None)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys wide
+        query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     kernel = kernel_for(query, options.get("dropout") or 0.0)
     return kernel(module, query, key, value, layout, options)[None], None

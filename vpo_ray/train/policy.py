@@ -1,11 +1,13 @@
 """The policy as training sees it: from a pack to the log-probability of every learnt token.
 
 Attention follows the pack's layout, so that examples neither see nor pay for each other. The head computes
-logits only for learnt tokens, in chunks that bound its memory whatever the vocabulary.
+logits only for learnt tokens, in chunks that bound its memory whatever the vocabulary. With `autocast` the
+products of matrices are bfloat16's; weights, their gradients and log-probabilities stay float32.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,21 +40,24 @@ class ResponseHead(nn.Linear):
         in float32."""
         if targets is None:
             return super().forward(hidden)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return _LogProbs.apply(hidden, self.weight, self.bias, targets)
 
 
 class _LogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[targets], chunk by chunk. In the backward pass,
-    d/d logits = one_hot(target) - softmax, from kept or recomputed probabilities."""
+    d/d logits = one_hot(target) - softmax, from kept or recomputed probabilities. Products are computed in
+    the dtype of `hidden`, which may be narrower than that of the weight."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK // weight.shape[0])
+        rows, narrow = max(1, CHUNK // weight.shape[0]), weight.to(hidden.dtype)
         keep = any(ctx.needs_input_grad) and hidden.shape[0] * weight.shape[0] <= KEEP
         out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         kept, norms = [], []
         for h, t, o in zip(hidden.split(rows), targets.split(rows), out.split(rows), strict=True):
-            logits = nn.functional.linear(h, weight, bias).float()
+            logits = nn.functional.linear(h, narrow, bias).float()
             slices = logits.split(max(1, SLICE // weight.shape[0]))
             norm = torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in slices])
             torch.sub(logits.gather(1, t[:, None]), norm, out=o[:, None])
@@ -67,6 +72,7 @@ class _LogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, norms = ctx.saved_tensors
+        narrow = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias) if bias is not None else None
@@ -75,12 +81,14 @@ class _LogProbs(torch.autograd.Function):
             if ctx.kept:
                 d_logits = ctx.kept[n]
             else:
-                d_logits = nn.functional.linear(h, weight, bias).float().sub_(norm).exp_()
+                d_logits = nn.functional.linear(h, narrow, bias).float().sub_(norm).exp_()
             d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
-            d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, weight, out=d)
-            if d_weight is not None:
+            d_logits = d_logits.to(h.dtype)
+            torch.mm(d_logits, narrow, out=d)
+            if d_weight is not None and h.dtype == weight.dtype:
                 d_weight.addmm_(d_logits.T, h)
+            elif d_weight is not None:
+                d_weight += d_logits.T @ h
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         ctx.kept = []
@@ -88,22 +96,43 @@ class _LogProbs(torch.autograd.Function):
 
 
 class PackedPolicy(nn.Module):
-    """A Hugging Face causal LM that takes packs. `forward` gives [N] log-probabilities."""
+    """A Hugging Face causal LM that takes packs. `forward` gives [N] log-probabilities.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        autocast: products of matrices in bfloat16, whatever the weights are.
+    """
+
+    def __init__(self, model: Any, autocast: bool = False) -> None:
         super().__init__()
+        self.autocast = autocast
         model.set_output_embeddings(ResponseHead.of(model.get_output_embeddings()))
         model.config.use_cache = False
         self.model = model
 
     def forward(self, pack: Pack, plain: bool = False) -> Tensor:
         """`plain` runs the model's own forward, for a pack of one response (see check_packing)."""
+        with self._casting(pack.ids.device.type):
+            return self._forward(pack, plain)
+
+    def _casting(self, device: str) -> AbstractContextManager[Any]:
+        return torch.autocast(device, torch.bfloat16, enabled=self.autocast)
+
+    def _forward(self, pack: Pack, plain: bool) -> Tensor:
         if plain:
             logits = self.model(input_ids=pack.ids, use_cache=False).logits[0, pack.predict].float()
             return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
         decoder = self.model.get_decoder()
         hidden = decoder(input_ids=pack.ids, position_ids=pack.positions, layout=pack, use_cache=False)[0]
         return self.model.get_output_embeddings()(hidden[0, pack.predict], pack.targets)
+
+
+def autocasts(choice: str, device: torch.device) -> bool:
+    """Whether a recipe's `autocast` means bfloat16 on a device; `auto` does where hardware has it."""
+    if choice != "auto":
+        return choice == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from vpo_ray.train.held_out import best, enough, evaluation_due
 from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
 from vpo_ray.train.model_files import digest
 from vpo_ray.train.phase import Job, RankState
-from vpo_ray.train.policy import PackedPolicy, check_packing
+from vpo_ray.train.policy import PackedPolicy, autocasts, check_packing
 from vpo_ray.train.rehearsal import check_room
 from vpo_ray.train.save_pretrained import export_policy
 from vpo_ray.train.track import Trackers, values_of
@@ -322,16 +322,19 @@ def _work(job: Job) -> None:
             fetch(model)
     dist.barrier()
 
+    autocast = autocasts(job.settings.autocast, device)
+    products = "bfloat16" if autocast else job.settings.dtype
+
     def start(model: str) -> Worker:
         torch.manual_seed(job.seed)
         settings = zero.deepspeed_config(job.settings, workers)
         loaded = zero.load_model(fetch(model), job.settings, settings, job.revision, job.trust_remote_code)
-        engine = zero.start_engine(PackedPolicy(loaded), job.settings, settings)
+        engine = zero.start_engine(PackedPolicy(loaded, autocast), job.settings, settings)
         return Worker(job, engine, rank, workers, device)
 
     reference = None
     if job.phase == "dpo":
-        name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank))
+        name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank), products)
         reference = stored_reference(job, name, rank)
         if reference is None and len(models) == 2:
             # One by one, so that there are never two models in memory.
@@ -349,7 +352,7 @@ def _work(job: Job) -> None:
         worker.engine,
         max(job.rows, key=lambda e: e.tokens),
         device,
-        PACKING_TOLERANCE[job.settings.dtype],
+        PACKING_TOLERANCE[products],
     )
     worker.reference = reference
     if job.phase == "dpo" and reference is None:
@@ -357,10 +360,11 @@ def _work(job: Job) -> None:
     worker.run()
 
 
-def reference_name(job: Job, weights: str) -> str:
-    """Name of stored reference log-probabilities: a function of the weights and of the rows."""
+def reference_name(job: Job, weights: str, products: str) -> str:
+    """Name of stored reference log-probabilities: a function of the weights, of the rows, and of the dtype
+    that products of matrices are computed in."""
     data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.rows]
-    return f"{content_id('reference', weights, job.settings.dtype, data)}.npy"
+    return f"{content_id('reference', weights, products, data)}.npy"
 
 
 def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:
