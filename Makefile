@@ -4,12 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit fast engines slow chaos lock-cpu lock-gpu clean
+.PHONY: demo proof test lint types unit fast engines slow chaos lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo world runs/world
 	$(BIN)/vpo run jobs/recipes/laptop.yaml
 	$(BIN)/vpo evaluate jobs/recipes/laptop.yaml
+
+# The table of the paper in small: two seeds, every ablation. PROOF="--help" lists its options.
+proof: $(READY)
+	$(BIN)/vpo world runs/world
+	$(BIN)/python jobs/proof.py $(PROOF)
 
 # Every part runs even if an earlier one failed; the last line names those that failed.
 PARTS = failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \

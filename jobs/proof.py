@@ -1,9 +1,9 @@
 """The table of the paper in small: `make proof`, or `python jobs/proof.py`.
 
-For each seed the whole loop in the small world, two rounds of it, and DPO again without one kind of pairs; then
-every policy on held-out queries. Ablations take the queries, candidates, scores and the SFT policy of the seed's
-run, so that they differ in their pairs only. Run again, it goes on where it stopped; `vpo world runs/world` comes
-first.
+For each seed the whole loop in the small world, two rounds of it, and DPO again without one kind of pairs;
+then every policy on held-out queries. Ablations take the queries, candidates, scores and the SFT policy of
+the seed's run, so that they differ in their pairs only. Run again, it goes on where it stopped. The world
+comes first: `vpo world runs/world`.
 """
 
 from __future__ import annotations
