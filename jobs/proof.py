@@ -14,16 +14,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import vpo_ray
-from vpo_ray.evaluation.evaluate import Evaluated, samples_of
-from vpo_ray.evaluation.figures import results_of
+from vpo_ray.evaluation.evaluate import Evaluated
+from vpo_ray.evaluation.pooled import pool_evaluations
 from vpo_ray.evaluation.results_table import table_text
 from vpo_ray.recipe import Recipe
-from vpo_ray.records import Row
 from vpo_ray.report.evaluation_page import write_evaluation_page
 from vpo_ray.storage.run_dir import RunDir
 
@@ -35,10 +33,6 @@ _MADE = (
     "pairs", "reasons.json", "reference", "dpo", "dpo.jsonl", "example.json", "evaluation", "evaluation.json",
     "rounds", "recipe.yaml", "ledger.json", "report.html", "index.html", "videos", "lock",
 )  # fmt: skip
-# What `results_of` computes; the rest of a results file is its context.
-_COMPUTED = frozenset(
-    {"order", "confidence", "results", "errors", "comparisons", "ranking", "trained_on", "signs"}
-)
 
 
 def main() -> None:
@@ -57,10 +51,13 @@ def main() -> None:
     for seed in range(1, given.seeds + 1):
         sets = [f"queries.limit={given.queries}", f"seed={seed}", "dpo.epochs=1", *given.set]
         evaluations.append(prove(given.recipe, given.out / f"seed-{seed}", sets, given.held_out, seconds))
-    results = pooled(evaluations, given.out)
+    asked = vpo_ray.Run(given.out / "seed-1").recipe.evaluate
+    assert asked is not None
+    found = pool_evaluations(evaluations, asked, RunDir(str(given.out)))
+    write_evaluation_page(found.results, found.samples(), [], found.folder)
     seconds["all"] = time.monotonic() - began
     figures = {name: round(value) for name, value in seconds.items()}
-    sys.stdout.write(f"{table_text(results)}\n{json.dumps({'seconds': figures})}\n")
+    sys.stdout.write(f"{table_text(found.results)}\n{json.dumps({'seconds': figures})}\n")
 
 
 def prove(recipe: str, out: Path, sets: list[str], held_out: int, seconds: dict[str, float]) -> Evaluated:
@@ -122,27 +119,6 @@ def fork(recipe: Recipe, target: Path) -> None:
     if (target / "versions.json").exists():
         return
     shutil.copytree(recipe.out, target, copy_function=os.link, ignore=shutil.ignore_patterns(*_MADE))
-
-
-def pooled(evaluations: list[Evaluated], out: Path) -> dict[str, Any]:
-    """The evaluations of all seeds as one, with its page in `out`; the seeds of a query are one unit."""
-    rows = list(_seeded(evaluations))
-    first = evaluations[0]
-    context = {key: value for key, value in first.results.items() if key not in _COMPUTED}
-    settings = vpo_ray.Run(str(first.folder.uri).rsplit("/evaluation/", 1)[0]).recipe.evaluate
-    assert settings is not None
-    results = results_of(rows, [], settings, context)
-    folder = RunDir(str(out))
-    samples_of(folder).replace(rows, rows_per_part=10_000)
-    folder.write_json("results.json", results)
-    write_evaluation_page(results, rows, [], folder)
-    return results
-
-
-def _seeded(evaluations: list[Evaluated]) -> Iterator[Row]:
-    for number, evaluation in enumerate(evaluations):
-        for row in evaluation.samples():
-            yield {**row, "seed": number, "sample_id": f"{row['sample_id']}-{number}"}
 
 
 if __name__ == "__main__":
