@@ -407,3 +407,17 @@ def test_the_paper_s_differences_that_500_queries_cannot_show() -> None:
         assert abs(found["difference"]) < found["smallest_detectable"]
         assert found["p_holm"] > 0.05
     assert entry(results, "verdict.aligned", "vpo", "sft")["smallest_detectable"] > 0.002
+
+
+def test_a_reward_that_rises_while_another_measure_falls_is_a_sign() -> None:
+    rng = random.Random(4)
+    rows = []
+    for query in QUERIES:
+        for policy, reward, truth in (("sft", 0.0, 0.9), ("dpo", 2.0, 0.4)):
+            measures = {"reward": rng.gauss(reward, 0.3), "truth": rng.gauss(truth, 0.1)}
+            rows.append(sample(policy, query, measures))
+    found = results_of(rows, [], FEW, context("sft", "dpo"))["signs"]
+    assert (
+        "from sft to dpo scores part ways: reward got better and truth worse, with intervals apart"
+        in " ".join(found)
+    )

@@ -279,10 +279,10 @@ def _trained(block: Block, policy: int, prompts: bool) -> Trained:
 def _better(
     block: Block, pair: tuple[int, int], settings: Evaluation, directions: Mapping[str, bool | None]
 ) -> dict[str, int]:
-    """By dimension of a reward: whether the later policy is better (1) or worse (-1), apart from 0."""
+    """By reward and dimension: whether the later policy is better (1) or worse (-1), apart from 0."""
     found = {}
     for name in sorted(block.values):
-        if "." in name and not is_of_prompt(name):
+        if not is_of_prompt(name):
             gap = _difference(block, name, pair, settings, directions)
             if gap.low is not None and gap.high is not None:
                 sign = int(gap.low > 0) - int(gap.high < 0)

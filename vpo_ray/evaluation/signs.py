@@ -41,8 +41,8 @@ def signs(policies: Sequence[Trained], better: Mapping[tuple[str, str], Mapping[
     """The signs between each policy and the one before it, in the order of training.
 
     Args:
-        better: by the names (before, after) of two policies and by dimension: 1 where the later one is better
-            and the interval of the difference lies on that side of 0, -1 where it is worse, else 0.
+        better: by the names (before, after) of two policies and by reward or dimension: 1 where the later one
+            is better and the interval of the difference lies on that side of 0, -1 where it is worse, else 0.
     """
     return [
         sentence
