@@ -120,7 +120,7 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "200")
     text = help_of(capsys)
     assert re.findall(r"^    (\w+)  ", text, re.MULTILINE) == list(COMMANDS)
-    assert "vpo world runs/world && vpo run jobs/recipes/laptop.yaml" in text
+    assert "vpo world runs/world && vpo run laptop" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

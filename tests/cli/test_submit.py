@@ -213,6 +213,19 @@ def test_a_recipe_by_a_link_in_the_working_directory(jobs: tuple[Jobs, str], wor
     assert job["entrypoint"] == "python -m vpo_ray.cli run mine.yaml --out /runs/one"
 
 
+def test_a_recipe_of_the_package_goes_by_its_name(
+    jobs: tuple[Jobs, str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every node has it: nothing but its name travels, and the working directory."""
+    state, address = jobs
+    named = ["--set", "reward.checklist={file: s3://b/q.yaml}", "--set", "sft.data=s3://b/s.jsonl"]
+    named += ["--set", "reward.model=s3://b/reward", "--set", "queries.path=s3://b/q.jsonl"]
+    arguments = ["submit", "vpo_cogvideox_2b", "--working-dir", str(work), "--address", address]
+    assert main([*arguments, "--out", "/runs/one", *named]) == 0
+    (job,) = state.jobs.values()
+    assert job["entrypoint"].startswith("python -m vpo_ray.cli run vpo_cogvideox_2b --out /runs/one --set ")
+
+
 def test_what_cannot_be_submitted_is_told(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", TINY, "--working-dir", str(work), "--address", "http://127.0.0.1:9"]) == 1
     assert "--working-dir" in capsys.readouterr().err

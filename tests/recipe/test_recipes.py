@@ -13,7 +13,8 @@ import yaml
 
 from vpo_ray.engines.reward import checklist
 from vpo_ray.plan import PlanError, check_recipe
-from vpo_ray.recipe import Pair, Recipe, load, result_keys, video_presets
+from vpo_ray.recipe import Pair, Recipe, RecipeError, load, result_keys, sources, video_presets
+from vpo_ray.world.make import write_texts
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "jobs/recipes"
@@ -34,6 +35,31 @@ def test_every_recipe_loads(path: Path) -> None:
     recipe = load(path)
     assert recipe.sft is not None
     assert recipe.dpo is not None
+
+
+def test_a_recipe_of_the_package_goes_by_its_bare_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load("vpo_cogvideox_5b", ["seed=3"]) == load(RECIPES / "vpo_cogvideox_5b.yaml", ["seed=3"])
+    (tmp_path / "tiny").mkdir()
+    assert load("tiny").name == "tiny", "a folder is no recipe"
+    (tmp_path / "laptop").write_text((RECIPES / "tiny.yaml").read_text("utf-8"), "utf-8")
+    assert load("laptop").name == "tiny", "a file of that name goes before it"
+    with pytest.raises(
+        RecipeError, match="lapptop: no such file, and no recipe of the package.*laptop, tiny"
+    ):
+        load("lapptop")
+
+
+def test_what_the_laptops_recipe_names_is_made_by_the_world(tmp_path: Path) -> None:
+    """Outside a checkout too: nothing of it is a path into the package."""
+    write_texts(tmp_path)
+    made = {path.name for path in tmp_path.iterdir()}
+    named = [path for _, path in sources(load("laptop")) if not path.startswith("builtin:")]
+    assert {path.rpartition("/")[0].partition("/world")[0] for path in named} == {"runs"}
+    texts = {path.removeprefix("runs/world/") for path in named if path.count("/") == 2 and "." in path}
+    assert texts == made
 
 
 @pytest.mark.parametrize("name", VPO)

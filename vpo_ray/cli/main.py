@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vpo",
         description="Make a prompt optimiser for your own text-to-video model, on Ray.",
-        epilog="Start with: vpo world runs/world && vpo run jobs/recipes/laptop.yaml",
+        epilog="Start with: vpo world runs/world && vpo run laptop",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, help: str, run: Callable[[argparse.Namespace], int]
     ) -> argparse.ArgumentParser:
         sub = command(name, help, run)
-        sub.add_argument("recipe", help="recipe file (YAML)")
+        sub.add_argument("recipe", help="recipe file (YAML), or the name of a shipped one, e.g. laptop")
         sub.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")
         sub.add_argument(
             "--set",

@@ -93,7 +93,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     Raises:
         OptionError: the command does not take an option that was given.
         AlreadySubmittedError: an attempt at this run, or at each of its shards, is not over.
-        SubmitError: the recipe is outside the working directory, or the cluster does not answer.
+        SubmitError: the recipe is a file outside the working directory, or the cluster does not answer.
         PackageError: a file that the recipe names cannot travel.
     """
     arguments.task = arguments.task or ("run" if arguments.shards is None else "generate")
@@ -193,25 +193,32 @@ def _warn_of_what_is_lost(recipe: Recipe) -> None:
             )
 
 
-def _entrypoint(arguments: argparse.Namespace) -> tuple[list[str], Path, Path]:
-    """The words of the job's command, the recipe's file and the working directory."""
+def _entrypoint(arguments: argparse.Namespace) -> tuple[list[str], Path | None, Path]:
+    """The words of the job's command, the recipe's file (None for one of the package, which goes by its
+    name) and the working directory."""
+    from vpo_ray.recipe.file import shipped
+
     given = [Path(name).expanduser() for name in (arguments.working_dir, arguments.recipe)]
     folder, recipe = (path.resolve() for path in given)
     # A link in the working directory travels as what it leads to.
     named = Path(os.path.relpath(os.path.abspath(given[1]), os.path.abspath(given[0])))
     linked = folder / named
-    if os.pardir not in named.parts and linked.is_file() and linked.samefile(recipe):
-        recipe = linked
+    travels: Path | None = recipe
+    if shipped(arguments.recipe):
+        travels = None
+    elif os.pardir not in named.parts and linked.is_file() and linked.samefile(recipe):
+        travels = linked
     elif not recipe.is_file() or not recipe.is_relative_to(folder):
         raise SubmitError(
             f"{arguments.recipe} is not in the working directory {folder}, which is all that travels: "
             "give --working-dir"
         )
-    words = ["python", "-m", "vpo_ray.cli", arguments.task, str(recipe.relative_to(folder))]
+    name = arguments.recipe if travels is None else str(travels.relative_to(folder))
+    words = ["python", "-m", "vpo_ray.cli", arguments.task, name]
     words += ["--out", arguments.out] if arguments.out else []
     for item in arguments.set:
         words += ["--set", item]
-    return words + ["--retry-errors"] * arguments.retry_errors, recipe, folder
+    return words + ["--retry-errors"] * arguments.retry_errors, travels, folder
 
 
 def _next_attempt(client: Any, base: str) -> str:

@@ -38,14 +38,14 @@ class PackageError(RuntimeError):
 
 
 def write_package(
-    recipe: Recipe, recipe_file: Path, folder: Path, target: Path, everywhere: Callable[[str], bool]
+    recipe: Recipe, recipe_file: Path | None, folder: Path, target: Path, everywhere: Callable[[str], bool]
 ) -> None:
     """Write the package: a zip file of the working directory and of what the recipe names.
 
     Equal files give equal bytes, so that Ray uploads the same package once.
 
     Args:
-        recipe_file: resolved; in `folder`.
+        recipe_file: resolved; in `folder`. None for a recipe of the package, which every node has.
         folder: the working directory, resolved. A relative path in the recipe is looked for in it, then
             in the current directory; the job finds it under the same relative path.
         everywhere: whether an absolute path that is here is the same on the cluster's nodes.
@@ -54,7 +54,7 @@ def write_package(
         PackageError: files that cannot travel, or more than Ray takes.
     """
     files = dict(_left_by_ray(folder))
-    named = {str(recipe_file.relative_to(folder)): recipe_file}
+    named = {} if recipe_file is None else {str(recipe_file.relative_to(folder)): recipe_file}
     problems = []
     for key, name in (*sources(recipe), *plugin_sources(recipe).items()):
         try:

@@ -10,15 +10,31 @@ import yaml
 
 from vpo_ray.files.text_files import NotTextError, TextFileError, read_text
 
+_SHIPPED = Path(__file__).parents[1] / "data" / "recipes"
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used. The message names the file, the key and the fix."""
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
+
+
+def shipped(name: str | Path) -> Path | None:
+    """The recipe of the package that a bare name means: one that no file here has."""
+    return None if Path(name).is_file() else shipped_recipes().get(str(name))
+
+
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError for any other file."""
+    """The mapping in a YAML file, or in a recipe of the package by its bare name. Raises RecipeError for
+    any other file."""
+    if (ours := shipped(path)) is None and Path(path).name == str(path) and not Path(path).exists():
+        names = ", ".join(shipped_recipes())
+        raise RecipeError(f"{path}: no such file, and no recipe of the package; these are {names}")
     try:
-        tree = load_yaml(read_text(path))
+        tree = load_yaml(read_text(ours or path))
     except NotTextError as error:
         raise RecipeError(f"{path}: not a YAML file: {error.reason}") from error
     except TextFileError as error:

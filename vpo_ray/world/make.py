@@ -2,7 +2,8 @@
 
 `policy` is dequantised from a package; `video`, `judge` and `reward` are copies of what this package ships.
 `queries.jsonl` has users' queries to train on, `sft.jsonl` others with a teacher's prompts, and
-`held_out.jsonl` queries for scenes that no clip of the video model's training shows.
+`held_out.jsonl` queries for scenes that no clip of the video model's training shows, and `caption.txt` is the
+policy's task prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vpo_ray.world.policy import make_smollm2
 from vpo_ray.world.scene import scenes
 
 WEIGHTS = Path(__file__).parent / "weights"
+CAPTION = Path(__file__).parent / "caption.txt"
 SEED = 5
 # Rows of the files; a recipe may take the first ones only.
 SFT, QUERIES, HELD_OUT = 60, 200, 150
@@ -43,7 +45,7 @@ def make_world(folder: str | Path) -> None:
 
 
 def write_texts(folder: Path) -> None:
-    """Write the three files. No query is in two of them, and rows are the same on every machine."""
+    """Write the texts. No query is in two of them, and rows are the same on every machine."""
     rng, known = np.random.default_rng(SEED), set[str]()
     # An example that names more teaches more: what a teacher adds by chance cannot be learnt.
     taught = list(itertools.islice(_queries(False, (3, 5), known, rng), SFT))
@@ -51,6 +53,7 @@ def write_texts(folder: Path) -> None:
     for name, held_out, rows in (("queries", False, QUERIES), ("held_out", True, HELD_OUT)):
         new = _queries(held_out, (2, 4), known, rng)
         _write(folder / f"{name}.jsonl", ({"query": q.text} for q in itertools.islice(new, rows)))
+    shutil.copyfile(CAPTION, folder / CAPTION.name)
 
 
 def _queries(
