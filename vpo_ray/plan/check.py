@@ -165,7 +165,7 @@ def absent_measures(recipe: Recipe) -> list[str]:
 def _reward(key: str, reward: Reward) -> Iterator[str]:
     for name, model in reward.models().items():
         yield from _folder(f"{key}.{name}", model, "config.json", "*.safetensors")
-    if reward.kind == "vbench":
+    if reward.kind == "vbench" or reward.is_plugin:
         yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
 
 

@@ -30,7 +30,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, cre
 from vpo_ray.recipe.base import Section, locate, sources
 
 # Names of the package's own models that come in by the same door, by group of entry points.
-BUILT_IN: Mapping[str, Mapping[str, str]] = {"vpo_ray.rewards": {}, "vpo_ray.video": {}, "vpo_ray.chat": {}}
+BUILT_IN: Mapping[str, Mapping[str, str]] = {
+    "vpo_ray.rewards": {"videoreward": "vpo_ray.engines.reward.videoreward:VideoReward"},
+    "vpo_ray.video": {},
+    "vpo_ray.chat": {},
+}
 
 _NAME = re.compile(r"(?P<name>[\w.-]+|[\w.]+:[\w.]+)(@(?P<version>[\w.!+-]+))?")
 

@@ -213,9 +213,7 @@ def shard_files(folder: str | Path) -> list[Path]:
             f"{folder}: {INDEX} names {', '.join(absent)}, not found there; download the checkpoint again"
         )
     if not files:
-        raise CheckpointError(
-            f"{folder}: no *.safetensors files; CogVLM2-Video is read from safetensors only"
-        )
+        raise CheckpointError(f"{folder}: no *.safetensors files; rewards are read from safetensors only")
     return files
 
 
