@@ -148,7 +148,7 @@ def test_a_recipe_is_refused_by_the_key(install: Install, sets: str, says: str) 
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("visionrewrad", "is no kind that is known here (visionreward, openai, vbench, broken)"),
+        ("visionrewrad", "is no kind that is known here (visionreward, openai, vbench, "),
         ("broken", "others:gone cannot be imported: AttributeError"),
         ("nowhere.at_all:Model", "nowhere.at_all:Model cannot be imported: ModuleNotFoundError"),
         ("os:system", "os:system is no builder"),
