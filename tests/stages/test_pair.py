@@ -70,7 +70,11 @@ def why(*rows: Row, **options: Any) -> dict[str, int]:
 def test_the_defaults_are_those_of_vpo() -> None:
     """Margin: paper 3.3. Question dominance, first pair, one of each, text first: its code only."""
     assert VPO.model_dump() == {
+        "preset": None,
+        "by": "score",
         "reward": None,
+        "ranks": None,
+        "max_words": None,
         "margin": 0.5,
         "dominance": "question",
         "choice": "first",
@@ -227,6 +231,7 @@ OPTIONS = st.builds(
     margin=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     dominance=st.sampled_from(["none", "question", "dimension"]),
     choice=st.sampled_from(["first", "best"]),
+    ranks=st.sampled_from([None, 1, 2]),
     video_per_query=st.integers(0, 3),
     text_per_query=st.integers(0, 3),
     precedence=st.sampled_from(["text", "video", "both"]),

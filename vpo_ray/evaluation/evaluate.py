@@ -25,8 +25,9 @@ from vpo_ray.evaluation.samples import COMPARISON, SAMPLE
 from vpo_ray.evaluation.sets import read_set, refuse_trained, set_hash
 from vpo_ray.evaluation.vbench_files import import_vbench
 from vpo_ray.keywords import KeywordList
-from vpo_ray.recipe import Evaluation, Recipe, Render, Reward, sources
+from vpo_ray.recipe import Evaluation, Formula, Recipe, Render, Reward, sources
 from vpo_ray.records import Row, content_id
+from vpo_ray.stages.formula import raw_values, weigh
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import driving
 from vpo_ray.storage.tables import Table
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 LATEST = "evaluation.json"
 RESULTS = "results.json"
 VBENCH = "vbench.json"  # measures of VBench's own command, by sample
+FORMULA = "formula"  # the measure, and what is called so in `measures`
 OWN = "render"  # the recipe's own video model, among those of `transfer`
 _TRAINED = ("sft", "dpo")
 
@@ -122,6 +124,8 @@ class _Evaluating:
             for seed in range(self.settings.seeds)
         }
         samples = list(self._samples(made, judged, rendered))
+        if self.recipe.formula is not None:
+            add_formula(samples, self.recipe.formula)
         comparisons = self._comparisons(samples)
         return self._written(samples, comparisons)
 
@@ -206,7 +210,7 @@ class _Evaluating:
                 row |= {name: video[name] for name in ("video_key", "video_uri")}
                 if video["error"] is not None:
                     row |= {name: video[name] for name in ("error", "error_stage")}
-                values |= dict(_scores(video))
+                values |= raw_values(video)
         row["measures"] = [{"name": name, "value": value} for name, value in values.items()]
         return row
 
@@ -266,7 +270,7 @@ class _Evaluating:
             },
             "policies": {rival.name: _shown(rival) for rival in self.rivals},
             "video_models": {key: render.model for key, render in self.video_models.items()},
-            "training_rewards": ["reward", *self.recipe.more_rewards],
+            "training_rewards": ["reward", *self.recipe.more_rewards, FORMULA],
             "training_judge": self.recipe.judge.model,
             "warnings": [f"{name} is not measured: {why}" for name, why in self.absent.items()],
             "versions": versions(),
@@ -309,14 +313,29 @@ def _place(set_name: str, policy: str, model: str, query: Row, seed: int) -> Row
     }
 
 
-def _scores(video: Row) -> Iterator[tuple[str, float]]:
-    """The measures of a finished row: each reward by its name, and its dimensions behind it."""
-    if video["score"] is None:
-        return
-    for reward in ({**video, "name": "reward"}, *(video["more_rewards"] or [])):
-        yield reward["name"], reward["score"]
-        for dimension in reward["dimensions"] or []:
-            yield f"{reward['name']}.{dimension['name']}", dimension["score"]
+def add_formula(samples: Sequence[Row], formula: Formula) -> None:
+    """Give samples with scores the measure `formula`: its total, with the weights that hold in the end.
+
+    Where it asks for more of a chosen video, `formula.accepted` is 1 if that is there, else 0.
+
+    Values are normalised among all samples of a query with one video model, whose ever they are. A sample
+    that a gate leaves out, or that lacks a dimension, has neither.
+    """
+    scored = [row for row in samples if any(measure["name"] == "reward" for measure in row["measures"] or ())]
+    places: dict[tuple[str, str, str], int] = {}
+    groups = [
+        places.setdefault((row["set"], row["video_model"], row["query_id"]), len(places)) for row in scored
+    ]
+    values = [
+        {measure["name"]: measure["value"] for measure in row["measures"] if measure["value"] is not None}
+        for row in scored
+    ]
+    weighed = weigh(values, formula, groups)
+    thresholds = any(term.above is not None for term in formula.terms.values())
+    for row, total, out, refused in zip(scored, weighed.totals, weighed.out, weighed.refused, strict=True):
+        if out is None:
+            accepted = {f"{FORMULA}.accepted": float(refused is None)} if thresholds else {}
+            _add(row, {FORMULA: float(total), **accepted})
 
 
 def _present(rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str, str]]:

@@ -8,15 +8,15 @@ for (a run that was stopped has some in flight).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
-from vpo_ray.recipe import Pair, Recipe
+from vpo_ray.loop.unpaired import PairCount
+from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages import spec
+from vpo_ray.stages.agreement import AgreementCount, compared, disagreements
 from vpo_ray.stages.chains import CHAINS, Chain, chain_of, table_of_stage
-from vpo_ray.stages.pair import by_reward
 from vpo_ray.stages.score import ALARM_AFTER
 from vpo_ray.stages.spec import StageSpec
 from vpo_ray.stages.tally import by_reason, reason_of
@@ -38,8 +38,9 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
     """
     stages: dict[str, dict[str, Any]] = {"curate": _curate(run)}
     counts = {stage.name: _StageCount(stage) for stage in spec.stages() if stage.in_recipe(recipe)}
-    pairs = _PairCount(recipe.pair)
-    _count_rows(run, counts, pairs)
+    pairs = PairCount(recipe.pair, recipe.formula and recipe.formula.at(run.round_number()))
+    agreement = AgreementCount(compared(recipe))
+    _count_rows(run, counts, [pairs, agreement] if agreement.signs else [pairs])
     given = run.read_json(GIVEN) if run.exists(GIVEN) else {}
     for chain in CHAINS.values():
         entered = _entering(run, chain, stages["curate"]["splits"], recipe)
@@ -49,7 +50,9 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
             if stage.name in counts and (not given or stage.name in given["stages"]):
                 stages[stage.name] = counts[stage.name].entry(entered)
                 entered = stages[stage.name]["out"]
-    stages["pair"] = pairs.entry(run)
+    if agreement.signs and "score" in stages:
+        stages["score"]["agreement"] = agreement.result()
+    stages["pair"] = _pairing(run, pairs)
     stages["sft"] = _training(run, "sft", run.table("sft").count())
     stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
     ledger = {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
@@ -102,7 +105,7 @@ def alarms(ledger: Ledger) -> list[str]:
             "raise render.max_text_tokens where the model takes more; or leave such prompts out by "
             "render.long_prompts: error"
         )
-    return found
+    return [*found, *disagreements(scored.get("agreement", ()))]
 
 
 def funnel(ledger: Ledger) -> dict[str, int]:
@@ -135,11 +138,15 @@ def _entering(run: RunDir, chain: Chain, splits: dict[str, int], recipe: Recipe)
     return queries * chain.rows_of_query(recipe)
 
 
-def _count_rows(run: RunDir, counts: dict[str, _StageCount], pairs: _PairCount) -> None:
+def _count_rows(
+    run: RunDir, counts: dict[str, _StageCount], of_feedback: list[PairCount | AgreementCount]
+) -> None:
     """Read each table once, for all that count its rows: where a stage has none of its own, the nearest later
     one has them."""
     feedback = run.table("feedback")
-    reading: dict[str, tuple[Table, list[_StageCount | _PairCount]]] = {feedback.uri: (feedback, [pairs])}
+    reading: dict[str, tuple[Table, list[_StageCount | PairCount | AgreementCount]]] = {
+        feedback.uri: (feedback, [*of_feedback])
+    }
     for name, count in counts.items():
         if (table := table_of_stage(run, name)) is not None:
             reading.setdefault(table.uri, (table, []))[1].append(count)
@@ -207,84 +214,28 @@ def _why_not_rendered(row: Row) -> str | None:
     return row.get("skipped")
 
 
-@dataclass
-class _Tally:
-    """What decides whether a query can have a pair, kept small: one for every query."""
-
-    candidates: int = 0
-    failed: int = 0
-    refined: int = 0
-    skipped: str | None = None
-    scores: tuple[float, ...] = ()
-    prompts: frozenset[int] = frozenset()
-
-    def add(self, row: Row) -> None:
-        self.candidates += 1
-        if row["error"] is not None:
-            self.failed += 1
-        elif row["refined_verdict"] == "aligned":
-            self.refined += 1
-        elif row["skipped"] is not None:
-            self.skipped = row["skipped"]
-        elif row["score"] is not None:
-            self.scores += (row["score"],)
-            self.prompts |= {hash(row["prompt"])}
-
-    def why_no_pair(self, settings: Pair) -> str:
-        if self.failed == self.candidates:
-            return "every candidate failed"
-        if self.refined and not settings.text_per_query:
-            return "text pairs are off (pair.text_per_query)"
-        if self.refined:
-            return "the refined prompt equals the original"
-        if not self.scores and self.skipped:
-            return f"no video: {self.skipped}"
-        if not self.scores:
-            return "no aligned candidate, no aligned refinement"
-        if len(self.scores) == 1:
-            return "one scored video only, no aligned refinement"
-        if not settings.video_per_query:
-            return "video pairs are off (pair.video_per_query)"
-        if len(self.prompts) == 1:
-            return "all scored prompts are the same"
-        if max(self.scores) - min(self.scores) <= settings.margin:
-            return f"all scores within the margin of {settings.margin:g}"
-        return f"no candidate both over the margin and dominant by {settings.dominance}"
-
-
-class _PairCount:
+def _pairing(run: RunDir, pairs: PairCount) -> dict[str, Any]:
     """Counts queries: one with a pair is out, one without is dropped, with the reason."""
-
-    def __init__(self, settings: Pair) -> None:
-        self.settings = settings
-        self.tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
-        self.columns = ["query_id", "prompt", "refined_verdict", "skipped", "score", "error"]
-        self.columns += ["more_rewards"] if settings.reward is not None else []
-
-    def add(self, row: Row) -> None:
-        self.tallies[row["query_id"]].add(by_reward(row, self.settings.reward))
-
-    def entry(self, run: RunDir) -> dict[str, Any]:
-        kinds: Counter[str] = Counter()
-        paired: set[str] = set()
-        for row in run.table("pairs").rows(["query_id", "kind"]):
-            kinds[row["kind"]] += 1
-            paired.add(row["query_id"])
-        paired_with = run.read_json(PAIRED) if run.exists(PAIRED) else None
-        more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
-        if paired_with and "videos" in paired_with:
-            more["videos"] = {
-                strategy: {
-                    "videos": videos,
-                    "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
-                }
-                for strategy, videos in paired_with["videos"].items()
+    kinds: Counter[str] = Counter()
+    paired: set[str] = set()
+    for row in run.table("pairs").rows(["query_id", "kind"]):
+        kinds[row["kind"]] += 1
+        paired.add(row["query_id"])
+    paired_with = run.read_json(PAIRED) if run.exists(PAIRED) else None
+    more: dict[str, Any] = {"pairs": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+    if paired_with and "videos" in paired_with:
+        more["videos"] = {
+            strategy: {
+                "videos": videos,
+                "per_video_pair": round(videos / kinds["video"], 2) if kinds["video"] else None,
             }
-        number = len(self.tallies)
-        if not kinds and paired_with is None:
-            return _entry(number, 0, skipped={"not paired yet": number} if number else {}, **more)
-        why = (t.why_no_pair(self.settings) for query, t in self.tallies.items() if query not in paired)
-        return _entry(number, len(paired & self.tallies.keys()), dropped=by_reason(Counter(why)), **more)
+            for strategy, videos in paired_with["videos"].items()
+        }
+    if not kinds and paired_with is None:
+        waiting = {"not paired yet": len(pairs.queries)} if pairs.queries else {}
+        return _entry(len(pairs.queries), 0, skipped=waiting, **more)
+    why = by_reason(pairs.why_no_pair(paired))
+    return _entry(len(pairs.queries), len(paired & pairs.queries), dropped=why, **more)
 
 
 def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:

@@ -27,6 +27,10 @@ from vpo_ray.versions import versions
 logger = logging.getLogger(__name__)
 
 
+# Sections that only choose among the rows of feedback/.
+_PAIRING = frozenset({"pair", "formula"})
+
+
 class OtherRecipeError(ValueError):
     """The run directory belongs to a recipe that computes something else; the message says what."""
 
@@ -49,7 +53,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
         # Parsed, so that a key which is newer than the run counts with its default.
         stored = parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
         changed = differences(stored.dump(), recipe.dump())
-        if changed:
+        if changed and not _pairs_anew(run, stored, recipe, changed):
             # One that is not here has no version to compare.
             absent = plugins.plugin_problems(plugins.plugins_of(recipe))
             changed += [f"{key}: {why}" for key, why in absent.items()]
@@ -57,6 +61,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
                 f"{run.uri} was made by another recipe. These keys differ:\n  "
                 + "\n  ".join(changed)
                 + "\nGive the new recipe another `out`, or put the old values back"
+                + _how_to_pair_anew(run, stored, recipe, changed)
             )
     if shard is not None:
         return run
@@ -65,6 +70,34 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
     run.write_json("versions.json", versions())
     run.write("recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
     return run
+
+
+def _pairs_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
+    """Whether a recipe differs only in how pairs are chosen of the feedback that is there, and no policy was
+    trained on pairs of the old way."""
+    if not _differs_in_pairing(stored, recipe, changed) or _trained(run):
+        return False
+    logger.info("pairs are chosen anew in %s: %s", run.uri, "; ".join(changed))
+    return True
+
+
+def _differs_in_pairing(stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
+    # Adaptive rendering makes the videos that the pairs take, and no others.
+    rendered_all = all(one.render.strategy == "all" for one in (stored, recipe))
+    return rendered_all and all(line.split(".")[0].split(":")[0] in _PAIRING for line in changed)
+
+
+def _how_to_pair_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> str:
+    if not _differs_in_pairing(stored, recipe, changed):
+        return ""
+    return (
+        f". They only say how pairs are chosen: delete {run.at('checkpoints/dpo')}, which was trained on "
+        f"the old pairs, and {run.at('rounds')} where it is there, and the same run goes on with new pairs"
+    )
+
+
+def _trained(run: RunDir) -> bool:
+    return run.exists("checkpoints/dpo/vpo.json")
 
 
 @contextmanager

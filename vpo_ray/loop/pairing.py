@@ -33,11 +33,13 @@ def make_pairs(recipe: Recipe, run: RunDir) -> int:
     count = 0 if first is None else run.table("pairs").replace(chain([first], found))
     run.write_json(PAIRED, {"reasons": dict(reasons), "videos": dict(videos)})
     if not count:
+        by_formula = recipe.pair.by == "formula"
+        loosen = "pair.margin or what the formula asks for" if by_formula else "pair.margin or pair.dominance"
         listed = "\n  ".join(f"{n:6} {reason}" for reason, n in (reasons + seen).most_common())
         raise LoopError(
             "no preference pairs were found, so there is nothing to train on:\n  "
             f"{listed or '  there is no feedback'}\n"
-            "Lower pair.margin or pair.dominance, sample more (sample.k), or look at feedback/ for errors"
+            f"Lower {loosen}, sample more (sample.k), or look at feedback/ for errors"
         )
     return count
 
@@ -46,9 +48,10 @@ def _pairs(
     recipe: Recipe, run: RunDir, reasons: Counter[str], videos: Counter[str], seen: Counter[str]
 ) -> Iterator[Row]:
     """Pairs by query. Counts why there is none, the videos of each strategy, and the candidates seen."""
+    formula = recipe.formula and recipe.formula.at(run.round_number())
     for candidates in run.table("feedback").groups("query_id", COLUMNS):
         for name in ("verdict", "error_stage"):
             values = (row[name] for row in candidates if row[name] is not None)
             seen.update(f"candidates with {name} {value}" for value in values)
-        videos.update(videos_by_strategy(candidates, recipe.pair))
-        yield from pairs_of_query(candidates, recipe.pair, reasons)
+        videos.update(videos_by_strategy(candidates, recipe.pair, formula))
+        yield from pairs_of_query(candidates, recipe.pair, reasons, formula)

@@ -15,6 +15,7 @@ from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
+from vpo_ray.plan.dimensions import formula_problems
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import (
     ChatModel,
@@ -112,6 +113,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
             yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
         elif decides and recipe.pair.dominance == "question":
             yield f"pair.dominance: question needs a checklist, {key} has none: write none or dimension"
+    yield from formula_problems(recipe)
     label = recipe.queries.unsafe_judge
     for key, slots, name in (
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),

@@ -234,8 +234,15 @@ def _examples(
 
 def _pairs_per_query(recipe: Recipe) -> int:
     pair = recipe.pair
-    both = pair.video_per_query + pair.text_per_query
-    return both if pair.precedence == "both" else max(pair.video_per_query, pair.text_per_query)
+    video = pair.video_per_query
+    if pair.choice == "all":
+        # The first of k is above k - 1 others, the second above k - 2, and so on.
+        video = sum(
+            recipe.sample.k - rank
+            for rank in range(1, min(pair.ranks or recipe.sample.k, recipe.sample.k) + 1)
+        )
+    both = video + pair.text_per_query
+    return both if pair.precedence == "both" else max(video, pair.text_per_query)
 
 
 def pool_replica(pool: Pool) -> Replica:

@@ -22,6 +22,7 @@ from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.evaluation import EvaluatedPolicy, EvaluatedSet, Evaluation, Preference
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
+from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_presets, preset_formula, reward_of
 from vpo_ray.recipe.plugins import pins, plugins_of
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
@@ -43,6 +44,9 @@ __all__ = [
     "EvaluatedPolicy",
     "EvaluatedSet",
     "Evaluation",
+    "Formula",
+    "FormulaGate",
+    "FormulaTerm",
     "Guard",
     "Judge",
     "Limits",
@@ -73,6 +77,7 @@ __all__ = [
     "load",
     "load_serve",
     "locate",
+    "pair_presets",
     "parse",
     "parse_stored",
     "result_keys",
@@ -117,11 +122,22 @@ class Recipe(Section):
     render: Render
     reward: Reward
     more_rewards: dict[str, Reward] = {}
+    formula: Formula | None = None
     pair: Pair = Pair()
     dpo: Dpo | None = None
     evaluate: Evaluation | None = None
     serve: Serve = Serve()
     limits: Limits = Limits()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _formula_of_preset(cls, given: Any) -> Any:
+        pair = given.get("pair") if isinstance(given, Mapping) else None
+        preset = pair.get("preset") if isinstance(pair, Mapping) else None
+        if not isinstance(preset, str) or given.get("formula") is not None:
+            return given
+        more = given.get("more_rewards")
+        return {**given, "formula": preset_formula(preset, more if isinstance(more, Mapping) else {})}
 
     @model_validator(mode="after")
     def _trains_what_it_has(self) -> Recipe:
@@ -180,6 +196,40 @@ class Recipe(Section):
         if self.pair.reward is not None and self.pair.reward not in self.more_rewards:
             known = ", ".join(self.more_rewards) or "there is none"
             raise ValueError(f"pair.reward: no {self.pair.reward!r} in more_rewards ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _formula_has_its_rewards(self) -> Recipe:
+        if self.formula is None:
+            if self.pair.by == "formula":
+                raise ValueError("pair.by: formula needs a section `formula`")
+            return self
+        for key in ("terms", "gates"):
+            for name in getattr(self.formula, key):
+                if reward_of(name) not in ("reward", *self.more_rewards):
+                    known = ", ".join(("reward", *self.more_rewards))
+                    raise ValueError(
+                        f"formula.{key}.{name}: no reward {reward_of(name)!r} (there are {known}): name a "
+                        "reward, or its dimension as REWARD.DIMENSION"
+                    )
+        measures = self.evaluate.rewards if self.evaluate is not None else {}
+        for section, rewards in {"more_rewards": self.more_rewards, "evaluate.rewards": measures}.items():
+            if "formula" in rewards:
+                raise ValueError(f"{section}.formula: choose another name, the recipe has a formula")
+        return self
+
+    @model_validator(mode="after")
+    def _renders_what_pairs_take(self) -> Recipe:
+        pair = self.pair
+        relative = pair.by == "formula" and self.formula is not None and self.formula.normalise != "none"
+        whole = {"pair.choice: all": pair.choice == "all", "pair.ranks": pair.ranks is not None,
+                 "formula.normalise": relative}  # fmt: skip
+        if self.render.strategy == "adaptive" and any(whole.values()):
+            named = " and ".join(key for key, given in whole.items() if given)
+            raise ValueError(
+                f"render.strategy: adaptive renders no more videos than a pair takes, and {named} looks at "
+                "all of a query: write strategy: all"
+            )
         return self
 
     @model_validator(mode="after")
@@ -325,10 +375,15 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 def _keys_at(location: list[str]) -> list[str]:
     model: Any = Recipe
+    names_follow = False
     for part in location:
+        if names_follow:
+            names_follow = False
+            continue
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
+        names_follow = getattr(field.annotation, "__origin__", None) is dict
         args = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((a for a in args if isinstance(a, type) and issubclass(a, Section)), None)
     return list(getattr(model, "model_fields", {}))

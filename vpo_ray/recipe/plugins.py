@@ -131,6 +131,13 @@ class Plugin:
         found = dict(sources(self.checked(section), "options."))
         return found | ({"model": model} if (model := getattr(section, "model", "")) else {})
 
+    def dimensions(self, section: Modelled) -> frozenset[str] | None:
+        """The names of a reward's dimensions, which its builder may have or say of its settings. Raises
+        PluginError where it cannot say them of these."""
+        given = getattr(self.builder, "dimensions", None)
+        found = self._asked(given, section) if callable(given) else given
+        return None if found is None else frozenset(found)
+
     def build(self, section: Modelled) -> Any:
         """The model. Raises PluginError where it cannot be built, whatever the builder raises."""
         return self._asked(self.builder, section)

@@ -22,6 +22,7 @@ from vpo_ray.recipe.base import (
     sources,
 )
 from vpo_ray.recipe.endpoint import Endpoint, VideoEndpoint, refuse_keys
+from vpo_ray.recipe.formula import pair_presets
 from vpo_ray.recipe.plugins import Kind, Modelled, find_usable
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
@@ -308,14 +309,49 @@ class Reward(Modelled):
 
 
 class Pair(Section):
-    """How preference pairs are chosen. The defaults are VPO's (facts: paper 3.3 and its code)."""
+    """How preference pairs are chosen. The defaults are VPO's (facts: paper 3.3 and its code).
 
+    `preset` fills the keys that are not given with a published rule (`vpo_ray/data/pair_presets.yaml`), and
+    the section `formula` where the recipe has none.
+    """
+
+    preset: str | None = None
+    by: Annotated[
+        Literal["score", "formula"], Field(description="what decides: a reward's score or the formula")
+    ] = "score"
     reward: Annotated[
         str | None, Field(description="one of more_rewards that decides; `reward` when unset")
     ] = None
     margin: Annotated[float, Field(ge=0)] = 0.5
     dominance: Literal["none", "question", "dimension"] = "question"
-    choice: Literal["first", "best"] = "first"
+    choice: Annotated[
+        Literal["first", "best", "all"], Field(description="which of a query's video pairs are taken")
+    ] = "first"
+    ranks: Annotated[
+        Positive | None,
+        Field(description="a chosen video is among so many best of its query; any when unset"),
+    ] = None
+    max_words: Annotated[Positive | None, Field(description="of a chosen prompt, split at white space")] = (
+        None
+    )
     video_per_query: Annotated[int, Field(ge=0)] = 1
     text_per_query: Annotated[int, Field(ge=0)] = 1
     precedence: Literal["text", "video", "both"] = "text"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not isinstance(given.get("preset"), str):
+            return given
+        presets = pair_presets()
+        if given["preset"] not in presets:
+            raise ValueError(f"preset {given['preset']!r} is not known; there are {', '.join(presets)}")
+        return {**presets[given["preset"]]["pair"], **given}
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Pair:
+        if self.by == "formula":
+            refuse_unused(self, "reward", "with by: formula, which names its rewards")
+        if self.choice == "all":
+            refuse_unused(self, "video_per_query", "with choice: all")
+        return self

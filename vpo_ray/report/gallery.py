@@ -7,6 +7,7 @@ and the same run shows the same pairs.
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from vpo_ray.engines.reward import checklist
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
 from vpo_ray.report.page import copy_video
-from vpo_ray.stages.pair import by_reward
+from vpo_ray.stages.pair import by_rule
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
 
@@ -53,10 +54,13 @@ class Card:
 def cards(run: RunDir, recipe: Recipe) -> list[Card]:
     """At most MAX_PAIRS cards, video pairs first, widest margin first."""
     pairs = _sample(run)
-    wanted = {pair[side] for pair in pairs for side in ("chosen_id", "rejected_id")}
-    where = pc.field("candidate_id").isin(sorted(wanted))
-    rows = run.table("feedback").rows(where=where) if wanted else ()
-    feedback = {row["candidate_id"]: by_reward(row, recipe.pair.reward) for row in rows}
+    where = pc.field("query_id").isin(sorted({pair["query_id"] for pair in pairs}))
+    of_query: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in run.table("feedback").rows(where=where) if pairs else ():
+        of_query[row["query_id"]].append(row)
+    formula = recipe.formula and recipe.formula.at(run.round_number())
+    decided = (by_rule(rows, recipe.pair, formula)[0] for rows in of_query.values())
+    feedback = {row["candidate_id"]: row for rows in decided for row in rows}
     questions = _questions(recipe)
     made = [_card(pair, feedback, run, recipe, questions) for pair in pairs]
     return sorted(made, key=lambda card: (card.kind != "video", -(card.margin or 0), card.pair_id))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from vpo_ray.recipe import Pair
+from vpo_ray.recipe import Formula, Pair
 from vpo_ray.records import Row
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.stages.spec import names
@@ -25,11 +25,14 @@ TWIN = "not needed: another candidate has the same prompt"
 NO_VIDEO_PAIRS = "not needed: pair.video_per_query is 0"
 
 
-def decide(candidates: Sequence[Row], settings: Pair) -> dict[str, str | None]:
+def decide(
+    candidates: Sequence[Row], settings: Pair, formula: Formula | None = None
+) -> dict[str, str | None]:
     """What to do now with the candidates of one query that are neither rendered nor failed.
 
     Args:
         candidates: all candidates of the query, each as the last table that has it says.
+        formula: see `pairs_of_query`.
 
     Returns:
         By candidate id: None to let it into the render stage, or the reason why it is not needed.
@@ -41,7 +44,7 @@ def decide(candidates: Sequence[Row], settings: Pair) -> dict[str, str | None]:
         row["candidate_id"]: None for row in candidates if id(row) not in taken
     }
     decisions |= {row["candidate_id"]: TWIN for row in twins if _is_open(row)}
-    reason = _none_needed(candidates, prompts, settings)
+    reason = _none_needed(candidates, prompts, settings, formula)
     for position, row in enumerate(prompts):
         before = prompts[:position]
         if not _is_open(row):
@@ -49,7 +52,7 @@ def decide(candidates: Sequence[Row], settings: Pair) -> dict[str, str | None]:
         if reason is None and position >= 2:
             if not all(_is_finished(earlier) for earlier in before):
                 break
-            if _enough(before, settings):
+            if _enough(before, settings, formula):
                 reason = ENOUGH
         decisions[row["candidate_id"]] = reason
     return decisions
@@ -63,16 +66,18 @@ def is_renderable(row: Row) -> bool:
     return row.get("verdict") == "aligned" and row.get("prompt") is not None and not failed_before
 
 
-def videos_by_strategy(candidates: Sequence[Row], settings: Pair) -> dict[str, int]:
+def videos_by_strategy(
+    candidates: Sequence[Row], settings: Pair, formula: Formula | None = None
+) -> dict[str, int]:
     """Videos that either strategy asks for, computed from one query's finished candidates.
 
     Where the adaptive strategy made them, it is exact as well: the others were not needed.
     """
     prompts, _ = _renderable(candidates)
-    if _none_needed(candidates, prompts, settings):
+    if _none_needed(candidates, prompts, settings, formula):
         return {"all": len(prompts), "adaptive": 0}
     needed = 2
-    while needed < len(prompts) and not _enough(prompts[:needed], settings):
+    while needed < len(prompts) and not _enough(prompts[:needed], settings, formula):
         needed += 1
     return {"all": len(prompts), "adaptive": needed}
 
@@ -89,20 +94,24 @@ def _renderable(candidates: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return list(first.values()), twins
 
 
-def _none_needed(candidates: Sequence[Row], prompts: Sequence[Row], settings: Pair) -> str | None:
+def _none_needed(
+    candidates: Sequence[Row], prompts: Sequence[Row], settings: Pair, formula: Formula | None
+) -> str | None:
     """Why no video of this query is needed, as far as its texts tell."""
     if not settings.video_per_query:
         return NO_VIDEO_PAIRS
     if len(prompts) < 2:
         return ALONE
     texts = [row for row in candidates if row["refined_prompt"] is not None]
-    if settings.precedence == "text" and pairs_of_query(texts, settings, Counter()):
+    if settings.precedence == "text" and pairs_of_query(texts, settings, Counter(), formula):
         return TEXT_FIRST
     return None
 
 
-def _enough(rows: Sequence[Row], settings: Pair) -> bool:
-    return len(pairs_of_query(rows, settings, Counter())) >= settings.video_per_query
+def _enough(rows: Sequence[Row], settings: Pair, formula: Formula | None) -> bool:
+    if settings.choice == "all" or settings.ranks is not None:
+        return False  # any further video may make a pair, or undo one
+    return len(pairs_of_query(rows, settings, Counter(), formula)) >= settings.video_per_query
 
 
 def _is_open(row: Row) -> bool:

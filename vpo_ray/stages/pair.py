@@ -2,8 +2,8 @@
 
 Two kinds. A text pair sets a refined prompt that was judged aligned over the misaligned original
 (VPO 3.3, prompt level). A video pair sets a prompt over another of the same query whose video the
-reward model scored lower by more than a margin (VPO 3.3, video level; the dominance rule is in
-its released code only).
+reward model, or the recipe's formula over several, scored lower by more than a margin (VPO 3.3, video level;
+the dominance rule is in its released code only).
 """
 
 from __future__ import annotations
@@ -12,30 +12,48 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations
 
-from vpo_ray.recipe import Pair
+from vpo_ray.recipe import Formula, Pair
 from vpo_ray.records import Row, pair_id, share_of
+from vpo_ray.stages.formula import rows_by_formula
 
 
-def pairs_of_query(candidates: Sequence[Row], settings: Pair, reasons: Counter[str]) -> list[Row]:
+def pairs_of_query(
+    candidates: Sequence[Row], settings: Pair, reasons: Counter[str], formula: Formula | None = None
+) -> list[Row]:
     """The pairs of one query's candidates.
 
     Args:
         candidates: Feedback rows of one query, in any order.
         reasons: counts why comparisons gave no pair; it is added to.
+        formula: with the weights of the round, where `pair.by` says that it decides.
 
     Returns:
         Pair rows, text pairs first.
     """
-    ordered = sorted((by_reward(row, settings.reward) for row in candidates), key=lambda row: row["k"])
-    text = _choose(_text_pairs(ordered, reasons), settings.text_per_query, best=False)
-    video = _choose(
-        _video_pairs(ordered, settings, reasons), settings.video_per_query, settings.choice == "best"
-    )
+    ordered = sorted(candidates, key=lambda row: row["k"])
+    ordered, left_out = by_rule(ordered, settings, formula)
+    reasons.update(left_out)
+    text = _choose(_text_pairs(ordered, settings, reasons), settings.text_per_query, best=False)
+    count = None if settings.choice == "all" else settings.video_per_query
+    video = _choose(_video_pairs(ordered, settings, reasons), count, settings.choice == "best")
     if text and video and settings.precedence != "both":
         loser = video if settings.precedence == "text" else text
         reasons[f"superseded by the {settings.precedence} pair"] += len(loser)
         loser.clear()
     return text + video
+
+
+def by_rule(rows: Sequence[Row], settings: Pair, formula: Formula | None) -> tuple[list[Row], list[str]]:
+    """Rows of one query with the score columns of what decides; see `by_reward` and `rows_by_formula`.
+
+    Returns:
+        The rows, and why some have no score by the formula.
+    """
+    if settings.by == "score":
+        return [by_reward(row, settings.reward) for row in rows], []
+    if formula is None:
+        raise ValueError("pair.by: formula needs the recipe's formula")
+    return rows_by_formula(rows, formula)
 
 
 def by_reward(row: Row, name: str | None) -> Row:
@@ -46,7 +64,7 @@ def by_reward(row: Row, name: str | None) -> Row:
     return {**row, **{column: found.get(column) for column in ("reward", "answers", "dimensions", "score")}}
 
 
-def _text_pairs(rows: Sequence[Row], reasons: Counter[str]) -> Iterator[Row]:
+def _text_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> Iterator[Row]:
     refined = [row for row in rows if row["refined_prompt"] is not None and row["error"] is None]
     # One of several misaligned candidates is taken by content, as a shuffle would, not by index.
     for row in sorted(refined, key=lambda row: share_of("text pair", row["candidate_id"])):
@@ -56,6 +74,8 @@ def _text_pairs(rows: Sequence[Row], reasons: Counter[str]) -> Iterator[Row]:
             reasons["refined prompt not aligned"] += 1
         elif row["refined_prompt"] == row["prompt"]:
             reasons["refined prompt equal to the original"] += 1
+        elif why := _too_long(row["refined_prompt"], settings):
+            reasons[why] += 1
         else:
             yield _pair("text", row, row, row["refined_prompt"], row["prompt"], None)
 
@@ -66,6 +86,7 @@ def _video_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> 
         reasons["fewer than two scored videos"] += 1
         return
     found = False
+    may_be_chosen = _ranked(scored, settings.ranks)
     for chosen, rejected in permutations(scored, 2):
         margin = chosen["score"] - rejected["score"]
         if chosen["prompt"] == rejected["prompt"] or margin <= 0:
@@ -74,11 +95,28 @@ def _video_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> 
             reasons["margin too small"] += 1
         elif not dominates(chosen, rejected, settings.dominance):
             reasons["not dominant"] += 1
+        elif chosen["prompt"] not in may_be_chosen:
+            reasons["chosen not among the best"] += 1
+        elif why := chosen.get("refused") or _too_long(chosen["prompt"], settings):
+            reasons[f"chosen: {why}"] += 1
         else:
             found = True
             yield _pair("video", chosen, rejected, chosen["prompt"], rejected["prompt"], margin)
     if not found:
         reasons["query without a video pair"] += 1
+
+
+def _ranked(rows: Sequence[Row], ranks: int | None) -> set[str]:
+    """The prompts of the so many best rows; all without a number. Of equals the first comes first, as in
+    Prompt-A-Video's filter, and a prompt that was sampled twice has one rank."""
+    best = dict.fromkeys(row["prompt"] for row in sorted(rows, key=lambda row: -row["score"]))
+    return set(list(best)[:ranks])
+
+
+def _too_long(prompt: str, settings: Pair) -> str | None:
+    if settings.max_words is None or len(prompt.split()) <= settings.max_words:
+        return None
+    return f"a prompt of more than {settings.max_words} words"
 
 
 def dominates(chosen: Row, rejected: Row, level: str) -> bool:
@@ -97,8 +135,8 @@ def dominates(chosen: Row, rejected: Row, level: str) -> bool:
     return a.keys() == b.keys() and all(a[q] >= b[q] for q in a) and any(a[q] > b[q] for q in a)
 
 
-def _choose(found: Iterable[Row], count: int, best: bool) -> list[Row]:
-    """At most `count` pairs, the widest margins first when `best`, each pair of texts once."""
+def _choose(found: Iterable[Row], count: int | None, best: bool) -> list[Row]:
+    """At most `count` pairs, or all, the widest margins first when `best`, each pair of texts once."""
     first: dict[tuple[str, str], Row] = {}
     for row in found:
         first.setdefault((row["chosen"], row["rejected"]), row)

@@ -103,6 +103,11 @@ class RunDir(Folder):
             place = f"{kind}/{name}/{place}".rstrip("/")
         return run, place
 
+    def round_number(self) -> int:
+        """Which round of its run this is, from 1."""
+        found: int = self.read_json(ROUND).get("round", 1) if self.exists(ROUND) else 1
+        return found
+
     def move_meta(self) -> None:
         """Move files that an earlier version wrote into the tables' folders to META."""
         for old, (new, part) in _MOVED.items():

@@ -51,6 +51,7 @@ class AdaptiveRounds:
 
     def __init__(self, recipe: Recipe, run: RunDir, stages: Sequence[str], retry_errors: bool) -> None:
         self._recipe, self._run, self._retry = recipe, run, retry_errors
+        self._formula = recipe.formula and recipe.formula.at(run.round_number())
         self._scores = "score" in stages
         self._targets = [run.table("renders"), *([run.table("feedback")] if self._scores else [])]
         self._entered = id_set()
@@ -103,7 +104,7 @@ class AdaptiveRounds:
             if result is not None and not self._is_again(candidate, row, result):
                 row = {**row, **result}
             known.append(row)
-        for candidate, reason in decide(known, self._recipe.pair).items():
+        for candidate, reason in decide(known, self._recipe.pair, self._formula).items():
             stored = results.get(candidate)
             # What was skipped stays so, and what failed, while it is not needed.
             if stored is None or (reason is None and self._may_enter(candidate, verdicts, stored)):
