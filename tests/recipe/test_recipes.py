@@ -47,7 +47,7 @@ def test_a_recipe_of_the_package_goes_by_its_bare_name(
     (tmp_path / "laptop").write_text((RECIPES / "tiny.yaml").read_text("utf-8"), "utf-8")
     assert load("laptop").name == "tiny", "a file of that name goes before it"
     with pytest.raises(
-        RecipeError, match="lapptop: no such file, and no recipe of the package.*laptop, tiny"
+        RecipeError, match=r"lapptop: no such file, and no recipe of the package.*laptop, tiny"
     ):
         load("lapptop")
 
