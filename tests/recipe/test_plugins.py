@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from vpo_ray.cli.doctor import asked
 from vpo_ray.engines import reward as rewards
 from vpo_ray.engines import video
+from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.recipe import ChatModel, Judge, Recipe, RecipeError, Render, Reward, load, parse_stored, plugins
-from vpo_ray.recipe.plugins import PluginError
+from vpo_ray.recipe.plugins import BUILT_IN, PluginError
 from vpo_ray.stages import made_with
 from vpo_ray.stages.draft import draft_key
 from vpo_ray.stages.render import Renderer
@@ -44,6 +46,8 @@ class Loaded(Model):
     def identity(settings, options):
         return f"level {options.level}"
 """
+
+KINDS = (*Reward.known, *BUILT_IN["vpo_ray.rewards"])
 
 Install = Callable[..., Path]
 
@@ -148,7 +152,7 @@ def test_a_recipe_is_refused_by_the_key(install: Install, sets: str, says: str) 
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("visionrewrad", "is no kind that is known here (visionreward, openai, vbench, "),
+        ("visionrewrad", f"is no kind that is known here ({', '.join(KINDS)}, broken)"),
         ("broken", "others:gone cannot be imported: AttributeError"),
         ("nowhere.at_all:Model", "nowhere.at_all:Model cannot be imported: ModuleNotFoundError"),
         ("os:system", "os:system is no builder"),
@@ -271,6 +275,41 @@ def test_what_a_models_options_name_is_found_and_located_and_travels(
         "reward.options.clip": "clip",
         "reward.options.words": "words.txt",
     }
+
+
+PAYING = """
+from pydantic import BaseModel
+class Paid:
+    takes_account = True
+    class Options(BaseModel):
+        level: int = 1
+    def __init__(self, settings, options, account):
+        self.account = account
+    @staticmethod
+    def problems(settings, options):
+        return [] if settings.model else ["model is missing"]
+    @staticmethod
+    def variables(settings, options):
+        return [f"KEY_{options.level}"]
+    @staticmethod
+    def dimensions(settings, options):
+        return ["a", "b"]
+"""
+
+
+def test_a_builder_may_take_the_account_and_look_at_its_section(install: Install) -> None:
+    install(text=PAYING)
+    account = Account(limit=3)
+    paid: Any = rewards.build(Reward.model_validate({"kind": "others:Paid", "model": "m"}), account)
+    assert paid.account is account
+    section = Reward.model_validate({"kind": "others:Paid"})
+    with pytest.raises(PluginError, match=r"others:Paid@1\.2: model is missing"):
+        rewards.build(section)
+    assert plugins.plugin_problems({"reward.kind": section}) == {"reward.kind": "model is missing"}
+    assert plugins.find(section).variables(section) == ["KEY_1"]
+    assert plugins.find(section).dimensions(section) == {"a", "b"}
+    ask = asked(tiny("reward={kind: 'others:Paid', model: m, options: {level: 7}}"))
+    assert "KEY_7" in ask.variables
 
 
 def test_options_that_are_refused_name_nothing(install: Install) -> None:

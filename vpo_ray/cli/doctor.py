@@ -116,6 +116,7 @@ def asked(recipe: Recipe | None) -> Ask:
             models[f"{key}.model"] = llm.model
         elif llm.backend == "openai":
             endpoints.append(llm.endpoint)
+    variables: list[str] = []
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     if recipe.evaluate is not None:
         rewards |= {f"evaluate.rewards.{n}": r for n, r in recipe.evaluate.rewards.items()}
@@ -124,12 +125,17 @@ def asked(recipe: Recipe | None) -> Ask:
         models |= {f"{key}.{n}": model for n, model in reward.models().items()}
         if reward.kind == "openai":
             endpoints.append(reward.endpoint)
+        elif (plugin := plugins.find_usable(reward)) is not None:
+            variables += plugin.variables(reward)
+    if recipe.gate is not None:
+        files |= {f"gate.{n}": path for n, path in recipe.gate.files().items()}
+        models |= {f"gate.{n}": model for n, model in recipe.gate.models().items()}
     local = {key: locate(name) for key, name in {**models, **files}.items()}
     storage = {"out": recipe.out} | ({"render.store": recipe.render.store} if recipe.render.store else {})
     return Ask(
         {k: name for k, name in local.items() if name.startswith("/") or (k in models and "://" in name)},
         {key: locate(name) if "://" in name else str(Path(name).resolve()) for key, name in storage.items()},
-        tuple(dict.fromkeys(name for endpoint in endpoints if (name := endpoint.api_key_env))),
+        tuple(dict.fromkeys([*(e.api_key_env for e in endpoints if e.api_key_env), *variables])),
         plugins=plugins.plugins_of(recipe),
         servers={"render.endpoint.base_url": url} if url else {},
     )

@@ -75,7 +75,12 @@ def videos(
     """
     settings = render.model_copy(update={"store": recipe.render.store or run.at("videos"), "strategy": "all"})
     own = seeded(recipe, seed).model_copy(
-        update={"render": settings, "more_rewards": {**recipe.more_rewards, **rewards}, "evaluate": None}
+        update={
+            "gate": None,
+            "render": settings,
+            "more_rewards": {**recipe.more_rewards, **rewards},
+            "evaluate": None,
+        }
     )
     name = content_id(own.fingerprint("render", "reward", "more_rewards"), own.seed, digits=16)
     own = own.model_copy(update={"out": run.at(f"evaluation/videos-{name}")})

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from vpo_ray.evaluation.streams import answers_of
 from vpo_ray.keywords import KeywordList
+from vpo_ray.prompts.words import word_count
 from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.recipe.result_keys import result_keys
 from vpo_ray.records import Row, content_id, query_id
-from vpo_ray.stages.curate.rules import language_of, word_count
+from vpo_ray.stages.curate.rules import language_of
 from vpo_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)

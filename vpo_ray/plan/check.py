@@ -25,6 +25,7 @@ from vpo_ray.recipe import (
     Lora,
     Pair,
     Recipe,
+    RenderGate,
     Reward,
     Rules,
     Serve,
@@ -34,6 +35,7 @@ from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check_rules
 from vpo_ray.stages.few_shot import EXAMPLES
+from vpo_ray.stages.gate import gate_problems
 from vpo_ray.storage.sft_data import sft_rows
 
 TEXT = "{text}"  # the slot of prompts that ask for a verdict on a text
@@ -65,6 +67,8 @@ def hub_ids(recipe: Recipe) -> list[str]:
         named["render.lora.path"] = recipe.render.lora.path
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
     named |= {f"{key}.{n}": model for key, reward in rewards.items() for n, model in reward.models().items()}
+    if recipe.gate is not None:
+        named |= {f"gate.{n}": model for n, model in recipe.gate.models().items()}
     return [
         f"{key}: {name} is not a folder here; taken as a hub id"
         + (f" (there is a folder {name.split('/')[0]}, without it)" if Path(name).parent.is_dir() else "")
@@ -114,6 +118,8 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         elif decides and recipe.pair.dominance == "question":
             yield f"pair.dominance: question needs a checklist, {key} has none: write none or dimension"
     yield from formula_problems(recipe)
+    if recipe.gate is not None:
+        yield from _gate(recipe.gate)
     label = recipe.queries.unsafe_judge
     for key, slots, name in (
         ("policy.task_prompt", (SLOT,), recipe.policy.task_prompt),
@@ -169,6 +175,14 @@ def _reward(key: str, reward: Reward) -> Iterator[str]:
         yield from _folder(f"{key}.{name}", model, "config.json", "*.safetensors")
     if reward.kind == "vbench" or reward.is_plugin:
         yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
+
+
+def _gate(settings: RenderGate) -> Iterator[str]:
+    for name, model in settings.models().items():
+        yield from _folder(f"gate.{name}", model, "config.json", "*.safetensors")
+    yield from (line for name, path in settings.files().items() for line in _file(f"gate.{name}", path))
+    if plugins.find_usable(settings) is not None:
+        yield from gate_problems(settings)
 
 
 def _llms(recipe: Recipe) -> dict[str, ChatModel]:

@@ -30,3 +30,9 @@ def in_quotes(slot: str) -> str:
 
 def quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace("[", "\\u005b")
+
+
+def plain(value: str) -> str:
+    """A user's text as a template that a model was trained with had it: on one line, without quotation marks
+    around it. What could spell a control token is escaped as in `fill`."""
+    return " ".join(value.split()).replace("<", "\\u003c").replace("[", "\\u005b")

@@ -29,7 +29,7 @@ from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_argument
 from vpo_ray.recipe.serve import Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import Dpo, Evaluate, Guard, Offload, Sft, Track, Train, Training, TrainLora
-from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, Reward, video_presets
+from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, RenderGate, Reward, video_presets
 
 __all__ = [
     "OPERATIONAL",
@@ -61,6 +61,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Render",
+    "RenderGate",
     "Reward",
     "Rules",
     "Sample",
@@ -119,6 +120,7 @@ class Recipe(Section):
     sft: Sft | None = None
     sample: Sample
     judge: Judge
+    gate: RenderGate | None = None
     render: Render
     reward: Reward
     more_rewards: dict[str, Reward] = {}
@@ -247,7 +249,7 @@ class Recipe(Section):
             llms += self.evaluate.llms()
             rewards += self.evaluate.rewards.values()
         asked = [llm.endpoint for llm in llms if llm.backend == "openai"]
-        asked += [reward.endpoint for reward in rewards if reward.kind == "openai"]
+        asked += [reward.endpoint for reward in rewards if reward.kind == "openai" or reward.is_plugin]
         priced = any(e.prompt_price or e.completion_price for e in asked) or self.render.endpoint.cost
         if self.limits.max_cost is not None and not priced:
             raise ValueError(

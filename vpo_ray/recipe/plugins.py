@@ -2,10 +2,15 @@
 
 It is a name that the package knows, the name of an installed package's entry point, or
 `package.module:builder`. A builder is called with the section and its options, and makes the model. It has
-an attribute `Options`, the pydantic model of the section's `options`; `version`, where the version of its
-package does not say what changes a result; `identity(settings, options)`, where a result depends on more
-than these, such as the content of weights; and `checkpoints`, the keys (`model`, or those of `options`) that
-name checkpoints it loads. Other keys of `Options` that are a `Source` name files.
+an attribute `Options`, the pydantic model of the section's `options`, and may have
+
+- `version`, where the version of its package does not say what changes a result
+- `identity(settings, options)`, where a result depends on more than these, such as the content of weights
+- `checkpoints`, the keys (`model`, or those of `options`) that name checkpoints it loads; other keys of
+  `Options` that are a `Source` name files
+- `problems(settings, options)`, what is wrong with the section or these files, a sentence each, for the plan
+- `variables(settings, options)`, the environment variables that it reads where it runs, such as keys
+- `takes_account`: true where it pays for what it asks; it is then called with the run's account too
 
 To name a builder is to run its module, as with `trust_remote_code`: nothing is fetched, and a module is found
 where Python finds any other. A recipe that is loaded gets the builder and its version written into it, as
@@ -31,7 +36,12 @@ from vpo_ray.recipe.base import Section, locate, sources
 
 # Names of the package's own models that come in by the same door, by group of entry points.
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
-    "vpo_ray.rewards": {"videoreward": "vpo_ray.engines.reward.videoreward:VideoReward"},
+    "vpo_ray.rewards": {
+        "generative": "vpo_ray.engines.reward.generative:Generative",
+        "http": "vpo_ray.engines.reward.http_scorer:HttpScorer",
+        "text": "vpo_ray.engines.reward.prompt_text:PromptText",
+        "videoreward": "vpo_ray.engines.reward.videoreward:VideoReward",
+    },
     "vpo_ray.video": {},
     "vpo_ray.chat": {},
 }
@@ -131,6 +141,16 @@ class Plugin:
         found = dict(sources(self.checked(section), "options."))
         return found | ({"model": model} if (model := getattr(section, "model", "")) else {})
 
+    def problems(self, section: Modelled) -> list[str]:
+        """What is wrong with the section and the files that it names. Raises PluginError for options that the
+        builder does not take."""
+        self.checked(section)
+        return self._listed("problems", section) or []
+
+    def variables(self, section: Modelled) -> list[str]:
+        """The environment variables that it reads where it runs. Raises PluginError."""
+        return self._listed("variables", section) or []
+
     def dimensions(self, section: Modelled) -> frozenset[str] | None:
         """The names of a reward's dimensions, which its builder may have or say of its settings. Raises
         PluginError where it cannot say them of these."""
@@ -138,9 +158,16 @@ class Plugin:
         found = self._asked(given, section) if callable(given) else given
         return None if found is None else frozenset(found)
 
-    def build(self, section: Modelled) -> Any:
-        """The model. Raises PluginError where it cannot be built, whatever the builder raises."""
-        return self._asked(self.builder, section)
+    def build(self, section: Modelled, account: Any = None) -> Any:
+        """The model. Raises PluginError where it cannot be built, whatever the builder raises.
+
+        Args:
+            account: for a builder that takes one.
+        """
+        if wrong := self.problems(section):
+            raise PluginError(f"{self.pin}: {'; '.join(wrong)}")
+        paid = (account,) if getattr(self.builder, "takes_account", False) else ()
+        return self._asked(self.builder, section, *paid)
 
     def checked(self, section: Modelled) -> BaseModel:
         """The section's options. Raises PluginError for those that the builder does not take."""
@@ -150,10 +177,18 @@ class Plugin:
             where = "; ".join(f"options.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise PluginError(f"{self.pin}: {where}") from error
 
-    def _asked(self, part: Any, section: Modelled) -> Any:
+    def _listed(self, name: str, section: Modelled) -> list[str] | None:
+        """What an attribute of the builder says; None where it has no such."""
+        ask = getattr(self.builder, name, None)
+        if ask is None:
+            return None
+        found: list[str] = self._asked(lambda section, options: list(ask(section, options)), section)
+        return found
+
+    def _asked(self, part: Any, section: Modelled, *more: Any) -> Any:
         options = self.checked(section)
         try:
-            return part(section, options)
+            return part(section, options, *more)
         except Exception as error:
             raise PluginError(f"{self.pin}: {type(error).__name__}: {error}") from error
 
@@ -285,7 +320,8 @@ def plugin_problems(plugins: Mapping[str, Modelled]) -> dict[str, str]:
     found = {}
     for key, section in plugins.items():
         try:
-            find(section).checked(section)
+            if wrong := find(section).problems(section):
+                found[key] = "; ".join(wrong)
         except PluginError as error:
             found[key] = str(error)
     return found

@@ -308,6 +308,35 @@ class Reward(Modelled):
         return self
 
 
+class RenderGate(Modelled):
+    """What a prompt must reach before it is rendered: the least of each dimension, by a reward that reads the
+    prompt alone (`kind: text`, or another's with `score_prompts`). A candidate below it is skipped, with
+    the reason. `device` is the encoder's, beside the video model."""
+
+    group: ClassVar[str] = "vpo_ray.rewards"
+    known: ClassVar[tuple[str, ...]] = ()
+
+    kind: Kind = "text"
+    model: Source = Field("", description="for another's reward")
+    device: str = "cpu"
+    least: dict[str, float] = Field(min_length=1, description="by dimension; `score` is the reward's own")
+
+    def located(self) -> RenderGate:
+        """The settings with absolute paths, which hold on every node that mounts them."""
+        found: dict[str, Any] = {"model": locate(self.model)}
+        if (plugin := find_usable(self)) is not None:
+            found["options"] = plugin.located(self)
+        return self.model_copy(update=found)
+
+    def models(self) -> dict[str, str]:
+        """The checkpoints that are loaded where it runs, by key."""
+        return {} if (plugin := find_usable(self)) is None else plugin.models(self)
+
+    def files(self) -> dict[str, str]:
+        """The other files that it reads, by key."""
+        return {} if (plugin := find_usable(self)) is None else plugin.files(self)
+
+
 class Pair(Section):
     """How preference pairs are chosen. The defaults are VPO's (facts: paper 3.3 and its code).
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from vpo_ray.recipe import Formula, Pair
 from vpo_ray.records import Row
+from vpo_ray.stages.gate import is_below
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.stages.spec import names
 
@@ -41,7 +42,7 @@ def decide(
     prompts, twins = _renderable(candidates)
     taken = {id(row) for row in (*prompts, *twins)}
     decisions: dict[str, str | None] = {
-        row["candidate_id"]: None for row in candidates if id(row) not in taken
+        row["candidate_id"]: None for row in candidates if id(row) not in taken and not is_below(row)
     }
     decisions |= {row["candidate_id"]: TWIN for row in twins if _is_open(row)}
     reason = _none_needed(candidates, prompts, settings, formula)
@@ -59,8 +60,11 @@ def decide(
 
 
 def is_renderable(row: Row) -> bool:
-    """Whether a candidate is one to make a video of: its prompt was judged aligned, and nothing failed
-    before it came to the render stage. It may be rendered already, or have failed there."""
+    """Whether a candidate is one to make a video of: its prompt was judged aligned, nothing failed before it
+    came to the render stage, and the gate did not stop it there. It may be rendered already, or have failed
+    there."""
+    if is_below(row):
+        return False
     own = names("generation")
     failed_before = row.get("error") is not None and row.get("error_stage") not in own[own.index("render") :]
     return row.get("verdict") == "aligned" and row.get("prompt") is not None and not failed_before

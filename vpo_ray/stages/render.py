@@ -28,10 +28,11 @@ from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
 from vpo_ray.engines.video.engine import VideoInfo, encode, probe_video
 from vpo_ray.files.folder import chunks
-from vpo_ray.recipe import Recipe, Render
+from vpo_ray.recipe import Recipe, Render, RenderGate
 from vpo_ray.records import Row, failed, seed_of
 from vpo_ray.stages.adaptive import is_renderable
 from vpo_ray.stages.facts import Fact, of_model, of_plugin, of_versions
+from vpo_ray.stages.gate import PromptGate, gate_facts
 from vpo_ray.stages.spec import Making
 from vpo_ray.stages.tally import Tally
 from vpo_ray.storage.video_leases import VideoLeases
@@ -74,6 +75,7 @@ class Renderer:
         store_uri: the video store.
         seed: the recipe's seed.
         account: what videos of a service are paid from.
+        gate: what prompts must reach to be rendered.
 
     Attributes:
         rendered: videos made so far.
@@ -88,7 +90,14 @@ class Renderer:
     name = "render"
     wants = staticmethod(wants)
 
-    def __init__(self, settings: Render, store_uri: str, seed: int, account: Account | None = None) -> None:
+    def __init__(
+        self,
+        settings: Render,
+        store_uri: str,
+        seed: int,
+        account: Account | None = None,
+        gate: RenderGate | None = None,
+    ) -> None:
         self.settings, self.seed = settings, seed
         self.store = VideoStore(store_uri)
         self._prepared = prepare(settings.model_copy(update={"store": store_uri}), account)
@@ -96,6 +105,8 @@ class Renderer:
         self.rendered = self.hits = 0
         self.warming: Callable[[], AbstractContextManager[None]] = nullcontext  # see actor_pools.Stage
         self._engine: VideoModel | None = None
+        self._gate_settings = gate
+        self._gate: PromptGate | None = None
         self._loading = threading.Lock()
         self._device = nullcontext() if self._prepared.concurrent else threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -109,6 +120,7 @@ class Renderer:
             StorageError: the store cannot be read or written (the run stops and can be resumed).
             VideoModelError: the model or its settings cannot be used.
         """
+        rows = self._gated(rows)
         jobs = {index: self._job(row) for index, row in enumerate(rows) if wants(row)}
         unique = {job.key: job for job in jobs.values()}
         outcomes: dict[str, Made] = {k: info for k in unique if (info := self._hit(k)) is not None}
@@ -119,6 +131,20 @@ class Renderer:
         for index, job in jobs.items():
             filled[index] = self._filled(rows[index], job, outcomes[job.key])
         return filled
+
+    def _gated(self, rows: list[Row]) -> list[Row]:
+        """The rows, with those that the gate stops marked."""
+        wanted = [index for index, row in enumerate(rows) if wants(row)]
+        if self._gate_settings is None or not wanted:
+            return rows
+        with self._loading:
+            if self._gate is None:
+                with self.warming():
+                    self._gate = PromptGate(self._gate_settings)
+        judged = list(rows)
+        for index, row in zip(wanted, self._gate.judged([rows[i] for i in wanted]), strict=True):
+            judged[index] = row
+        return judged
 
     def _job(self, row: Row) -> _Job:
         seed = seed_of("video", self.seed, row["query_id"])
@@ -272,7 +298,8 @@ def _guarded(limit_s: float) -> Iterator[None]:
 
 def make(making: Making) -> Callable[[], Renderer]:
     recipe = making.recipe
-    return partial(Renderer, recipe.render.located(), making.store, recipe.seed, making.account)
+    gate = None if recipe.gate is None else recipe.gate.located()
+    return partial(Renderer, recipe.render.located(), making.store, recipe.seed, making.account, gate)
 
 
 def calls(recipe: Recipe) -> int:
@@ -282,6 +309,7 @@ def calls(recipe: Recipe) -> int:
 
 
 def facts(recipe: Recipe) -> Iterator[Fact]:
+    yield from gate_facts(recipe)
     if recipe.render.kind != "diffusers":
         yield from of_plugin("render", recipe.render)
         return

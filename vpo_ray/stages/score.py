@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
+from vpo_ray.engines.reward import PromptReward, RewardError, RewardModel, Scored, build
 from vpo_ray.recipe import Recipe, Reward
 from vpo_ray.records import Row, failed
 from vpo_ray.stages.facts import Fact, of_file, of_model, of_plugin, of_versions
@@ -52,9 +52,19 @@ class WatchedReward:
         if self._model is None:
             self._model = build(self.settings, self.account)
 
-    def score(self, videos: Sequence[bytes], queries: Sequence[str]) -> list[Scored | Exception]:
+    @property
+    def by_uri(self) -> bool:
+        """Whether it is given the videos' URIs in place of their bytes."""
+        return getattr(self._model, "by_uri", False)
+
+    def score(self, videos: Sequence[bytes | str], rows: Sequence[Row]) -> list[Scored | Exception]:
+        """A result for each video, or for the prompt that it was made of where that is what is scored."""
         assert self._model is not None, "load() comes first"
-        results = self._model.score(videos, queries)
+        queries = [row["query"] for row in rows]
+        if isinstance(self._model, PromptReward):
+            results = self._model.score_prompts([row["prompt"] for row in rows], queries)
+        else:
+            results = self._model.score(videos, queries)
         for result in results:
             if isinstance(result, Scored):
                 self._watch(result)
@@ -131,7 +141,8 @@ class Scorer:
         done = {i: _failed(rows[i], video) for i, video in enumerate(videos) if isinstance(video, Exception)}
         for reward in (self.reward, *self.more):
             left = [i for i in range(len(rows)) if i not in done or done[i]["error"] is None]
-            results = reward.score([videos[i] for i in left], [rows[i]["query"] for i in left])  # type: ignore[misc]
+            given = [self.store.uri(rows[i]["video_key"]) if reward.by_uri else videos[i] for i in left]
+            results = reward.score(given, [rows[i] for i in left])  # type: ignore[arg-type]
             for i, result in zip(left, results, strict=True):
                 done[i] = _filled(done.get(i, rows[i]), result, reward, first=reward is self.reward)
         seconds = (time.perf_counter() - begin) / len(rows)

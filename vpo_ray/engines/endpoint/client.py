@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
@@ -48,6 +48,7 @@ __all__ = ["EndpointClient", "EndpointError", "RequestError"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+File = tuple[str, bytes, str]  # name, content, content type
 
 # Seconds: the first pause between tries (doubled each time), the longest, and the longest that a server
 # may ask for.
@@ -71,10 +72,19 @@ class EndpointClient:
         model: the model's name at the endpoint.
         where: the recipe's key of these settings, for messages.
         account: every answer is charged to it; at its limit no request is sent.
+        headers: sent with every request; their values are in no message.
     """
 
-    def __init__(self, endpoint: Endpoint, model: str, where: str, account: Account | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        where: str,
+        account: Account | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.endpoint, self.model, self.where = endpoint, model, where
+        self.headers = dict(headers or {})
         self.account = account or Account()
         self._key = ""
         self._reached = self._answered = False
@@ -113,6 +123,7 @@ class EndpointClient:
             "api_key": self._key,
             "timeout": self.endpoint.timeout_s,
             "max_retries": 0,
+            "default_headers": self.headers,
             # aiohttp takes half of the CPU time of the client's default transport.
             "http_client": openai.DefaultAioHttpClient(timeout=self.endpoint.timeout_s),
         }
@@ -226,21 +237,28 @@ class EndpointClient:
         return reply
 
     async def ask(
-        self, path: str, request: dict[str, Any], *, form: bool = False, idempotency_key: str = ""
+        self,
+        path: str,
+        request: dict[str, Any],
+        *,
+        form: bool = False,
+        files: Mapping[str, File] | None = None,
+        idempotency_key: str = "",
     ) -> Any:
         """The answer, a JSON value, of a route other than chat completions. Raises what `create` raises.
 
         Args:
             form: send a multipart form in place of JSON.
+            files: of the form, by the names of its fields.
             idempotency_key: sent with every try, for servers that run requests of one key only once.
         """
         self._opened()
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
-        headers |= {"Content-Type": "multipart/form-data"} if form else {}
+        headers |= {"Content-Type": "multipart/form-data"} if form or files else {}
 
         async def once() -> Any:
             async with self._slot(0):
-                return await self._json(path, request, {"headers": headers})
+                return await self._json(path, request, {"headers": headers}, files)
 
         return await self._retried(once)
 
@@ -285,9 +303,15 @@ class EndpointClient:
                 self.account.check()
             yield
 
-    async def _json(self, path: str, request: dict[str, Any], options: dict[str, Any]) -> Any:
+    async def _json(
+        self,
+        path: str,
+        request: dict[str, Any],
+        options: dict[str, Any],
+        files: Mapping[str, File] | None = None,
+    ) -> Any:
         """The JSON value of an answer. Raises `_Again` for one that is not readable."""
-        data = await self._explained(self._post(path, request, options))
+        data = await self._explained(self._post(path, request, options, files))
         try:
             return parse_body(data)
         except ValueError as error:
@@ -343,7 +367,13 @@ class EndpointClient:
         await self.account.charge(usage)
         return replace(reply, usage=usage)
 
-    async def _post(self, path: str, request: dict[str, Any], options: dict[str, Any]) -> bytes:
+    async def _post(
+        self,
+        path: str,
+        request: dict[str, Any],
+        options: dict[str, Any],
+        files: Mapping[str, File] | None,
+    ) -> bytes:
         # One request at a time: otherwise those that are ready together are all built before the first
         # is sent.
         async with self._turn:
@@ -354,7 +384,7 @@ class EndpointClient:
         merged = {"model": self.model, **request, **self.endpoint.request}
         body = {name: value for name, value in merged.items() if value is not None}
         known: Any = {"idempotency_key": f"{id(self)}-{next(self._numbers)}", **options}
-        return await self._client.post(path, body=body, cast_to=bytes, options=known)
+        return await self._client.post(path, body=body, files=files, cast_to=bytes, options=known)
 
     async def _failure(self, status: int, body: Any, text: str, headers: Any) -> Exception:
         message = f"{self.where}: {text[:500]}"
@@ -391,7 +421,17 @@ class EndpointClient:
         return self._without_key(str(error))[:500]
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if len(self._key) > 4 else text
+        for secret in (self._key, *self.headers.values()):
+            text = text.replace(secret, "***") if len(secret) > 4 else text
+        return text
+
+
+async def results_of_all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, or the first error once all have ended: every answer is paid for."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    if tasks:
+        await asyncio.wait(tasks)
+    return [task.result() for task in tasks]
 
 
 def _found(reply: Completion, schema: dict[str, Any]) -> Completion:

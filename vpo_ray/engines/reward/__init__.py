@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.recipe import Reward, plugins
@@ -47,7 +47,7 @@ class Scored:
 
 
 class RewardModel(Protocol):
-    """Scores videos for their users' queries."""
+    """Scores videos for their users' queries. One whose attribute `by_uri` is true is given their URIs."""
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """One result for every video (its bytes or a URI), in order; an exception for one that cannot
@@ -55,14 +55,24 @@ class RewardModel(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptReward(Protocol):
+    """Scores prompts for their users' queries, without a video."""
+
+    def score_prompts(self, prompts: Sequence[str], queries: Sequence[str]) -> list[Scored | Exception]:
+        """One result for every prompt, in order; an exception for one that cannot be scored."""
+        ...
+
+
 def build(settings: Reward, account: Account | None = None) -> RewardModel:
-    """The reward model of a recipe, loaded and ready. Raises ValueError when it cannot be loaded.
+    """The reward model of a recipe, loaded and ready; it may be a PromptReward. Raises ValueError when it
+    cannot be loaded.
 
     Args:
         account: the answers of an endpoint are charged to it.
     """
     if settings.is_plugin:
-        model: RewardModel = plugins.find(settings).build(settings)
+        model: RewardModel = plugins.find(settings).build(settings, account)
         return model
     module = import_module(KINDS[settings.kind])
     return module.build(settings, account) if settings.kind == "openai" else module.build(settings)

@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.engines.endpoint.client import IMAGE_TOKENS, EndpointClient, EndpointError, RequestError
+from vpo_ray.engines.endpoint.client import (
+    IMAGE_TOKENS,
+    EndpointClient,
+    EndpointError,
+    RequestError,
+    results_of_all,
+)
 from vpo_ray.engines.endpoint.completion import TokenLogprob
 from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames
 from vpo_ray.prompts.answers import find_object, schema_fault
 from vpo_ray.recipe import Reward
 
 __all__ = ["EndpointError", "EndpointReward", "build"]
-
-T = TypeVar("T")
 
 _SYSTEM = (
     "You see the frames of one video in order. Answer the question about it with yes or no. "
@@ -65,13 +69,13 @@ class EndpointReward:
     async def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         async with self._client:
             pairs = zip(videos, queries, strict=True)
-            return await _all(self._video(*pair) for pair in pairs)
+            return await results_of_all(self._video(*pair) for pair in pairs)
 
     async def _video(self, video: bytes | str, query: str) -> Scored | Exception:
         try:
             images = [frames.image_part(frame) for frame in frames.read_frames(video, self.pick)]
             asked = [question.ask_quoted(query) for question in self.checklist.questions]
-            answers = await _all(self._ask(images, text, i) for i, text in enumerate(asked, 1))
+            answers = await results_of_all(self._ask(images, text, i) for i, text in enumerate(asked, 1))
         except RewardError as error:
             return error
         score, dimensions = self.checklist.score([a.yes for a in answers], self.settings.convention)
@@ -104,14 +108,6 @@ class EndpointReward:
         return QuestionAnswer(
             number, probability > 0.5 if self.settings.rule == "margin" else yes, probability
         )
-
-
-async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or the first error once all have ended: every answer is paid for."""
-    tasks = [asyncio.ensure_future(one) for one in asked]
-    if tasks:
-        await asyncio.wait(tasks)
-    return [task.result() for task in tasks]
 
 
 def build(settings: Reward, account: Account | None = None) -> EndpointReward:

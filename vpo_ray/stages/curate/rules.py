@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vpo_ray.keywords import KeywordFileError, KeywordList
+from vpo_ray.prompts.words import WORD
 from vpo_ray.recipe import Rules
 
 REASONS = (
@@ -32,8 +33,6 @@ REASONS = (
 KEPT = 0
 _CODES = {reason: number for number, reason in enumerate(REASONS)}
 
-_NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = rf"[{_NO_SPACES}]|[^\s\p{{Z}}{_NO_SPACES}]+"
 _SPECIAL = r"[^\p{L}\p{M}\p{N}\s\p{Z}]"
 _URL = (
     r"(?i)\b(?:[a-z][a-z0-9+.-]*://|www\.)[^\s]|"
@@ -63,7 +62,7 @@ def apply(texts: pa.Array, rules: Rules) -> np.ndarray:
     """
     broken: list[tuple[str, Any]] = []
     if rules.min_words is not None or rules.max_words is not None:
-        words = pc.count_substring_regex(texts, pattern=_WORD).to_numpy(zero_copy_only=False)
+        words = pc.count_substring_regex(texts, pattern=WORD).to_numpy(zero_copy_only=False)
         broken += [("too few words", words < (rules.min_words or 0))]
         broken += [("too many words", words > (rules.max_words or np.inf))]
     if rules.max_special_share is not None:
@@ -102,11 +101,6 @@ def check_rules(rules: Rules) -> None:
         _keywords(rules.keywords)
     if rules.languages is not None:
         _identifier(tuple(rules.languages))
-
-
-def word_count(text: str) -> int:
-    """Words, of which each character is one in scripts that are written without spaces."""
-    return int(pc.count_substring_regex(pa.array([text], pa.string()), pattern=_WORD)[0].as_py())
 
 
 def language_of(text: str) -> str | None:
