@@ -59,10 +59,12 @@ def gate_problems(settings: RenderGate) -> Iterator[str]:
     if isinstance(plugin.builder, type) and not hasattr(plugin.builder, "score_prompts"):
         yield f"gate.kind: {plugin.target} reads no prompts: it has no score_prompts"
         return
-    given = plugin.dimensions(settings)
-    for name in settings.least if given is not None else ():
-        if name not in (*(given or ()), "score"):
-            yield f"gate.least.{name}: with these options {plugin.target} gives {', '.join(sorted(given or ()))}"
+    if (given := plugin.dimensions(settings)) is None:
+        return
+    known = ", ".join(sorted(given))
+    for name in settings.least:
+        if name not in (*given, "score"):
+            yield f"gate.least.{name}: with these options {plugin.target} gives {known}"
 
 
 def is_below(row: Row) -> bool:
