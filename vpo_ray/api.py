@@ -31,7 +31,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def plan(
-    recipe: Recipe, cluster: Cluster | None = None, ledger: str | None = None, price: float | None = None
+    recipe: Recipe,
+    cluster: Cluster | None = None,
+    ledger: str | None = None,
+    price: float | None = None,
+    *,
+    queries: int | None = None,
+    incomplete: bool = False,
 ) -> Plan:
     """Check a recipe and say what it will take: rows, hours of replicas, GPU-hours, hours of wall time.
 
@@ -39,13 +45,15 @@ def plan(
         cluster: what it is to run on, by `plan.cluster.described(16, "H100")` or `live("auto")`.
         ledger: run directory or ledger.json of a past run to take times from; the recipe's own if None.
         price: of a GPU-hour, in any currency.
+        queries: so many are taken to be read, instead of looking.
+        incomplete: plan what can be planned without files that are not on this machine; `missing` lists them.
 
     Raises:
         PlanError: something that the recipe names is not there, or the cluster has no room.
     """
     from vpo_ray.plan import plan
 
-    return plan(recipe, cluster, ledger, price)
+    return plan(recipe, cluster, ledger, price, queries, incomplete)
 
 
 def run(recipe: Recipe, *, rounds: int = 1, retry_errors: bool = False, verbose: bool = False) -> Run:

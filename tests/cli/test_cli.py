@@ -25,10 +25,25 @@ ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")
 RECIPE = ["recipe", "--help", "--out", "--set"]
 COMMANDS = {
+    "init": [
+        "recipe",
+        "--help",
+        "--example",
+        "--video",
+        "--reward",
+        "--judge",
+        "--policy",
+        "--gpus",
+        "--queries",
+        "--models",
+        "--out",
+        "--force",
+    ],
     "run": [*RECIPE, "--retry-errors", "--rounds"],
     "plan": [
         *RECIPE,
         "--ledger",
+        "--queries",
         "--price-per-gpu-hour",
         "--json",
         "--gpus",
@@ -37,6 +52,7 @@ COMMANDS = {
         "--cpus",
         "--address",
     ],
+    "fetch": [*RECIPE, "--to", "--list"],
     "submit": [
         *RECIPE,
         "--command",
@@ -75,6 +91,7 @@ COMMANDS = {
     "compare": ["ACTION", "--help"],
     "videos": ["ACTION", "--help"],
     "plugins": ["--help"],
+    "schema": ["--help", "--markdown"],
     "export": [*RECIPE, "--format", "--to", "--bare"],
     "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
     "deploy": [*RECIPE, "--checkpoint", "--timeout"],
@@ -120,7 +137,7 @@ def test_the_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "200")
     text = help_of(capsys)
     assert re.findall(r"^    (\w+)  ", text, re.MULTILINE) == list(COMMANDS)
-    assert "vpo world runs/world && vpo run laptop" in text
+    assert "vpo world runs/world && vpo run laptop, or vpo init" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

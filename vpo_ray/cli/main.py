@@ -1,5 +1,7 @@
 """`vpo`: one command for the whole loop and one for each of its stages.
 
+vpo init                            ask what is wanted, and write a recipe
+vpo fetch recipe.yaml               download the models and files that it names
 vpo run recipe.yaml                 everything, or what is left of it
 vpo plan recipe.yaml                check the recipe and say what it will take
 vpo evaluate recipe.yaml            does it help, by how much, and how sure is that
@@ -9,6 +11,7 @@ vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
 vpo compare page|votes              what people prefer, on a page of blind pairs
 vpo plugins                         models of others that a recipe can name here
+vpo schema                          every key of a recipe, for editors or people
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
 vpo deploy recipe.yaml              the same on a cluster, where it stays
 vpo key NAME                        a key for a caller of that endpoint
@@ -26,8 +29,11 @@ from typing import TYPE_CHECKING
 from vpo_ray.cli import compare as compare_command
 from vpo_ray.cli import console
 from vpo_ray.cli import evaluate as evaluate_command
+from vpo_ray.cli import fetch as fetch_command
+from vpo_ray.cli import init as init_command
 from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import plugins as plugins_command
+from vpo_ray.cli import reference as reference_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
 from vpo_ray.cli.steps import retrying_commands, sharded_commands, step_commands
@@ -38,9 +44,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit status: 0 done; 1 the run failed or its limits stopped it; 2 wrong usage or input;
-    3 the run is submitted already, or another driver has its directory; 4 an evaluation does not pass;
-    130 interrupted, 143 terminated (what was made is kept)."""
+    """Entry point. Returns the exit status: see `reference.EXIT_STATUS`."""
     console.forgive()
     arguments = _parser().parse_args(argv)
     _log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vpo",
         description="Make a prompt optimiser for your own text-to-video model, on Ray.",
-        epilog="Start with: vpo world runs/world && vpo run laptop",
+        epilog="Start with: vpo world runs/world && vpo run laptop, or vpo init",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -118,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
+    init_command.add(command("init", init_command.HELP, init_command.run))
     whole = with_recipe("run", "run the whole loop; again to go on where it stopped", _run)
     whole.add_argument("--retry-errors", action="store_true", help="take rows that failed once more")
     whole.add_argument(
@@ -129,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned = with_recipe("plan", "check a recipe and say what it will take, without touching a GPU", _plan)
     plan_command.add(planned)
+    fetch_command.add(with_recipe("fetch", fetch_command.HELP, _fetch))
     submit_command.add(
         with_recipe("submit", "hand `run` or another command to a Ray cluster as a job", _submit)
     )
@@ -163,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     compare_command.add(command("compare", compare_command.HELP, _plan))
     videos_command.add(command("videos", videos_command.HELP, _plan))
     command("plugins", plugins_command.HELP, lambda _: plugins_command.run())
+    reference_command.add(command("schema", reference_command.HELP, reference_command.run))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
     export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")
@@ -224,6 +231,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     return plan_command.run(_load(arguments), arguments)
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    return fetch_command.run(_load(arguments), arguments)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

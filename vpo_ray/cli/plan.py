@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
 
+INCOMPLETE = 5  # the exit status of a plan without all files; see reference.EXIT_STATUS
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Give the parser of `vpo plan` its options."""
@@ -27,12 +29,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ledger", metavar="PATH", help="run directory or ledger.json of a past run to take times from"
     )
+    parser.add_argument(
+        "--queries", type=int, metavar="N", help="plan for so many queries, where the list is not here"
+    )
     parser.add_argument("--price-per-gpu-hour", type=_price, metavar="PRICE", help="in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    """Print the plan. Raises PlanError or ClusterError where there can be none."""
+    """Print the plan. Returns 0, or 5 where something that the recipe names is not on this machine.
+
+    Raises:
+        PlanError, ClusterError: there can be no plan.
+    """
     from vpo_ray import api
     from vpo_ray.plan import cluster, show
     from vpo_ray.plan.check import check_nodes
@@ -49,10 +58,11 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         )
     elif any(value is not None for value in described):
         raise cluster.ClusterSpecError("--gpu-type and --gpus-per-node describe a cluster: give --gpus too")
-    made = api.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour)
+    taken = {"queries": arguments.queries, "incomplete": True}
+    made = api.plan(recipe, shape, arguments.ledger, arguments.price_per_gpu_hour, **taken)
     output = json.dumps(show.as_json(made), indent=2) + "\n" if arguments.json else show.text(made)
     sys.stdout.write(output)
-    return 0
+    return INCOMPLETE if made.missing else 0
 
 
 def _price(text: str) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,17 @@ def check_recipe(recipe: Recipe) -> None:
 
     Hub ids and URIs are taken on trust: they are looked up where the models load.
     """
-    problems = list(_problems(recipe))
+    refuse_problems(recipe, problems_of(recipe))
+
+
+def problems_of(recipe: Recipe) -> list[str]:
+    """A line for each model, prompt or data file of the recipe that cannot be used, or is not here."""
+    missing = list(_of_files(recipe))
+    return [*missing, *models.model_problems(recipe, {line.partition(": ")[0] for line in missing})]
+
+
+def refuse_problems(recipe: Recipe, problems: Sequence[str]) -> None:
+    """Raises PlanError where there are any."""
     if problems:
         raise PlanError(f"recipe {recipe.name}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
 
@@ -88,14 +98,7 @@ def check_nodes(recipe: Recipe) -> None:
             for visit in each_node(plugins.plugin_problems, named)
             for key, why in ({"plugins": visit.failure} if visit.failure else visit.answer).items()
         ]
-        if found:
-            raise PlanError(f"recipe {recipe.name}: {len(found)} problem(s)\n  " + "\n  ".join(found))
-
-
-def _problems(recipe: Recipe) -> Iterator[str]:
-    missing = list(_of_files(recipe))
-    yield from missing
-    yield from models.model_problems(recipe, {line.partition(": ")[0] for line in missing})
+        refuse_problems(recipe, found)
 
 
 def _of_files(recipe: Recipe) -> Iterator[str]:

@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from vpo_ray.plan.absent import absent_sources, only_absent
 from vpo_ray.plan.balance import balance, makespan
-from vpo_ray.plan.check import PlanError, absent_measures, check_recipe, hub_ids
+from vpo_ray.plan.check import PlanError, absent_measures, hub_ids, problems_of, refuse_problems
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
 from vpo_ray.records import SPLITS
 from vpo_ray.stages import spec
-from vpo_ray.stages.curate import preview
+from vpo_ray.stages.curate import InputError, preview
 from vpo_ray.stages.spec import ChainName, StageSpec, draft_model
 from vpo_ray.stream.placement import no_such_labels
 
@@ -56,10 +57,13 @@ class StagePlan:
 
 @dataclass
 class Plan:
-    """What `vpo plan` says. Hours are wall time; None where a figure that they need is not known."""
+    """What `vpo plan` says. Hours are wall time; None where a figure that they need is not known.
+
+    missing: a line for each file or model that is not on this machine.
+    """
 
     recipe: Recipe
-    queries: Counter[str]  # rows read, by split or dropped
+    queries: Counter[str] | None  # rows read, by split or dropped
     before: list[StagePlan]  # labelling and drafting, where the recipe has them
     stages: list[StagePlan]
     training: list[StagePlan]
@@ -67,6 +71,7 @@ class Plan:
     cluster: Cluster | None = None
     price: float | None = None
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     @property
     def phases(self) -> list[StagePlan]:
@@ -106,29 +111,43 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, cluster: Cluster | None = None, ledger: str | None = None, price: float | None = None
+    recipe: Recipe,
+    cluster: Cluster | None = None,
+    ledger: str | None = None,
+    price: float | None = None,
+    queries: int | None = None,
+    incomplete: bool = False,
 ) -> Plan:
     """Check a recipe and say what it will take, on a cluster if one is given.
 
     Args:
         ledger: run directory or ledger.json of a past run; the recipe's own when None.
         price: of a GPU-hour, in any currency.
+        queries: so many are taken to be read, instead of looking.
+        incomplete: plan what can be planned where files that the recipe names are not on this machine;
+            `missing` of the plan lists them.
 
     Raises:
-        PlanError: something that the recipe names is not there, the ledger is not, or the cluster
-            has no room for the recipe; the message lists every problem.
+        PlanError: something that the recipe names is not there (or with `incomplete`: is there and cannot be
+            used), the ledger is not, or the cluster has no room for the recipe; the message lists every
+            problem.
     """
-    check_recipe(recipe)
+    problems = problems_of(recipe)
+    missing, wrong = only_absent(recipe, problems)
+    refuse_problems(recipe, [*wrong, *missing] if wrong or not incomplete else [])
     past = read_ledger(recipe, ledger)
-    counts, exact = preview(recipe.queries)
-    queries: Counter[str] = Counter()
-    for name, number in counts.items():
-        queries[name if name in SPLITS else "dropped"] += number
+    counts, exact = _counted(recipe, queries, missing if incomplete else None)
+    found: Counter[str] | None = None if counts is None else Counter()
+    for name, number in (counts or {}).items():
+        found = found or Counter()
+        found[name if name in SPLITS else "dropped"] += number
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
-    stages = list(_stages(recipe, queries["dpo"], past, gpu_type))
-    training = list(_training(recipe, queries, past))
+    stages = list(_stages(recipe, _of(found, "dpo"), past, gpu_type))
+    training = list(_training(recipe, found, past))
     before = list(_before(recipe, counts, past))
-    made = Plan(recipe, queries, before, stages, training, bytes_per_video(recipe), cluster, price)
+    made = Plan(
+        recipe, found, before, stages, training, bytes_per_video(recipe), cluster, price, missing=missing
+    )
     if not exact:
         made.notes.append(
             "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
@@ -144,10 +163,41 @@ def plan(
     return made
 
 
-def _before(recipe: Recipe, counts: Counter[str], past: Ledger | None) -> Iterator[StagePlan]:
+def _counted(
+    recipe: Recipe, given: int | None, missing: list[str] | None
+) -> tuple[Counter[str] | None, bool]:
+    """Rows of queries by split or reason, and whether that is exact; None where they are not known, which is
+    added to `missing`.
+
+    Raises InputError where there is no such list and they cannot be read.
+    """
+    settings = recipe.queries
+    absent = [name for key, name in absent_sources(recipe).items() if key == "queries.path"]
+    if given is None and (missing is None or not absent):
+        return preview(settings)
+    try:
+        preview(settings)
+    except InputError as error:
+        if missing is not None:
+            missing.append(str(error))
+    most = [number for number in (given, settings.size, settings.limit) if number is not None]
+    if not most:
+        return None, True
+    shares = settings.splits.model_dump()
+    total = sum(shares.values())
+    return Counter({name: round(min(most) * share / total) for name, share in shares.items()}), False
+
+
+def _of(counts: Counter[str] | None, name: str) -> int | None:
+    return None if counts is None else counts[name]
+
+
+def _before(recipe: Recipe, counts: Counter[str] | None, past: Ledger | None) -> Iterator[StagePlan]:
     """Labelling and drafting, where the recipe has them."""
-    labelled = sum(counts[name] for name in (*SPLITS, "not in the subset", "over the limit"))
-    entering: dict[ChainName, int] = {"labelling": labelled, "drafting": counts["sft"]}
+    entering: dict[ChainName, int | None] = {"labelling": None, "drafting": None}
+    if counts is not None:
+        labelled = sum(counts[name] for name in (*SPLITS, "not in the subset", "over the limit"))
+        entering = {"labelling": labelled, "drafting": counts["sft"]}
     for chain, rows in entering.items():
         # What columns label is asked of no judge.
         expected = chain == "drafting" or not recipe.queries.unsafe_columns
@@ -156,10 +206,12 @@ def _before(recipe: Recipe, counts: Counter[str], past: Ledger | None) -> Iterat
                 yield _planned(stage, recipe, rows, expected, past)
 
 
-def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | None) -> Iterator[StagePlan]:
-    rows, expected = queries * recipe.sample.k, True
+def _stages(
+    recipe: Recipe, queries: int | None, past: Ledger | None, gpu_type: str | None
+) -> Iterator[StagePlan]:
+    rows, expected = None if queries is None else queries * recipe.sample.k, True
     for stage in spec.stages("generation"):
-        if stage.name == "render":
+        if stage.name == "render" and queries is not None:
             rows, expected = _videos(recipe, queries, past)
         made = _planned(stage, recipe, rows, expected, past)
         if made.seconds.value is None and stage.name == "render":
@@ -168,7 +220,9 @@ def _stages(recipe: Recipe, queries: int, past: Ledger | None, gpu_type: str | N
         yield made
 
 
-def _planned(stage: StageSpec, recipe: Recipe, rows: int, expected: bool, past: Ledger | None) -> StagePlan:
+def _planned(
+    stage: StageSpec, recipe: Recipe, rows: int | None, expected: bool, past: Ledger | None
+) -> StagePlan:
     seconds = (past.seconds(stage.name) if past else None) or Figure(None, MEASURE)
     pool = stage.pool(recipe)
     replica = chat_replica(pool, stage.engine(recipe))
@@ -189,7 +243,7 @@ def _videos(recipe: Recipe, queries: int, past: Ledger | None) -> tuple[int, boo
 
 def _adaptive_note(render: StagePlan) -> str:
     if render.expected:
-        return f"render.strategy adaptive: {render.rows:,} videos by what that run's pairs took"
+        return f"render.strategy adaptive: {render.rows or 0:,} videos by what that run's pairs took"
     return (
         "render.strategy adaptive: at most this many videos, as a query is rendered no further than its pair "
         "takes; a past run's --ledger says how many to expect"
@@ -204,7 +258,7 @@ def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.pool.num_gpus {model.pool.num_gpus:g}: its replicas only ask an endpoint, set it 0"
 
 
-def _training(recipe: Recipe, queries: Counter[str], past: Ledger | None) -> Iterator[StagePlan]:
+def _training(recipe: Recipe, queries: Counter[str] | None, past: Ledger | None) -> Iterator[StagePlan]:
     """The training phases, one worker a replica."""
     for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
         if settings is None:
@@ -215,13 +269,16 @@ def _training(recipe: Recipe, queries: Counter[str], past: Ledger | None) -> Ite
 
 
 def _examples(
-    recipe: Recipe, phase: str, queries: Counter[str], past: Ledger | None
+    recipe: Recipe, phase: str, queries: Counter[str] | None, past: Ledger | None
 ) -> tuple[int | None, bool]:
     """Rows that a phase trains on, where known, and whether that is more than an upper bound."""
     if phase == "sft":
         data = recipe.sft.data if recipe.sft is not None else None
         if data is not None:
             return count_rows(data), True
+    if queries is None:
+        return None, False
+    if phase == "sft":
         drafts = past.stages.get("draft", {}) if past else {}
         if drafts.get("in") and drafts.get("out"):
             return math.ceil(queries["sft"] * drafts["out"] / drafts["in"]), True

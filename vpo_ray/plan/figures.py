@@ -5,15 +5,17 @@ A figure that nobody measured stays unknown, with what to do about it; none is m
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
 from vpo_ray.files.folder import Folder, StorageError
-from vpo_ray.files.input_files import InputError
+from vpo_ray.files.input_files import InputError, path_of_uri
 from vpo_ray.plan.check import PlanError
 from vpo_ray.recipe import Recipe, Render, differences, parse_stored, video_presets
 from vpo_ray.stages import spec
@@ -29,10 +31,15 @@ ENOUGH = 50  # videos whose sizes make a mean
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and its source, or None and how to get one."""
+    """A number and its source, or None and how to get one.
+
+    sure: `measured` by a run with these settings, or `other settings`; `published` for this model at these
+    settings, or `scaled` from others; empty where it is not known.
+    """
 
     value: float | None
     source: str
+    sure: Literal["measured", "other settings", "published", "scaled", ""] = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Ledger:
         settings = PHASE_SETTINGS[stage] if stage in PHASE_SETTINGS else spec.stage(stage).settings
         other = [line for line in self.changed if line.split(".")[0] in settings]
         note = f", with other settings then: {'; '.join(other)}" if other else ""
-        return Figure(value, f"measured, {self.uri}{note}")
+        return Figure(value, f"measured, {self.uri}{note}", "other settings" if other else "measured")
 
     def share(self, part: str, stage: str, kind: str) -> float | None:
         """Which share of the rows that left a stage counts as `part`, e.g. verdicts: aligned."""
@@ -126,7 +133,8 @@ def published_seconds(settings: Render, gpu_type: str | None) -> Figure:
     faster = [key for key in ("compile", "quantize", "cache") if getattr(settings, key)]
     note = f"; without {' and '.join(faster)}" if faster else ""
     scaled = f", taken to {settings.steps}" if settings.steps != PUBLISHED_STEPS else ""
-    return Figure(value, f"published for {kind} at {PUBLISHED_STEPS} steps{scaled}{note}: {source}")
+    sure: Literal["scaled", "published"] = "scaled" if scaled or faster else "published"
+    return Figure(value, f"published for {kind} at {PUBLISHED_STEPS} steps{scaled}{note}: {source}", sure)
 
 
 def _same(settings: Render, preset: dict[str, Any]) -> bool:
@@ -135,8 +143,10 @@ def _same(settings: Render, preset: dict[str, Any]) -> bool:
 
 
 def count_rows(path: str) -> int | None:
-    """Rows of SFT data on this machine; None for those elsewhere."""
+    """Rows of SFT data on this machine; None for those elsewhere, or nowhere yet."""
     if "://" in path and not path.startswith("file://"):
+        return None
+    if not glob.has_magic(path) and not Path(path_of_uri(path)).exists():
         return None
     try:
         return sum(1 for _ in sft_rows(path))
@@ -167,4 +177,6 @@ def bytes_per_video(recipe: Recipe) -> Figure:
         return Figure(None, f"{unknown} (the store cannot be read: {error})")
     if not sizes:
         return Figure(None, unknown)
-    return Figure(sum(sizes) / len(sizes), f"mean of {len(sizes)} of this shape in {store.folder.uri}")
+    return Figure(
+        sum(sizes) / len(sizes), f"mean of {len(sizes)} of this shape in {store.folder.uri}", "measured"
+    )

@@ -18,19 +18,22 @@ def _lines(plan: Plan) -> Iterator[str]:
     recipe, read = plan.recipe, plan.queries
     yield f"recipe      {recipe.name}, fingerprint {recipe.fingerprint()}"
     yield f"run         {recipe.out}"
-    yield (
-        f"queries     {read.total():,} rows read, {read['dropped']:,} dropped, {read['dpo']:,} for feedback, "
-        f"{recipe.sample.k} candidates each"
-    )
+    if read is None:
+        yield "queries     not known: they are not on this machine; give --queries N for a plan of so many"
+    else:
+        yield (
+            f"queries     {read.total():,} rows read, {read['dropped']:,} dropped, {read['dpo']:,} for "
+            f"feedback, {recipe.sample.k} candidates each"
+        )
     yield f"cluster     {plan.cluster or 'not given: --gpus, --gpu-type and --cpus, or --address'}"
     yield ""
     more = f" {'balanced':>9} {'hours':>8}" if plan.cluster else ""
-    yield f"{'stage':<8} {'rows':>17} {'s a row':>10} {'GPU-hours':>10} {'pool':>7} {'hours':>8}{more}"
+    yield f"{'stage':<8} {'rows':>17} {'s a row':>10} {'GPU-hours':>10} {'pool':>7} {'hours':>8}{more}  sure"
     yield from (_row(stage, plan) for stage in (*plan.before, *plan.stages))
     for phase in plan.training:
         settings = getattr(recipe, phase.name)
         how = f"ZeRO-{settings.zero_stage}, global batch {settings.global_batch}, lr {settings.lr:g}"
-        yield f"{_row(phase, plan)}  {how}, {settings.epochs:g} epoch(s)"
+        yield f"{_row(phase, plan)}; {how}, {settings.epochs:g} epoch(s)"
     yield ""
     yield from _sources(plan)
     yield ""
@@ -38,6 +41,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"wall time   {_wall(plan)}"
     yield f"price       {_price(plan)}"
     yield from (f"note        {note}" for note in plan.notes)
+    if plan.missing:
+        yield ""
+        yield f"not here    {len(plan.missing)} of what the recipe names; see `vpo fetch RECIPE --list`"
+        yield from (f"  {line}" for line in plan.missing)
 
 
 def _row(stage: StagePlan, plan: Plan) -> str:
@@ -50,7 +57,7 @@ def _row(stage: StagePlan, plan: Plan) -> str:
     )
     if stage.balanced is not None:
         line += f" {stage.balanced:>9} {_number(stage.hours(stage.balanced)):>8}"
-    return line
+    return f"{line}  {stage.seconds.sure or 'not known'}"
 
 
 def _number(value: float | None, form: str = ",.2f") -> str:
@@ -64,8 +71,8 @@ def _videos(plan: Plan) -> str:
     if render.kind != "diffusers":
         shape = render.model or render.kind
     count = stage.rows or 0
-    line = f"{bound} {count:,} of {shape}"
-    if plan.video_bytes.value is None:
+    line = f"{bound} {count:,} of {shape}" if stage.rows is not None else f"not known how many of {shape}"
+    if plan.video_bytes.value is None or stage.rows is None:
         return f"{line}; size {plan.video_bytes.source}"
     total = count * plan.video_bytes.value
     each = f"{plan.video_bytes.value / 1e6:.2f} MB each, {plan.video_bytes.source}"
@@ -117,7 +124,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "fingerprint": plan.recipe.fingerprint(),
         "run": plan.recipe.out,
-        "queries": {"read": plan.queries.total(), **plan.queries},
+        "queries": None if plan.queries is None else {"read": plan.queries.total(), **plan.queries},
         "cluster": [_finite(node._asdict()) for node in plan.cluster.nodes] if plan.cluster else None,
         "stages": {stage.name: _stage(stage) for stage in plan.phases},
         "video_cost": plan.video_cost,
@@ -127,6 +134,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_hours_of_known": plan.gpu_hours,
         "price_of_known": None if plan.price is None else plan.price * plan.gpu_hours,
         "notes": plan.notes,
+        "missing": plan.missing,
     }
 
 
@@ -137,6 +145,7 @@ def _stage(stage: StagePlan) -> dict[str, Any]:
         "rows_are": "expected" if stage.expected else "at most",
         "seconds_per_row": stage.seconds.value,
         "source": stage.seconds.source,
+        "sure": stage.seconds.sure or "not known",
         "gpu_hours": stage.gpu_hours,
         "gpus_per_replica": stage.replica.all_gpus,
         "pool": list(stage.size),

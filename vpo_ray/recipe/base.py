@@ -65,6 +65,10 @@ _SOURCE = "source"
 Source = Annotated[str, AfterValidator(os.path.expanduser), _SOURCE]
 
 
+# Both ways to write it, for editors.
+_Size = Positive | tuple[Positive, Positive]
+
+
 def _size(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
@@ -73,7 +77,7 @@ class Pool(Section):
     """An actor pool: how many replicas, what each reserves of the cluster, and the labels of nodes
     that it may run on (Ray's label selectors: `{region: us-west, tier: "!spot"}`)."""
 
-    size: Annotated[tuple[Positive, Positive], BeforeValidator(_size)] = (1, 1)
+    size: Annotated[tuple[Positive, Positive], BeforeValidator(_size, json_schema_input_type=_Size)] = (1, 1)
     num_cpus: Amount = 1
     num_gpus: Amount = 0
     accelerator_type: str | None = None

@@ -136,7 +136,10 @@ class Evaluation(Section):
     with `render_unsafe`. What has no video counts as the worst.
     """
 
-    policies: Annotated[dict[str, EvaluatedPolicy], BeforeValidator(_by_kind)] = {}
+    policies: Annotated[
+        dict[str, EvaluatedPolicy],
+        BeforeValidator(_by_kind, json_schema_input_type=dict[str, EvaluatedPolicy] | list[PolicyKind]),
+    ] = {}
     sets: dict[str, EvaluatedSet] = {"eval": EvaluatedSet(kind="eval_split")}
     seeds: Positive = Field(1, description="videos of a query, each with another seed")
     videos: bool = Field(True, description="render and score; without, prompts alone are evaluated")

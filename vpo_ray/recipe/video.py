@@ -61,7 +61,7 @@ class Render(Modelled):
     preset: str | None = None
     model: Source = Field("", description="a plugin may do without")
     version: Annotated[
-        Annotated[str, BeforeValidator(str)] | None,
+        Annotated[str, BeforeValidator(str, json_schema_input_type=str | float)] | None,
         Field(description="of a service's model; another one renders all videos anew"),
     ] = None
     endpoint: VideoEndpoint = VideoEndpoint()
