@@ -1,6 +1,7 @@
 """`make test` runs all its parts and fails at the end, whichever part failed."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,3 +46,30 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path, fails: str, told: str)
     assert ran.count("pytest") == 2
     assert (done.returncode == 0) == (not told), done.stdout
     assert not told or told in lines
+
+
+@pytest.mark.parametrize(
+    ("pythons", "taken"),
+    [(["python3.12"], "python3.12"), (["python3.11", "python3.12"], "python3.11"), (["python3.13"], None)],
+)
+def test_make_takes_the_python_that_is_there(tmp_path: Path, pythons: list[str], taken: str | None) -> None:
+    make = shutil.which("make")
+    assert make is not None
+    (tmp_path / "bin").mkdir()
+    for name in pythons:
+        tool = tmp_path / "bin" / name
+        tool.write_text(f"#!/bin/sh\necho {name} was asked to $*\nexit 1\n")
+        tool.chmod(0o755)
+    done = subprocess.run(
+        [make, "-C", str(ROOT), f"VENV={tmp_path}/venv", "lint"],
+        env={"PATH": str(tmp_path / "bin")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    if taken is not None:
+        assert f"{taken} was asked to -m venv {tmp_path}/venv" in done.stdout
+    else:
+        assert "no Python 3.11 or 3.12 here: apt-get install python3.12" in done.stdout
+        assert "make PYTHON=$(uv python find 3.12)" in done.stdout
