@@ -19,6 +19,7 @@ from vpo_ray.world.make import write_texts
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "jobs/recipes"
 VPO = ("vpo_cogvideox_2b", "vpo_cogvideox_5b")
+PAV = ("prompt_a_video_cogvideox", "prompt_a_video_wan")
 VISIONREWARD = ROOT.parent / "shared/data/visionreward"
 published = pytest.mark.skipif(
     not VISIONREWARD.exists(), reason="../shared/data/visionreward is not beside this checkout"
@@ -47,7 +48,7 @@ def test_a_recipe_of_the_package_goes_by_its_bare_name(
     (tmp_path / "laptop").write_text((RECIPES / "tiny.yaml").read_text("utf-8"), "utf-8")
     assert load("laptop").name == "tiny", "a file of that name goes before it"
     with pytest.raises(
-        RecipeError, match=r"lapptop: no such file, and no recipe of the package.*laptop, tiny"
+        RecipeError, match=r"lapptop: no such file, and no recipe of the package.*laptop,.*tiny"
     ):
         load("lapptop")
 
@@ -90,7 +91,7 @@ def test_the_video_model_has_the_settings_of_its_authors(name: str) -> None:
     assert {key: render[key] for key in preset} == preset
 
 
-@pytest.mark.parametrize("name", VPO)
+@pytest.mark.parametrize("name", VPO + PAV)
 def test_it_fits_eight_gpus(name: str) -> None:
     recipe = vpo(name)
     pools = (recipe.sample.pool, recipe.judge.pool, recipe.render.pool, recipe.reward.pool)
@@ -103,17 +104,70 @@ def test_the_two_differ_in_the_video_model_only() -> None:
     assert {key for key in different if not key.startswith("render.")} == {"name"}
 
 
+@pytest.mark.parametrize("name", PAV)
+def test_the_numbers_of_prompt_a_video(name: str) -> None:
+    """Prompt-A-Video, arXiv 2412.15156: booster/dpo and booster/finetuning of its code, and the defaults of
+    llama-recipes and transformers where these give none."""
+    recipe = vpo(name)
+    sft, dpo, sample, formula = recipe.sft, recipe.dpo, recipe.sample, recipe.formula
+    assert sft is not None
+    assert dpo is not None
+    assert formula is not None
+    assert sft.lora is not None
+    assert dpo.lora is not None
+    assert (sft.epochs, sft.lr, sft.global_batch, sft.micro_batch, sft.workers) == (12, 1e-4, 8, 4, 2)
+    assert (sft.lora.r, sft.lora.alpha, sft.lora.dropout) == (8, 32, 0.05)
+    assert (sample.k, sample.temperature, sample.top_p, sample.top_k, sample.max_tokens) == (5, 1, 1, 50, 250)
+    assert (dpo.epochs, dpo.lr, dpo.beta, dpo.global_batch, dpo.warmup_ratio) == (3, 5e-5, 0.1, 32, 0.1)
+    assert (dpo.lora.r, dpo.lora.alpha, dpo.lora.dropout) == (16, 16, 0)
+    assert len(dpo.lora.target_modules) == 7
+    assert dpo.lora.merge, "a second round samples from it"
+    assert (dpo.max_length, dpo.schedule, dpo.loss) == (1024, "linear", "sigmoid")
+    for phase in (sft, dpo):
+        assert phase.global_batch % (phase.micro_batch * phase.workers) == 0
+    assert recipe.pair.by == "formula"
+    assert {term: (of.weight, of.above) for term, of in formula.terms.items()} == {
+        "reward.visual_quality": (1, 2.6),
+        "reward.temporal_consistency": (1, 2.6),
+        "reward.factual_consistency": (1, 2.55),
+        "reward.dynamic_degree": (1.1, 2.65),
+        "reward.text_alignment": (1.3, 2.9),
+        "aesthetic": (0.8, 5.5),
+        "mps": (1 / 3, 8.5),
+    }
+    kinds = [reward.kind for reward in (recipe.reward, *recipe.more_rewards.values())]
+    for kind, known in zip(kinds, ("videoscore", "laion_aesthetic", "mps"), strict=True):
+        assert known in kind
+
+
+def test_those_of_prompt_a_video_differ_in_the_video_model_only() -> None:
+    first, second = (result_keys(vpo(name).dump()) for name in PAV)
+    different = {key for key in first | second if first.get(key) != second.get(key)}
+    assert {key for key in different if not key.startswith("render.")} == {"name"}
+
+
+def bare_values(name: str, section: str) -> list[str]:
+    """The lines of a section with a value and neither a comment nor a source that covers them."""
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    body = re.search(rf"^{section}:\n((?:  .*\n)+)", text, re.MULTILINE)
+    assert body is not None
+    # "as the rest" and "as all pools" stand for the lines after them.
+    lines = body[1].split("as the rest")[0].splitlines()
+    bare = [line for line in lines if re.match(r"  \w+: [\w.{\[]", line) and "#" not in line]
+    return [line for line in bare if not line.startswith("  data:")]
+
+
 @pytest.mark.parametrize("name", VPO)
 def test_every_number_has_a_source(name: str) -> None:
     """A value of SFT, sampling, judging, pairing or DPO has a comment, or a source that covers it."""
-    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
     for section in ("sft", "sample", "dpo", "pair"):
-        body = re.search(rf"^{section}:\n((?:  .*\n)+)", text, re.MULTILINE)
-        assert body is not None
-        # "as the rest" and "as all pools" stand for the lines after them.
-        lines = body[1].split("as the rest")[0].splitlines()
-        bare = [line for line in lines if re.match(r"  \w+: [\w.{\[]", line) and "#" not in line]
-        assert [line for line in bare if not line.startswith("  data:")] == []
+        assert bare_values(name, section) == []
+
+
+@pytest.mark.parametrize("name", PAV)
+def test_every_number_of_prompt_a_video_has_a_source(name: str) -> None:
+    for section in ("sft", "sample", "dpo"):
+        assert bare_values(name, section) == []
 
 
 @pytest.mark.parametrize("name", VPO)

@@ -1,7 +1,9 @@
 """The report shows what the run's tables hold, as text, in a browser, at two widths."""
 
+import re
 import shutil
 from collections import Counter
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from evaluation_samples import clip
 from html_page import ARABIC, ATTACK, Tags, until
 
+from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.records import content_id, failed, query_id
 from vpo_ray.report import build_report
@@ -137,6 +140,22 @@ def test_no_pairs_says_why_by_count(folder: Path, tmp_path: Path) -> None:
     assert "1 every candidate failed" in text
     assert "No training curve yet" in text
     assert "Rows are not accounted for" in text
+
+
+def test_rewards_that_disagree_are_shown_and_the_formula_that_decides(folder: Path, tmp_path: Path) -> None:
+    terms = "{reward: 1, reward.alignment: -2, reward.quality: 1}"
+    changes = [f"formula={{terms: {terms}}}", "pair={by: formula, dominance: none, margin: 0.1}"]
+    recipe = recipe_of(tmp_path, *changes)
+    run, full = RunDir(recipe.out), RunDir(f"{folder}/run")
+    run.table("feedback").append(list(full.table("feedback").rows()))
+    make_pairs(recipe, run)
+    page = Path(build_report(run, recipe)).read_text("utf-8")
+    text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
+    assert "reward and reward.alignment -1.00 -1.00 to -1.00 4" in text
+    assert "reward and reward.quality not known 0" in text, "it is the same for all videos"
+    assert "reward and reward.alignment disagree: among a query's videos" in text
+    assert "margin 0.9" in text, "of the totals: -0.9 + 0.1 + 0.8 over 0 + 0.1 - 0.1"
+    assert "chosen 0.9" in text
 
 
 def test_an_empty_run_has_a_report(tmp_path: Path) -> None:

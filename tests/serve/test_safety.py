@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from services import Reply, Server, chat_reply
 
-from vpo_ray.recipe import Serve
+from vpo_ray.recipe import Formula, Serve
 from vpo_ray.recipe.serve import BestOf, Safety
 from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import UNAVAILABLE, Gate, SafetyFileError, SafetyVerdict
@@ -154,6 +154,11 @@ def test_a_missing_key_variable_is_told_before_serving(monkeypatch: pytest.Monke
         ({"safety": {"query": "refuse"}}, "nothing to check with"),
         ({"safety": {"query": "rewrite", "keywords": "x"}}, "needs prompt"),
         ({"best_of": {"n": 4}}, "either `judge` or `rerank`"),
+        ({"best_of": {"judge": {"model": "m"}, "rerank": {"model": "m"}}}, "both with a `formula`"),
+        (
+            {"best_of": {"judge": {"model": "m"}, "formula": {"terms": {"rerank": 1}}}},
+            "no 'rerank' ranks here",
+        ),
         ({"best_of": {"n": 1, "judge": {"model": "m"}}}, "greater than or equal to 2"),
     ],
 )
@@ -189,6 +194,29 @@ def test_candidates_are_ranked_best_first_with_reasons(outside: Outside) -> None
     assert best[0].reason == "worth 9.5"
     by_reward = BestOf(rerank=outside(rerank).service())
     assert ranked(by_reward, "ab", "abcd", "abc") == [("abcd", 4), ("abc", 3), ("ab", 2)]
+
+
+def test_a_formula_weighs_the_judge_and_the_reranker(outside: Outside) -> None:
+    def best_of(**formula: Any) -> BestOf:
+        return BestOf(
+            judge=outside(grade).service(),
+            rerank=outside(rerank).service(),
+            formula=Formula.model_validate({"terms": {"judge": 2, "rerank": {"weight": -1}}, **formula}),
+        )
+
+    prompts = ("ab", "a long prompt", "abcd")
+    assert ranked(best_of(), *prompts) == [("a long prompt", 6), ("ab", 4), ("abcd", 2)]
+    gated = best_of(gates={"rerank": {"above": 2, "below": 13}})
+    assert ranked(gated, *prompts) == [("abcd", 2), ("ab", 0), ("a long prompt", 0)]
+    strict = best_of(terms={"judge": {"weight": 1, "above": 3}, "rerank": {"weight": 100, "above": 20}})
+    found = asyncio.run(Ranker(strict).rank("a cat", prompts))
+    assert found is not None
+    assert [rank.reason for rank in found] == [
+        "rerank not above 20",
+        "judge not above 3",
+        "judge not above 3",
+    ]
+    assert ranked(best_of(normalise="rank"), *prompts) == [("a long prompt", 1), ("ab", 0.5), ("abcd", 0)]
 
 
 @pytest.mark.parametrize(

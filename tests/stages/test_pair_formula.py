@@ -14,7 +14,7 @@ from vpo_ray.stages.pair import pairs_of_query
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 # VideoScore's five, then LAION aesthetic and MPS.
 SHORT = {"VQ": "visual_quality", "TC": "temporal_consistency", "DD": "dynamic_degree",
-         "TVA": "text_to_video_alignment", "FC": "factual_consistency"}  # fmt: skip
+         "TVA": "text_alignment", "FC": "factual_consistency"}  # fmt: skip
 
 
 def reference(prompts: list[str], scores: list[dict[str, float]]) -> list[tuple[str, str]]:
@@ -88,7 +88,7 @@ LOW = {**SCORES, "VQ": 1.0}
         ({"TC": 2.6}, "chosen: videoscore.temporal_consistency not above 2.6"),
         ({"FC": 2.55}, "chosen: videoscore.factual_consistency not above 2.55"),
         ({"DD": 2.65}, "chosen: videoscore.dynamic_degree not above 2.65"),
-        ({"TVA": 2.9}, "chosen: videoscore.text_to_video_alignment not above 2.9"),
+        ({"TVA": 2.9}, "chosen: videoscore.text_alignment not above 2.9"),
         ({"AES": 5.5}, "chosen: aesthetic not above 5.5"),
         ({"MPS": 8.5}, "chosen: mps not above 8.5"),
     ],

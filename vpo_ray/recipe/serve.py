@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature, refuse_unused
 from vpo_ray.recipe.endpoint import refuse_keys
 from vpo_ray.recipe.evaluation import limit_of
+from vpo_ray.recipe.formula import Formula
 from vpo_ray.recipe.text import Engine, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
@@ -121,18 +122,24 @@ class Safety(Section):
 
 class BestOf(Section):
     """Rank n candidates and answer with the best. `judge` is a chat endpoint that gives each a score
-    and a critique; `rerank` a text reward behind a `/rerank` route (vLLM's, Jina's, Cohere's)."""
+    and a critique; `rerank` a text reward behind a `/rerank` route (vLLM's, Jina's, Cohere's). With both,
+    `formula` weighs the two, as a recipe's formula weighs rewards; its terms are `judge` and `rerank`."""
 
     n: Annotated[int, Field(ge=2, le=64)] = 4
     judge: Service | None = None
     judge_prompt: Source = "builtin:rank"
     rerank: Service | None = None
+    formula: Formula | None = None
 
     @model_validator(mode="after")
-    def _one_ranker(self) -> BestOf:
+    def _has_rankers(self) -> BestOf:
         _no_chat(self.rerank, "rerank")
-        if (self.judge is None) == (self.rerank is None):
-            raise ValueError("name what ranks: either `judge` or `rerank`")
+        asked = [name for name in ("judge", "rerank") if getattr(self, name) is not None]
+        if not asked or (len(asked) == 2 and self.formula is None):
+            raise ValueError("name what ranks: either `judge` or `rerank`, or both with a `formula`")
+        for name in self.formula.names() if self.formula is not None else ():
+            if name.removesuffix(".score") not in asked:
+                raise ValueError(f"formula: no {name!r} ranks here ({', '.join(asked)})")
         if self.judge is None:
             refuse_unused(self, "judge_prompt", "without judge")
         return self
