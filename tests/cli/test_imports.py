@@ -42,7 +42,8 @@ def test_help_imports_no_package(words: list[str]) -> None:
     found = modules_after(f"from vpo_ray.cli import main; main({words})")
     assert found & {*SLOW, "pydantic", "numpy", "pyarrow", "yaml"} == set()
     ours = {name for name in found if name.startswith("vpo_ray.") and ".cli" not in name}
-    assert ours == {"vpo_ray.stages", "vpo_ray.stages.spec"}, "the list of stages, and nothing else"
+    known = {"vpo_ray.stages", "vpo_ray.stages.spec", "vpo_ray.terminal"}
+    assert ours == known, "the list of stages and the terminal, and nothing else"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

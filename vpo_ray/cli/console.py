@@ -10,7 +10,10 @@ import errno
 import io
 import os
 import sys
+import threading
 from typing import Any
+
+from vpo_ray import terminal
 
 
 def forgive() -> None:
@@ -18,6 +21,13 @@ def forgive() -> None:
     _open_what_is_closed()
     sys.stdout = _forgiving(sys.stdout, sys.__stdout__, 1, "replace")
     sys.stderr = _forgiving(sys.stderr, sys.__stderr__, 2, "backslashreplace")
+
+
+def set_apart() -> None:
+    """What libraries write to stderr goes through `terminal`'s sieve from now on, once `forgive` was called;
+    but not where somebody else's stream is in the place of stderr, who reads it as it is."""
+    if isinstance(getattr(getattr(sys.stderr, "buffer", None), "raw", None), _Output):
+        terminal.set_apart(_stream(os.dup(2), sys.stderr.encoding, "backslashreplace"))
 
 
 class _Output(io.FileIO):
@@ -46,16 +56,32 @@ def _forgiving(stream: Any, own: Any, descriptor: int, errors: str) -> Any:
     if stream is None or (stream is own and _is_of(stream, descriptor)):
         if stream is not None:
             stream.flush()
-        return io.TextIOWrapper(
-            io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
-            encoding=getattr(stream, "encoding", "utf-8"),
-            errors=errors,
-            line_buffering=descriptor == 2 or os.isatty(descriptor),
-        )
+        made = _Results if descriptor == 1 else io.TextIOWrapper
+        return _stream(descriptor, getattr(stream, "encoding", "utf-8"), errors, made)
     # Somebody else's, such as a test's.
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors=errors)
     return stream
+
+
+class _Results(io.TextIOWrapper):
+    """Standard output, which is for what was asked for: Ray prints there, too, from threads of its own."""
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            return sys.stderr.write(text)
+        return super().write(text)
+
+
+def _stream(
+    descriptor: int, encoding: str, errors: str, made: type[io.TextIOWrapper] = io.TextIOWrapper
+) -> io.TextIOWrapper:
+    return made(
+        io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
+        encoding=encoding,
+        errors=errors,
+        line_buffering=descriptor != 1 or os.isatty(descriptor),
+    )
 
 
 def _is_of(stream: Any, descriptor: int) -> bool:

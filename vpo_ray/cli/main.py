@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from vpo_ray import terminal
 from vpo_ray.cli import compare as compare_command
 from vpo_ray.cli import console
 from vpo_ray.cli import evaluate as evaluate_command
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: see `reference.EXIT_STATUS`."""
     console.forgive()
     arguments = _parser().parse_args(argv)
+    if not arguments.verbose:
+        console.set_apart()
     _log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
     try:
         return arguments.command(arguments)
@@ -73,9 +76,9 @@ def job(command: str) -> int:
 
 
 def _log_to_stderr(verbose: bool, shard: Shard | None) -> None:
-    """Our log lines on stderr, others' only from warnings on. Ray's libraries put handlers of their
-    own on the root logger, so ours does not pass its lines up."""
-    handler = logging.StreamHandler()
+    """Our log lines on stderr, others' only from warnings on (and see `terminal`). Ray's libraries put
+    handlers of their own on the root logger, so ours does not pass its lines up."""
+    handler = logging.StreamHandler(terminal.ours())
     name = f"shard {shard}: " if shard else ""
     line = f"%(asctime)s %(levelname).1s {name}%(message)s"
     handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
@@ -86,7 +89,7 @@ def _log_to_stderr(verbose: bool, shard: Shard | None) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    sys.stderr.write(f"vpo: error: {message}\n")
+    terminal.ours().write(f"vpo: error: {message}\n")
     return status
 
 
@@ -98,7 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="show debug logs and the workers' output"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="show debug logs, all that libraries say, and the workers' output",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

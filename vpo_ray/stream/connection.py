@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import tempfile
 import threading
 import warnings
@@ -55,7 +54,7 @@ def connect(verbose: bool = False) -> None:
     if not ray.is_initialized():
         _join(verbose)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
+    context.enable_progress_bars = False  # see stream/progress.py
     # Ray 2.60 has no other way yet to say how often a pool's actors restart.
     warnings.filterwarnings("ignore", message="`ray_remote_args")
     if threading.current_thread() is threading.main_thread():

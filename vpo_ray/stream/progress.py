@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vpo_ray import terminal
 from vpo_ray.records import Row, Shard
 from vpo_ray.stream import ray_compat
 from vpo_ray.stream.spending import Book, Charges
@@ -131,9 +131,8 @@ class StatusTable:
         import ray
         from rich.console import Console
 
-        console = Console(
-            stderr=True, force_terminal=sys.stderr.isatty(), width=None if sys.stderr.isatty() else 100
-        )
+        stream = terminal.ours()
+        console = Console(file=stream, width=None if stream.isatty() else 100)
         shown = ""
         while True:
             last = self._stop.wait(self._every)
