@@ -76,7 +76,7 @@ import logging, os, sys, threading
 from vpo_ray import terminal
 from vpo_ray.cli import console
 console.forgive()
-if "plain" not in sys.argv: console.set_apart()
+if "plain" not in sys.argv: console.sift_stderr()
 terminal.ours().write("ours 2026 INFO x 10%|  | 1/2 [00:00<?]\\n")
 sys.stdout.write("a result: INFO\\n")
 os.write(2, b"INFO from C\\nwarning from C\\n")

@@ -23,7 +23,7 @@ def forgive() -> None:
     sys.stderr = _forgiving(sys.stderr, sys.__stderr__, 2, "backslashreplace")
 
 
-def set_apart() -> None:
+def sift_stderr() -> None:
     """What libraries write to stderr goes through `terminal`'s sieve from now on, once `forgive` was called;
     but not where somebody else's stream is in the place of stderr, who reads it as it is."""
     if isinstance(getattr(getattr(sys.stderr, "buffer", None), "raw", None), _Output):

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.forgive()
     arguments = _parser().parse_args(argv)
     if not arguments.verbose:
-        console.set_apart()
+        console.sift_stderr()
     _log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
     try:
         return arguments.command(arguments)
