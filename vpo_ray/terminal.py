@@ -19,6 +19,8 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 # Lines below a warning, by how loggers write a level.
@@ -71,11 +73,33 @@ LAST_WORDS_S = 2.0
 ON_STDOUT = ("DeepSpeed",)
 
 _ours: TextIO | None = None
+_above: Callable[[str], None] | None = None
 
 
 def ours() -> TextIO:
     """Where the package's own lines go that are no result: stderr, past the sieve where there is one."""
     return _ours or sys.stderr
+
+
+class Lines:
+    """A stream for our log's handler: its lines go above what is shown live, where anything is."""
+
+    def write(self, text: str) -> None:
+        (_above or ours().write)(text)
+
+    def flush(self) -> None:
+        ours().flush()
+
+
+@contextmanager
+def above(show: Callable[[str], None]) -> Iterator[None]:
+    """Have `show` print our log's lines, while it shows something live below them."""
+    global _above
+    _above = lambda text: show(text.rstrip("\n"))  # noqa: E731
+    try:
+        yield
+    finally:
+        _above = None
 
 
 def set_apart(own: TextIO) -> None:

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpo_ray.records import Row, Shard, table
+from vpo_ray.records import Row, table
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.actor_pools import Outcome, SharedClock, StageActor
-from vpo_ray.stream.progress import status_lines
 
 
 class Time:
@@ -104,25 +103,6 @@ def test_what_rows_pay_adds_up_to_the_busy_time(batches: list[tuple[int, float, 
             assert seconds >= -1e-9
             paid += seconds * -rows
     assert paid == pytest.approx(busy, abs=1e-6)
-
-
-def test_the_status_shows_every_stage() -> None:
-    counts = {
-        "sample": {"started": 12, "done": 10, "errors": 1, "passed": 0},
-        "judge": {"started": 0, "done": 0, "errors": 0, "passed": 3},
-    }
-    head, sample, judge = status_lines(counts, 20.0).splitlines()
-    assert head.split() == ["20", "s", "done", "in", "flight", "rows/s", "errors"]
-    assert sample.split() == ["sample", "10", "2", "0.50", "1"]
-    assert judge.split() == ["judge", "0", "0", "0.00", "0"]
-    assert len({len(line) for line in (sample, judge)}) == 1
-
-
-def test_the_status_before_the_first_second() -> None:
-    counts = {"render": {"started": 0, "done": 1, "errors": 0, "passed": 0}}
-    assert "render" in status_lines(counts, 0.0)
-    assert status_lines({}, 0.0).count("\n") == 0
-    assert status_lines({}, 0.0, Shard(3, 8)).endswith("errors   shard 3/8")
 
 
 def test_a_replica_with_another_code_makes_nothing(tmp_path: Path) -> None:

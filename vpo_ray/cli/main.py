@@ -6,6 +6,7 @@ vpo run recipe.yaml                 everything, or what is left of it
 vpo plan recipe.yaml                check the recipe and say what it will take
 vpo evaluate recipe.yaml            does it help, by how much, and how sure is that
 vpo submit recipe.yaml              the same as a job of a Ray cluster
+vpo status|runs|logs                how far runs are, which there are, why rows failed
 vpo doctor recipe.yaml              check every node of the cluster
 vpo sample|judge|render|score ...   one stage, from its table to the next
 vpo videos ls|verify|prune STORE    the store of rendered videos
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from vpo_ray import terminal
 from vpo_ray.cli import compare as compare_command
-from vpo_ray.cli import console
+from vpo_ray.cli import console, look
 from vpo_ray.cli import evaluate as evaluate_command
 from vpo_ray.cli import fetch as fetch_command
 from vpo_ray.cli import init as init_command
@@ -63,8 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours = type(error).__module__.startswith("vpo_ray")
         if not ours:
             logging.getLogger(__name__).exception("unexpected failure")
+        message = str(error) or type(error).__name__
+        if not ours:
+            from vpo_ray.stream.last_words import with_causes
+
+            message = with_causes(message)
         status = getattr(error, "exit_status", 2 if ours and isinstance(error, ValueError) else 1)
-        return _fail(str(error) or type(error).__name__, status)
+        return _fail(message, status)
 
 
 def job(command: str) -> int:
@@ -78,7 +84,7 @@ def job(command: str) -> int:
 def _log_to_stderr(verbose: bool, shard: Shard | None) -> None:
     """Our log lines on stderr, others' only from warnings on (and see `terminal`). Ray's libraries put
     handlers of their own on the root logger, so ours does not pass its lines up."""
-    handler = logging.StreamHandler(terminal.ours())
+    handler = logging.StreamHandler(terminal.Lines())
     name = f"shard {shard}: " if shard else ""
     line = f"%(asctime)s %(levelname).1s {name}%(message)s"
     handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
@@ -144,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     submit_command.add(
         with_recipe("submit", "hand `run` or another command to a Ray cluster as a job", _submit)
     )
+    look.add_status(command("status", look.STATUS_HELP, _plan))
+    look.add_runs(command("runs", look.RUNS_HELP, _plan))
+    look.add_logs(command("logs", look.LOGS_HELP, _plan))
     doctor = command("doctor", "check every node of a cluster, and what a recipe needs of it", _doctor)
     doctor.add_argument("recipe", nargs="?", help="recipe file, whose models, storage and secrets to check")
     doctor.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")

@@ -21,6 +21,7 @@ from vpo_ray.recipe import Recipe, differences, parse_stored, plugins
 from vpo_ray.records import Shard
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import check, driving
+from vpo_ray.storage.run_state import working
 from vpo_ray.stream.connection import terminate
 from vpo_ray.versions import versions
 
@@ -121,7 +122,8 @@ def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
     """Write the ledger of what was made when the work within does not come to its end, whatever the
     reason. What ended it is what goes on: a ledger that cannot be written is a line in the log."""
     try:
-        yield
+        with working(run):
+            yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             logger.warning("stopping: what was made is kept, and %s/ledger.json counts it", run.uri)

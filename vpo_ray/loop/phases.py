@@ -23,6 +23,7 @@ from vpo_ray.records import Row
 from vpo_ray.stages import spec
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.storage.run_dir import CURATED, ROUND, SFT_DROPPED, RunDir
+from vpo_ray.storage.run_state import note
 from vpo_ray.storage.sft_data import distinct, write_chat
 from vpo_ray.stream.connection import connect
 from vpo_ray.stream.progress import spilled_so_far
@@ -228,3 +229,4 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
 
 def _say(phase: str, run: RunDir) -> None:
     logger.info("%s → %s", phase, run.uri)
+    note(run, doing=phase, view=None)

@@ -18,6 +18,7 @@ from vpo_ray.recipe import Recipe
 from vpo_ray.records import Shard
 from vpo_ray.stages import spec
 from vpo_ray.storage.run_dir import CURATED, ROUND, RunDir
+from vpo_ray.storage.run_state import working
 from vpo_ray.stream.connection import connect
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ def generate_shard(
         start = _start(recipe, run, trained="sample" in stages)
         connect(verbose)
         logger.info("shard %s: %s → %s", shard, ", ".join(stages), run.uri)
-        return generate_feedback(recipe, RunDir(run.uri, shard), start, stages, retry_errors)
+        own = RunDir(run.uri, shard)
+        with working(own):
+            return generate_feedback(recipe, own, start, stages, retry_errors)
 
 
 def _start(recipe: Recipe, run: RunDir, trained: bool) -> Start:

@@ -146,7 +146,7 @@ class Table(Folder):
             self._meta().write_json(name + _SOURCES, group)
             self._write_part(name, rows)
         self.clear_merged()
-        logger.info("%s: %d parts are now %d", self.uri, len(small), len(merged))
+        logger.debug("%s: %d parts are now %d", self.uri, len(small), len(merged))
         return len(small)
 
     def clear_merged(self) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import pyarrow as pa
-import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
@@ -25,7 +25,7 @@ from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Pool
 from vpo_ray.records import Row, failed
 from vpo_ray.storage.tables import Table
-from vpo_ray.stream.progress import StageMetrics
+from vpo_ray.stream.progress import Progress, StageMetrics, beside_driver
 from vpo_ray.stream.ray_compat import repartition
 from vpo_ray.stream.stops import STOP, ends_run, is_stopped, stopped, stored, stream_block
 from vpo_ray.versions import check_code, code
@@ -123,6 +123,7 @@ class Outcome:
         self.metrics: StageMetrics | None = None
         self.clock: SharedClock | None = None
         self.code = code()
+        self._replica: str | None = None
 
     def check_code(self) -> None:
         """Raises CodeError in a replica whose node has another code than the driver."""
@@ -141,7 +142,7 @@ class Outcome:
     def timed(self, rows: int) -> Iterator[list[float]]:
         """Time `rows` rows; the list that it yields holds the seconds of each afterwards."""
         self.clock = self.clock or SharedClock()
-        self.progress.add.remote(self.stage, started=rows)
+        self.progress.add.remote(self.stage, self._name(), started=rows)
         seconds: list[float] = []
         entered = self.clock.enter(rows)
         try:
@@ -163,12 +164,27 @@ class Outcome:
             out = [stopped(row, str(error), error) for row in out]
         errors = sum(row["error"] is not None for row in done)
         self._metrics().count(done)
-        self.progress.add.remote(self.stage, done=len(done), errors=errors, passed=len(rows) - len(done))
+        self.progress.add.remote(
+            self.stage,
+            self._name(),
+            next((row["error"] for row in reversed(done) if row["error"] is not None), None),
+            done=len(done),
+            errors=errors,
+            passed=len(rows) - len(done),
+            tokens=sum((row["usage"] or {}).get(self.stage, {}).get("completion") or 0 for row in done),
+        )
         if not self.last:
             return stream_block(out, self.table.schema)
         result = result_schema(self.table)
         names = [*result.names, STOP.name]
         return stream_block([{name: row.get(name) for name in names} for row in out], result)
+
+    def _name(self) -> str:
+        """This process, as the progress knows it; the first time it says that it has begun."""
+        if self._replica is None:
+            self._replica = uuid.uuid4().hex
+            self.progress.add.remote(self.stage, self._replica)
+        return self._replica
 
     def _metrics(self) -> StageMetrics:
         self.metrics = self.metrics or StageMetrics(self.stage)
@@ -307,11 +323,5 @@ def split_blocks(dataset: Dataset, rows: int) -> Dataset:
 
 
 def progress_handle(stages: Sequence[str], spent: float = 0.0, book: tuple[str, str] | None = None) -> Any:
-    """Start the actor that counts rows and money; it lives as long as the handle, beside the driver:
-    anywhere else it could go with a spot node, and the run with it."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from vpo_ray.stream.progress import Progress
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote(list(stages), spent, book)
+    """Start the actor that counts rows and money."""
+    return beside_driver(Progress, list(stages), spent, book)

@@ -41,15 +41,27 @@ class _Part:
     only: bool
 
 
-def entering(this: Pass) -> dict[str, Dataset]:
-    """The rows that enter the stream at each stage; a stage that none enter at is absent."""
+def entering(this: Pass) -> tuple[dict[str, Dataset], dict[str, int]]:
+    """The rows that enter the stream at each stage; a stage that none enter at is absent. And how many rows
+    each stage needs to see no more, as it, or a later one, has had them."""
     done = _later_ids(this)
     again = _render_again(this, done)
     if again is not None and "score" in this.stages:
         # They come to the score stage through the stream.
         done["score"] = union(done["score"], again)
     found = {name: _source(this, name, done[name], again) for name in this.stages}
-    return {name: source for name, source in found.items() if source is not None}
+    sources = {name: source for name, source in found.items() if source is not None}
+    return sources, {name: len(ids) for name, ids in done.items()}
+
+
+def expected(this: Pass) -> int:
+    """How many rows every stage of a pass sees in the end, finished before or not."""
+    chain, first = this.chain, this.stages[0]
+    if this.render_ids is not None:
+        return len(this.render_ids)
+    if not chain.enters(first):
+        return len(stored_ids(chain.table_before(this.run, first)))
+    return len(stored_ids(this.run.table(chain.source), chain.queries)) * chain.rows_of_query(this.recipe)
 
 
 def every_id(this: Pass, stage: str, where: pc.Expression | None = None) -> np.ndarray:

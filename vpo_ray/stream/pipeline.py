@@ -8,7 +8,9 @@ one by one, goes on exactly where it stopped.
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,13 +29,16 @@ from vpo_ray.storage.id_sets import isin_sorted, stored_ids, union
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.actor_pools import Outcome, progress_handle, split_blocks
 from vpo_ray.stream.adaptive_rounds import AdaptiveRounds
-from vpo_ray.stream.entering import entering, every_id
+from vpo_ray.stream.entering import entering, every_id, expected
+from vpo_ray.stream.last_words import with_causes
+from vpo_ray.stream.meter import Meter
 from vpo_ray.stream.passes import Pass
 from vpo_ray.stream.placement import cluster_state, pool_shapes, problems, require, watched
-from vpo_ray.stream.progress import StatusTable, spilled_so_far
+from vpo_ray.stream.progress import spilled_so_far
 from vpo_ray.stream.ray_compat import spare_driver
 from vpo_ray.stream.spending import endpoint_cost
 from vpo_ray.stream.stage_pools import add_pool
+from vpo_ray.stream.status import Status
 from vpo_ray.stream.stops import first_stop
 
 __all__ = ["GenerationError", "Models", "generate"]
@@ -113,6 +118,12 @@ class _Stream:
     dataset: Dataset
     progress: Any
     stages: tuple[str, ...]
+    meter: Meter
+
+    def look(self) -> Row:
+        """The view of now (see `meter`)."""
+        counts, paid = self.progress.snapshot.remote(), self.progress.paid.remote()
+        return self.meter.view(time.monotonic(), *ray.get([counts, paid], timeout=5))
 
 
 class _Call:
@@ -146,7 +157,8 @@ class _Call:
                 logger.warning("%d rows were lost as %d node(s) went, and are taken again", missing, gone)
             else:
                 tries += 1
-                logger.warning("%d rows were lost with a process that died (pass %d)", missing, tries)
+                lost = f"{missing} rows were lost with a process that died (pass {tries})"
+                logger.warning("%s", with_causes(lost, this.run, "MapBatches("))
                 if tries == this.recipe.limits.tries:
                     _give_up(this)
                     break
@@ -172,13 +184,15 @@ class _Call:
             total = self.counts[stage]
             total.update({name: round(total[name] + counts[name], 1) for name in total})
             if counts["warm_up_s"]:
-                logger.info("%s: %.1f s to load and warm up, apart from its rows", stage, counts["warm_up_s"])
+                logger.debug(
+                    "%s: %.1f s to load and warm up, apart from its rows", stage, counts["warm_up_s"]
+                )
         return full
 
 
 def _stream(this: Pass) -> _Stream | None:
     """The dataset of all rows that some stage of the pass still has to see, or None without such rows."""
-    sources = entering(this)
+    sources, before = entering(this)
     if not sources:
         return None
     root, place = this.run.root()
@@ -199,7 +213,15 @@ def _stream(this: Pass) -> _Stream | None:
             stream = add_pool(stream, spec.stage(stage), this, outcome)
             busy.append(stage)
     assert stream is not None
-    return _Stream(stream, progress, tuple(busy))
+    if this.render_ids is not None:
+        before = {}
+    return _Stream(stream, progress, tuple(busy), Meter(_title(this), before, expected(this)))
+
+
+def _title(this: Pass) -> str:
+    """What a user calls the pass."""
+    name = this.stages[0] if len(this.stages) == 1 else "generate"
+    return f"{name}, shard {this.run.shard}" if this.run.shard else name
 
 
 def _drain(stream: _Stream, this: Pass) -> None:
@@ -207,7 +229,7 @@ def _drain(stream: _Stream, this: Pass) -> None:
     limits = this.recipe.limits
     finished = errors = 0
     _configure(stream.dataset)
-    with StatusTable(stream.progress, shard=this.run.shard), _explained():
+    with Status(this.run, stream.look), _explained(this.run):
         for batch in stream.dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             finished += batch.num_rows
             errors += batch.num_rows - batch["error"].null_count
@@ -223,15 +245,18 @@ def _drain(stream: _Stream, this: Pass) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(run: RunDir) -> Iterator[None]:
     """Ray's error for a replica that cannot start is a page of traces; its last line is the cause."""
     try:
         yield
     except ray.exceptions.RayError as error:
         cause = str(error).strip().splitlines()[-1]
+        found = re.search(r"MapBatches\(\w+\)", str(error))
+        message = with_causes(
+            f"a replica failed to start or work: {cause}", run, found[0] if found else "MapBatches("
+        )
         raise GenerationError(
-            f"a replica failed to start or work: {cause}\n"
-            "`vpo -v` shows the workers' output, with the root cause above this line"
+            f"{message}\n`vpo logs {run.uri}` shows what dead replicas said last, `vpo -v` the output of all"
         ) from error
 
 

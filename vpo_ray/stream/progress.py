@@ -1,21 +1,42 @@
-"""What a run shows while it works: counts per stage, as a status table and as Ray metrics."""
+"""What a run counts while it works: rows by stage, steps of a training; as Ray metrics, too."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from vpo_ray import terminal
-from vpo_ray.records import Row, Shard
+from vpo_ray.records import Row
 from vpo_ray.stream import ray_compat
 from vpo_ray.stream.spending import Book, Charges
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("started", "done", "errors", "passed", "warm_up_s")
+COUNTS = ("started", "done", "errors", "passed", "warm_up_s", "tokens")
+
+
+class Busy:
+    """How long the replicas of a pool have been there, and had rows; seconds of all of them."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._last = now, now()
+        self._rows: dict[str, int] = {}
+        self.busy_s = self.there_s = 0.0
+
+    def change(self, replica: str, rows: int) -> None:
+        """A replica took rows up, or (negative) gave them back; with 0 it has begun, and has none."""
+        self.tick()
+        self._rows[replica] = max(0, self._rows.get(replica, 0) + rows) if rows else 0
+
+    @property
+    def in_flight(self) -> int:
+        return sum(self._rows.values())
+
+    def tick(self) -> None:
+        gone, self._last = self._now() - self._last, self._now()
+        self.there_s += gone * len(self._rows)
+        self.busy_s += gone * sum(1 for rows in self._rows.values() if rows)
 
 
 class Progress:
@@ -31,11 +52,24 @@ class Progress:
     ) -> None:
         self._spent = spent
         self._book = Book(*book) if book is not None else None
-        self._counts: dict[str, dict[str, float]] = {stage: dict.fromkeys(COUNTS, 0) for stage in stages}
+        self._counts: dict[str, dict[str, Any]] = {stage: dict.fromkeys(COUNTS, 0) for stage in stages}
+        self._busy = {stage: Busy() for stage in stages}
 
-    def add(self, stage: str, **counts: float) -> None:
+    def add(self, stage: str, replica: str = "", reason: str | None = None, **counts: float) -> None:
+        """Counts of a stage.
+
+        Args:
+            replica: whose rows these are; one that names itself without counts has begun.
+            reason: of the last error.
+        """
         for name, count in counts.items():
             self._counts[stage][name] += count
+        if reason is not None:
+            self._counts[stage]["reason"] = reason
+        if replica:
+            left = counts.get("done", 0)
+            if left or "started" in counts or not counts:
+                self._busy[stage].change(replica, int(counts.get("started", 0) - left))
 
     async def charge(self, stage: str, charge: Charges) -> float:
         """Enter what an endpoint took; returns all that the run has paid so far.
@@ -49,8 +83,42 @@ class Progress:
         await self._book.enter(stage, charge)
         return self._spent + await self._book.paid_by_others()
 
-    def snapshot(self) -> dict[str, dict[str, float]]:
-        return self._counts
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """The counts of every stage; and of its replicas rows `in_flight`, `busy_s` and `there_s`."""
+        found = {}
+        for stage, busy in self._busy.items():
+            busy.tick()
+            of_pool = {"in_flight": busy.in_flight, "busy_s": busy.busy_s, "there_s": busy.there_s}
+            found[stage] = {**self._counts[stage], **of_pool}
+        return found
+
+    def paid(self) -> float:
+        """What the run has paid to endpoints, as far as this execution knows."""
+        return self._spent
+
+
+class Steps:
+    """What rank 0 of a training tells of it."""
+
+    def __init__(self) -> None:
+        self._told: Row = {"doing": "starting workers", "learnt": 0}
+
+    def tell(self, **facts: Any) -> None:
+        self._told.update(facts)
+        self._told["learnt"] += facts.get("tokens", 0)
+
+    def told(self) -> Row:
+        return self._told
+
+
+def beside_driver(kind: type, *arguments: Any) -> Any:
+    """An actor on the driver's node that lives as long as its handle: anywhere else it could go with a spot
+    node, and the run with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote(*arguments)
 
 
 def spilled_so_far() -> int:
@@ -102,62 +170,3 @@ class StageMetrics:
                 self._tokens.inc(tokens, {"stage": self.stage, "kind": kind})
         if cost := sum(usage["cost"] or 0.0 for usage in used):
             self._cost.inc(cost, {"stage": self.stage})
-
-
-class StatusTable:
-    """Prints the counts to stderr: redrawn in place on a terminal, every `every_s` otherwise.
-
-    Use as a context manager around the work.
-
-    Args:
-        shard: which it names, where the work is one.
-    """
-
-    def __init__(self, progress: Any, every_s: float = 15.0, shard: Shard | None = None) -> None:
-        self._progress, self._every, self._shard = progress, every_s, shard
-        self._stop = threading.Event()
-        self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="status", daemon=True)
-
-    def __enter__(self) -> StatusTable:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        import ray
-        from rich.console import Console
-
-        stream = terminal.ours()
-        console = Console(file=stream, width=None if stream.isatty() else 100)
-        shown = ""
-        while True:
-            last = self._stop.wait(self._every)
-            try:
-                counts = ray.get(self._progress.snapshot.remote(), timeout=5)
-            except Exception:
-                # A status that cannot be had must never stop the run.
-                logger.debug("no status this time", exc_info=True)
-                counts = {}
-            text = status_lines(counts, time.monotonic() - self._began, self._shard)
-            if counts and text.split("\n", 1)[1] != shown:
-                shown = text.split("\n", 1)[1]
-                console.print(text, highlight=False, markup=False)
-            if last:
-                return
-
-
-def status_lines(
-    counts: Mapping[str, Mapping[str, float]], elapsed_s: float, shard: Shard | None = None
-) -> str:
-    """The status as text: one line a stage with done, in flight, rate and errors."""
-    lines = [f"{elapsed_s:7.0f} s   {'done':>8} {'in flight':>10} {'rows/s':>8} {'errors':>7}"]
-    lines[0] += f"   shard {shard}" if shard else ""
-    for stage, n in counts.items():
-        flight = max(0, n["started"] - n["done"])
-        rate = n["done"] / max(elapsed_s, 1e-9)
-        lines.append(f"  {stage:<9} {n['done']:>8} {flight:>10} {rate:>8.2f} {n['errors']:>7}")
-    return "\n".join(lines)

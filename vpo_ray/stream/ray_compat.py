@@ -52,6 +52,7 @@ ADVICE = {
     "ray._private.internal_api:get_memory_info_reply": "see how `ray memory --stats-only` sums up spilling",
     "ray._private.state:state": "see what `ray memory` passes to get_memory_info_reply",
     "ray._private.worker:global_worker.gcs_client": "see how `ray status` reaches the GCS",
+    "ray._private.worker:global_worker.node": "find the folder of the logs of this session: /tmp/ray/*/logs",
     "ray.core.generated.autoscaler_pb2:GetClusterStatusReply": "see how `ray status` reads the reply",
     "ray.experimental.internal_kv:_internal_kv_get": "see where `ray status` finds the autoscaler's report",
     "ray._private.ray_constants:RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "see what runtime_env packaging obeys",
@@ -167,6 +168,11 @@ def cluster_status() -> tuple[Any, bytes | None]:
     report = _load("ray.experimental.internal_kv:_internal_kv_get")
     state = reply.FromString(gcs.get_cluster_status(timeout_s=10)).autoscaling_state
     return state, report("__autoscaling_status")
+
+
+def session_logs() -> Path:
+    """The folder of the logs of this node's workers."""
+    return Path(_load("ray._private.worker:global_worker.node").get_logs_dir_path())
 
 
 def largest_package() -> int:

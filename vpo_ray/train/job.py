@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +15,13 @@ from vpo_ray.recipe import result_keys
 from vpo_ray.records import PAIR, SFT, Row, content_id
 from vpo_ray.storage import run_lock
 from vpo_ray.storage.model_cache import fetch
-from vpo_ray.storage.run_dir import ALSO
+from vpo_ray.storage.run_dir import ALSO, RunDir
 from vpo_ray.storage.tables import Table
+from vpo_ray.stream.last_words import with_causes
+from vpo_ray.stream.meter import StepMeter
 from vpo_ray.stream.placement import require, watched, worker_shapes
+from vpo_ray.stream.progress import Steps, beside_driver
+from vpo_ray.stream.status import Status
 from vpo_ray.train.examples import COLUMNS, TrainError, end_of_turn, row_id, tokenise
 from vpo_ray.train.held_out import hold_out
 from vpo_ray.train.model_files import identity, marker, refuse_adapter
@@ -147,10 +152,15 @@ def _fit(job: Job) -> None:
     settings, kept = job.settings, job.kept
     checkpoints.refuse_other_workers(kept, settings.workers)
     failures.clear(kept)
+    steps, meter = beside_driver(Steps), StepMeter(job.phase, job.steps)
+
+    def look() -> Row:
+        return meter.view(time.monotonic(), ray.get(steps.told.remote(), timeout=5))
+
     trainer = partial(
         TorchTrainer,
         train_worker,
-        train_loop_config={"job": ray.put(job), "code": code()},
+        train_loop_config={"job": ray.put(job), "code": code(), "status": steps},
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
@@ -168,13 +178,13 @@ def _fit(job: Job) -> None:
     )
     shapes = worker_shapes(job.phase, settings)
     require(shapes, job.placement_timeout_s)
-    with watched(shapes, job.placement_timeout_s):
+    with watched(shapes, job.placement_timeout_s), Status(RunDir(job.run_uri), look):
         try:
             result = retried(lambda: trainer().fit(), job.phase, settings.max_failures)
         except TrainError as error:
             if message := failures.recorded(kept):
                 raise TrainError(f"{job.phase}: {message}") from error
-            raise
+            raise TrainError(with_causes(str(error), RunDir(job.run_uri), "TrainWorker")) from error
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
     run_lock.check(kept)

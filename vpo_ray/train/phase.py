@@ -111,3 +111,9 @@ class RankState:
     curve: list[Row] = field(default_factory=list)
     resumed_after: int | None = None
     trackers: Trackers | None = None
+    status: Any = None
+
+    def say(self, doing: str) -> None:
+        """Have the driver's status say what is done beside steps."""
+        if self.rank == 0 and self.status is not None:
+            self.status.tell.remote(doing=doing)

@@ -68,6 +68,7 @@ class Trackers:
         run_name: for people.
         settings: what MLflow and W&B show as the run's parameters.
         curve: the steps before this start, from which TensorBoard's file is rewritten.
+        status: handle of the `Steps` actor from which the driver shows how far it is.
     """
 
     def __init__(
@@ -79,9 +80,12 @@ class Trackers:
         run_name: str,
         settings: Row,
         curve: Sequence[Row],
+        status: Any = None,
     ) -> None:
         name = track.run_name or run_name
         makers: dict[str, Callable[[], Tracker]] = {"Ray's metrics": lambda: RayMetrics(phase)}
+        if status is not None:
+            makers["The status"] = lambda: StepStatus(status)
         if track.tensorboard:
             makers["TensorBoard"] = lambda: TensorBoard(
                 Folder(run_uri) / f"metrics/tensorboard/{phase}", curve
@@ -143,6 +147,21 @@ class RayMetrics:
         for name, gauge in self._gauges.items():
             if name in values:
                 gauge.set(values[name], tags=self._phase)
+
+    def flush(self) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class StepStatus:
+    """Tells the driver's status each step."""
+
+    def __init__(self, status: Any) -> None:
+        self._status = status
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        shown = {name: values[name] for name in ("loss", "tokens", "seconds") if name in values}
+        self._status.tell.remote(doing="training", step=step, **shown)
 
     def flush(self) -> None: ...
 

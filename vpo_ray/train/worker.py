@@ -65,6 +65,7 @@ class Worker(RankState):
                 f"{job.run_name} {job.phase}",
                 _parameters(job),
                 self.curve,
+                self.status,
             )
         try:
             self._train(first)
@@ -227,6 +228,7 @@ class Worker(RankState):
         """Compute the log-probabilities of all responses under this engine's model, [rows, 2] float32.
         They are stored in the run under `name` (see reference_name) and computed only once."""
         job = self.job
+        self.say("computing the reference's log-probabilities")
         self.engine.eval()
         table = torch.zeros(len(job.rows), 2, device=self.device)
         rows = list(range(len(job.rows)))
@@ -250,6 +252,7 @@ class Worker(RankState):
             Stopped: no weight has changed.
         """
         job, settings = self.job, self.job.settings
+        self.say("writing the policy")
         line = self.curve[-1]
         if settings.evaluate.export == "best":
             line = checkpoints.load_best(self)
@@ -300,7 +303,7 @@ def train_worker(config: dict[str, Any]) -> Row:
     message = failures.recorded(job.kept)
     if message is None:
         try:
-            _work(job)
+            _work(job, config.get("status"))
         except Stopped as error:
             message = str(error)
         except Exception as error:
@@ -311,7 +314,7 @@ def train_worker(config: dict[str, Any]) -> Row:
     return {} if message is None else {"stopped": message}
 
 
-def _work(job: Job) -> None:
+def _work(job: Job, status: Any) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     zero.prepare_process(job.settings.use_gpu)
@@ -330,7 +333,7 @@ def _work(job: Job) -> None:
         settings = zero.deepspeed_config(job.settings, workers)
         loaded = zero.load_model(fetch(model), job.settings, settings, job.revision, job.trust_remote_code)
         engine = zero.start_engine(PackedPolicy(loaded, autocast), job.settings, settings)
-        return Worker(job, engine, rank, workers, device)
+        return Worker(job, engine, rank, workers, device, status=status)
 
     reference = None
     if job.phase == "dpo":

@@ -1,0 +1,88 @@
+"""`vpo status`, `runs` and `logs` say what a run's directory says, wherever it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray import cli
+from vpo_ray.records import FEEDBACK
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.run_state import note, working
+
+
+def candidate(number: int, **facts: Any) -> dict[str, Any]:
+    ids = {"candidate_id": f"{number:02d}cafe", "query_id": "q", "query": "a cat", "k": number, "seed": 1}
+    return {**dict.fromkeys(FEEDBACK.names), **ids, **facts}
+
+
+def a_run(folder: Path) -> RunDir:
+    run = RunDir(folder)
+    run.write_json("versions.json", {})
+    failed = {"error": "RuntimeError: out\x1b[31m of memory", "error_stage": "render"}
+    run.table("verdicts").append([candidate(1), candidate(2)])
+    run.table("feedback").append([candidate(1, score=0.5), candidate(2, **failed)])
+    run.write("logs/render-0123.log", b"CUDA out of memory\n")
+    return run
+
+
+def vpo(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    status = cli.main(list(words))
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_the_status_of_a_run_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no run has said anything" in vpo(capsys, "status", "--out", str(tmp_path))[1]
+    run, view = (
+        a_run(tmp_path / "one"),
+        {"what": "sft", "doing": None, "step": 2, "steps": 9, "elapsed_s": 1.0},
+    )
+    a_run(tmp_path / "other")
+    with working(run):
+        note(run, doing="sft", view={**view, "loss": 1.5, "tokens_s": None, "left_s": 70.0})
+        said = vpo(capsys, "status", "--out", str(tmp_path))[1]
+    assert said.startswith(f"{run.uri}: running in sft, 0 s (")
+    assert said.endswith("  sft: step 2 of 9, loss 1.500; 70 s left\n")
+    assert ": done, 0 s" in vpo(capsys, "status", "--out", run.uri)[1]
+
+
+def test_the_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vpo(capsys, "runs", str(tmp_path)) == (0, f"{tmp_path}: no run is here\n")
+    run = a_run(tmp_path / "one")
+    (tmp_path / "no run").mkdir()
+    stages = {
+        "curate": {"splits": {"dpo": 6}},
+        "sample": {"out": 24},
+        "judge": {"verdicts": {"aligned": 5}},
+        "render": {"videos": 4},
+        "pair": {"pairs": 3},
+    }
+    run.write_json("ledger.json", {"stages": stages, "paid": {"cost": 1.234}})
+    values = {"query": {"reward.mean": {"value": 0.3}}, "dpo": {"reward.mean": {"value": 0.89}}}
+    run.write_json(
+        "evaluation/results.json", {"order": ["query", "dpo"], "results": {"eval": {"render": values}}}
+    )
+    with working(run):
+        pass
+    head, line = vpo(capsys, "runs", str(tmp_path))[1].splitlines()
+    assert head.split()[:2] == ["run", "state"]
+    assert line.split("  ")[0] == run.uri
+    for part in ("done", "6 → 24 → 5 → 4 → 3", "1.23", "reward.mean: query 0.300, dpo 0.890"):
+        assert part in line
+
+
+def test_the_logs_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path)
+    status, said = vpo(capsys, "logs", run.uri)
+    assert status == 0
+    assert "render: 1 rows: RuntimeError: out [31m of memory\n" in said
+    assert f"{run.at('logs/render-0123.log')}\n  CUDA out of memory\n" in said
+    assert vpo(capsys, "logs", run.uri, "--stage", "sample")[1] == f"{run.uri}: nothing failed in sample\n"
+    status, said = vpo(capsys, "logs", run.uri, "--row", "02")
+    assert said.startswith("feedback 02cafe\n")
+    assert "error_stage    render" in said
+    status, said = vpo(capsys, "logs", run.uri, "--row", "zz")
+    assert (status, "no row whose id begins with 'zz'" in said) == (2, True)
+    status, said = vpo(capsys, "logs", str(tmp_path / "nowhere"))
+    assert (status, "is no run directory" in said) == (1, True)

@@ -1,0 +1,84 @@
+"""What a process that died said last is kept, without secrets, and recognised where it has a known cause."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vpo_ray.stream.last_words import advice, with_causes, without_secrets
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB",
+            "the GPU's memory is full",
+        ),
+        ("ValueError: No available memory for the cache blocks.", "the GPU's memory is full"),
+        ("ImportError: libcuda.so.1: cannot open shared object file: No such file", "no driver for its GPU"),
+        ("RuntimeError: Found no NVIDIA driver on your system", "no driver for its GPU"),
+        ("OSError: [Errno 28] No space left on device: '/dev/shm/psm_1'", "/dev/shm is full"),
+        ("Fatal Python error: Bus error", "/dev/shm is full"),
+        ("OSError: You are trying to access a gated repo.", "set HF_TOKEN on every node"),
+        ("Task was killed due to the node running low on memory.", "the node's memory is full"),
+        ("OSError: [Errno 28] No space left on device: '/data/x'", "a disk is full"),
+    ],
+)
+def test_known_causes_say_what_to_do(said: str, told: str) -> None:
+    assert told in str(advice(f"Traceback (most recent call last):\n{said}"))
+    assert told in with_causes(said).splitlines()[-1]
+
+
+def test_an_unknown_cause_promises_nothing() -> None:
+    assert advice("ValueError: no such checklist, in the ROOM of a BOOM") is None
+    assert with_causes("ValueError: x") == "ValueError: x"
+
+
+def test_secrets_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "abcd1234efgh")
+    said = "key abcd1234efgh, hf_AbCdEfGhIj, Authorization: Bearer xyz.123, url?token=q1w2&x"
+    kept = without_secrets(said)
+    for secret in ("abcd1234efgh", "hf_AbCdEfGhIj", "xyz.123", "q1w2"):
+        assert secret not in kept
+    assert "<JUDGE_API_KEY>" in kept
+
+
+DIES = """
+import os, signal, sys, ray
+ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR")
+from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream.last_words import with_causes
+class Replica:
+    def live(self): return True
+    def die(self):
+        print("hf_abcdefghijkl: CUDA out of memory", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+replica = ray.remote(Replica).options(max_restarts=-1).remote()
+try: ray.get(replica.die.remote())
+except ray.exceptions.RayError: pass
+assert ray.get(replica.live.remote())
+print(with_causes("it died", RunDir(sys.argv[1]), "Replica"))
+print(with_causes("another", RunDir(sys.argv[1]), "Nobody"))
+"""
+
+
+@pytest.mark.ray
+def test_the_log_of_a_replica_that_was_killed_is_kept(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)  # the state API would ask there
+    command = [sys.executable, "-c", DIES, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "it died\nthe last lines of its log:\n  <secret>: CUDA out of memory\nWhat to do: the GPU"
+        in done.stdout
+    )
+    assert done.stdout.endswith("another\n")
+    [log] = (tmp_path / "logs").iterdir()
+    assert log.name.startswith("Replica-")
+    assert log.read_text() == "<secret>: CUDA out of memory\n"

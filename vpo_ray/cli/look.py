@@ -1,0 +1,226 @@
+"""`vpo status`, `vpo runs`, `vpo logs`: look at runs from elsewhere, by what their directories say.
+
+They need no cluster, change nothing, and read what object stores hold as well as a disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vpo_ray import terminal
+
+if TYPE_CHECKING:
+    from vpo_ray.records import Row
+    from vpo_ray.storage.run_dir import RunDir
+
+STATUS_HELP = "how far the runs below a folder are, or one run"
+RUNS_HELP = "list the runs below a folder: state, funnel, cost, evaluation"
+LOGS_HELP = "why rows of a run failed, and the last lines of its dead replicas and workers"
+# Lines of each log that are shown.
+TAIL = 40
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", default="runs", metavar="DIR", help="a run directory, or a folder of them (%(default)s)"
+    )
+    parser.set_defaults(command=show_status)
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", nargs="?", default="runs", metavar="DIR", help="folder or URI (%(default)s)"
+    )
+    parser.set_defaults(command=show_runs)
+
+
+def add_logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory or URI")
+    parser.add_argument("--stage", metavar="STAGE", help="of this stage or phase only: render, sft, ...")
+    parser.add_argument("--row", metavar="ID", help="a row by its id, or by how the id begins")
+    parser.set_defaults(command=show_logs)
+
+
+def show_status(arguments: argparse.Namespace) -> int:
+    """The last view of every run that runs; of the newest where none does, or where one is named."""
+    from vpo_ray.storage.run_state import states
+    from vpo_ray.stream.status_text import status_line, status_table
+
+    found = [(run, state) for run in _runs(arguments.out) for state in states(run)]
+    if not found:
+        sys.stdout.write(f"{arguments.out}: no run has said anything here\n")
+        return 0
+    active = [entry for entry in found if entry[1].get("state") in ("running", "silent")]
+    for run, state in active or [max(found, key=lambda entry: entry[1]["updated"])]:
+        sys.stdout.write(f"{run.uri}: {_said(state)}\n")
+        if state.get("error"):
+            sys.stdout.write(f"  {_printable(state['error'])}\n")
+        if (view := state.get("view")) is None:
+            continue
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            Console(file=sys.stdout).print(status_table(view))
+        else:
+            sys.stdout.write(f"  {status_line(view)}\n")
+    return 0
+
+
+def _said(state: Row) -> str:
+    from vpo_ray.stream.status_text import duration
+
+    what = {"silent": f"no word from its driver for {duration(time.time() - state['updated'])}"}
+    said = what.get(state.get("state", ""), state.get("state") or "working")
+    said += f", shard {state['shard']}" if state.get("shard") else ""
+    said += f", {state['place']}" if state.get("place") else ""
+    if state.get("doing") and state.get("state") in ("running", "silent", "failed", "stopped"):
+        said += f" in {state['doing']}"
+    if "began" in state:
+        said += f", {duration(state.get('ended', time.time()) - state['began'])}"
+    return f"{said} ({state.get('host')}, process {state.get('pid')})"
+
+
+def show_runs(arguments: argparse.Namespace) -> int:
+    """A line for each run."""
+    rows = [("run", "state", "queries → pairs", "paid", "evaluation")]
+    rows += [_run_row(run) for run in _runs(arguments.folder)]
+    if len(rows) == 1:
+        sys.stdout.write(f"{arguments.folder}: no run is here\n")
+        return 0
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    return 0
+
+
+def _run_row(run: RunDir) -> tuple[str, str, str, str, str]:
+    from vpo_ray.loop.ledger import funnel
+    from vpo_ray.storage.run_state import states
+
+    ledger: Row = run.read_json("ledger.json") if run.exists("ledger.json") else {}
+    counted = Counter(state.get("state") or "working" for state in states(run))
+    state = ", ".join(name if n == 1 else f"{n} {name}" for name, n in counted.items())
+    shown = " → ".join(str(count) for count in funnel(ledger).values()) if ledger else ""
+    paid = f"{ledger['paid']['cost']:.2f}" if "paid" in ledger else ""
+    return run.uri, state or "unknown", shown, paid, _evaluation(run)
+
+
+def _evaluation(run: RunDir) -> str:
+    """How the last policy compares with the queries as they are, by the first measure that says so."""
+    name = "evaluation/results.json"
+    if not run.exists(name):
+        return ""
+    results = run.read_json(name)
+    order = results.get("order", [])
+    for models in results.get("results", {}).values():
+        for policies in models.values():
+            first, last = policies.get(order[0], {}), policies.get(order[-1], {})
+            for metric in sorted(
+                set(first) & set(last), key=lambda name: (not name.startswith("reward"), name)
+            ):
+                values = first[metric].get("value"), last[metric].get("value")
+                if None not in values:
+                    return f"{metric}: {order[0]} {values[0]:.3f}, {order[-1]} {values[1]:.3f}"
+    return ""
+
+
+def show_logs(arguments: argparse.Namespace) -> int:
+    """Failed rows with their reasons, and what dead processes said last."""
+    from vpo_ray.storage.run_state import states
+
+    run, wanted = _run(arguments.run), arguments.stage
+    if arguments.row is not None:
+        return _show_row(run, arguments.row)
+    said = False
+    for state in states(run):
+        if state.get("error") and not wanted:
+            sys.stdout.write(f"{_said(state)}\n  {_printable(state['error'])}\n")
+            said = True
+    failures = [row for _, row in _rows(run) if row["error"] is not None]
+    reasons = Counter(
+        (row["error_stage"], _printable(row["error"]))
+        for row in failures
+        if wanted in (None, row["error_stage"])
+    )
+    for (stage, reason), count in reasons.most_common():
+        sys.stdout.write(f"{stage}: {count} rows: {reason}\n")
+    names = [name for name in (run / "logs").files() if wanted is None or name.startswith(f"{wanted}-")]
+    for name in names:
+        text = (run / "logs").read(name).decode(errors="replace").splitlines()[-TAIL:]
+        sys.stdout.write(
+            f"\n{run.at(f'logs/{name}')}\n" + "".join(f"  {_printable(line)}\n" for line in text)
+        )
+    if not (said or reasons or names):
+        sys.stdout.write(f"{run.uri}: nothing failed{f' in {wanted}' if wanted else ''}\n")
+    return 0
+
+
+def _show_row(run: RunDir, beginning: str) -> int:
+    found = list(_rows(run, beginning))
+    for name, row in found:
+        sys.stdout.write(f"{name} {row[_key_of(name)]}\n")
+        sys.stdout.writelines(
+            f"  {column:<14} {_printable(value)}\n"
+            for column, value in row.items()
+            if value is not None and column != _key_of(name)
+        )
+    if not found:
+        terminal.ours().write(f"vpo: error: {run.uri} has no row whose id begins with {beginning!r}\n")
+    return 0 if found else 2
+
+
+def _rows(run: RunDir, beginning: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Rows of the tables that have a place for errors, each as the last table of its chain has it, with that
+    table's name: all columns of those whose id begins so, or the errors of all."""
+    from vpo_ray.storage.run_dir import TABLES
+
+    found: dict[str, tuple[str, Row]] = {}
+    for name, (schema, key) in TABLES.items():
+        if "error_stage" not in schema.names or not run.table(name).parts():
+            continue
+        columns = [key, "error_stage", "error"] if beginning is None else None
+        for row in run.table(name).rows(columns):
+            if beginning is None or row[key].startswith(beginning):
+                found[row[key]] = name, row
+    yield from found.values()
+
+
+def _key_of(table: str) -> str:
+    from vpo_ray.storage.run_dir import TABLES
+
+    return TABLES[table][1]
+
+
+def _run(uri: str) -> RunDir:
+    from vpo_ray.files.folder import StorageError
+    from vpo_ray.storage.run_dir import RunDir
+
+    run = RunDir(uri)
+    if not run.exists("versions.json"):
+        raise StorageError(f"{run.uri} is no run directory: it has no versions.json")
+    return run
+
+
+def _runs(uri: str) -> list[RunDir]:
+    """The run itself, or those in a folder."""
+    import pyarrow.fs as pafs
+
+    from vpo_ray.storage.run_dir import RunDir
+
+    folder = RunDir(uri)
+    if folder.exists("versions.json"):
+        return [folder]
+    infos = folder.fs.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+    return [run for name in names if (run := RunDir(folder.at(name))).exists("versions.json")]
+
+
+def _printable(value: Any) -> str:
+    text = str(value).replace("\n", "\n  ")
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
