@@ -171,7 +171,7 @@ class Outcome:
             done=len(done),
             errors=errors,
             passed=len(rows) - len(done),
-            tokens=sum((row["usage"] or {}).get(self.stage, {}).get("completion") or 0 for row in done),
+            tokens=sum(((row["usage"] or {}).get(self.stage) or {}).get("completion") or 0 for row in done),
         )
         if not self.last:
             return stream_block(out, self.table.schema)
