@@ -11,8 +11,8 @@ from rich.console import Console
 
 from vpo_ray import terminal
 from vpo_ray.records import Shard
-from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.run_state import SILENT_S, states, working
+from vpo_ray.storage.run_dir import ROUND, RunDir
+from vpo_ray.storage.run_state import SILENT_S, note, states, working
 from vpo_ray.stream.meter import WINDOW_S, Meter, StepMeter
 from vpo_ray.stream.progress import Busy, Progress, Steps
 from vpo_ray.stream.status import Status
@@ -177,6 +177,14 @@ def test_a_run_says_what_its_driver_does(tmp_path: Path) -> None:
         work()
     [state] = states(run)
     assert (state["state"], state["error"]) == ("failed", "no room")
+    inner = RunDir(tmp_path / "evaluation/x")
+    with working(run):
+        with working(inner):
+            inner.write_json(ROUND, {})
+            note(inner, view={"what": "judge"})
+        [state] = states(run)
+        assert (state["state"], state["place"], state["view"]["what"]) == ("running", "evaluation/x", "judge")
+    assert [state["state"] for state in (*states(inner), *states(run))] == ["done", "done"]
     with pytest.raises(KeyboardInterrupt), working(run):
         raise KeyboardInterrupt
     assert states(run)[0]["state"] == "stopped"

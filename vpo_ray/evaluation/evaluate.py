@@ -30,6 +30,7 @@ from vpo_ray.records import Row, content_id
 from vpo_ray.stages.formula import raw_values, weigh
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import driving
+from vpo_ray.storage.run_state import working
 from vpo_ray.storage.tables import Table
 from vpo_ray.versions import versions
 
@@ -83,7 +84,7 @@ def evaluate(
         PlacementError, GenerationError: see `pipeline.generate`.
         RunInUseError, RunLostError: see `run_lock.driving`.
     """
-    with driving(run.uri):
+    with driving(run.uri), working(run):
         return _Evaluating(recipe, run, retry_errors, vbench).run_all()
 
 

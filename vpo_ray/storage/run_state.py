@@ -41,12 +41,16 @@ def _name(shard: Shard | None) -> str:
 def note(run: RunDir, **changes: Any) -> None:
     """Put facts into the run's state. A state that cannot be written stops no work."""
     root, place = run.root()
+    _note(root, run.shard, place=place, **changes)
+
+
+def _note(root: Folder, shard: Shard | None, **changes: Any) -> None:
     with _lock:
-        key = f"{root.uri} {run.shard}"
+        key = f"{root.uri} {shard}"
         state = _kept.setdefault(key, {"host": socket.gethostname(), "pid": os.getpid()})
-        state.update(changes, place=place, updated=time.time(), shard=str(run.shard) if run.shard else None)
+        state.update(changes, updated=time.time(), shard=str(shard) if shard else None)
         try:
-            root.write_json(_name(run.shard), state)
+            root.write_json(_name(shard), state)
         except (StorageError, OSError):
             logger.debug("the state of %s could not be written", root.uri, exc_info=True)
 
@@ -55,12 +59,13 @@ def note(run: RunDir, **changes: Any) -> None:
 def working(run: RunDir) -> Iterator[None]:
     """The state says `running` within, and then `done`, `stopped` (by a signal) or `failed` with the error.
     Rounds and evaluations within belong to the work around them."""
-    key = f"{run.root()[0].uri} {run.shard}"
+    root = run.root()[0]  # once: what says so may be written within
+    key = f"{root.uri} {run.shard}"
     with _lock:
         _depth[key] = _depth.get(key, 0) + 1
         if _depth[key] == 1:
             _kept.pop(key, None)
-            note(run, state="running", began=time.time(), error=None)
+            _note(root, run.shard, state="running", began=time.time(), error=None)
     end: Row = {"state": "done"}
     try:
         yield
@@ -73,7 +78,7 @@ def working(run: RunDir) -> Iterator[None]:
         with _lock:
             _depth[key] -= 1
             if _depth[key] == 0:
-                note(run, ended=time.time(), **end)
+                _note(root, run.shard, ended=time.time(), **end)
 
 
 def states(run: Folder) -> list[Row]:
