@@ -4,6 +4,7 @@ Everything runs as a user runs it, `vpo run` in a process of its own with its ow
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,8 @@ def undisturbed(tiny_sets: list[str], queries: Path, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = subprocess.run(command(tiny_sets, queries, out), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
+    foreign = [line for line in done.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d [IW] ", line)]
+    assert foreign == [], "a user sees lines of ours only"
     return RunDir(out)
 
 
