@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vpo_ray.recipe.plugins import BUILT_IN
+
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
 
@@ -51,6 +53,15 @@ def test_a_plan_imports_nothing_slow(recipe: Path, tmp_path: Path) -> None:
     """To say which files are missing. Reading queries takes pyarrow's arrays, which import pandas."""
     found = modules_after(f"from vpo_ray.cli import main; main(['plan', {str(recipe)!r}])", tmp_path)
     assert "vpo_ray.plan.check" in found
+    assert found & SLOW == set()
+
+
+def test_a_recipe_with_the_packages_own_plugins_imports_nothing_slow(tmp_path: Path) -> None:
+    targets = [target for group in BUILT_IN.values() for target in group.values()]
+    assert targets
+    loads = "; ".join(f"load_builder({target!r})" for target in targets)
+    found = modules_after(f"from vpo_ray.recipe.plugins import load_builder; {loads}", tmp_path)
+    assert "vpo_ray.engines.reward.mps" in found
     assert found & SLOW == set()
 
 

@@ -200,3 +200,20 @@ def test_models_of_measures_are_looked_for(tiny: dict[str, Any], tmp_path: Path)
     check_recipe(evaluated)  # an evaluation can do without
     left_out = "; vpo evaluate leaves this measure out"
     assert absent_measures(evaluated) == [f"evaluate.rewards.look.{line}{left_out}" for line in told]
+
+
+def test_files_of_prompt_a_videos_rewards_are_looked_for(tiny: dict[str, Any], tmp_path: Path) -> None:
+    gone = f"{tmp_path}/gone"
+    found = problems(
+        tiny,
+        pair__dominance="none",
+        reward={"kind": "laion_aesthetic", "options": {"clip": gone, "head": f"{gone}.safetensors"}},
+        more_rewards__mps={"kind": "mps", "model": gone},
+        more_rewards__vs={"kind": "videoscore", "model": "some/hub", "options": {"query_prompt": gone}},
+    )
+    assert [line for line in found if "reward" in line] == [
+        f"reward.options.clip: no such folder: {gone}",
+        f"reward.options.head: no such file: {gone}.safetensors",
+        f"more_rewards.mps.model: no such folder: {gone}",
+        f"more_rewards.vs.options.query_prompt: no such file: {gone}",
+    ]

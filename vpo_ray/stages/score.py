@@ -2,7 +2,7 @@
 
 The last stage before pairing. `Scorer` is plain Python that an actor pool calls with rows; a video
 that cannot be read or scored is an error of its row. Further rewards (`more_rewards` of the recipe)
-see the same bytes and fill columns of their own.
+see the same bytes, decoded once, and fill columns of their own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.reward import PromptReward, RewardError, RewardModel, Scored, build
+from vpo_ray.engines.reward.shared_decoding import Pick, decoding_once
 from vpo_ray.recipe import Recipe, Reward
+from vpo_ray.recipe.plugins import PluginError, find_usable
 from vpo_ray.records import Row, failed
 from vpo_ray.stages.facts import Fact, of_file, of_model, of_plugin, of_versions
 from vpo_ray.stages.spec import Making
@@ -33,6 +35,7 @@ class WatchedReward:
     """A reward model and what its scores so far look like.
 
     Attributes:
+        label: what it is, for the rows: its kind, and of others' models also what their results depend on.
         scored: videos scored so far.
         neither: answers whose most likely token was neither yes nor no.
         constant: whether all videos so far got the same score.
@@ -40,6 +43,7 @@ class WatchedReward:
 
     def __init__(self, settings: Reward, name: str = "reward", account: Account | None = None) -> None:
         self.settings, self.name, self.account = settings, name, account
+        self.label = settings.kind
         self.scored = self.neither = 0
         self._scores: set[float] = set()
         self._model: RewardModel | None = None
@@ -51,6 +55,13 @@ class WatchedReward:
     def load(self) -> None:
         if self._model is None:
             self._model = build(self.settings, self.account)
+            self.label = _label(self.settings)
+
+    @property
+    def pick(self) -> Pick | None:
+        """Which frames it looks at, where it says so."""
+        found: Pick | None = getattr(self._model, "pick", None)
+        return found
 
     @property
     def by_uri(self) -> bool:
@@ -139,12 +150,14 @@ class Scorer:
         begin = time.perf_counter()
         videos = [self._read(row) for row in rows]
         done = {i: _failed(rows[i], video) for i, video in enumerate(videos) if isinstance(video, Exception)}
-        for reward in (self.reward, *self.more):
-            left = [i for i in range(len(rows)) if i not in done or done[i]["error"] is None]
-            given = [self.store.uri(rows[i]["video_key"]) if reward.by_uri else videos[i] for i in left]
-            results = reward.score(given, [rows[i] for i in left])  # type: ignore[arg-type]
-            for i, result in zip(left, results, strict=True):
-                done[i] = _filled(done.get(i, rows[i]), result, reward, first=reward is self.reward)
+        rewards = (self.reward, *self.more)
+        with decoding_once([reward.pick for reward in rewards if reward.pick is not None]):
+            for reward in rewards:
+                left = [i for i in range(len(rows)) if i not in done or done[i]["error"] is None]
+                given = [self.store.uri(rows[i]["video_key"]) if reward.by_uri else videos[i] for i in left]
+                results = reward.score(given, [rows[i] for i in left])  # type: ignore[arg-type]
+                for i, result in zip(left, results, strict=True):
+                    done[i] = _filled(done.get(i, rows[i]), result, reward, first=reward is self.reward)
         seconds = (time.perf_counter() - begin) / len(rows)
         return [
             {**done[i], "seconds": {**(row.get("seconds") or {}), "score": seconds}}
@@ -161,7 +174,7 @@ class Scorer:
 def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: bool) -> Row:
     if isinstance(result, Exception):
         return _failed(row, result if first else RewardError(f"{reward.name}: {result}"))
-    columns = _columns(result, reward.settings.kind)
+    columns = _columns(result, reward.label)
     if first:
         return {**row, **columns, "error": None}
     return {**row, "more_rewards": [*(row.get("more_rewards") or []), {"name": reward.name, **columns}]}
@@ -174,9 +187,17 @@ def _failed(row: Row, error: Exception) -> Row:
     return failed({**row, **empty}, "score", str(error))
 
 
-def _columns(result: Scored, kind: str) -> dict[str, Any]:
+def _label(settings: Reward) -> str:
+    plugin = find_usable(settings)
+    if plugin is not None and hasattr(plugin.builder, "identity"):
+        with suppress(PluginError):  # such as a hub that does not answer
+            return plugin.identity(settings)
+    return settings.kind
+
+
+def _columns(result: Scored, label: str) -> dict[str, Any]:
     return {
-        "reward": kind,
+        "reward": label,
         "answers": [
             {"question": a.question, "yes": a.yes, "probability": a.probability} for a in result.answers
         ],

@@ -248,11 +248,13 @@ def check_tensors(folder: str | Path, expected: dict[str, TensorShape]) -> None:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json\n" + "\n".join(lines))
 
 
-def read_tensors(folder: str | Path, device: str) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor) with one shard open at a time, each tensor straight to the device."""
+def read_tensors(folder: str | Path, device: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (name, tensor) with one shard open at a time, each tensor straight to the device; those whose
+    names begin with `prefix`."""
     from safetensors import safe_open
 
     for path in shard_files(folder):
         with safe_open(path, "pt", device=device) as shard:
             for name in shard.keys():  # noqa: SIM118
-                yield name, shard.get_tensor(name)
+                if name.startswith(prefix):
+                    yield name, shard.get_tensor(name)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import av
@@ -17,6 +19,7 @@ import fsspec
 import numpy as np
 
 from vpo_ray.engines.reward import RewardError
+from vpo_ray.engines.reward.shared_decoding import Pick, shared_decoding
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +50,33 @@ def choose_frames(timestamps: Sequence[float], fps: float, strategy: Strategy) -
     return [int(np.abs(times - i / rate).argmin()) for i in range(count)]
 
 
-def read_frames(video: bytes | str, pick: Callable[[list[float], float], list[int]]) -> np.ndarray:
+def every_frame(timestamps: list[float], fps: float) -> list[int]:
+    return list(range(len(timestamps)))
+
+
+@dataclass
+class _Decoded:
+    """Frames of a video in RGB by their index; `failure` is what ended decoding before the last asked one."""
+
+    timestamps: list[float]
+    fps: float
+    frames: dict[int, np.ndarray]
+    failure: RewardError | None = None
+
+    def chosen(self, pick: Pick) -> list[int]:
+        return pick(self.timestamps, self.fps)
+
+    def of(self, pick: Pick) -> np.ndarray:
+        chosen = self.chosen(pick)
+        found = sorted(set(chosen) & self.frames.keys())
+        if len(found) < len(set(chosen)):
+            raise self.failure or RewardError(
+                f"the video is cut off: of the frames {chosen} only {found} can be decoded"
+            )
+        return np.stack([self.frames[index] for index in chosen])
+
+
+def read_frames(video: bytes | str, pick: Pick) -> np.ndarray:
     """Decode frames of a video: uint8 RGB (T, H, W, 3).
 
     Args:
@@ -58,31 +87,25 @@ def read_frames(video: bytes | str, pick: Callable[[list[float], float], list[in
     Raises:
         RewardError: no video, no frames, or a video that ends before its last chosen frame.
     """
-    if isinstance(video, str):
-        video = _fetch(video)
-    try:
-        with av.open(io.BytesIO(video)) as container:
-            if not container.streams.video:
-                raise RewardError("the file has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            chosen = pick(*_times(container, stream))
-            container.seek(0)
-            return _decode(container, stream, chosen)
-    except av.error.FFmpegError as error:
-        raise RewardError(f"not a readable video ({len(video)} bytes): {error.strerror}") from error
+    return _decoded(video, pick).of(pick)
 
 
 def read_video(video: bytes | str) -> tuple[np.ndarray, float]:
     """All frames of a video, and how many there are a second; see `read_frames`."""
-    rate = 0.0
+    decoded = _decoded(video, every_frame)
+    return decoded.of(every_frame), decoded.fps
 
-    def every(timestamps: list[float], fps: float) -> list[int]:
-        nonlocal rate
-        rate = fps
-        return list(range(len(timestamps)))
 
-    return read_frames(video, every), rate
+def _decoded(video: bytes | str, pick: Pick) -> _Decoded:
+    """With the frames that `pick` chooses, and those that other rewards of this batch will ask for."""
+    shared = shared_decoding()
+    if shared is None:
+        return _decode(video, [pick])
+    kept: _Decoded | None = shared.find(video)
+    if kept is None or not (kept.failure or kept.frames.keys() >= set(kept.chosen(pick))):
+        kept = _decode(video, [pick, *shared.picks])
+        shared.keep(video, kept)
+    return kept
 
 
 def _fetch(uri: str) -> bytes:
@@ -106,17 +129,43 @@ def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     return [float(pts * stream.time_base) for pts in sorted(stamps)], rate
 
 
-def _decode(container: av.container.InputContainer, stream: av.VideoStream, chosen: list[int]) -> np.ndarray:
-    """The chosen frames in RGB; decoding stops after the last of them."""
-    wanted, found = set(chosen), {}
-    for index, frame in enumerate(container.decode(stream)):
-        if index in wanted:
-            found[index] = frame.to_ndarray(format="rgb24")
-        if index == chosen[-1]:
-            break
-    if len(found) < len(wanted):
-        raise RewardError(f"the video is cut off: of the frames {chosen} only {sorted(found)} can be decoded")
-    return np.stack([found[index] for index in chosen])
+def _decode(video: bytes | str, picks: Sequence[Pick]) -> _Decoded:
+    """The frames of all of `picks`; decoding stops after the last of them. What the first raises is raised;
+    what is wrong with frames that only the others ask for is theirs."""
+    if isinstance(video, str):
+        video = _fetch(video)
+    try:
+        with av.open(io.BytesIO(video)) as container:
+            if not container.streams.video:
+                raise RewardError("the file has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            decoded = _Decoded(*_times(container, stream), {})
+            wanted = set(decoded.chosen(picks[0]))
+            for pick in picks[1:]:
+                with suppress(RewardError):  # which is the other reward's own error
+                    wanted |= set(decoded.chosen(pick))
+            container.seek(0)
+            _decode_wanted(container, stream, wanted, decoded)
+    except av.error.FFmpegError as error:
+        raise RewardError(f"not a readable video ({len(video)} bytes): {error.strerror}") from error
+    return decoded
+
+
+def _decode_wanted(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: set[int], into: _Decoded
+) -> None:
+    last = max(wanted)
+    try:
+        for index, frame in enumerate(container.decode(stream)):
+            if index in wanted:
+                into.frames[index] = frame.to_ndarray(format="rgb24")
+            if index == last:
+                return
+    except av.error.FFmpegError as error:
+        into.failure = RewardError(
+            f"not a readable video: of its frames only {sorted(into.frames)} can be decoded: {error.strerror}"
+        )
 
 
 def image_part(frame: np.ndarray) -> dict[str, Any]:

@@ -29,8 +29,9 @@ def clip_pixels(frames: torch.Tensor, size: int) -> torch.Tensor:
     return _normalised(pixels[..., top : top + size, left : left + size] / 255, CLIP_MEAN, CLIP_STD)
 
 
-def style_pixels(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """As `clip_pixels`, but resized by Pillow, which antialiases and rounds: VBench's appearance style."""
+def antialiased_pixels(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """As `clip_pixels`, but resized by Pillow, which antialiases and rounds: VBench's appearance style, and
+    what Prompt-A-Video's scorers see."""
     from PIL import Image
 
     shape = _shape(frames.shape[1], frames.shape[2], size)

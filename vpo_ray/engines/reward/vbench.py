@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from vpo_ray.engines.reward import RewardError, Scored
+from vpo_ray.engines.reward.aesthetic_head import read_aesthetic_head
 from vpo_ray.engines.reward.checkpoint import CheckpointError
-from vpo_ray.engines.reward.frames import read_video
-from vpo_ray.engines.reward.image_features import Clip, Dino, style_pixels
+from vpo_ray.engines.reward.frames import every_frame, read_video
+from vpo_ray.engines.reward.image_features import Clip, Dino, antialiased_pixels
 from vpo_ray.engines.reward.motion import Motion, temporal_flickering
 from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.recipe import Reward
-from vpo_ray.storage.model_cache import fetch
 
 # They compare frames.
 _OF_TWO_FRAMES = {
@@ -52,6 +52,7 @@ class VBench:
 
     def __init__(self, settings: Reward) -> None:
         self.measures = _measures(settings)
+        self.pick = every_frame
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """See `RewardModel.score`. A video of one frame is an error where a dimension compares frames."""
@@ -114,29 +115,10 @@ def _aesthetic(settings: Reward) -> Measure:
     """LAION's predictor, trained on marks of 1 to 10, over 10; mean of the frames."""
     assert settings.aesthetic is not None
     model = Clip("reward.aesthetic.clip", settings.aesthetic.clip, settings.device)
-    weight, bias = _head(settings.aesthetic.head, model.model.config.projection_dim)
+    width = model.model.config.projection_dim
+    weight, bias = read_aesthetic_head("reward.aesthetic.head", settings.aesthetic.head, width)
     weight, bias = weight.to(model.model.device), bias.to(model.model.device)
     return lambda video: float((model.images(video.frames) @ weight.T + bias).mean()) / 10
-
-
-def _head(path: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(fetch(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"reward.aesthetic.head: {path} is no safetensors file ({error}); of LAION's .pth, make one with "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'head.safetensors')"
-        ) from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if shapes != {"weight": (1, width), "bias": (1,)}:
-        raise CheckpointError(
-            f"reward.aesthetic.head: {path} has {shapes}; a head on features of {width} "
-            f"has weight (1, {width}) and bias (1,)"
-        )
-    return found["weight"].float(), found["bias"].float()
 
 
 def _style(model: Clip, path: str) -> Measure:
@@ -149,7 +131,7 @@ def _style(model: Clip, path: str) -> Measure:
     def measure(video: DecodedVideo) -> float | None:
         if (style := styles.get(video.query.strip())) is None:
             return None
-        return float((model.images(video.frames, style_pixels) @ text(style)[0]).mean()) * scale
+        return float((model.images(video.frames, antialiased_pixels) @ text(style)[0]).mean()) * scale
 
     return measure
 

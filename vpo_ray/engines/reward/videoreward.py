@@ -93,9 +93,14 @@ class VideoReward:
     def frames(self, video: bytes | str) -> np.ndarray:
         """The frames that the model sees: uint8 (T, H, W, 3). Raises RewardError."""
         from vpo_ray.engines.reward.frames import read_frames
+
+        return read_frames(video, self.pick)
+
+    def pick(self, timestamps: Sequence[float], fps: float) -> list[int]:
+        """Which frames those are; see `RewardModel`."""
         from vpo_ray.engines.reward.qwen2_vl import uniform_frames
 
-        return read_frames(video, lambda times, fps: uniform_frames(len(times), fps, self.options.fps))
+        return uniform_frames(len(timestamps), fps, self.options.fps)
 
     def read(self, raw: Sequence[float]) -> Scored:
         """The result of one video from the three numbers at the markers."""
