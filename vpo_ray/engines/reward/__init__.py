@@ -47,9 +47,11 @@ class Scored:
 
 
 class RewardModel(Protocol):
-    """Scores videos for their users' queries. One whose attribute `by_uri` is true is given their URIs. One with
-    an attribute `pick`, the rule by which it chooses frames, shares the decoding of a video with the other
-    rewards of a replica; see `shared_decoding`."""
+    """Scores videos for their users' queries.
+
+    One whose attribute `by_uri` is true is given their URIs. One with an attribute `pick`, the rule by which
+    it chooses frames, shares a video's decoding with the other rewards of a replica; see `shared_decoding`.
+    """
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """One result for every video (its bytes or a URI), in order; an exception for one that cannot

@@ -62,14 +62,16 @@ def read_aesthetic_head(
         found = load_file(fetch(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{key}: {path} is no safetensors file ({error}); `vpo convert-reward` makes one of the "
-            "published .pth"
+            f"{key}: {path} is no safetensors file ({error}); of LAION's .pth, make one with "
+            "`vpo convert-reward`, or safetensors.torch.save_file(torch.load(path, weights_only=True), "
+            "'head.safetensors')"
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if variant == "v1":
-        wanted = {"weight": (1, width), "bias": (1,)}
-        if shapes != wanted:
-            raise CheckpointError(f"{key}: {path} has {shapes}; V1 on features of {width} has {wanted}")
+        if shapes != {"weight": (1, width), "bias": (1,)}:
+            raise CheckpointError(
+                f"{key}: {path} has {shapes}; V1 on features of {width} has weight (1, {width}) and bias (1,)"
+            )
         return found["weight"].float(), found["bias"].float()
     names = [f"layers.{i}.{part}" for i in _V2_LAYERS for part in ("weight", "bias")]
     if sorted(shapes) != sorted(names):
