@@ -179,6 +179,20 @@ PAIR = pa.schema(
     ]
 )
 
+# All candidates of a query that have a reward, in the order of their k. An advantage is a reward compared
+# with those of the group.
+GROUP = pa.schema(
+    [
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("candidate_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("prompts", pa.list_(pa.string()), nullable=False),
+        pa.field("rewards", pa.list_(pa.float64()), nullable=False),
+        pa.field("advantages", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+
 # A query may have several rows, one for each prompt.
 SFT = pa.schema(
     [
@@ -217,6 +231,10 @@ def candidate_id(query_id: str, k: int, policy: str, sampling: dict[str, Any]) -
 
 def pair_id(kind: str, chosen_id: str, rejected_id: str, chosen: str, rejected: str) -> str:
     return content_id("pair", kind, chosen_id, rejected_id, chosen, rejected)
+
+
+def group_id(candidate_ids: list[str], advantages: list[float]) -> str:
+    return content_id("group", candidate_ids, [round(value, 9) for value in advantages])
 
 
 def seed_of(*parts: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from train_data import TASK_PROMPT
 
-from vpo_ray.recipe import Train
+from vpo_ray.recipe import Training
 from vpo_ray.records import Row
 
 
@@ -49,7 +49,7 @@ def make_worker(
     def make(
         phase: str,
         rows: list[Row],
-        chosen: Train,
+        chosen: Training,
         seed: int = 0,
         held_out: int = 0,
         model: str | Path = tiny_models / "policy",
@@ -80,8 +80,10 @@ def make_worker(
             loaded = zero.load_model(model, chosen, config, None, False)
             policy = PackedPolicy(loaded, autocasts(chosen.autocast, torch.device("cpu")))
             worker = Worker(job, zero.start_engine(policy, chosen, config), 0, 1, torch.device("cpu"))
-        if phase == "dpo":
+        if phase != "sft":
             worker.compute_reference("test")
+        if phase == "rl":
+            worker.sampled = worker.reference
         return worker
 
     return make

@@ -268,7 +268,7 @@ def _placement(recipe: Recipe) -> Iterator[Finding]:
         for chain in spec.CHAINS
         if (due := [stage.name for stage in spec.stages(chain) if stage.is_due(recipe)])
     }
-    for phase in ("sft", "dpo"):
+    for phase in ("sft", "dpo", "rl"):
         if (settings := getattr(recipe, phase)) is not None:
             shapes[phase] = worker_shapes(phase, settings)
     for name, group in shapes.items():

@@ -166,7 +166,14 @@ def _parser() -> argparse.ArgumentParser:
         "world", "make a small world to learn in on a CPU: a published LLM, queries, SFT data", _world
     )
     world.add_argument("folder", metavar="DIR")
-    run_of = {"train": _train, "sft": _train, "dpo": _train, "evaluate": _evaluate, "report": _report}
+    run_of = {
+        "train": _train,
+        "sft": _train,
+        "dpo": _train,
+        "rl": _train,
+        "evaluate": _evaluate,
+        "report": _report,
+    }
     run_of |= dict.fromkeys(sharded_commands(), _generate)
     for name, text in step_commands().items():
         sub = with_recipe(name, text, run_of.get(name, _phase))
@@ -371,7 +378,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
     from vpo_ray.stream.connection import connect
 
     recipe = _load(arguments)
-    phase = "sft" if recipe.dpo is None else "dpo"
+    phase = recipe.learns or "sft"
     checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
     require_evaluation(recipes.locate(checkpoint), recipe.serve.require)
     connect(arguments.verbose)

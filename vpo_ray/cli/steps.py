@@ -9,6 +9,8 @@ STEPS = {
     "sft": "train the policy on sft.data, or on the drafts, into checkpoints/sft",
     "generate": "curate what is not yet, then {stages} as one stream: to feedback/",
     "pair": "feedback/ to pairs/",
+    "group": "make groups/ of every query's candidates, for rl",
+    "rl": "train the policy on groups/ into checkpoints/rl",
     "dpo": "train the policy on pairs/ into checkpoints/dpo",
     "train": "SFT, and once generation is done pairs and DPO",
     "evaluate": "policies side by side on held-out queries, with intervals and tests, into evaluation/",

@@ -16,7 +16,7 @@ def run_summary(run: RunDir) -> str:
     ledger = run.read_json("ledger.json")
     lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
     lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
-    pair = ledger["stages"]["pair"]
+    pair = ledger["stages"].get("pair", {})
     if "videos" in pair and pair["kinds"].get("video"):
         rates = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())
         lines.append(f"videos for a video pair, by render.strategy: {rates}")
@@ -24,9 +24,9 @@ def run_summary(run: RunDir) -> str:
         lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
     if run.exists("example.json"):
         example = run.read_json("example.json")
-        lines += ["", *(line for name in ("query", "sft", "dpo") for line in _shown(name, example[name]))]
+        lines += ["", *(line for name, text in example.items() for line in _shown(name, text))]
     lines += ["", f"report   {run.at('report/index.html')}", f"ledger   {run.at('ledger.json')}"]
-    for phase in ("dpo", "sft"):
+    for phase in ("rl", "dpo", "sft"):
         if run.exists(f"checkpoints/{phase}/vpo.json"):
             policy = run.at(f"checkpoints/{phase}")
             lines += [f"policy   {policy}", f"serve    vpo serve {shlex.quote(policy)}"]

@@ -41,7 +41,7 @@ RESULTS = "results.json"
 VBENCH = "vbench.json"  # measures of VBench's own command, by sample
 FORMULA = "formula"  # the measure, and what is called so in `measures`
 OWN = "render"  # the recipe's own video model, among those of `transfer`
-_TRAINED = ("sft", "dpo")
+_TRAINED = ("sft", "dpo", "rl")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _DESCRIPTIONS = frozenset({
     "errors", "prompt.words", "prompt.characters", "prompt.language_kept", "prompt.required_kept",
     "prompt.unsafe_words",
 })  # fmt: skip
-_TRAINING_ORDER = {"base": 0, "sft": 1, "dpo": 2}
+_TRAINING_ORDER = {"base": 0, "sft": 1, "dpo": 2, "rl": 2}
 _DIGITS = 12
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from vpo_ray.evaluation.sets import SetError, prompts_of_file
 from vpo_ray.evaluation.streams import through
 from vpo_ray.loop.phases import starting_policy
-from vpo_ray.loop.policies import LoopError, Start, dpo_id, policy_id
+from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, EvaluatedPolicy, Evaluation, Recipe, locate, result_keys
 from vpo_ray.records import Row, content_id, query_id, seed_of
@@ -44,8 +44,8 @@ class Rival:
 
 
 def default_policies(recipe: Recipe) -> dict[str, EvaluatedPolicy]:
-    """The user's words, and the policy before and after DPO."""
-    kinds = ["query", "base" if recipe.sft is None else "sft", *(["dpo"] if recipe.dpo is not None else [])]
+    """The user's words, and the policy before and after DPO or RL."""
+    kinds = ["query", "base" if recipe.sft is None else "sft", *([recipe.learns] if recipe.learns else [])]
     return {kind: EvaluatedPolicy.model_validate({"kind": kind}) for kind in kinds}
 
 
@@ -111,15 +111,18 @@ def _trained(name: str, settings: EvaluatedPolicy, recipe: Recipe, run: RunDir) 
         if recipe.sft is None:
             raise LoopError(f"evaluate.policies.{name}: the recipe has no sft section")
         return Start(_there(run, "sft"), policy_id(recipe, run))
-    if recipe.dpo is None:
-        raise LoopError(f"evaluate.policies.{name}: the recipe has no dpo section")
-    if recipe.dpo.lora is not None and not recipe.dpo.lora.merge:
-        raise LoopError("vpo evaluate needs dpo.lora.merge true: candidates are sampled from a whole model")
+    kind = settings.kind
+    if recipe.learning is None or recipe.learns != kind:
+        raise LoopError(f"evaluate.policies.{name}: the recipe has no {kind} section")
+    if recipe.learning.lora is not None and not recipe.learning.lora.merge:
+        raise LoopError(
+            f"vpo evaluate needs {kind}.lora.merge true: candidates are sampled from a whole model"
+        )
     of = run if settings.round is None else RunDir(run.at(f"rounds/{settings.round}"))
     if recipe.sft is not None and settings.round is None:
         _there(run, "sft")
-    checkpoint = _there(of, "dpo")
-    return Start(checkpoint, dpo_id(recipe, of, starting_policy(recipe, of)))
+    checkpoint = _there(of, kind)
+    return Start(checkpoint, learnt_id(recipe, of, starting_policy(recipe, of)))
 
 
 def _there(run: RunDir, phase: str) -> str:

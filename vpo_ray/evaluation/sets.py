@@ -129,7 +129,7 @@ def refuse_trained(name: str, rows: Iterable[Row], run: RunDir) -> None:
     """
     trained, number, part = set[str](), 1, run
     while number == 1 or part.exists(ROUND):
-        for table in ("sft", "pairs"):
+        for table in ("sft", "pairs", "groups"):
             for batch in part.table(table).batches(["query_id"]):
                 trained.update(batch.column(0).to_pylist())
         number += 1

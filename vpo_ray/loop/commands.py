@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vpo_ray.loop import phases
+from vpo_ray.loop.grouping import make_groups
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.pairing import make_pairs
+from vpo_ray.loop.policies import LoopError
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.connection import connect
@@ -21,6 +23,12 @@ def _generate(recipe: Recipe, run: RunDir, retry_errors: bool) -> dict[str, Any]
     return phases.generate_feedback(recipe, run, phases.starting_policy(recipe, run), None, retry_errors)
 
 
+def _grouped(recipe: Recipe, run: RunDir) -> int:
+    if recipe.rl is None:
+        raise LoopError("the recipe has no rl section, whose groups they would be")
+    return make_groups(recipe, run)
+
+
 # Those beside the candidate stages.
 PHASES: dict[str, Phase] = {
     "curate": phases.curate_queries,
@@ -28,10 +36,12 @@ PHASES: dict[str, Phase] = {
     "sft": lambda recipe, run, _: phases.starting_policy(recipe, run),
     "generate": _generate,
     "pair": lambda recipe, run, _: make_pairs(recipe, run),
+    "group": lambda recipe, run, _: _grouped(recipe, run),
     "dpo": lambda recipe, run, _: phases.train_dpo(recipe, run, phases.starting_policy(recipe, run)),
+    "rl": lambda recipe, run, _: phases.train_rl(recipe, run, phases.starting_policy(recipe, run)),
     "train": lambda recipe, run, _: phases.train_what_is_due(recipe, run),
 }
-WITHOUT_RAY = frozenset({"curate", "pair"})  # curation asks for it where its input is large
+WITHOUT_RAY = frozenset({"curate", "pair", "group"})  # curation asks for it where its input is large
 
 
 def run_phase(recipe: Recipe, name: str, retry_errors: bool = False, verbose: bool = False) -> Any:

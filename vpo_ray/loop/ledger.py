@@ -20,7 +20,7 @@ from vpo_ray.stages.chains import CHAINS, Chain, chain_of, table_of_stage
 from vpo_ray.stages.score import ALARM_AFTER
 from vpo_ray.stages.spec import StageSpec
 from vpo_ray.stages.tally import by_reason, reason_of
-from vpo_ray.storage.run_dir import GIVEN, PAIRED, SFT_DROPPED, RunDir
+from vpo_ray.storage.run_dir import GIVEN, GROUPED, PAIRED, SFT_DROPPED, RunDir
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.spending import Charges, spent_at
 
@@ -52,9 +52,12 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
                 entered = stages[stage.name]["out"]
     if agreement.signs and "score" in stages:
         stages["score"]["agreement"] = agreement.result()
-    stages["pair"] = _pairing(run, pairs)
-    stages["sft"] = _training(run, "sft", run.table("sft").count())
-    stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
+    made = {"group": _grouping(run)} if recipe.rl is not None else {"pair": _pairing(run, pairs)}
+    stages |= made | {"sft": _training(run, "sft", run.table("sft").count())}
+    if recipe.rl is not None:
+        stages["rl"] = _training(run, "rl", stages["group"]["groups"])
+    else:
+        stages["dpo"] = _training(run, "dpo", stages["pair"]["pairs"])
     ledger = {"name": recipe.name, "fingerprint": recipe.fingerprint(), "stages": stages}
     return ledger | _money(run, stages)
 
@@ -109,14 +112,17 @@ def alarms(ledger: Ledger) -> list[str]:
 
 
 def funnel(ledger: Ledger) -> dict[str, int]:
-    """What became of the queries that were sampled: candidates, aligned ones, videos, pairs."""
+    """What became of the queries that were sampled: candidates, aligned ones, videos, pairs or groups."""
     stages = ledger["stages"]
+    learnt = (
+        {"groups": stages["group"]["groups"]} if "group" in stages else {"pairs": stages["pair"]["pairs"]}
+    )
     return {
         "queries": stages["curate"]["splits"].get("dpo", 0),
         "candidates": stages["sample"]["out"],
         "aligned": stages["judge"]["verdicts"].get("aligned", 0),
         "videos": stages["render"]["videos"],
-        "pairs": stages["pair"]["pairs"],
+        **learnt,
     }
 
 
@@ -236,6 +242,20 @@ def _pairing(run: RunDir, pairs: PairCount) -> dict[str, Any]:
         return _entry(len(pairs.queries), 0, skipped=waiting, **more)
     why = by_reason(pairs.why_no_pair(paired))
     return _entry(len(pairs.queries), len(paired & pairs.queries), dropped=why, **more)
+
+
+def _grouping(run: RunDir) -> dict[str, Any]:
+    """Queries: one with a group is out. `left_out` counts the candidates that no group has, by reason."""
+    groups = run.table("groups").count()
+    found = run.read_json(GROUPED) if run.exists(GROUPED) else {"queries": {}, "candidates": {}}
+    dropped = Counter(found["queries"])
+    return _entry(
+        groups + dropped.total(),
+        groups,
+        dropped=by_reason(dropped),
+        groups=groups,
+        left_out=found["candidates"],
+    )
 
 
 def _training(run: RunDir, phase: str, examples: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The loop that a recipe describes: curate, draft, SFT, generate feedback, pair, DPO, one served answer.
+"""The loop that a recipe describes: curate, draft, SFT, generate feedback, pair, DPO, one served answer; with
+`rl` in place of `dpo`, groups and RL in place of pairs and DPO.
 
 `vpo run` calls `run_loop`; each phase is also a command. Every phase finds out from the run
 directory what is done, so running again goes on where the last run stopped, or does nothing.
@@ -9,14 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.curation import curate_run, warn_of_other_input
+from vpo_ray.loop.grouping import make_groups
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.pairing import make_pairs
-from vpo_ray.loop.policies import LoopError, Start, dpo_id, policy_id, refuse_other_policy, training_rows
+from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id, refuse_other_policy, training_rows
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.records import Row
@@ -27,6 +29,9 @@ from vpo_ray.storage.run_state import note
 from vpo_ray.storage.sft_data import distinct, write_chat
 from vpo_ray.stream.connection import connect
 from vpo_ray.stream.progress import spilled_so_far
+
+if TYPE_CHECKING:
+    from vpo_ray.train.examples import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +95,30 @@ def starting_policy(recipe: Recipe, run: RunDir, trained: bool = True) -> Start:
 def train_dpo(recipe: Recipe, run: RunDir, start: Start) -> str:
     """The folder of the policy after DPO on the run's pairs."""
     rows = sorted(run.table("pairs").rows(), key=lambda row: row["pair_id"])
-    identity = dpo_id(recipe, run, start)
-    return _train(recipe, run, "dpo", start, rows, identity)
+    return _train(recipe, run, "dpo", start, rows, learnt_id(recipe, run, start))
 
 
-def _train(
-    recipe: Recipe, run: RunDir, phase: Literal["sft", "dpo"], start: Start, rows: list[Row], identity: str
-) -> str:
+def train_rl(recipe: Recipe, run: RunDir, start: Start) -> str:
+    """The folder of the policy after RL on the run's groups. Raises LoopError without an `rl` section."""
+    if recipe.rl is None:
+        raise LoopError("the recipe has no rl section")
+    rows = sorted(run.table("groups").rows(), key=lambda row: row["group_id"])
+    return _train(recipe, run, "rl", start, rows, learnt_id(recipe, run, start))
+
+
+def prepare_feedback(recipe: Recipe, run: RunDir) -> int:
+    """Make what the recipe's last phase learns from of `feedback/`: groups for RL, else pairs."""
+    return make_groups(recipe, run) if recipe.rl is not None else make_pairs(recipe, run)
+
+
+def _learn(recipe: Recipe, run: RunDir, start: Start) -> str:
+    return train_rl(recipe, run, start) if recipe.rl is not None else train_dpo(recipe, run, start)
+
+
+def _train(recipe: Recipe, run: RunDir, phase: Phase, start: Start, rows: list[Row], identity: str) -> str:
     from vpo_ray.train import PhaseSpec, train
 
-    settings = recipe.sft if phase == "sft" else recipe.dpo
+    settings = {"sft": recipe.sft, "dpo": recipe.dpo, "rl": recipe.rl}[phase]
     assert settings is not None
     spec = PhaseSpec(
         phase=phase,
@@ -121,27 +140,28 @@ def _train(
 
 
 def train_what_is_due(recipe: Recipe, run: RunDir) -> None:
-    """SFT where the recipe has it; then, once every candidate has its feedback, pairs and DPO.
+    """SFT where the recipe has it; then, once every candidate has its feedback, pairs and DPO, or groups and
+    RL.
 
     Raises:
         LoopError: there is nothing to train, generation is half done, or no pair was found.
     """
-    if recipe.sft is None and recipe.dpo is None:
-        raise LoopError("the recipe has neither an sft nor a dpo section: there is nothing to train")
+    if recipe.sft is None and recipe.learns is None:
+        raise LoopError("the recipe has no sft, dpo or rl section: there is nothing to train")
     start = starting_policy(recipe, run)
-    if recipe.dpo is None:
+    if recipe.learns is None:
         return
     if not run.table("feedback").parts():
         if recipe.sft is None:
             raise LoopError(f"{run.at('feedback')} holds nothing to train on: run `vpo generate` first")
-        logger.info("SFT is done; DPO waits for `vpo generate`")
+        logger.info("SFT is done; %s waits for `vpo generate`", recipe.learns.upper())
         return
     streamed = spec.names("generation")
     missing = [line for line in reconcile(build_ledger(run, recipe)) if line.split(":")[0] in streamed]
     if missing:
         raise LoopError("generation is not done, run `vpo generate` again:\n  " + "\n  ".join(missing))
-    make_pairs(recipe, run)
-    train_dpo(recipe, run, start)
+    prepare_feedback(recipe, run)
+    _learn(recipe, run, start)
 
 
 def generate_feedback(
@@ -191,11 +211,11 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     did: dict[str, Any] = {"generated": generate_feedback(recipe, run, start, retry_errors=retry_errors)}
     did["spilled_bytes"] = spilled_so_far() - spilled
     write_ledger(recipe, run)
-    _say("pair", run)
-    did["pairs"] = make_pairs(recipe, run)
-    if recipe.dpo is not None:
-        _say("dpo", run)
-        policy = train_dpo(recipe, run, start)
+    _say("group" if recipe.learns == "rl" else "pair", run)
+    did["groups" if recipe.learns == "rl" else "pairs"] = prepare_feedback(recipe, run)
+    if recipe.learns is not None:
+        _say(recipe.learns, run)
+        policy = _learn(recipe, run, start)
         if example and not run.exists("example.json"):
             _say("serve one query", run)
             write_example(recipe, run, policy)
@@ -224,7 +244,8 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
     except APIStatusError as error:
         logger.warning("the trained policy gives no example: %s", error)
         return
-    run.write_json("example.json", {"query": first["query"], "sft": first["prompt"], "dpo": answer})
+    written_by = recipe.learns or "dpo"
+    run.write_json("example.json", {"query": first["query"], "sft": first["prompt"], written_by: answer})
 
 
 def _say(phase: str, run: RunDir) -> None:

@@ -84,7 +84,9 @@ def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
         )
 
 
-def dpo_id(recipe: Recipe, run: RunDir, start: Start) -> str:
-    """The identity of the policy after DPO on the run's pairs."""
-    pairs = sorted(run.table("pairs").keys())
-    return content_id("dpo", start.identity, recipe.fingerprint("dpo"), pairs, digits=16)
+def learnt_id(recipe: Recipe, run: RunDir, start: Start) -> str:
+    """The identity of the policy after DPO on the run's pairs, or after RL on its groups."""
+    phase = recipe.learns
+    assert phase is not None
+    rows = sorted(run.table({"dpo": "pairs", "rl": "groups"}[phase]).keys())
+    return content_id(phase, start.identity, recipe.fingerprint(phase), rows, digits=16)

@@ -15,7 +15,7 @@ from vpo_ray.files.folder import join
 from vpo_ray.loop.curation import take_curated
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.phases import Report, run_loop, starting_policy
-from vpo_ray.loop.policies import LoopError, Start, dpo_id
+from vpo_ray.loop.policies import LoopError, Start, learnt_id
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import CURATED, ROUND, RunDir
 from vpo_ray.storage.run_lock import driving
@@ -28,12 +28,12 @@ def run_rounds(
 ) -> RunDir:
     """Run the loop `rounds` times; returns the last round's run directory.
 
-    DPO of a later round starts from the policy of the round before. Its reference is that policy
-    too, or with `dpo.reference: kept` the one that the first round started from. `report` is called for
+    DPO, or RL, of a later round starts from the policy of the round before. Its reference is that policy
+    too, or with `reference: kept` the one that the first round started from. `report` is called for
     every round's directory; see `run_loop`.
 
     Raises:
-        LoopError: rounds need a dpo section that leaves a whole model.
+        LoopError: rounds need a dpo or rl section that leaves a whole model.
         RunInUseError, RunLostError: see `run_lock.driving`.
     """
     if rounds > 1:
@@ -47,7 +47,7 @@ def _rounds(recipe: Recipe, rounds: int, retry_errors: bool, report: Report | No
     reference = starting_policy(recipe, first).policy if _keeps(recipe) and rounds > 1 else None
     for number in range(2, rounds + 1):
         before = starting_policy(recipe, run)
-        start = Start(run.at("checkpoints/dpo"), dpo_id(recipe, run, before), reference)
+        start = Start(run.at(f"checkpoints/{recipe.learns}"), learnt_id(recipe, run, before), reference)
         later = recipe.model_copy(
             update={
                 "out": join(first.uri, f"rounds/{number}"),
@@ -68,11 +68,13 @@ def _rounds(recipe: Recipe, rounds: int, retry_errors: bool, report: Report | No
 
 
 def _keeps(recipe: Recipe) -> bool:
-    return recipe.dpo is not None and recipe.dpo.reference == "kept"
+    return recipe.learning is not None and recipe.learning.reference == "kept"
 
 
 def _check(recipe: Recipe) -> None:
-    if recipe.dpo is None:
-        raise LoopError("--rounds needs a dpo section: its policy samples the next round")
-    if recipe.dpo.lora is not None and not recipe.dpo.lora.merge:
-        raise LoopError("--rounds needs dpo.lora.merge true: the next round samples from a whole model")
+    if recipe.learning is None:
+        raise LoopError("--rounds needs a dpo or rl section: its policy samples the next round")
+    if recipe.learning.lora is not None and not recipe.learning.lora.merge:
+        raise LoopError(
+            f"--rounds needs {recipe.learns}.lora.merge true: the next round samples from a whole model"
+        )

@@ -260,7 +260,7 @@ def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
 
 def _training(recipe: Recipe, queries: Counter[str] | None, past: Ledger | None) -> Iterator[StagePlan]:
     """The training phases, one worker a replica."""
-    for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
+    for name, settings in (("sft", recipe.sft), ("dpo", recipe.dpo), ("rl", recipe.rl)):
         if settings is None:
             continue
         rows, expected = _examples(recipe, name, queries, past)
@@ -283,6 +283,8 @@ def _examples(
         if drafts.get("in") and drafts.get("out"):
             return math.ceil(queries["sft"] * drafts["out"] / drafts["in"]), True
         return queries["sft"], False
+    if phase == "rl":
+        return queries["dpo"], False
     pairs = past.stages.get("pair", {}) if past else {}
     if pairs.get("in") and pairs.get("pairs"):
         return math.ceil(queries["dpo"] * pairs["pairs"] / pairs["in"]), True

@@ -24,7 +24,7 @@ from vpo_ray.storage.sft_data import sft_rows
 from vpo_ray.storage.videos import VideoStore
 
 # Recipe sections whose settings decide how long a row of a training phase takes.
-PHASE_SETTINGS = {"sft": ("policy", "sft"), "dpo": ("policy", "dpo")}
+PHASE_SETTINGS = {"sft": ("policy", "sft"), "dpo": ("policy", "dpo"), "rl": ("policy", "rl")}
 PUBLISHED_STEPS = 50  # of the times in data/video_presets.yaml
 ENOUGH = 50  # videos whose sizes make a mean
 
@@ -101,7 +101,9 @@ def read_ledger(recipe: Recipe, given: str | None) -> Ledger | None:
         raise PlanError(f"--ledger {given or recipe.out}: no ledger.json of a run there ({error})") from error
     if then is None:
         return Ledger(run.at(name), stages)
-    workers = {name: phase.workers for name in ("sft", "dpo") if (phase := getattr(then, name)) is not None}
+    workers = {
+        name: phase.workers for name in ("sft", "dpo", "rl") if (phase := getattr(then, name)) is not None
+    }
     return Ledger(run.at(name), stages, tuple(differences(then.dump(), recipe.dump())), workers)
 
 

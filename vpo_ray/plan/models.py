@@ -63,7 +63,7 @@ def model_problems(recipe: Recipe, known: Set[str]) -> list[str]:
 
 def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[ModelCheck]:
     """The models in folders of this machine. An adapter is left out: its tokenizer may be another's."""
-    policy, phase = recipe.policy, recipe.sft or recipe.dpo
+    policy, phase = recipe.policy, recipe.sft or recipe.learning
     if Path(policy.model).is_dir() and "policy.task_prompt" not in known:
         yield ModelCheck(
             "policy.model", locate(policy.model), policy.revision, policy.trust_remote_code,

@@ -14,11 +14,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, sources
+from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, refuse_unused, sources
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.evaluation import EvaluatedPolicy, EvaluatedSet, Evaluation, Preference
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
@@ -28,7 +28,19 @@ from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Sp
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
 from vpo_ray.recipe.serve import Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
-from vpo_ray.recipe.train import Dpo, Evaluate, Guard, Offload, Sft, Track, Train, Training, TrainLora
+from vpo_ray.recipe.train import (
+    Dpo,
+    Evaluate,
+    Floors,
+    Guard,
+    Offload,
+    Rl,
+    Sft,
+    Track,
+    Train,
+    Training,
+    TrainLora,
+)
 from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, RenderGate, Reward, video_presets
 
 __all__ = [
@@ -44,6 +56,7 @@ __all__ = [
     "EvaluatedPolicy",
     "EvaluatedSet",
     "Evaluation",
+    "Floors",
     "Formula",
     "FormulaGate",
     "FormulaTerm",
@@ -92,7 +105,7 @@ _OF_ALL_REWARDS = {"batch_size": 1, "pool": Pool()}
 _REWARD_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
-_PHASES: dict[str, type[Training]] = {"sft": Sft, "dpo": Dpo}
+_PHASES: dict[str, type[Training]] = {"sft": Sft, "dpo": Dpo, "rl": Rl}
 
 
 class Limits(Section):
@@ -127,6 +140,7 @@ class Recipe(Section):
     formula: Formula | None = None
     pair: Pair = Pair()
     dpo: Dpo | None = None
+    rl: Rl | None = None
     evaluate: Evaluation | None = None
     serve: Serve = Serve()
     limits: Limits = Limits()
@@ -152,6 +166,18 @@ class Recipe(Section):
             raise ValueError(
                 "sft.lora.merge is false, but candidates are sampled from a whole model: set it true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _learns_in_one_way(self) -> Recipe:
+        if self.dpo is not None and self.rl is not None:
+            raise ValueError(
+                "give one of dpo and rl: a run learns from its feedback in one way (name the checkpoint of "
+                "another run as policy.model to go on from it)"
+            )
+        if self.rl is not None:
+            others = " ".join(name for name in Pair.model_fields if name not in ("by", "reward"))
+            refuse_unused(self.pair, others, "with rl, which learns from all candidates and not from pairs")
         return self
 
     @model_validator(mode="after")
@@ -257,6 +283,16 @@ class Recipe(Section):
                 "completion_price, and render.endpoint no video_price or second_price"
             )
         return self
+
+    @property
+    def learns(self) -> Literal["dpo", "rl"] | None:
+        """The phase that learns from feedback."""
+        return "dpo" if self.dpo is not None else "rl" if self.rl is not None else None
+
+    @property
+    def learning(self) -> Dpo | Rl | None:
+        """The settings of the phase that learns from feedback."""
+        return self.dpo or self.rl
 
     @property
     def drafts_first(self) -> bool:

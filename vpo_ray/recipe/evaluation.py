@@ -15,7 +15,7 @@ from vpo_ray.recipe.video import Render, Reward
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LIMIT = re.compile(r"(?:([^/=]+)/([^/=]+)/)?([^/=]+)=([^/=]+)")
-PolicyKind = Literal["query", "base", "few_shot", "sft", "dpo", "checkpoint", "endpoint", "file"]
+PolicyKind = Literal["query", "base", "few_shot", "sft", "dpo", "rl", "checkpoint", "endpoint", "file"]
 
 
 class Limit(NamedTuple):
@@ -46,8 +46,8 @@ class EvaluatedPolicy(Section):
     """What makes a prompt of a query.
 
     query: the user's words as they are. base: `policy.model` with the task prompt. few_shot: an LLM that is
-    shown examples (`llm`, the judge's model when unset). sft, dpo: what the run trained; `round` names a
-    later round's. checkpoint: a folder or URI at `path`. endpoint: `llm`, which is sent the query alone, or
+    shown examples (`llm`, the judge's model when unset). sft, dpo, rl: what the run trained; `round` names
+    a later round's. checkpoint: a folder or URI at `path`. endpoint: `llm`, which is sent the query alone, or
     `prompt` with the query in it. file: prompts made elsewhere, rows with `query` and `prompt` at `path`.
     `times` applies a policy to its own output (VPO, table 6).
     """
@@ -75,7 +75,7 @@ class EvaluatedPolicy(Section):
             refuse_unused(self, "llm prompt temperature max_tokens", f"with kind: {self.kind}")
         if self.kind != "few_shot":
             refuse_unused(self, "examples shots", f"with kind: {self.kind}")
-        if self.kind != "dpo":
+        if self.kind not in ("dpo", "rl"):
             refuse_unused(self, "round", f"with kind: {self.kind}")
         if self.kind in ("query", "file"):
             refuse_unused(self, "times", f"with kind: {self.kind}: it cannot be asked again")

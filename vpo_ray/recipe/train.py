@@ -193,6 +193,47 @@ class Dpo(Training):
         return self
 
 
+class Floors(Section):
+    """The reward of a candidate that the judge refuses, by its verdict, on the scale of the reward that
+    decides; the lowest score of the run's candidates when unset."""
+
+    unsafe: float | None = None
+    imprecise: float | None = None
+    refusal: float | None = None
+
+
+class Rl(Training):
+    """Group-relative policy optimisation on all candidates of each query (GRPO, arXiv 2402.03300).
+
+    A candidate's advantage is its reward less the mean of its query's candidates, with `scale: group` over
+    their standard deviation (Dr. GRPO, arXiv 2503.20783, leaves it out: `none`). `aggregate`: the loss is a
+    mean over the tokens of a response and then over responses (GRPO), over all tokens of the batch (DAPO,
+    arXiv 2503.14476), or a sum over tokens divided by the constant `length` (Dr. GRPO). `ratio: response` has
+    one importance ratio a response, the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
+    """
+
+    scale: Literal["group", "none"] = "group"
+    aggregate: Literal["response", "token", "constant"] = "token"
+    length: Positive = Field(256, description="tokens, of aggregate: constant")
+    ratio: Literal["token", "response"] = "token"
+    clip: Annotated[float, Field(gt=0, lt=1, description="of ratios, below 1")] = 0.2
+    clip_high: Annotated[float, Field(gt=0, description="above 1; DAPO has 0.28")] = 0.2
+    beta: Annotated[float, Field(ge=0, description="of the KL divergence from the reference")] = 0.0
+    reference: Literal["updated", "kept"] = Field(
+        "updated", description="of later rounds: the policy that was sampled, or the first round's"
+    )
+    floors: Floors = Floors()
+    evaluate: EvaluateSft = EvaluateSft()
+
+    @model_validator(mode="after")
+    def _uses_what_it_has(self) -> Rl:
+        if self.aggregate != "constant":
+            refuse_unused(self, "length", f"with aggregate: {self.aggregate}")
+        if self.beta == 0:
+            refuse_unused(self, "reference", "with beta: 0")
+        return self
+
+
 class Train(Dpo):
     """Settings for either phase, for those who call `train` without a recipe."""
 

@@ -24,6 +24,7 @@ _LABELS = {
     "aligned": "judged aligned",
     "videos": "distinct videos",
     "pairs": "preference pairs",
+    "groups": "groups of candidates",
 }
 
 
@@ -49,7 +50,7 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
         alarms=alarms(ledger),
         imbalances=reconcile(ledger),
         reasons=_reasons(ledger["stages"]),
-        charts=charts({phase: run.metrics(phase) for phase in ("sft", "dpo")}),
+        charts=charts({phase: run.metrics(phase) for phase in ("sft", "dpo", "rl")}),
         example=_json(run, "example.json", None),
         cards=cards(run, recipe),
     )

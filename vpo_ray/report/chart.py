@@ -15,6 +15,9 @@ MAX_POINTS = 200
 CURVES: tuple[tuple[str, str, str, str, tuple[float, float] | None], ...] = (
     ("sft", "loss", "SFT loss", "per token", None),
     ("sft", "eval_loss", "SFT loss, held out", "per token, of rows not trained on", None),
+    ("rl", "loss", "RL loss", "0 at the start: the policy is the one that sampled", None),
+    ("rl", "kl", "RL divergence", "from the reference, nats a token", None),
+    ("rl", "clipped", "RL clipped", "share of tokens that clipping holds back", (0.0, 1.0)),
     ("dpo", "loss", "DPO loss", "0.69 at the start: no preference", None),
     ("dpo", "eval_loss", "DPO loss, held out", "of pairs not trained on", None),
     ("dpo", "accuracy", "DPO accuracy", "pairs with the chosen prompt ahead", (0.0, 1.0)),

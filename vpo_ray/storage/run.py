@@ -104,7 +104,7 @@ class Run:
 
     def checkpoint(self) -> str | None:
         """Folder or URI of the policy that the run trained last: after DPO, else after SFT, or None."""
-        for phase in ("dpo", "sft"):
+        for phase in ("rl", "dpo", "sft"):
             if self.dir.exists(f"checkpoints/{phase}/vpo.json"):
                 return self.dir.at(f"checkpoints/{phase}")
         return None

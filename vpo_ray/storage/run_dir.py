@@ -11,7 +11,20 @@ from typing import Any
 import pyarrow as pa
 
 from vpo_ray.files.folder import Folder
-from vpo_ray.records import DRAFT, DROPPED, FEEDBACK, LABEL, PAIR, PREFERENCE, QUERY, SFT, TOKENS, Row, Shard
+from vpo_ray.records import (
+    DRAFT,
+    DROPPED,
+    FEEDBACK,
+    GROUP,
+    LABEL,
+    PAIR,
+    PREFERENCE,
+    QUERY,
+    SFT,
+    TOKENS,
+    Row,
+    Shard,
+)
 from vpo_ray.storage.tables import META, Table
 
 # Tables of a run directory: schema and key. Tables of one chain of stages share a schema; a candidate's
@@ -29,6 +42,7 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "renders": (FEEDBACK, "candidate_id"),
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
+    "groups": (GROUP, "group_id"),
     # Of an evaluation: see `stages.rewrite` and `stages.prefer`.
     "unwritten": (QUERY, "query_id"),
     "rewrites": (FEEDBACK, "candidate_id"),
@@ -40,8 +54,8 @@ ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
 
 # Facts about a table: counts of raw queries by outcome, why queries have no pair, which SFT rows were left
 # out.
-CURATED, UNLABELLED, PAIRED, SFT_DROPPED = (
-    f"{META}/{name}.json" for name in ("queries", "unlabelled", "pairs", "sft")
+CURATED, UNLABELLED, PAIRED, GROUPED, SFT_DROPPED = (
+    f"{META}/{name}.json" for name in ("queries", "unlabelled", "pairs", "groups", "sft")
 )
 # Where earlier versions wrote them: in the table's folder.
 _MOVED = {

@@ -17,12 +17,14 @@ import numpy as np
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
 from vpo_ray.records import Row, sft_id
 
-Phase = Literal["sft", "dpo"]
+Phase = Literal["sft", "dpo", "rl"]
 
-# Per phase: the row's key, and the columns that hold its responses (for DPO chosen, then rejected).
+# Per phase: the row's key, and the columns that are learnt (for DPO chosen, then rejected; for RL all
+# prompts of a query, and their advantages).
 COLUMNS: Mapping[Phase, tuple[str, tuple[str, ...]]] = {
     "sft": ("query_id", ("prompt",)),
     "dpo": ("pair_id", ("chosen", "rejected")),
+    "rl": ("group_id", ("prompts", "advantages")),
 }
 
 
@@ -32,11 +34,13 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: int32 arrays; the length of a response counts its end-of-turn token."""
+    """One row as token ids: int32 arrays; the length of a response counts its end-of-turn token. For RL each
+    response has an advantage."""
 
     id: str
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
+    advantages: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -50,7 +54,7 @@ class Example:
 
 def row_id(phase: Phase, row: Row) -> str:
     """The id of a row's example: SFT may teach several prompts of one query."""
-    return sft_id(row["query_id"], row["prompt"]) if phase == "sft" else str(row["pair_id"])
+    return sft_id(row["query_id"], row["prompt"]) if phase == "sft" else str(row[COLUMNS[phase][0]])
 
 
 def tokenise(
@@ -70,7 +74,7 @@ def tokenise(
     for row in rows:
         texts = _responses(phase, row)
         identity = row_id(phase, row)
-        fault = "duplicate" if identity in examples else _fault(texts)
+        fault = "duplicate" if identity in examples else _fault(phase, texts)
         if fault is None:
             try:
                 prompt = _array(prompt_ids(tokenizer, row["query"]))
@@ -82,7 +86,8 @@ def tokenise(
             if len(prompt) + max(map(len, responses)) > max_length:
                 fault = f"longer than {max_length} tokens"
         if fault is None:
-            examples[identity] = Example(identity, prompt, tuple(responses))
+            advantages = tuple(row["advantages"]) if phase == "rl" else ()
+            examples[identity] = Example(identity, prompt, tuple(responses), advantages)
         else:
             dropped[fault] += 1
     if not examples:
@@ -93,6 +98,9 @@ def tokenise(
 
 def _responses(phase: Phase, row: Row) -> list[str]:
     key, columns = COLUMNS[phase]
+    if phase == "rl":
+        _check_group(row)
+        return list(row["prompts"])
     missing = [name for name in (key, "query", *columns) if not isinstance(row.get(name), str)]
     if missing:
         raise TrainError(
@@ -101,10 +109,22 @@ def _responses(phase: Phase, row: Row) -> list[str]:
     return [row[name] for name in columns]
 
 
-def _fault(responses: list[str]) -> str | None:
-    if not all(text.strip() for text in responses):
+def _check_group(row: Row) -> None:
+    prompts, advantages = row.get("prompts"), row.get("advantages")
+    texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
+    numbers = isinstance(advantages, list) and all(isinstance(value, float) for value in advantages)
+    if not (texts and numbers and len(prompts or ()) == len(advantages or ())):
+        raise TrainError("an rl row has no list of prompts with as many advantages")
+    if not (isinstance(row.get("group_id"), str) and isinstance(row.get("query"), str)):
+        raise TrainError("an rl row has no text in group_id or query")
+
+
+def _fault(phase: Phase, responses: list[str]) -> str | None:
+    if not responses or not all(text.strip() for text in responses):
         return "empty response"
-    return "chosen equals rejected" if len(set(responses)) < len(responses) else None
+    # A policy may write one prompt twice, which then has twice the weight.
+    same = phase != "rl" and len(set(responses)) < len(responses)
+    return "chosen equals rejected" if same else None
 
 
 def _array(ids: list[int]) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder, join
 from vpo_ray.recipe import result_keys
-from vpo_ray.records import PAIR, SFT, Row, content_id
+from vpo_ray.records import GROUP, PAIR, SFT, Row, content_id
 from vpo_ray.storage import run_lock
 from vpo_ray.storage.model_cache import fetch
 from vpo_ray.storage.run_dir import ALSO, RunDir
@@ -56,7 +56,7 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     finished, it returns at once.
 
     Args:
-        rows: of records.SFT or records.PAIR, as the phase needs, or the path of their table.
+        rows: of records.SFT, PAIR or GROUP, as the phase needs, or the path of their table.
 
     Raises:
         PlacementError: the cluster has no room for the workers.
@@ -70,7 +70,9 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     spec = replace(spec, out=Folder(spec.out).uri, run_uri=Folder(spec.run_uri).uri)
     phase, settings = spec.phase, spec.settings
     if isinstance(rows, str):
-        rows = Table(rows, {"sft": SFT, "dpo": PAIR}[phase], COLUMNS[phase][0], ALSO.get(phase, ())).rows()
+        rows = Table(
+            rows, {"sft": SFT, "dpo": PAIR, "rl": GROUP}[phase], COLUMNS[phase][0], ALSO.get(phase, ())
+        ).rows()
     identity_columns = [COLUMNS[phase][0], *ALSO.get(phase, ())]
     rows = sorted(rows, key=lambda row: [str(row.get(name)) for name in identity_columns])
     deepspeed_config(settings, settings.workers)

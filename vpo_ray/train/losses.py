@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpo_ray.recipe import Dpo
+from vpo_ray.recipe import Dpo, Rl
 
 # What a DPO step reports, as means over its pairs.
 DPO_METRICS = (
     "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "end_logp"
 )  # fmt: skip
+
+# What an RL step reports, as means with the weights of its loss: the KL divergence from the reference, the
+# importance ratio, and the share of tokens whose ratio the clipping holds back.
+RL_METRICS = ("kl", "ratio", "clipped")
+
+METRICS: dict[str, tuple[str, ...]] = {"sft": (), "dpo": DPO_METRICS, "rl": RL_METRICS}
 
 
 def sft_loss(token_logps: Tensor) -> Tensor:
@@ -80,3 +86,54 @@ def dpo_loss(
         metrics = (won, chosen - rejected, chosen, rejected, logps[0::2], logps[1::2], ends)
         sums = torch.stack([metric.sum() for metric in metrics]).double()
     return losses.sum(), sums
+
+
+def rl_loss(
+    token_logps: Tensor,
+    sampled: Tensor,
+    reference: Tensor,
+    lengths: Sequence[int],
+    advantages: Tensor,
+    settings: Rl,
+) -> tuple[Tensor, Tensor]:
+    """GRPO's clipped surrogate (arXiv 2402.03300, equation 3) and its variants, summed over responses.
+
+    Args:
+        token_logps: [N] log-probabilities of the tokens of S responses.
+        sampled, reference: [N], the same under the policy that sampled them and under the reference.
+        lengths: tokens of each response.
+        advantages: [S].
+        settings: `ratio`, `clip`, `clip_high`, `aggregate`, `length`, and `beta`, the weight of the KL
+            divergence, of which the estimate is exp(d) - d - 1 with d = reference - policy (Schulman's k3).
+
+    Returns:
+        The sum of losses, to be divided by the number of responses, or with `aggregate: token` of tokens, of
+        the global batch; and the sums of RL_METRICS (without gradient).
+    """
+    count = torch.tensor(lengths, device=token_logps.device)
+    of_token = advantages.to(token_logps.dtype).repeat_interleave(count)
+    log_ratio = token_logps - sampled
+    if settings.ratio == "response":
+        log_ratio = (response_sums(log_ratio, lengths) / count).repeat_interleave(count)
+    ratio = log_ratio.exp()
+    held = ratio.clamp(1 - settings.clip, 1 + settings.clip_high)
+    losses = -torch.min(ratio * of_token, held * of_token)
+    behind = reference - token_logps
+    kl = behind.exp() - behind - 1
+    if settings.beta:
+        losses = losses + settings.beta * kl
+    weights = _weights(count, settings).to(token_logps.dtype)
+    with torch.no_grad():
+        clipped = (ratio < 1 - settings.clip) & (of_token < 0) | (ratio > 1 + settings.clip_high) & (
+            of_token > 0
+        )
+        metrics = torch.stack([kl, ratio, clipped.to(kl.dtype)]) * weights
+    return (losses * weights).sum(), metrics.sum(dim=1).double()
+
+
+def _weights(count: Tensor, settings: Rl) -> Tensor:
+    """The weight of each token of responses of so many tokens [S] in the sum of losses: [N]."""
+    if settings.aggregate == "response":
+        return (1 / count).repeat_interleave(count)
+    ones = torch.ones(int(count.sum()), device=count.device)
+    return ones if settings.aggregate == "token" else ones / settings.length

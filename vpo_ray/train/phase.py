@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vpo_ray.files.folder import Folder, join
-from vpo_ray.recipe import Dpo, Limits, Training
+from vpo_ray.recipe import Dpo, Limits, Rl, Training
 from vpo_ray.records import Row
 from vpo_ray.train.examples import Example, Phase
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # the driver needs no torch for a phase that is done
 class PhaseSpec:
     """What to train, from which policy, and where the result goes.
 
-    phase: `sft` or `dpo`. settings: the recipe's section of the phase.
+    phase: `sft`, `dpo` or `rl`. settings: the recipe's section of the phase.
     model: folder, URI or hub id of the policy to start from.
-    reference: DPO's reference policy; `model` when None.
+    reference: the policy that DPO's and RL's is compared with; `model` when None.
     task_prompt: text with a `{query}` slot, folded into the checkpoint's chat template.
     chat_template_kwargs: arguments of the chat template, which are saved with the checkpoint too.
     out: where the trained policy goes, a folder or URI that all workers reach.
@@ -78,6 +78,12 @@ class Job(PhaseSpec):
         return self.settings
 
     @property
+    def rl(self) -> Rl:
+        """The settings of an RL phase."""
+        assert isinstance(self.settings, Rl)
+        return self.settings
+
+    @property
     def name(self) -> str:
         """The name of the Ray Train run: the same for every start of this job."""
         return f"{self.phase}-{self.id[:16]}"
@@ -107,7 +113,10 @@ class RankState:
     rank: int
     workers: int
     device: torch.device
+    # Log-probabilities under the reference: for DPO of each response, [rows, 2]; for RL of each token of all
+    # rows, [tokens], and in `sampled` under the policy that sampled them.
     reference: np.ndarray | None = None
+    sampled: np.ndarray | None = None
     curve: list[Row] = field(default_factory=list)
     resumed_after: int | None = None
     trackers: Trackers | None = None

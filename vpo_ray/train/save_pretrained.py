@@ -125,7 +125,11 @@ def model_card(facts: Row) -> str:
     counts = "".join(f"| dropped: {reason} | {n} |\n" for reason, n in sorted(facts["dropped"].items()))
     metrics = "".join(f"| {name} | {value:.6g} |\n" for name, value in facts["metrics"].items())
     warned = "".join(f"\n> **Warning:** {text}\n" for text in facts["warnings"])
-    method = {"sft": "supervised fine-tuning", "dpo": "direct preference optimisation"}[facts["phase"]]
+    method = {
+        "sft": "supervised fine-tuning",
+        "dpo": "direct preference optimisation",
+        "rl": "group-relative policy optimisation",
+    }[facts["phase"]]
     lora, license = facts["lora"], facts["license"]
     if lora:
         method += f" of LoRA adapters (rank {lora['r']}{', merged' if lora['merge'] else ''})"

@@ -30,7 +30,7 @@ from vpo_ray.train import checkpoints, failures, packing, zero
 from vpo_ray.train.degenerate import degenerate
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.held_out import best, enough, evaluation_due
-from vpo_ray.train.losses import DPO_METRICS, dpo_loss, response_sums, sft_loss
+from vpo_ray.train.losses import METRICS, dpo_loss, response_sums, rl_loss, sft_loss
 from vpo_ray.train.model_files import digest
 from vpo_ray.train.phase import Job, RankState
 from vpo_ray.train.policy import PackedPolicy, autocasts, check_packing
@@ -117,7 +117,7 @@ class Worker(RankState):
         rows = packing.batch(step, len(job.examples), settings.global_batch, job.seed)
         mine = self._packs(rows)
         learnt = sum(job.examples[r].response_tokens for r in rows)
-        items = len(rows) if job.phase == "dpo" else learnt
+        items = self._items(rows)
         lr = settings.lr * lr_factor(step, job.steps, settings.schedule, settings.warmup_ratio)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -162,7 +162,7 @@ class Worker(RankState):
             if members:
                 sums += torch.cat([loss.double()[None], metrics])
         dist.all_reduce(sums)
-        items = len(rows) if job.phase == "dpo" else sum(job.rows[r].response_tokens for r in rows)
+        items = self._items(rows)
         return {f"eval_{name}": value for name, value in self._means(sums, items).items()}
 
     @cached_property
@@ -175,20 +175,35 @@ class Worker(RankState):
         shares = packing.spread(rows, sizes, self.workers, settings.micro_batch, settings.micro_tokens)
         return shares[self.rank]
 
+    def _items(self, rows: list[int]) -> int:
+        """What sums over a batch are divided by: its pairs, its responses, or the tokens that are learnt."""
+        job = self.job
+        if job.phase == "dpo":
+            return len(rows)
+        if job.phase == "rl" and job.rl.aggregate != "token":
+            return sum(len(job.rows[r].responses) for r in rows)
+        return sum(job.rows[r].response_tokens for r in rows)
+
     def _no_sums(self) -> torch.Tensor:
-        return torch.zeros(1 + len(DPO_METRICS), dtype=torch.float64, device=self.device)
+        return torch.zeros(1 + len(METRICS[self.job.phase]), dtype=torch.float64, device=self.device)
 
     def _means(self, sums: torch.Tensor, items: int) -> Row:
-        names = ("loss", *DPO_METRICS) if self.job.phase == "dpo" else ("loss",)
+        names = ("loss", *METRICS[self.job.phase])
         return dict(zip(names, (sums / items).tolist(), strict=False))
 
     def _loss(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over these rows: the loss, and the metrics of DPO."""
+        """Sums over these rows: the loss, and the phase's metrics."""
         pack = packing.pack([self.job.rows[r] for r in rows]).to(self.device)
         token_logps = self.engine(pack)
         if self.job.phase == "sft":
             return sft_loss(token_logps), self._no_sums()[1:]
         assert self.reference is not None
+        if self.job.phase == "rl":
+            assert self.sampled is not None
+            sampled, reference = (self._tokens(table, rows) for table in (self.sampled, self.reference))
+            advantages = torch.tensor([a for r in rows for a in self.job.rows[r].advantages])
+            given = pack.lengths, advantages.to(self.device), self.job.rl
+            return rl_loss(token_logps, sampled, reference, *given)
         reference = torch.from_numpy(self.reference[rows].reshape(-1)).to(self.device)
         return dpo_loss(token_logps, reference, pack.lengths, self.job.dpo)
 
@@ -223,27 +238,44 @@ class Worker(RankState):
         for text in new.values() if self.rank == 0 else ():
             log.warning("dpo, step %d: %s", line["step"], text)
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Where the tokens of each row begin in a table of all learnt tokens, and where the last ones end."""
+        return np.cumsum([0, *(example.response_tokens for example in self.job.rows)])
+
+    def _tokens(self, table: np.ndarray, rows: list[int]) -> torch.Tensor:
+        """What a table of all learnt tokens has for these rows."""
+        parts = [table[self._starts[r] : self._starts[r + 1]] for r in rows]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
     @torch.no_grad()
     def compute_reference(self, name: str) -> None:
-        """Compute the log-probabilities of all responses under this engine's model, [rows, 2] float32.
-        They are stored in the run under `name` (see reference_name) and computed only once."""
+        """Compute what the phase needs of this engine's model as its reference, see RankState, in float32. It
+        is stored in the run under `name` (see reference_name) and computed only once."""
         job = self.job
         self.say("computing the reference's log-probabilities")
         self.engine.eval()
-        table = torch.zeros(len(job.rows), 2, device=self.device)
         rows = list(range(len(job.rows)))
+        whole = job.phase == "rl"
+        starts = self._starts if whole else np.arange(0, 2 * len(rows) + 1, 2)
+        table = torch.zeros(int(starts[-1]), device=self.device)
         for members in self._packs(rows):
             pack = packing.pack([job.rows[r] for r in members or rows[:1]]).to(self.device)
-            sums = response_sums(self.engine(pack), pack.lengths)
-            if members:
-                table[members] = sums.view(-1, 2)
+            logps = self.engine(pack)
+            values = (logps if whole else response_sums(logps, pack.lengths)).split(
+                [int(starts[r + 1] - starts[r]) for r in members or rows[:1]]
+            )
+            for r, part in zip(members, values, strict=False):
+                table[starts[r] : starts[r + 1]] = part
         dist.all_reduce(table)
-        self.reference = table.cpu().numpy()
-        if not np.isfinite(self.reference).all():
-            ids = [job.rows[r].id for r in np.flatnonzero(~np.isfinite(self.reference).all(axis=1))]
+        found = table.cpu().numpy()
+        if not np.isfinite(found).all():
+            bad = np.unique(np.searchsorted(starts, np.flatnonzero(~np.isfinite(found)), side="right") - 1)
+            ids = [job.rows[r].id for r in bad]
             raise Stopped(f"the reference gives no finite log-probability for rows {', '.join(ids)}")
         if self.rank == 0:
-            _references(job).write(name, self.reference.tobytes())
+            _references(job).write(name, found.tobytes())
+        self.reference = found if whole else found.reshape(-1, 2)
 
     def _finish(self, untrained: Tensor) -> None:
         """Export what was trained; `untrained` are the checksums of the weights before the first step.
@@ -336,7 +368,8 @@ def _work(job: Job, status: Any) -> None:
         return Worker(job, engine, rank, workers, device, status=status)
 
     reference = None
-    if job.phase == "dpo":
+    compared = job.phase != "sft"
+    if compared:
         name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank), products)
         reference = stored_reference(job, name, rank)
         if reference is None and len(models) == 2:
@@ -358,8 +391,10 @@ def _work(job: Job, status: Any) -> None:
         PACKING_TOLERANCE[products],
     )
     worker.reference = reference
-    if job.phase == "dpo" and reference is None:
+    if compared and reference is None:
         worker.compute_reference(name)
+    if job.phase == "rl":
+        worker.sampled = worker.reference if len(models) == 1 else _sampled(worker, rank, products)
     worker.run()
 
 
@@ -376,7 +411,20 @@ def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
         return None
-    return np.frombuffer(_references(job).read(name), dtype=np.float32).reshape(-1, 2).copy()
+    values = np.frombuffer(_references(job).read(name), dtype=np.float32).copy()
+    return values if job.phase == "rl" else values.reshape(-1, 2)
+
+
+def _sampled(worker: Worker, rank: int, products: str) -> np.ndarray:
+    """Log-probabilities of all tokens under the policy that sampled them, which is the one to start from."""
+    job, reference = worker.job, worker.reference
+    name = reference_name(job, _weights_id(fetch(job.model), job.revision, rank), products)
+    found = stored_reference(job, name, rank)
+    if found is None:
+        worker.compute_reference(name)
+        found, worker.reference = worker.reference, reference
+    assert found is not None
+    return found
 
 
 def _references(job: Job) -> Folder:
