@@ -31,6 +31,7 @@ from vpo_ray import terminal
 from vpo_ray.cli import compare as compare_command
 from vpo_ray.cli import console, look
 from vpo_ray.cli import evaluate as evaluate_command
+from vpo_ray.cli import feedback as feedback_command
 from vpo_ray.cli import fetch as fetch_command
 from vpo_ray.cli import init as init_command
 from vpo_ray.cli import plan as plan_command
@@ -190,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
             )
     compare_command.add(command("compare", compare_command.HELP, _plan))
     videos_command.add(command("videos", videos_command.HELP, _plan))
+    feedback_command.add_collect(command("collect", feedback_command.COLLECT, _plan))
+    feedback_command.add_forget(command("forget", feedback_command.FORGET, _plan))
     command("plugins", plugins_command.HELP, lambda _: plugins_command.run())
     reference_command.add(command("schema", reference_command.HELP, reference_command.run))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)

@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         if name == "prune":
             sub.add_argument(
                 "--older-than",
-                type=_age,
+                type=age,
                 metavar="AGE",
                 help="whole videos too that were written longer ago, e.g. 12h, 30d, 8w",
             )
@@ -168,7 +168,7 @@ def _named_by(runs: Iterable[str]) -> set[str]:
     return keep
 
 
-def _age(text: str) -> timedelta:
+def age(text: str) -> timedelta:
     match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([mhdw])", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no age: write 90m, 12h, 30d or 8w")

@@ -8,10 +8,11 @@ from itertools import chain
 
 from vpo_ray.loop.policies import LoopError
 from vpo_ray.recipe import Recipe
-from vpo_ray.records import Row
+from vpo_ray.records import PAIR, Row
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.storage.run_dir import PAIRED, RunDir
+from vpo_ray.storage.tables import Table
 
 COLUMNS = (
     "candidate_id", "query_id", "query", "k", "prompt", "verdict", "refined_prompt", "refined_fault",
@@ -49,6 +50,8 @@ def _pairs(
 ) -> Iterator[Row]:
     """Pairs by query. Counts why there is none, the videos of each strategy, and the candidates seen."""
     formula = recipe.formula and recipe.formula.at(run.round_number())
+    if recipe.pair.also is not None:
+        yield from Table(recipe.pair.also, PAIR, "pair_id").rows()
     for candidates in run.table("feedback").groups("query_id", COLUMNS):
         for name in ("verdict", "error_stage"):
             values = (row[name] for row in candidates if row[name] is not None)

@@ -26,7 +26,7 @@ from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_prese
 from vpo_ray.recipe.plugins import pins, plugins_of
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
-from vpo_ray.recipe.serve import Serve
+from vpo_ray.recipe.serve import Feedback, Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import (
     Dpo,
@@ -56,6 +56,7 @@ __all__ = [
     "EvaluatedPolicy",
     "EvaluatedSet",
     "Evaluation",
+    "Feedback",
     "Floors",
     "Formula",
     "FormulaGate",

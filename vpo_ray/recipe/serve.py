@@ -172,6 +172,25 @@ class Videos(Section):
     max_waiting: Positive = 64
 
 
+class Feedback(Section):
+    """Answers and what users say of them (`/v1/feedback`), kept in a store, for `vpo collect`.
+
+    Only of keys whose line in the file of keys says `feedback=yes`: their owner allows it. `anyone` is for an
+    endpoint without keys, whose users have to be told by other means.
+    """
+
+    store: Place = Field(description="folder or URI of the tables `answers` and `opinions`")
+    queries: Literal["plain", "hash"] = Field(
+        default="plain", description="keep the text of queries, or a hash alone, of which nothing is learnt"
+    )
+    secret_env: str = Field(
+        default="VPO_FEEDBACK_SECRET",
+        description="environment variable with the secret that answers' ids take",
+    )
+    anyone: bool = False
+    notice: str = Field(default="", description="what the page at / tells its users of it")
+
+
 class Require(Section):
     """An evaluation of the checkpoint that has to pass before `vpo deploy` deploys it."""
 
@@ -224,9 +243,20 @@ class Serve(Section):
     autoscaling: Autoscaling = Autoscaling()
     canary: Canary | None = None
     videos: Videos | None = None
+    feedback: Feedback | None = None
     require: Require | None = None
     engine: Engine = Engine()
     pool: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _knows_whose_feedback(self) -> Serve:
+        if self.feedback is not None and self.keys is None and not self.feedback.anyone:
+            raise ValueError(
+                "feedback: without serve.keys nobody can allow it: name keys, or set feedback.anyone: true"
+            )
+        if self.feedback is not None and self.keys is not None:
+            refuse_unused(self.feedback, "anyone", "with serve.keys, whose lines say feedback=yes")
+        return self
 
     @model_validator(mode="after")
     def _all_used(self) -> Serve:

@@ -366,6 +366,9 @@ class Pair(Section):
     video_per_query: Annotated[int, Field(ge=0)] = 1
     text_per_query: Annotated[int, Field(ge=0)] = 1
     precedence: Literal["text", "video", "both"] = "text"
+    also: Annotated[
+        Source | None, Field(description="folder of further pairs, as `vpo collect` writes them")
+    ] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -52,7 +52,7 @@ def completion(result: Optimization, request_id: str) -> dict[str, Any]:
             for index, text in enumerate(texts)
         ],
         "usage": {**usage, "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"]},
-        "vpo": result.model_dump(include={"safety", "fallback", "ranking", "latency"}),
+        "vpo": result.model_dump(include={"id", "safety", "fallback", "ranking", "latency"}),
     }
 
 

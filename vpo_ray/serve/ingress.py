@@ -27,6 +27,7 @@ from vpo_ray.serve import playground
 from vpo_ray.serve.answers import completion, completion_events, event, usage_in
 from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.feedback import FeedbackRequest, feedback_desk
 from vpo_ray.serve.http import Events, application, internal, read_body, refused
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
 from vpo_ray.serve.limits import Admission, CallerLimits
@@ -119,6 +120,7 @@ class Ingress:
             settings.ingress_replicas,
             least=settings.best_of.n if settings.best_of else 1,
         )
+        self.feedback = feedback_desk(settings)
         self.running = 0
         self.created = int(time.time())
         Cors.origins = settings.cors_origins
@@ -205,6 +207,19 @@ class Ingress:
             return _json(OptimizationList(data=data, model=self.settings.model_name))
 
         return await self._admitted(request, "optimize", "optimize", answer)
+
+    @http.post("/v1/feedback", status_code=204, openapi_extra=_documented(FeedbackRequest))
+    async def say(self, request: Request) -> Response:
+        """What a user says of an answer of `/v1/optimize`, by the answer's `id`."""
+
+        async def answer(key: Key, take: Take) -> Response:
+            if self.feedback is None:
+                raise ApiError(404, "this endpoint takes no feedback (serve.feedback)", code="no_feedback")
+            take(1)
+            self.feedback.take(key, await read_body(request, max_body_bytes(self.settings)))
+            return Response(status_code=204)
+
+        return await self._admitted(request, "feedback", "optimize", answer)
 
     @http.post(
         "/v1/videos", status_code=202, openapi_extra=_documented(VideoRequest), response_model=VideoJob
@@ -334,7 +349,7 @@ class Ingress:
     async def _chat_checked(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
         """An answer that is checked as a whole before any of it is sent."""
         result = await self.optimiser(query, fields, request_id)
-        return self._chat_answer(result, fields, key, request_id)
+        return self._chat_answer(self._noted(query, result, key), fields, key, request_id)
 
     def _chat_answer(
         self, result: Optimization, fields: dict[str, Any], key: Key, request_id: str
@@ -351,7 +366,11 @@ class Ingress:
     async def _optimised(self, asked: Asked, index: int, key: Key, request_id: str) -> Optimization:
         result = await self.optimiser(asked.queries[index], asked.fields, request_id, asked.flags[index])
         self.metrics.optimised(result, key.name)
-        return result
+        return self._noted(asked.queries[index], result, key)
+
+    def _noted(self, query: str, result: Optimization, key: Key) -> Optimization:
+        """The answer with its id, where the endpoint keeps it."""
+        return result if self.feedback is None else self.feedback.note(key, query, result)
 
     async def _entry(
         self, asked: Asked, index: int, key: Key, request_id: str
@@ -377,6 +396,7 @@ class Ingress:
                         else:
                             result = part
                 self.metrics.optimised(result, key.name)
+                result = self._noted(asked.queries[0], result, key)
             else:
                 result = await self._optimised(asked, 0, key, request_id)
             yield event("result", result.model_dump())

@@ -42,6 +42,7 @@ class Key:
     digest: str
     requests_per_minute: int | None = None
     concurrency: int | None = None
+    feedback: bool = False
     scopes: tuple[str, ...] = SCOPES
 
 
@@ -66,6 +67,7 @@ def parse_line(line: str) -> Key:
             f"{name}: the name is followed by 64 hex digits; make a line with `vpo key {name}`"
         )
     numbers: dict[str, int] = {}
+    feedback = False
     scopes: tuple[str, ...] = SCOPES
     for option in rest[1:]:
         field, _, value = option.partition("=")
@@ -76,14 +78,16 @@ def parse_line(line: str) -> Key:
             and int(value)
         ):
             numbers[field] = int(value)
+        elif option in ("feedback=yes", "feedback=no"):
+            feedback = value == "yes"
         elif field == "scopes" and set(value.split(",")) <= set(SCOPES):
             scopes = tuple(value.split(","))
         else:
             raise KeyFileError(
-                f"{name}: {option[:64]!r} is no option; there are requests_per_minute=N, concurrency=N and "
-                f"scopes={','.join(SCOPES)}"
+                f"{name}: {option[:64]!r} is no option; there are requests_per_minute=N, concurrency=N, "
+                f"feedback=yes and scopes={','.join(SCOPES)}"
             )
-    return Key(name, rest[0], **numbers, scopes=scopes)
+    return Key(name, rest[0], **numbers, feedback=feedback, scopes=scopes)
 
 
 class KeyRing:

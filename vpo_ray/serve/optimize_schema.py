@@ -82,6 +82,8 @@ class Optimization(BaseModel):
     """The answer to a query. `prompt` is null if it was refused, and the raw query if `fallback`."""
 
     object: Literal["optimization"] = "optimization"
+    # For /v1/feedback; null where the endpoint keeps nothing of this caller.
+    id: str | None = None
     prompt: str | None = None
     alternatives: list[str] = []
     changed: bool = False

@@ -1,0 +1,140 @@
+"""What users said becomes queries, pairs and figures; what they take back is gone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpo_ray.cli import main
+from vpo_ray.evaluation.live import collect
+from vpo_ray.records import PAIR, Row
+from vpo_ray.storage.feedback_tables import FeedbackTables
+from vpo_ray.storage.tables import Table
+
+
+def answer(name: str, query: str | None, prompt: str, *alternatives: str, **more: Any) -> Row:
+    return {
+        "answer_id": name,
+        "key": "studio",
+        "time": 1000.0,
+        "checkpoint": "fp-1",
+        "query_hash": f"hash of {query}",
+        "query": query,
+        "prompt": prompt,
+        "alternatives": list(alternatives),
+        "safety": "pass",
+        **more,
+    }
+
+
+def opinion(name: str, of: str, **more: Any) -> Row:
+    empty = dict.fromkeys(("rating", "chosen", "edited", "comment"))
+    return {"opinion_id": name, "answer_id": of, "key": "studio", "time": 2000.0, **empty, **more}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeedbackTables:
+    tables = FeedbackTables(str(tmp_path / "store"))
+    tables.answers.append(
+        [
+            answer("a", "red ball", "A red ball rolls.", "A ball.", "A red sphere rests."),
+            answer("b", "red ball", "Something red.", time=5000.0),
+            answer("c", None, "A cat."),
+            answer(
+                "d", "knife fight", "Two actors rehearse.", key="other", safety="rewritten", checkpoint="fp-2"
+            ),
+        ]
+    )
+    tables.opinions.append(
+        [
+            opinion("1", "a", rating="up"),
+            opinion("2", "b", rating="down"),
+            opinion("3", "a", edited=" A red ball rolls slowly. "),
+            opinion("4", "a", chosen=2),
+            opinion("5", "c", edited="A cat sleeps."),
+            opinion("6", "d", chosen=7, key="other"),
+            opinion("7", "gone", rating="up"),
+            opinion("8", "d", edited="Two actors rehearse.", key="other"),
+        ]
+    )
+    return tables
+
+
+def pairs(folder: Path) -> set[tuple[str, str, str]]:
+    rows = Table(str(folder / "pairs"), PAIR, "pair_id").rows()
+    return {(row["query"], row["chosen"], row["rejected"]) for row in rows}
+
+
+def test_pairs_come_from_edits_choices_and_thumbs(store: FeedbackTables, tmp_path: Path) -> None:
+    figures = collect(store.uri, str(tmp_path / "live"))
+    assert pairs(tmp_path / "live") == {
+        ("red ball", "A red ball rolls slowly.", "A red ball rolls."),
+        ("red ball", "A red sphere rests.", "A red ball rolls."),
+        ("red ball", "A red sphere rests.", "A ball."),
+        ("red ball", "A red ball rolls.", "Something red."),
+    }
+    assert figures["left_out"] == {
+        "chosen candidate that is none of the answer": 1,
+        "edited prompt that is the same": 1,
+        "opinion on a query of which only a hash is kept": 1,
+        "opinion on an answer that is not kept": 1,
+    }
+    lines = (tmp_path / "live/queries.jsonl").read_text("utf-8").splitlines()
+    assert [(row["query"], row["unsafe"]) for row in map(json.loads, lines)] == [
+        ("knife fight", True),
+        ("red ball", False),
+    ]
+    first = figures["checkpoints"]["fp-1"]
+    assert (first["answers"], first["spoken_of"]) == (3, 3)
+    assert first["liked"]["value"] == pytest.approx(1 / 3)
+    assert first["liked"]["ci_low"] < 1 / 3 < first["liked"]["ci_high"]
+
+
+def test_every_pair_names_what_it_was_made_of(store: FeedbackTables, tmp_path: Path) -> None:
+    collect(store.uri, str(tmp_path / "live"))
+    rows = Table(str(tmp_path / "live/pairs"), PAIR, "pair_id").rows()
+    assert {(row["chosen_id"], row["rejected_id"]) for row in rows} == {
+        ("said:3", "said:a"),
+        ("said:4", "said:a"),
+        ("said:a", "said:b"),
+    }
+
+
+def test_an_answer_that_is_liked_and_disliked_says_nothing(store: FeedbackTables, tmp_path: Path) -> None:
+    store.opinions.append([opinion("9", "a", rating="down")])
+    figures = collect(store.uri, str(tmp_path / "live"))
+    assert figures["left_out"]["answer that was liked and disliked"] == 1
+    assert ("red ball", "A red ball rolls.", "Something red.") not in pairs(tmp_path / "live")
+
+
+def test_a_key_that_leaves_is_gone_from_tables_and_exports(
+    store: FeedbackTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = str(tmp_path / "live")
+    assert main(["collect", store.uri, "--to", live]) == 0
+    assert "4 answers" in capsys.readouterr().out
+    assert main(["forget", store.uri, "--key", "studio", "--collected", live]) == 0
+    assert "9 rows are gone" in capsys.readouterr().out
+    for table in (store.answers, store.opinions):
+        assert {row["key"] for row in table.rows()} == {"other"}
+    assert not pairs(tmp_path / "live")
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"red ball" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [(["--answer", "a.mark"], {"b", "c", "d"}), (["--older-than", "1m"], set())],
+)
+def test_answers_are_forgotten_by_id_and_by_age(
+    store: FeedbackTables, options: list[str], left: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["forget", store.uri, *options]) == 0
+    assert {row["answer_id"] for row in store.answers.rows()} == left
+    assert "a" not in {row["answer_id"] for row in store.opinions.rows()}
+
+
+def test_a_store_that_is_empty_gives_nothing(tmp_path: Path) -> None:
+    figures = collect(str(tmp_path / "store"), str(tmp_path / "live"))
+    assert (figures["answers"], figures["pairs"], figures["checkpoints"]) == (0, 0, {})

@@ -1,0 +1,148 @@
+"""What a serving policy's users said, made into data: queries, preference pairs, and figures of the policy.
+
+`vpo collect STORE --to DIR` reads the tables that an endpoint with `serve.feedback` fills. Whatever it writes
+names the answers and opinions that it was made of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vpo_ray.evaluation.statistics import share_interval
+from vpo_ray.files.folder import Folder
+from vpo_ray.records import PAIR, Row, content_id, normalise, pair_id, query_id
+from vpo_ray.storage.feedback_tables import FeedbackTables
+from vpo_ray.storage.tables import Table
+
+QUERIES, PAIRS, FIGURES = "queries.jsonl", "pairs", "figures.json"
+
+
+def collect(store: str, folder: str) -> dict[str, Any]:
+    """Write `queries.jsonl`, the table `pairs` and `figures.json` to a folder, in place of what was there.
+
+    Returns:
+        The figures: counts of answers, opinions and pairs, of what was left out and why, and for each
+        checkpoint the shares of answers that were liked, disliked and edited, with intervals.
+
+    Raises:
+        StorageError: a table cannot be read, or the folder not be written.
+    """
+    tables, out = FeedbackTables(store), Folder(folder)
+    answers = {row["answer_id"]: row for row in tables.answers.rows()}
+    opinions: dict[str, list[Row]] = defaultdict(list)
+    left_out: Counter[str] = Counter()
+    for row in tables.opinions.rows():
+        if row["answer_id"] in answers:
+            opinions[row["answer_id"]].append(row)
+        else:
+            left_out["opinion on an answer that is not kept"] += 1
+    pairs = {row["pair_id"]: row for row in _pairs(answers, opinions, left_out)}
+    queries = list(_queries(answers))
+    out.write(QUERIES, "".join(json.dumps(row) + "\n" for row in queries).encode())
+    Table(out.at(PAIRS), PAIR, "pair_id").replace(pairs[name] for name in sorted(pairs))
+    figures = {
+        "answers": len(answers),
+        "opinions": sum(map(len, opinions.values())),
+        "queries": len(queries),
+        "pairs": len(pairs),
+        "left_out": dict(sorted(left_out.items())),
+        "checkpoints": _of_checkpoints(answers, opinions),
+    }
+    out.write_json(FIGURES, figures)
+    return figures
+
+
+def _queries(answers: Mapping[str, Row]) -> Iterator[Row]:
+    """Each query once, with whether the gate found it unsafe."""
+    found: dict[str, Row] = {}
+    for name, row in sorted(answers.items()):
+        if row["query"] is not None:
+            unsafe = row["safety"] != "pass"
+            entry = found.setdefault(
+                row["query_hash"], {"query": row["query"], "unsafe": False, "answer_id": name}
+            )
+            entry["unsafe"] |= unsafe
+    yield from (found[name] for name in sorted(found))
+
+
+def _pairs(
+    answers: Mapping[str, Row], opinions: Mapping[str, list[Row]], left_out: Counter[str]
+) -> Iterator[Row]:
+    """An edited prompt over ours, a chosen candidate over the others, and a liked prompt over a disliked one
+    of the same query."""
+    liked: dict[str, dict[str, Row]] = defaultdict(dict)
+    disliked: dict[str, dict[str, Row]] = defaultdict(dict)
+    for name, said in sorted(opinions.items()):
+        answer = answers[name]
+        if answer["query"] is None:
+            left_out["opinion on a query of which only a hash is kept"] += len(said)
+            continue
+        candidates = [answer["prompt"], *answer["alternatives"]]
+        votes = {row["rating"] for row in said if row["rating"]}
+        if votes == {"up", "down"}:
+            left_out["answer that was liked and disliked"] += 1
+        elif votes:
+            (liked if votes == {"up"} else disliked)[answer["query_hash"]][answer["prompt"]] = answer
+        for row in said:
+            edited = (row["edited"] or "").strip()
+            if edited and edited != answer["prompt"]:
+                yield _pair(answer, edited, answer["prompt"], row["opinion_id"], name)
+            elif edited:
+                left_out["edited prompt that is the same"] += 1
+            chosen = row["chosen"]
+            if chosen is not None and chosen >= len(candidates):
+                left_out["chosen candidate that is none of the answer"] += 1
+            elif chosen is not None:
+                for other in dict.fromkeys(candidates):
+                    if other != candidates[chosen]:
+                        yield _pair(answer, candidates[chosen], other, row["opinion_id"], name)
+    for query, better in sorted(liked.items()):
+        for prompt, answer in sorted(better.items()):
+            for other, worse in sorted(disliked.get(query, {}).items()):
+                if other != prompt:
+                    yield _pair(answer, prompt, other, answer["answer_id"], worse["answer_id"])
+
+
+def _pair(answer: Row, chosen: str, rejected: str, chosen_by: str, rejected_by: str) -> Row:
+    ids = f"said:{chosen_by}", f"said:{rejected_by}"
+    query = normalise(answer["query"])
+    return {
+        "pair_id": pair_id("text", *ids, chosen, rejected),
+        "query_id": query_id(query),
+        "query": query,
+        "chosen": chosen,
+        "rejected": rejected,
+        "kind": "text",
+        "margin": None,
+        "chosen_id": ids[0],
+        "rejected_id": ids[1],
+    }
+
+
+def _of_checkpoints(answers: Mapping[str, Row], opinions: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """Of the answers that somebody spoke of: the shares that were liked, disliked and edited."""
+    by: dict[str, list[tuple[Row, list[Row]]]] = defaultdict(list)
+    for name, answer in answers.items():
+        by[answer["checkpoint"] or ""].append((answer, opinions.get(name, [])))
+    found = {}
+    for checkpoint, rows in sorted(by.items()):
+        spoken = [said for _, said in rows if said]
+        shares = {
+            "liked": sum(any(o["rating"] == "up" for o in said) for said in spoken),
+            "disliked": sum(any(o["rating"] == "down" for o in said) for said in spoken),
+            "edited": sum(any(o["edited"] for o in said) for said in spoken),
+        }
+        found[checkpoint or content_id("no checkpoint", digits=8)] = {
+            "answers": len(rows),
+            "spoken_of": len(spoken),
+            **{name: _share(count, len(spoken)) for name, count in shares.items()},
+        }
+    return found
+
+
+def _share(count: int, n: int) -> dict[str, float | int | None]:
+    interval = share_interval(count, n)
+    return {"value": interval.value, "ci_low": interval.low, "ci_high": interval.high, "n": n}

@@ -1,0 +1,151 @@
+"""What users say of answers: `POST /v1/feedback`, and what is kept for it. Off unless a recipe has it.
+
+Rows are appended to the store in parts, at most `FLUSH_S` seconds after they came; a replica that is killed
+loses what is younger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from vpo_ray.files.folder import StorageError
+from vpo_ray.recipe import Feedback, Serve
+from vpo_ray.records import Row, content_id
+from vpo_ray.serve.answer_ids import AnswerIds
+from vpo_ray.serve.errors import ApiError, explained
+from vpo_ray.serve.keys import ANYONE, Key
+from vpo_ray.serve.optimize_schema import Optimization
+from vpo_ray.serve.request import RequestBody, Text, read_json
+from vpo_ray.storage.feedback_tables import FeedbackTables
+from vpo_ray.storage.tables import Table
+
+logger = logging.getLogger("ray.serve")
+
+FLUSH_S, FLUSH_ROWS = 5.0, 500
+# Rows that wait at most while the store does not answer; more are dropped, and counted in the log.
+MOST_ROWS = 20_000
+
+
+class FeedbackRequest(RequestBody):
+    """What a user says of an answer: at least one of rating, chosen, edited and comment."""
+
+    id: Annotated[str, Field(min_length=1, max_length=200)]
+    rating: Literal["up", "down"] | None = None
+    chosen: (
+        Annotated[int, Field(ge=0, le=64, description="0 is the prompt, 1 the first alternative")] | None
+    ) = None
+    edited: Annotated[Text, Field(min_length=1, max_length=8000)] | None = None
+    comment: Annotated[Text, Field(min_length=1, max_length=2000)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FeedbackRequest:
+        if self.rating is None and self.chosen is None and self.edited is None and self.comment is None:
+            raise ValueError("give at least one of rating, chosen, edited and comment")
+        return self
+
+
+class FeedbackDesk:
+    """Notes answers, and takes what is said of them.
+
+    Raises:
+        SecretMissing: see `AnswerIds`.
+    """
+
+    def __init__(self, settings: Feedback) -> None:
+        self.settings, self.ids = settings, AnswerIds(settings.secret_env)
+        tables = FeedbackTables(settings.store)
+        self.answers, self.opinions = _Appender(tables.answers), _Appender(tables.opinions)
+
+    def allows(self, key: Key) -> bool:
+        """Whether the owner of a key allows that its queries and answers are kept and learnt from."""
+        return self.settings.anyone if key is ANYONE else key.feedback
+
+    def note(self, key: Key, query: str, answer: Optimization) -> Optimization:
+        """Keep an answer of an optimised query; returns it with its id."""
+        if answer.prompt is None or answer.fallback or not self.allows(key):
+            return answer
+        id = self.ids.make(key.name, query, answer)
+        row: Row = {
+            "answer_id": id.partition(".")[0],
+            "key": key.name,
+            "time": time.time(),
+            "checkpoint": answer.system_fingerprint or answer.model,
+            "query_hash": content_id("query", query),
+            "query": query if self.settings.queries == "plain" else None,
+            "prompt": answer.prompt,
+            "alternatives": answer.alternatives,
+            "safety": answer.safety.outcome,
+        }
+        self.answers.add(row)
+        return answer.model_copy(update={"id": id})
+
+    def take(self, key: Key, body: bytes) -> None:
+        """Keep what a request says.
+
+        Raises:
+            ApiError: 400 or 422 for a body that is none, 404 for an answer that this key did not get, 403
+                where its owner does not allow it.
+        """
+        try:
+            said = FeedbackRequest.model_validate(read_json(body))
+        except ValidationError as error:
+            raise explained(error, 422) from None
+        if not self.allows(key):
+            message = "this key does not allow that feedback is kept: its line has no feedback=yes"
+            raise ApiError(403, message, code="feedback_not_allowed")
+        answer = self.ids.check(key.name, said.id)
+        if answer is None:
+            raise ApiError(404, "no answer of this key has this id", "id", "answer_not_found")
+        given = said.model_dump(exclude={"id"})
+        row = {
+            "opinion_id": content_id("opinion", answer, sorted(given.items())),
+            "answer_id": answer,
+            "key": key.name,
+            "time": time.time(),
+            **given,
+        }
+        self.opinions.add(row)
+
+
+class _Appender:
+    """Appends rows to a table in the background, some at a time."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.rows = table, {}  # type: tuple[Table, dict[str, Row]]
+        self.task: asyncio.Task[None] | None = None
+        self.dropped = 0
+
+    def add(self, row: Row) -> None:
+        if len(self.rows) >= MOST_ROWS:
+            self.dropped += 1
+            return
+        self.rows.setdefault(str(row[self.table.key]), row)
+        if self.task is None or self.task.done():
+            self.task = asyncio.get_running_loop().create_task(self._flush_soon())
+
+    async def _flush_soon(self) -> None:
+        while self.rows:
+            if len(self.rows) < FLUSH_ROWS:
+                await asyncio.sleep(FLUSH_S)
+            some = dict(list(self.rows.items())[: 10 * FLUSH_ROWS])
+            try:
+                await asyncio.to_thread(self.table.append, list(some.values()))
+            except StorageError as error:
+                logger.error("feedback is not written to %s, trying again: %s", self.table.uri, error)
+                await asyncio.sleep(FLUSH_S)
+                continue
+            for name in some:
+                self.rows.pop(name, None)
+            if self.dropped:
+                logger.error("%d rows of feedback were dropped while %s failed", self.dropped, self.table.uri)
+                self.dropped = 0
+
+
+def feedback_desk(settings: Serve) -> FeedbackDesk | None:
+    """The desk of an endpoint that has one."""
+    return FeedbackDesk(settings.feedback) if settings.feedback is not None else None
