@@ -10,7 +10,7 @@ import pytest
 from vpo_ray.loop.opening import open_run
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.loop.phases import curate_queries
-from vpo_ray.loop.policies import LoopError, Start, dpo_id, policy_id
+from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id
 from vpo_ray.loop.rounds import run_rounds
 from vpo_ray.recipe import Recipe, load
 from vpo_ray.stages.sample import candidates
@@ -69,7 +69,7 @@ def test_a_round_starts_from_the_policy_of_the_round_before(
     first = open_run(recipe)
     write_feedback(recipe, first, policy_id(recipe, first), "First:")
     make_pairs(recipe, first)
-    identity = dpo_id(recipe, first, Start("", policy_id(recipe, first)))
+    identity = learnt_id(recipe, first, Start("", policy_id(recipe, first)))
     second = RunDir(first.at("rounds/2"))
     write_feedback(recipe, second, identity, "Second:")
     for run in (first, second):  # else an engine would be started to serve it
