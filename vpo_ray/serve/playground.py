@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 from fastapi.responses import Response
@@ -28,6 +29,8 @@ def page(settings: Serve) -> Response:
     html = (FOLDER / "index.html").read_text("utf-8")
     facts = f'data-keys="{settings.keys is not None}" data-max-n="{settings.max_n}"'
     facts += f' data-videos="{settings.videos is not None}"'
+    if settings.feedback is not None and settings.feedback.notice:
+        facts += f' data-notice="{escape(settings.feedback.notice)}"'
     text = html.replace('<html lang="en">', f'<html lang="en" {facts}>')
     return Response(text, media_type=TYPES[".html"], headers=HEADERS)
 

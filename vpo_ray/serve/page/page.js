@@ -5,6 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const at = (path) => new URL(path, document.baseURI);
 let last = null;
+let answerId = null;
 
 function headers() {
   const key = $("key").value.trim();
@@ -72,8 +73,24 @@ function difference(before, after) {
   return row;
 }
 
+// What a user says of the answer that is shown.
+async function say(opinion) {
+  problem("");
+  try {
+    const body = JSON.stringify({ id: answerId, ...opinion });
+    const reply = await fetch(at("v1/feedback"), { method: "POST", headers: headers(), body });
+    if (!reply.ok) throw await refusal(reply);
+    $("thanks").textContent = "Thank you.";
+  } catch (error) {
+    problem(error.message);
+  }
+}
+
 function show(query, result) {
   last = result.prompt === null ? null : { query };
+  answerId = result.id;
+  $("opinion").hidden = answerId === null;
+  $("edited").value = result.prompt ?? "";
   $("prompt").textContent = result.prompt ?? "No prompt: the query was refused.";
   const safety = result.safety;
   $("safety").dataset.outcome = safety.outcome;
@@ -107,8 +124,8 @@ async function optimise() {
     const body = { query, n: 1 + Number($("n").value), stream: true, ...(seed ? { seed: Number(seed) } : {}) };
     const reply = await fetch(at("v1/optimize"), { method: "POST", headers: headers(), body: JSON.stringify(body) });
     if (!reply.ok) throw await refusal(reply);
-    for (const id of ["changes", "others", "reasons", "video", "copy"]) $(id).hidden = true;
-    for (const id of ["prompt", "safety", "facts"]) $(id).textContent = "";
+    for (const id of ["changes", "others", "reasons", "video", "copy", "opinion"]) $(id).hidden = true;
+    for (const id of ["prompt", "safety", "facts", "thanks"]) $(id).textContent = "";
     $("answer").hidden = false;
     for await (const [name, data] of events(reply)) {
       if (name === "prompt") $("prompt").append(data.delta);
@@ -155,7 +172,12 @@ $("query").addEventListener("keydown", (event) => {
 });
 $("film").addEventListener("click", film);
 $("copy").addEventListener("click", () => navigator.clipboard?.writeText($("prompt").textContent));
+$("up").addEventListener("click", () => say({ rating: "up" }));
+$("down").addEventListener("click", () => say({ rating: "down" }));
+$("send").addEventListener("click", () => say({ edited: $("edited").value }));
 const facts = document.documentElement.dataset;
+$("notice").textContent = facts.notice ?? "";
+$("notice").hidden = !facts.notice;
 $("film").hidden = facts.videos !== "True";
 $("key").closest("label").hidden = facts.keys !== "True";
 $("n").max = Number(facts.maxN) - 1;
