@@ -33,9 +33,7 @@ def candidate(k: int, score: float | None = None, verdict: str | None = "aligned
     }
 
 
-def grouped(
-    *rows: Row, **options: Any
-) -> tuple[Row | None, Counter[str], Counter[str]]:
+def grouped(*rows: Row, **options: Any) -> tuple[Row | None, Counter[str], Counter[str]]:
     left_out, without = Counter[str](), Counter[str]()
     found = group_of_query(rows, Rl(**NEEDED, **options), 0.5, left_out, without)
     if found is not None:

@@ -45,9 +45,7 @@ def make_groups(recipe: Recipe, run: RunDir) -> int:
     return count
 
 
-def _groups(
-    recipe: Recipe, run: RunDir, left_out: Counter[str], without: Counter[str]
-) -> Iterator[Row]:
+def _groups(recipe: Recipe, run: RunDir, left_out: Counter[str], without: Counter[str]) -> Iterator[Row]:
     assert recipe.rl is not None
     ignored: Counter[str] = Counter()
     scores = (row["score"] for rows in _candidates(recipe, run, ignored) for row in rows)

@@ -44,6 +44,7 @@ from vpo_ray.serve.pairs import pairs_file
 from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
+from vpo_ray.serve.wishes import NO_WISHES
 from vpo_ray.storage.videos import VideoStore
 
 logger = logging.getLogger("ray.serve")
@@ -364,7 +365,8 @@ class Ingress:
         return Events(completion_events(whole, with_usage))
 
     async def _optimised(self, asked: Asked, index: int, key: Key, request_id: str) -> Optimization:
-        result = await self.optimiser(asked.queries[index], asked.fields, request_id, asked.flags[index])
+        query, flags = asked.queries[index], asked.flags[index]
+        result = await self.optimiser(query, asked.fields, request_id, flags, asked.wishes)
         self.metrics.optimised(result, key.name)
         return self._noted(asked.queries[index], result, key)
 
@@ -387,7 +389,8 @@ class Ingress:
         """`prompt` events with the text as it is written, then one `result` or `error`."""
         try:
             # Several candidates, or ones that are checked or ranked first, are sent at the end.
-            if asked.fields["n"] == 1 and not self.optimiser.needs_whole_prompts:
+            whole = self.optimiser.needs_whole_prompts or asked.wishes != NO_WISHES
+            if asked.fields["n"] == 1 and not whole:
                 stream = self.optimiser.stream(asked.queries[0], asked.fields, request_id, asked.flags[0])
                 async with aclosing(stream):
                     async for part in stream:

@@ -22,6 +22,7 @@ from vpo_ray.serve.optimize_schema import GeneratorFlag, Latency, Optimization, 
 from vpo_ray.serve.policy import PolicyClient, PolicyFailed
 from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import CLEAR, UNAVAILABLE, Gate, SafetyVerdict
+from vpo_ray.serve.wishes import NO_WISHES, Wishes
 
 
 def build_optimiser(
@@ -64,12 +65,18 @@ class Optimiser:
         return self.gate.settings.prompt or self.ranker is not None
 
     async def __call__(
-        self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
+        self,
+        query: str,
+        fields: Mapping[str, Any],
+        request_id: str,
+        flags: Sequence[GeneratorFlag] = (),
+        wishes: Wishes = NO_WISHES,
     ) -> Optimization:
         """Optimise one query. What the gate refuses is an answer, not an error.
 
         Args:
             flags: generator flags of the query. The policy does not see them, the gate does.
+            wishes: of the request; where no prompt meets them, the policy is asked once more.
 
         Raises:
             ApiError: the engine refuses the query (400), or is overloaded.
@@ -80,20 +87,38 @@ class Optimiser:
             checked = await self.check_query(query, flags)
         if checked.refused:
             return _finished(self.result(checked), query, clock)
+        if wishes.skips(query):
+            with clock.part("gate"):
+                result = await self.fall_back(checked)
+            kept = {"fallback": False, "skipped": result.prompt is not None}
+            return _finished(result.model_copy(update=kept), query, clock)
+        prompts, facts = await self._written(query, self._asked(fields), request_id, clock)
+        if wishes.of_prompts and prompts and all(map(wishes.unmet, prompts)):
+            again = {**self._asked(fields), "seed": _next_seed(fields["seed"])}
+            more, spent = await self._written(query, again, request_id, clock)
+            prompts = list(dict.fromkeys([*prompts, *more]))
+            facts |= {"usage": _sum(facts.get("usage"), spent.get("usage"))}
+        if prompts:
+            result = await self._choose(checked, wishes.best(prompts), fields["n"], clock)
+            facts["unmet"] = wishes.unmet(result.prompt) if result.prompt else []
+        else:
+            result = await self._without_prompt(checked, clock)
+        return _finished(result.model_copy(update=facts), query, clock)
+
+    async def _written(
+        self, query: str, asked: Mapping[str, Any], request_id: str, clock: _Clock
+    ) -> tuple[list[str], dict[str, Any]]:
+        """The policy's prompts, each once, and usage and fingerprint. No prompt where it fails and the recipe
+        has a fallback."""
         reply: Mapping[str, Any] = {"choices": []}
         try:
             with clock.part("optimiser"):
-                reply = await self.policy.answer(query, self._asked(fields), request_id)
+                reply = await self.policy.answer(query, asked, request_id)
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
         texts = [(choice["message"].get("content") or "").strip() for choice in reply["choices"]]
-        prompts = [text for text in dict.fromkeys(texts) if text]
-        if prompts:
-            result = await self._choose(checked, prompts, fields["n"], clock)
-        else:
-            result = await self._without_prompt(checked, clock)
-        return _finished(result.model_copy(update=_facts(reply)), query, clock)
+        return [text for text in dict.fromkeys(texts) if text], _facts(reply)
 
     async def stream(
         self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
@@ -237,6 +262,16 @@ def _facts(reply: Mapping[str, Any]) -> dict[str, Any]:
     if fingerprint := reply.get("system_fingerprint"):
         facts["system_fingerprint"] = fingerprint
     return facts
+
+
+def _next_seed(seed: int | None) -> int | None:
+    """Another seed for the same request, where it has one."""
+    return None if seed is None else seed - 1 if seed == 2**63 - 1 else seed + 1
+
+
+def _sum(first: TokenUsage | None, second: TokenUsage | None) -> TokenUsage:
+    a, b = first or TokenUsage(), second or TokenUsage()
+    return TokenUsage(**{name: getattr(a, name) + getattr(b, name) for name in TokenUsage.model_fields})
 
 
 def _with_flags(query: str, flags: Sequence[GeneratorFlag]) -> str:

@@ -15,10 +15,14 @@ from vpo_ray.flags import split_flags
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
+from vpo_ray.serve.wishes import NO_WISHES, Wishes
 
 
 class OptimizeRequest(RequestBody):
-    """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`."""
+    """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`.
+
+    `keep`, `max_words` and `skip_if_words` are wishes: see `vpo_ray.serve.wishes`.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["query"]}, {"required": ["queries"]}]},
@@ -31,6 +35,11 @@ class OptimizeRequest(RequestBody):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     stream: bool = False
+    keep: Annotated[
+        list[Annotated[Text, Field(min_length=1, max_length=200)]] | None, Field(max_length=16)
+    ] = None
+    max_words: Annotated[int, Field(ge=1)] | None = None
+    skip_if_words: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _either(self) -> OptimizeRequest:
@@ -90,6 +99,10 @@ class Optimization(BaseModel):
     flags: list[GeneratorFlag] = []
     safety: SafetyOutcome = SafetyOutcome()
     fallback: bool = False
+    # The query was long enough to be left as it is, as the request wished.
+    skipped: bool = False
+    # Wishes of the request that the prompt does not meet.
+    unmet: list[str] = []
     ranking: list[Rank] | None = None
     model: str
     system_fingerprint: str | None = None
@@ -114,6 +127,7 @@ class Asked:
     fields: dict[str, Any]
     single: bool = True
     stream: bool = False
+    wishes: Wishes = NO_WISHES
 
 
 def parse_optimize(body: bytes, settings: Serve) -> Asked:
@@ -139,7 +153,8 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     separated = [separate(query or "") for query in queries]
     fields = engine_fields(settings, request.n, request.seed, request.temperature)
     texts, found = [text for text, _ in separated], [flags for _, flags in separated]
-    return Asked(texts, found, fields, request.queries is None, request.stream)
+    wishes = Wishes(tuple(request.keep or ()), request.max_words, request.skip_if_words)
+    return Asked(texts, found, fields, request.queries is None, request.stream, wishes)
 
 
 def separate(query: str) -> tuple[str, list[GeneratorFlag]]:

@@ -1,7 +1,7 @@
 """Group: all candidates of a query become one row of group-relative learning. Pure functions.
 
-The reward of a candidate is its video's score, by a reward or by the recipe's formula. One that the judge refuses has no video; its reward is a
-floor, so that safety and intent are learnt from text alone.
+The reward of a candidate is its video's score, by a reward or by the recipe's formula. One that the judge
+refuses has no video; its reward is a floor, so that safety and intent are learnt from text alone.
 """
 
 from __future__ import annotations

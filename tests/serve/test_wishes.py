@@ -1,0 +1,100 @@
+"""Wishes of a request: words that stay, a length, and a long query that is left alone."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpo_ray.recipe import Serve
+from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.optimiser import Optimiser
+from vpo_ray.serve.optimize_schema import parse_optimize
+from vpo_ray.serve.safety import Gate
+from vpo_ray.serve.wishes import NO_WISHES, Wishes
+
+PROMPTS = st.lists(st.text("ab ", max_size=12), min_size=1, max_size=5)
+
+
+class Policy:
+    """Answers with the prompts that it was given, one request after the other; notes the seeds."""
+
+    def __init__(self, *replies: list[str]) -> None:
+        self.replies, self.seeds = list(replies), []  # type: tuple[list[list[str]], list[Any]]
+
+    async def answer(self, query: str, fields: Any, request_id: str) -> dict[str, Any]:
+        self.seeds.append(fields["seed"])
+        choices = [{"message": {"content": text}} for text in self.replies.pop(0)]
+        return {"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 5}}
+
+
+def asked(policy: Policy, wishes: Wishes, query: str = "a red ball", seed: int | None = 5) -> Any:
+    settings = Serve()
+    optimiser = Optimiser(policy, Gate(settings.safety), None, settings)  # type: ignore[arg-type]
+    fields = {"n": 1, "temperature": 0.7, "seed": seed}
+    return asyncio.run(optimiser(query, fields, "id", (), wishes))
+
+
+def test_a_prompt_that_meets_them_is_asked_for_once() -> None:
+    policy = Policy(["A RED  ball rolls."])
+    result = asked(policy, Wishes(("red ball",), 10))
+    assert (result.prompt, result.unmet, policy.seeds) == ("A RED  ball rolls.", [], [5])
+
+
+def test_where_none_meets_them_it_is_asked_once_more() -> None:
+    policy = Policy(["A ball rolls over green grass."], ["A red ball rolls."])
+    result = asked(policy, Wishes(("red",), 5))
+    assert (result.prompt, result.unmet, policy.seeds) == ("A red ball rolls.", [], [5, 6])
+    assert result.usage.completion_tokens == 10
+
+
+def test_what_is_still_unmet_is_told() -> None:
+    policy = Policy(["A ball rolls over green grass."], ["A red ball rolls over green grass."])
+    result = asked(policy, Wishes(("red",), 5), seed=None)
+    assert result.prompt == "A red ball rolls over green grass."
+    assert result.unmet == ["max_words: 7"]
+    assert policy.seeds == [None, None]
+
+
+def test_a_long_query_is_left_as_it_is() -> None:
+    result = asked(Policy(), Wishes(skip_if_words=3))
+    assert (result.prompt, result.skipped, result.changed, result.fallback) == (
+        "a red ball",
+        True,
+        False,
+        False,
+    )
+    assert not asked(Policy(["A ball."]), Wishes(skip_if_words=4)).skipped
+
+
+def test_words_are_counted_in_any_script() -> None:
+    assert Wishes(max_words=3).unmet("红色的球") == ["max_words: 4"]
+    assert Wishes(("Ｒｅｄ",)).unmet("a red ball") == []
+
+
+@given(PROMPTS, st.integers(1, 4))
+def test_the_best_leave_the_least_unmet(prompts: list[str], most: int) -> None:
+    wishes = Wishes(("a", "b"), most)
+    best = wishes.best(prompts)
+    assert best
+    assert {len(wishes.unmet(p)) for p in best} == {min(len(wishes.unmet(p)) for p in prompts)}
+
+
+def test_requests_have_wishes() -> None:
+    def parsed(**body: Any) -> Wishes:
+        return parse_optimize(json.dumps({"query": "q", **body}).encode(), Serve()).wishes
+
+    assert parsed() == NO_WISHES
+    assert parsed(keep=["red"], max_words=9, skip_if_words=40) == Wishes(("red",), 9, 40)
+    for bad in (
+        {"keep": "red"},
+        {"keep": [""]},
+        {"keep": ["x"] * 17},
+        {"max_words": 0},
+        {"skip_if_words": "1"},
+    ):
+        with pytest.raises(ApiError) as refused:
+            parsed(**bad)
+        assert refused.value.status == 422
