@@ -101,7 +101,7 @@ def test_a_round_starts_from_the_policy_of_the_round_before(
 
 
 def test_rounds_need_a_dpo_section_that_leaves_a_whole_model(tmp_path: Path) -> None:
-    with pytest.raises(LoopError, match="needs a dpo section"):
+    with pytest.raises(LoopError, match="needs a dpo or rl section"):
         run_rounds(recipe_of([], tmp_path).model_copy(update={"dpo": None}), 2)
     with pytest.raises(LoopError, match=r"dpo\.lora\.merge true"):
         run_rounds(recipe_of([], tmp_path, **{"dpo.lora": "{merge: false}"}), 2)
