@@ -78,6 +78,8 @@ COMMANDS = {
     "render": [*RECIPE, "--retry-errors", "--shard"],
     "score": [*RECIPE, "--retry-errors", "--shard"],
     "pair": RECIPE,
+    "group": RECIPE,
+    "rl": RECIPE,
     "dpo": RECIPE,
     "train": RECIPE,
     "evaluate": [
@@ -93,6 +95,8 @@ COMMANDS = {
     "report": RECIPE,
     "compare": ["ACTION", "--help"],
     "videos": ["ACTION", "--help"],
+    "collect": ["store", "--help", "--to", "--json"],
+    "forget": ["store", "--help", "--key", "--answer", "--older-than", "--collected"],
     "plugins": ["--help"],
     "schema": ["--help", "--markdown"],
     "export": [*RECIPE, "--format", "--to", "--bare"],
