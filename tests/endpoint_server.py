@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             request = {}
             for part in parts.iter_parts():
                 name = part.get_param("name", header="content-disposition")
-                request[name] = part.get_payload(decode=True).decode()
+                request[name] = part.get_payload(decode=True).decode(errors="replace")
         else:
             request = json.loads(data)
         server = self.server

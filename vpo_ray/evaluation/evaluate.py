@@ -343,7 +343,7 @@ def _present(rewards: Mapping[str, Reward]) -> tuple[dict[str, Reward], dict[str
     """Measures whose models are here, and why the others are left out."""
     absent = {}
     for name, reward in rewards.items():
-        for key, place in sources(reward):
+        for key, place in {**dict(sources(reward)), **reward.files(), **reward.models()}.items():
             local = place.startswith((".", "/")) or place.count("/") > 1
             if "://" not in place and local and not Path(place).exists():
                 absent[name] = f"{key}: {place} is not there"
