@@ -13,6 +13,7 @@ vpo videos ls|verify|prune STORE    the store of rendered videos
 vpo compare page|votes              what people prefer, on a page of blind pairs
 vpo plugins                         models of others that a recipe can name here
 vpo schema                          every key of a recipe, for editors or people
+vpo convert-reward KIND ...         published weights of a reward, as safetensors with a card
 vpo serve CHECKPOINT                the trained policy behind an OpenAI-compatible endpoint
 vpo deploy recipe.yaml              the same on a cluster, where it stays
 vpo key NAME                        a key for a caller of that endpoint
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING
 from vpo_ray import terminal
 from vpo_ray.cli import compare as compare_command
 from vpo_ray.cli import console, look
+from vpo_ray.cli import convert_reward as convert_command
 from vpo_ray.cli import evaluate as evaluate_command
 from vpo_ray.cli import feedback as feedback_command
 from vpo_ray.cli import fetch as fetch_command
@@ -195,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     feedback_command.add_forget(command("forget", feedback_command.FORGET, _plan))
     command("plugins", plugins_command.HELP, lambda _: plugins_command.run())
     reference_command.add(command("schema", reference_command.HELP, reference_command.run))
+    convert_command.add(command("convert-reward", convert_command.HELP, convert_command.run))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
     export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")

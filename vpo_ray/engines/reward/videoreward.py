@@ -64,6 +64,7 @@ class VideoReward:
     Options = VideoRewardOptions
     version = "1"
     checkpoints = ("model",)
+    dimensions = ("VQ", "MQ", "TA", "VQ_raw", "MQ_raw", "TA_raw")
 
     def __init__(self, settings: Reward, options: VideoRewardOptions) -> None:
         self.options = options
