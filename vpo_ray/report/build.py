@@ -18,6 +18,7 @@ from vpo_ray.report.page import render_page
 from vpo_ray.storage.run_dir import RunDir
 
 PAGE = "report/index.html"
+SHOWN_GROUPS = 12
 _LABELS = {
     "queries": "queries to sample",
     "candidates": "candidate prompts",
@@ -53,9 +54,24 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
         charts=charts({phase: run.metrics(phase) for phase in ("sft", "dpo", "rl")}),
         example=_json(run, "example.json", None),
         cards=cards(run, recipe),
+        groups=_groups(run),
     )
     run.write(PAGE, page)
     return run.at(PAGE)
+
+
+def _groups(run: RunDir) -> list[dict[str, Any]]:
+    """The first groups by their ids: the query, and (reward, prompt) of each candidate, the best first."""
+    rows = sorted(
+        run.table("groups").rows(["group_id", "query", "prompts", "rewards"]), key=lambda r: r["group_id"]
+    )
+    return [
+        {
+            "query": row["query"],
+            "candidates": sorted(zip(row["rewards"], row["prompts"], strict=True), reverse=True),
+        }
+        for row in rows[:SHOWN_GROUPS]
+    ]
 
 
 def _json(run: RunDir, name: str, default: Any) -> Any:
