@@ -45,6 +45,8 @@ def test_text_says_what_is_not_here_and_no_number_is_made_up(capsys: pytest.Capt
     assert cli.main(["plan", "vpo_cogvideox_2b", "--gpus", "8", "--gpu-type", "A100"]) == 5
     text = capsys.readouterr().out
     assert "queries     not known: they are not on this machine; give --queries N" in text
+    assert "published   about 119.9 GB of weights; `vpo fetch" in text
+    assert "(about 16.1 GB, licence: Meta Llama 3 Community, gated" in text
     assert "not here    5 of what the recipe names" in text
     assert "videos      not known how many of 49 x 720 x 480" in text
     assert "wall time   not known" in text

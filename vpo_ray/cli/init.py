@@ -8,12 +8,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vpo_ray.cli.init_recipe import JUDGE, POLICY, REWARDS, SERVICE, VIDEO, ChoiceError, Choices, recipe_text
-
-if TYPE_CHECKING:
-    from vpo_ray.recipe.published import Published
 
 HELP = "ask what is wanted, or take it by options, and write a recipe"
 _QUERIES = "queries.jsonl"
@@ -125,6 +122,7 @@ def _copy_examples(folder: Path) -> None:
 
 
 def _next_steps(path: Path, recipe: object, example: str | None) -> Iterator[str]:
+    from vpo_ray.plan.show import described
     from vpo_ray.recipe import Recipe
     from vpo_ray.recipe.published import downloads
 
@@ -137,20 +135,8 @@ def _next_steps(path: Path, recipe: object, example: str | None) -> Iterator[str
         wanted, own = downloads(recipe)
         if wanted:
             yield f"to download, by vpo fetch {path}:"
-        yield from (f"  {_described(each)}" for each in wanted)
+        yield from (f"  {described(each)}" for each in wanted)
         yield from (f"to bring: {key}: {name}" for key, name in own.items())
         yield "next:"
     yield f"  vpo plan {path}"
     yield f"  vpo run {path}"
-
-
-def _described(each: Published) -> str:
-    size = "size not known" if each.gigabytes is None else f"about {each.gigabytes:g} GB"
-    where = (
-        f"https://huggingface.co/{each.model}"
-        if each.model
-        else each.url or f"made of {', '.join(each.made_of)}"
-    )
-    gated = ", gated: accept it there, and set HF_TOKEN" if each.gated else ""
-    size = size if each.model else "small"
-    return f"{', '.join(each.keys)}: {where} ({size}, licence: {each.license}{gated})"

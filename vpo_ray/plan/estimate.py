@@ -13,6 +13,7 @@ from vpo_ray.plan.check import PlanError, absent_measures, hub_ids, problems_of,
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
+from vpo_ray.recipe.published import Published, downloads
 from vpo_ray.records import SPLITS
 from vpo_ray.stages import spec
 from vpo_ray.stages.curate import InputError, preview
@@ -59,7 +60,8 @@ class StagePlan:
 class Plan:
     """What `vpo plan` says. Hours are wall time; None where a figure that they need is not known.
 
-    missing: a line for each file or model that is not on this machine.
+    missing: a line for each file or model that is not on this machine. downloads: what of the recipe is
+    published and not at a path here (a hub's model may be in the hub's cache).
     """
 
     recipe: Recipe
@@ -72,6 +74,7 @@ class Plan:
     price: float | None = None
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    downloads: list[Published] = field(default_factory=list)
 
     @property
     def phases(self) -> list[StagePlan]:
@@ -152,6 +155,7 @@ def plan(
         made.notes.append(
             "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
         )
+    made.downloads = downloads(recipe)[0]
     made.notes += [*hub_ids(recipe), *absent_measures(recipe), *_endpoint_notes(recipe)]
     if recipe.limits.max_cost is not None and made.video_cost > recipe.limits.max_cost:
         made.notes.append(f"limits.max_cost {recipe.limits.max_cost:g} stops the run before its last video")

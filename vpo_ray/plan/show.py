@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from vpo_ray.plan.estimate import Plan, StagePlan
+from vpo_ray.recipe.published import Published
 
 
 def text(plan: Plan) -> str:
@@ -41,6 +43,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"wall time   {_wall(plan)}"
     yield f"price       {_price(plan)}"
     yield from (f"note        {note}" for note in plan.notes)
+    if plan.downloads:
+        yield ""
+        yield f"published   {_gigabytes(plan)}; `vpo fetch RECIPE` downloads what the hub's cache lacks"
+        yield from (f"  {described(each)}" for each in plan.downloads)
     if plan.missing:
         yield ""
         yield f"not here    {len(plan.missing)} of what the recipe names; see `vpo fetch RECIPE --list`"
@@ -58,6 +64,26 @@ def _row(stage: StagePlan, plan: Plan) -> str:
     if stage.balanced is not None:
         line += f" {stage.balanced:>9} {_number(stage.hours(stage.balanced)):>8}"
     return f"{line}  {stage.seconds.sure or 'not known'}"
+
+
+def _gigabytes(plan: Plan) -> str:
+    sizes = [each.gigabytes for each in plan.downloads if each.model is not None]
+    known = [size for size in sizes if size is not None]
+    more = (
+        f", and {len(sizes) - len(known)} of a size that is not known here" if len(known) < len(sizes) else ""
+    )
+    return f"about {sum(known):,.1f} GB of weights{more}"
+
+
+def described(each: Published) -> str:
+    """A line for something to download: where it is, how large, under which licence."""
+    where = f"https://huggingface.co/{each.model}" if each.model else each.url
+    where = where or f"made of {', '.join(each.made_of)}"
+    size = "size not known" if each.gigabytes is None else f"about {each.gigabytes:g} GB"
+    gated = ", gated: accept it there, and set HF_TOKEN" if each.gated else ""
+    return (
+        f"{', '.join(each.keys)}: {where} ({size if each.model else 'small'}, licence: {each.license}{gated})"
+    )
 
 
 def _number(value: float | None, form: str = ",.2f") -> str:
@@ -135,6 +161,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "price_of_known": None if plan.price is None else plan.price * plan.gpu_hours,
         "notes": plan.notes,
         "missing": plan.missing,
+        "downloads": [
+            {key: value for key, value in asdict(each).items() if value not in (None, ())}
+            for each in plan.downloads
+        ],
     }
 
 
