@@ -15,7 +15,7 @@ demo: $(READY)
 # The table of the paper in small: two seeds, every ablation. PROOF="--help" lists its options.
 proof: $(READY)
 	$(BIN)/vpo world runs/world
-	$(BIN)/python jobs/proof.py $(PROOF)
+	$(BIN)/python benchmarks/proof.py $(PROOF)
 
 # Every part runs even if an earlier one failed; the last line names those that failed.
 PARTS = failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \

@@ -74,7 +74,7 @@ def test_training_waits_for_what_it_needs(tmp_path: Path) -> None:
     queries.write_text("a cat\n")
     sets = [f"out={tmp_path / 'run'}", f"queries.path={queries}", "queries.splits={dpo: 1}", "sft=null"]
     neither = load(TINY, [*sets, "dpo=null", f"out={tmp_path / 'other'}"])
-    with pytest.raises(LoopError, match="neither an sft nor a dpo section"):
+    with pytest.raises(LoopError, match="no sft, dpo or rl section"):
         train_what_is_due(neither, open_run(neither))
     recipe = load(TINY, sets)
     run = open_run(recipe)

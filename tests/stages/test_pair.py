@@ -81,6 +81,7 @@ def test_the_defaults_are_those_of_vpo() -> None:
         "video_per_query": 1,
         "text_per_query": 1,
         "precedence": "text",
+        "also": None,
     }
 
 

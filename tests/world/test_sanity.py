@@ -22,7 +22,7 @@ Tamper = Callable[[RunDir, Recipe], None]
 
 
 def proof():
-    spec = importlib.util.spec_from_file_location("proof", ROOT / "jobs/proof.py")
+    spec = importlib.util.spec_from_file_location("proof", ROOT / "benchmarks/proof.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -122,7 +122,7 @@ def _copy_examples(folder: Path) -> None:
 
 
 def _next_steps(path: Path, recipe: object, example: str | None) -> Iterator[str]:
-    from vpo_ray.plan.show import described
+    from vpo_ray.plan.show import published_line
     from vpo_ray.recipe import Recipe
     from vpo_ray.recipe.published import downloads
 
@@ -135,7 +135,7 @@ def _next_steps(path: Path, recipe: object, example: str | None) -> Iterator[str
         wanted, own = downloads(recipe)
         if wanted:
             yield f"to download, by vpo fetch {path}:"
-        yield from (f"  {described(each)}" for each in wanted)
+        yield from (f"  {published_line(each)}" for each in wanted)
         yield from (f"to bring: {key}: {name}" for key, name in own.items())
         yield "next:"
     yield f"  vpo plan {path}"

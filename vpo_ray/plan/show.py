@@ -46,7 +46,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.downloads:
         yield ""
         yield f"published   {_gigabytes(plan)}; `vpo fetch RECIPE` downloads what the hub's cache lacks"
-        yield from (f"  {described(each)}" for each in plan.downloads)
+        yield from (f"  {published_line(each)}" for each in plan.downloads)
     if plan.missing:
         yield ""
         yield f"not here    {len(plan.missing)} of what the recipe names; see `vpo fetch RECIPE --list`"
@@ -75,7 +75,7 @@ def _gigabytes(plan: Plan) -> str:
     return f"about {sum(known):,.1f} GB of weights{more}"
 
 
-def described(each: Published) -> str:
+def published_line(each: Published) -> str:
     """A line for something to download: where it is, how large, under which licence."""
     where = f"https://huggingface.co/{each.model}" if each.model else each.url
     where = where or f"made of {', '.join(each.made_of)}"

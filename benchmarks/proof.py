@@ -1,4 +1,4 @@
-"""The table of the paper in small: `make proof`, or `python jobs/proof.py`.
+"""The table of the paper in small: `make proof`, or `python benchmarks/proof.py`.
 
 For each seed the whole loop in the small world, two rounds of it, and DPO again without one kind of pairs;
 then every policy on held-out queries. Ablations take the queries, candidates, scores and the SFT policy of
