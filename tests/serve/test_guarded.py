@@ -138,33 +138,50 @@ def test_the_gate_and_the_fallback_where_the_engines_answer_is_passed_on(
     assert flag["safety"]["outcome"] == "refused", "flags reach the video model too"
     reply = post(where, chat("a knife"), route="chat/completions")
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "content_filter")
-    late = chat("a cat", max_tokens=1700)
+    late = chat("a cat", temperature=0, max_tokens=1700)
     whole = post(where, late, route="chat/completions").json()
     assert whole["choices"][0]["message"]["content"] == "a cat"
     assert whole["vpo"]["fallback"] is True
     streamed = post(where, late | {"stream": True}, route="chat/completions").text
     assert '"content": "a cat"' in streamed
     assert streamed.endswith("data: [DONE]\n\n")
-    found = json.loads(post(where, {"query": "a cat", "stream": True}).text.split("data: ")[-1])
+    body = {"query": "a cat", "temperature": 0, "stream": True}
+    found = json.loads(post(where, body).text.split("data: ")[-1])
     assert (found["prompt"], found["fallback"]) == ("a cat", True)
+
+
+def test_an_empty_answer_is_replaced_by_the_query(endpoint: Callable[..., str]) -> None:
+    where = endpoint("filled", fallback=True)
+    asked = chat("a cat", temperature=0)
+    written = post(where, asked, route="chat/completions").json()
+    assert "fallback" not in written.get("vpo", {})
+    # What is before the stop text is the answer, and nothing is before its first character.
+    empty = asked | {"stop": [written["choices"][0]["message"]["content"][0]]}
+    whole = post(where, empty, route="chat/completions").json()
+    assert (whole["choices"][0]["message"]["content"], whole["vpo"]["fallback"]) == ("a cat", True)
+    assert '"content": "a cat"' in post(where, empty | {"stream": True}, route="chat/completions").text
+    streamed = post(where, asked | {"stream": True}, route="chat/completions").text
+    assert "a cat" not in streamed
+    assert streamed.endswith("data: [DONE]\n\n")
 
 
 def test_what_comes_back_raw_is_checked_as_a_prompt_is(endpoint: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "words").write_text("knife\n")
     safety = {"prompt": True, "keywords": str(tmp_path / "words")}
     where = endpoint("late", **SLOW, fallback=True, safety=safety)
-    found = post(where, {"query": "a cat"}).json()
+    found = post(where, {"query": "a cat", "temperature": 0}).json()
     assert (found["prompt"], found["fallback"], found["changed"]) == ("a cat", True, False)
-    assert post(where, {"query": "a knife"}).json()["safety"]["outcome"] == "refused"
+    assert post(where, {"query": "a knife", "temperature": 0}).json()["safety"]["outcome"] == "refused"
 
 
 def test_without_a_fallback_a_late_answer_is_an_error_and_the_engine_is_free_again(
     endpoint: Callable[..., str], brief: str
 ) -> None:
     where = endpoint("hasty", **SLOW, playground=False)
-    reply = post(where, {"query": "a cat"})
+    reply = post(where, {"query": "a cat", "temperature": 0})
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
-    reply = post(where, chat("a cat", max_tokens=1700), route="chat/completions")
+    late = chat("a cat", temperature=0, max_tokens=1700)
+    reply = post(where, late, route="chat/completions")
     assert (reply.status_code, "Retry-After" in reply.headers) == (504, True)
     began = time.monotonic()
     assert post(brief, {"query": "a cat"}).status_code == 200

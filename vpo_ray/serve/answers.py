@@ -32,6 +32,19 @@ def usage_in(part: str) -> dict[str, Any] | None:
     return next((chunk["usage"] for chunk in chunks_in(part) if chunk.get("usage")), None)
 
 
+def texts_of(answer: dict[str, Any]) -> list[str]:
+    """The texts of a chat completion, without the space around them."""
+    return [(choice["message"].get("content") or "").strip() for choice in answer["choices"]]
+
+
+def delta_texts(part: str) -> Iterator[str]:
+    """The texts in a piece of a stream."""
+    for chunk in chunks_in(part):
+        for choice in chunk.get("choices", []):
+            if text := choice["delta"].get("content"):
+                yield text
+
+
 def completion(result: Optimization, request_id: str) -> dict[str, Any]:
     """A chat completion with the content of `/v1/optimize`; what OpenAI has no field for is in `vpo`."""
     texts = [result.prompt or "", *result.alternatives]

@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Serve
 from vpo_ray.serve import playground
-from vpo_ray.serve.answers import completion, completion_events, event, usage_in
+from vpo_ray.serve.answers import completion, completion_events, delta_texts, event, texts_of, usage_in
 from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.feedback import FeedbackRequest, feedback_desk
@@ -43,6 +43,7 @@ from vpo_ray.serve.optimize_schema import (
 from vpo_ray.serve.pairs import pairs_file
 from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
+from vpo_ray.serve.stream import Parts
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
 from vpo_ray.serve.wishes import NO_WISHES
 from vpo_ray.storage.videos import VideoStore
@@ -331,8 +332,11 @@ class Ingress:
         try:
             if fields["stream"]:
                 parts = await self.policy.stream(query, fields, request_id)
-                return Events(self._passed(parts, key), source=parts)
+                opening = await self._opening(parts)
+                return Events(self._passed(opening, parts, key), source=parts)
             answer = await self.policy.answer(query, fields, request_id)
+            if self.settings.fallback and not any(texts_of(answer)):
+                raise PolicyFailed("the prompt is empty")
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
@@ -341,11 +345,35 @@ class Ingress:
         self.metrics.tokens(answer.get("usage") or {}, key.name)
         return JSONResponse(answer)
 
-    async def _passed(self, parts: AsyncIterator[str], key: Key) -> AsyncIterator[str]:
-        async for part in parts:
+    async def _opening(self, parts: Parts) -> list[str]:
+        """The events up to the first text, where the raw query would be sent instead of none.
+
+        Raises:
+            PolicyFailed: there is no text.
+        """
+        opening: list[str] = []
+        if not self.settings.fallback:
+            return opening
+        try:
+            async for part in parts:
+                opening.append(part)
+                if any(delta_texts(part)):
+                    return opening
+            raise PolicyFailed("the prompt is empty")
+        except BaseException:
+            await parts.aclose()
+            raise
+
+    async def _passed(self, opening: list[str], parts: Parts, key: Key) -> AsyncIterator[str]:
+        def counted(part: str) -> str:
             if usage := usage_in(part):
                 self.metrics.tokens(usage, key.name)
-            yield part
+            return part
+
+        for part in opening:
+            yield counted(part)
+        async for part in parts:
+            yield counted(part)
 
     async def _chat_checked(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
         """An answer that is checked as a whole before any of it is sent."""

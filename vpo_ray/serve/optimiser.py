@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from vpo_ray.flags import Flag, join_flags
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.answers import chunks_in
+from vpo_ray.serve.answers import chunks_in, delta_texts, texts_of
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.metrics import ServeMetrics
 from vpo_ray.serve.optimize_schema import GeneratorFlag, Latency, Optimization, SafetyOutcome, TokenUsage
@@ -110,15 +110,14 @@ class Optimiser:
     ) -> tuple[list[str], dict[str, Any]]:
         """The policy's prompts, each once, and usage and fingerprint. No prompt where it fails and the recipe
         has a fallback."""
-        reply: Mapping[str, Any] = {"choices": []}
+        reply: dict[str, Any] = {"choices": []}
         try:
             with clock.part("optimiser"):
                 reply = await self.policy.answer(query, asked, request_id)
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
-        texts = [(choice["message"].get("content") or "").strip() for choice in reply["choices"]]
-        return [text for text in dict.fromkeys(texts) if text], _facts(reply)
+        return [text for text in dict.fromkeys(texts_of(reply)) if text], _facts(reply)
 
     async def stream(
         self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
@@ -140,10 +139,9 @@ class Optimiser:
                 async for part in parts:
                     for chunk in chunks_in(part):
                         facts |= _facts(chunk)
-                        for choice in chunk["choices"]:
-                            if delta := choice["delta"].get("content"):
-                                text += delta
-                                yield delta
+                    for delta in delta_texts(part):
+                        text += delta
+                        yield delta
                 clock.written(began, parts.ended)
             prompt = text.strip()
         except PolicyFailed:
