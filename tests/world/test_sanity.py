@@ -48,6 +48,7 @@ def recipe(world, request) -> Callable[..., Recipe]:
             moved = [
                 f"queries.path={here}/queries.jsonl",
                 f"policy.model={here}/policy",
+                f"policy.task_prompt={here}/caption.txt",
                 f"sft.data={here}/sft.jsonl",
                 f"judge.model={here}/judge",
                 f"judge.critique_prompt={here}/judge/critique.txt",

@@ -41,6 +41,7 @@ from vpo_ray.cli import plugins as plugins_command
 from vpo_ray.cli import reference as reference_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
+from vpo_ray.cli.extras import install_advice
 from vpo_ray.cli.steps import retrying_commands, sharded_commands, step_commands
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{what}; the same command goes on where this stopped", 143 if terminated else 130)
     except Exception as error:
         # Our own errors explain themselves; for any other the trace is what a bug report needs.
+        if isinstance(error, ModuleNotFoundError) and (advice := install_advice(error)):
+            return _fail(advice, 1)
         ours = type(error).__module__.startswith("vpo_ray")
         if not ours:
             logging.getLogger(__name__).exception("unexpected failure")
