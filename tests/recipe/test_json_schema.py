@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from vpo_ray.cli.reference import reference
+from vpo_ray.cli.reference_tables import meanings_of_columns, table_schemas
 from vpo_ray.recipe import Recipe
 from vpo_ray.recipe.json_schema import _meanings, meaning, recipe_schema, recipe_sections, section_paths
 
@@ -93,3 +94,20 @@ def test_units_and_defaults_are_on_the_page(schema: dict[str, Any]) -> None:
     assert "| `timeout_s` | number > 0 | `120` | seconds | of a request |" in page
     assert "| `frames` | whole number > 0 | `49` |  | of a video |" in page
     assert "| 5 | `vpo plan` alone:" in page
+
+
+def test_every_column_of_every_table_is_explained_once() -> None:
+    meanings = meanings_of_columns()
+    named = {field.name for schema in table_schemas().values() for field in schema}
+    assert named == set(meanings["columns"])
+    for table, own in meanings.items():
+        if table != "columns":
+            assert set(own) <= {"rows", *table_schemas()[table].names}
+
+
+def test_every_command_and_its_options_are_on_the_page() -> None:
+    page = (ROOT / "docs/reference.md").read_text("utf-8")
+    for name in ("run", "plan", "evaluate", "serve", "convert-reward"):
+        assert f"**`vpo {name}`**" in page
+    assert "`--rounds N`" in page
+    assert "### pairs/" in page

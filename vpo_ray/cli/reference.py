@@ -1,4 +1,4 @@
-"""`vpo schema`: the JSON schema of a recipe, or with `--markdown` a page of its keys (docs/reference.md)."""
+"""`vpo schema`: the JSON schema of a recipe, or with `--markdown` the page docs/reference.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-HELP = "print the JSON schema of a recipe, or a reference of its keys"
+HELP = "print the JSON schema of a recipe, or a reference of keys, commands and tables"
 _HEAD = """\
 # Reference
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def reference(schema: Mapping[str, Any]) -> str:
-    """The page: every section with its keys, their types, defaults, units and meanings."""
+    """The page: every section with its keys, their types, defaults, units and meanings; commands; tables."""
     from vpo_ray.recipe.json_schema import recipe_sections, section_paths
 
     statuses = "".join(f"| {status} | {text} |\n" for status, text in EXIT_STATUS.items())
@@ -62,7 +62,10 @@ def reference(schema: Mapping[str, Any]) -> str:
         "\n".join(_section(name, section.__doc__ or "", paths.get(name, []), tables[name])) + "\n"
         for name, section in recipe_sections().items()
     ]
-    return "\n".join(parts)
+    from vpo_ray.cli.main import _parser
+    from vpo_ray.cli.reference_tables import command_pages, table_pages
+
+    return "\n".join([*parts, *command_pages(_parser()), *table_pages()]).rstrip("\n") + "\n"
 
 
 def _section(name: str, text: str, paths: list[str], table: Mapping[str, Any]) -> Iterator[str]:
