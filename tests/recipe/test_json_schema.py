@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+from vpo_ray.cli.main import _parser
 from vpo_ray.cli.reference import reference
 from vpo_ray.cli.reference_tables import meanings_of_columns, table_schemas
 from vpo_ray.recipe import Recipe
@@ -84,13 +85,13 @@ def test_a_section_is_found_where_a_recipe_has_it() -> None:
 
 def test_the_page_and_the_editors_schema_are_those_of_the_code(schema: dict[str, Any]) -> None:
     """`make reference` makes both anew."""
-    assert (ROOT / "docs/reference.md").read_text("utf-8") == reference(schema)
+    assert (ROOT / "docs/reference.md").read_text("utf-8") == reference(schema, _parser())
     shipped = ROOT / "vpo_ray/data/recipes/recipe.schema.json"
     assert json.loads(shipped.read_text("utf-8")) == schema
 
 
 def test_units_and_defaults_are_on_the_page(schema: dict[str, Any]) -> None:
-    page = reference(schema)
+    page = reference(schema, _parser())
     assert "| `timeout_s` | number > 0 | `120` | seconds | of a request |" in page
     assert "| `frames` | whole number > 0 | `49` |  | of a video |" in page
     assert "| 5 | `vpo plan` alone:" in page

@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     feedback_command.add_collect(command("collect", feedback_command.COLLECT, _plan))
     feedback_command.add_forget(command("forget", feedback_command.FORGET, _plan))
     command("plugins", plugins_command.HELP, lambda _: plugins_command.run())
-    reference_command.add(command("schema", reference_command.HELP, reference_command.run))
+    reference_command.add(command("schema", reference_command.HELP, reference_command.run), parser)
     convert_command.add(command("convert-reward", convert_command.HELP, convert_command.run))
     export = with_recipe("export", "write SFT and preference data for another trainer", _export)
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))

@@ -37,8 +37,9 @@ EXIT_STATUS = {
 _FEW = 6  # places of a section that are listed
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of `vpo schema` its options."""
+def add(parser: argparse.ArgumentParser, vpo: argparse.ArgumentParser) -> None:
+    """Give the parser of `vpo schema` its options; the page tells those of all of `vpo`."""
+    parser.set_defaults(vpo=vpo)
     parser.add_argument("--markdown", action="store_true", help="a page of all keys, for people")
 
 
@@ -47,12 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     from vpo_ray.recipe.json_schema import recipe_schema
 
     schema = recipe_schema()
-    sys.stdout.write(reference(schema) if arguments.markdown else json.dumps(schema, indent=2) + "\n")
+    sys.stdout.write(
+        reference(schema, arguments.vpo) if arguments.markdown else json.dumps(schema, indent=2) + "\n"
+    )
     return 0
 
 
-def reference(schema: Mapping[str, Any]) -> str:
+def reference(schema: Mapping[str, Any], vpo: argparse.ArgumentParser) -> str:
     """The page: every section with its keys, their types, defaults, units and meanings; commands; tables."""
+    from vpo_ray.cli.reference_tables import command_pages, table_pages
     from vpo_ray.recipe.json_schema import recipe_sections, section_paths
 
     statuses = "".join(f"| {status} | {text} |\n" for status, text in EXIT_STATUS.items())
@@ -62,10 +66,7 @@ def reference(schema: Mapping[str, Any]) -> str:
         "\n".join(_section(name, section.__doc__ or "", paths.get(name, []), tables[name])) + "\n"
         for name, section in recipe_sections().items()
     ]
-    from vpo_ray.cli.main import _parser
-    from vpo_ray.cli.reference_tables import command_pages, table_pages
-
-    return "\n".join([*parts, *command_pages(_parser()), *table_pages()]).rstrip("\n") + "\n"
+    return "\n".join([*parts, *command_pages(vpo), *table_pages()]).rstrip("\n") + "\n"
 
 
 def _section(name: str, text: str, paths: list[str], table: Mapping[str, Any]) -> Iterator[str]:
