@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -122,3 +124,18 @@ def test_the_lines_of_the_run_book_are_ours() -> None:
         for piece in re.split(r"[,;]|\.\.\.|\S*[\d:=]\S*|\b[A-Z]{1,4}\b", line):
             piece = piece.strip(" ,;").removeprefix("and ")
             assert piece.count(" ") < 2 or piece in code, f"{line!r}: {piece!r}"
+
+
+def test_each_alert_fires_when_it_is_to_and_not_else(tmp_path: Path) -> None:
+    cases = yaml.safe_load((ROOT / "tests/cluster/alerts_test.yaml").read_text())["tests"]
+    tried = {
+        case["alertname"] for test in cases for case in test["alert_rule_test"] if case.get("exp_alerts")
+    }
+    assert tried == {rule["alert"] for rule in RULES}
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool of Debian's package prometheus evaluates the rules")
+    for file in (GRAFANA / "alerts.yaml", ROOT / "tests/cluster/alerts_test.yaml"):
+        shutil.copy(file, tmp_path)
+    for words in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
+        done = subprocess.run(["promtool", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
