@@ -1,7 +1,8 @@
-"""A server that speaks what downloads need of a Hugging Face hub's API, and serves plain files."""
+"""A server that speaks what down- and uploads need of a Hugging Face hub's API, and serves plain files."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -15,7 +16,8 @@ LARGE = (".safetensors", ".bin", ".pth")  # kept by LFS: known by their SHA-256
 class HubServer:
     """`models` are files by repository and name, `files` others by path; `breaks` are names whose next answer
     ends in the middle, `gated` repositories that want a token. `asked` has method, path and Range of each
-    request."""
+    request. `pushed` are the files of repositories that were made, `datasets/` before a data set's name,
+    `made` what they were made with; writing takes `token`."""
 
     def __init__(self) -> None:
         self.models: dict[str, dict[str, bytes]] = {}
@@ -23,6 +25,10 @@ class HubServer:
         self.breaks: list[str] = []
         self.gated: set[str] = set()
         self.asked: list[tuple[str, str, str | None]] = []
+        self.token = "hf_write"
+        self.made: dict[str, dict[str, object]] = {}
+        self.pushed: dict[str, dict[str, bytes]] = {}
+        self._large: dict[str, bytes] = {}
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,7 +37,11 @@ class HubServer:
             def do_GET(self) -> None:
                 server.answer(self)
 
+            def do_POST(self) -> None:
+                server.take(self)
+
             do_HEAD = do_GET
+            do_PUT = do_POST
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -76,6 +86,51 @@ class HubServer:
         else:
             _send(to, 404, b"", {})
 
+    def take(self, to: BaseHTTPRequestHandler) -> None:
+        """Answer what writes: a repository, the way each file is to go, large files, a commit."""
+        path = to.path.partition("?")[0]
+        body = to.rfile.read(int(to.headers.get("Content-Length") or 0))
+        self.asked.append((to.command, path, None))
+        if to.command == "PUT" and path.startswith("/large/"):
+            self._large[path.removeprefix("/large/")] = body
+            _send(to, 200, b"", {})
+        elif to.headers.get("Authorization") != f"Bearer {self.token}":
+            _send(to, 401, b'{"error": "Invalid credentials"}', {"Content-Type": "application/json"})
+        elif path == "/api/validate-yaml":
+            _json(to, {"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, [asked.get("organization"), asked["name"]]))
+            key = f"datasets/{name}" if asked.get("type") == "dataset" else name
+            self.made.setdefault(key, asked)
+            self.pushed.setdefault(key, {})
+            _json(to, {"url": f"{self.url}/{key}"})
+        elif path.endswith("/preupload/main"):
+            files = [
+                {"path": file["path"], "shouldIgnore": False, "oid": None,
+                 "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular"}
+                for file in json.loads(body)["files"]
+            ]  # fmt: skip
+            _json(to, {"files": files})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**entry, "actions": {"upload": {"href": f"{self.url}/large/{entry['oid']}", "header": {}}}}
+                for entry in json.loads(body)["objects"]
+            ]
+            _json(to, {"transfer": "basic", "objects": objects})
+        elif found := re.fullmatch(r"/api/(models/|(datasets/))([^/]+/[^/]+)/commit/main", path):
+            name = f"{found[2] or ''}{found[3]}"
+            repo = self.pushed[name]
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    repo[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    repo[value["path"]] = self._large[value["oid"]]
+            _json(to, {"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            _json(to, {"error": "no such route"}, 404)
+
     def _send_file(self, to: BaseHTTPRequestHandler, name: str, data: bytes, headers: dict[str, str]) -> None:
         start = 0
         if span := re.fullmatch(r"bytes=(\d+)-", to.headers.get("Range") or ""):
@@ -107,6 +162,10 @@ def _entry(name: str, data: bytes) -> dict[str, object]:
     if name.endswith(LARGE):
         entry |= {"oid": "0" * 40, "lfs": {"oid": _hash(name, data), "size": len(data), "pointerSize": 130}}
     return entry
+
+
+def _json(to: BaseHTTPRequestHandler, answer: object, status: int = 200) -> None:
+    _send(to, status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
 
 def _send(to: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -100,6 +100,7 @@ COMMANDS = {
     "plugins": ["--help"],
     "schema": ["--help", "--markdown"],
     "export": [*RECIPE, "--format", "--to", "--bare"],
+    "push": [*RECIPE, "--policy", "--data", "--public", "--license"],
     "serve": ["checkpoint", "--help", "--recipe", "--set", "--config"],
     "deploy": [*RECIPE, "--checkpoint", "--timeout"],
     "key": ["NAME", "--help"],

@@ -38,6 +38,7 @@ from vpo_ray.cli import fetch as fetch_command
 from vpo_ray.cli import init as init_command
 from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import plugins as plugins_command
+from vpo_ray.cli import push as push_command
 from vpo_ray.cli import reference as reference_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
@@ -205,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, choices=("trl", "llamafactory", "openai"))
     export.add_argument("--to", required=True, metavar="DIR", help="folder or URI to write to")
     export.add_argument("--bare", action="store_true", help="leave the task prompt out of the messages")
+    push_command.add(with_recipe("push", push_command.HELP, _push))
     serve = command("serve", "serve a trained policy behind an OpenAI-compatible endpoint", _serve)
     serve.add_argument(
         "checkpoint", help="a folder or URI that `vpo run` made, e.g. runs/laptop/checkpoints/dpo"
@@ -360,6 +362,10 @@ def _export(arguments: argparse.Namespace) -> int:
     for name, rows in written.items():
         sys.stdout.write(f"{join(arguments.to, name)}: {rows} rows\n")
     return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    return push_command.run(_load(arguments), arguments)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""Downloads of models from a Hugging Face hub and of files by https: resumed, and checked by their hashes.
+"""Downloads of models from a Hugging Face hub and of files by https, resumed and checked by their hashes,
+and uploads to a hub.
 
 The hub says of every file its size and its hash (SHA-256 of large files, git's of small ones). It is that of
 HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
@@ -16,7 +17,7 @@ import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vpo_ray.files.folder import Folder, StorageError
 
@@ -115,6 +116,34 @@ def download_model(found: HubModel, folder: str | Path | None = None) -> str:
         raise StorageError(_why(found.model, found.revision, error)) from error
     check_files(found, path)
     return path
+
+
+def push_folder(
+    folder: Path, repo: str, kind: Literal["model", "dataset"], private: bool, message: str
+) -> str:
+    """Commit a folder's files to a repository of the hub, which is made if it is not there; one that is there
+    keeps its visibility and its other files. Returns its address.
+
+    Raises:
+        StorageError: the hub does not take it: no token, no permission, no answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(endpoint=_endpoint())
+    try:
+        url = str(api.create_repo(repo, repo_type=kind, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message)
+    except Exception as error:  # whatever the client of the hub raises
+        where = _endpoint() or "https://huggingface.co"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+            raise StorageError(f"{repo} at {where}: set HF_TOKEN to a token that may write there") from error
+        why = " ".join(str(error).split())[:300]
+        raise StorageError(f"{repo} at {where}: {type(error).__name__}: {why}") from error
+    return url
 
 
 def check_files(found: HubModel, folder: str | Path) -> None:

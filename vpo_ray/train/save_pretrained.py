@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def model_card(facts: Row) -> str:
         "---\n"
         f"library_name: {'peft' if lora and not lora['merge'] else 'transformers'}\n"
         "pipeline_tag: text-generation\n"
-        f"base_model: {json.dumps(facts['base_model'])}\n"
+        f"{_base_line(facts['base_model'])}"
         f"license: {json.dumps(license)}\n"
         f"{'license_name: inherited-from-base-model' + chr(10) if license == 'other' else ''}"
         "tags: [text-to-video, prompt-optimization]\n"
@@ -158,6 +159,11 @@ def model_card(facts: Row) -> str:
         "| metric | value |\n|---|---|\n"
         f"{metrics}"
     )
+
+
+def _base_line(model: str) -> str:
+    """The hub takes an id only."""
+    return f"base_model: {json.dumps(model)}\n" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) else ""
 
 
 def _code(text: str) -> str:
