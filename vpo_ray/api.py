@@ -75,12 +75,18 @@ def run(recipe: Recipe, *, rounds: int = 1, retry_errors: bool = False, verbose:
     from vpo_ray.loop.rounds import run_rounds
     from vpo_ray.plan import check_recipe
     from vpo_ray.report import build_report
+    from vpo_ray.report.run_trackers import track_run
     from vpo_ray.storage.run import Run
     from vpo_ray.stream.connection import connect
 
+    def report(run: RunDir, recipe: Recipe) -> str:
+        page = build_report(run, recipe)
+        track_run(run, recipe)
+        return page
+
     check_recipe(recipe)
     connect(verbose)
-    return Run(run_rounds(recipe, rounds, retry_errors, build_report).uri)
+    return Run(run_rounds(recipe, rounds, retry_errors, report).uri)
 
 
 def generate(
@@ -146,10 +152,12 @@ def evaluate(
     from vpo_ray.evaluation import evaluate
     from vpo_ray.loop.commands import run_work
     from vpo_ray.report.evaluation_page import write_evaluation_page
+    from vpo_ray.report.run_trackers import track_run
 
     def work(recipe: Recipe, run: RunDir, retry_errors: bool) -> Evaluated:
         found = evaluate.evaluate(recipe, run, retry_errors, vbench)
         write_evaluation_page(found.results, found.samples(), found.comparisons(), found.folder)
+        track_run(run, recipe, found)
         return found
 
     done: Evaluated = run_work(recipe, work, retry_errors, verbose)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from vpo_ray.train.examples import Phase, TrainError
 log = logging.getLogger(__name__)
 
 NOT_VALUES = ("step", "time")
+_NOT_IN_NAMES = re.compile(r"[^\w\-. /]")  # of MLflow's metrics
 
 
 class Tracker(Protocol):
@@ -228,6 +230,13 @@ class MLflow:
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=step, synchronous=False)
 
+    def put(self, numbers: dict[str, float], files: dict[str, str]) -> None:
+        """Numbers without steps, and texts as artifacts, by name."""
+        for name, value in numbers.items():
+            self._client.log_metric(self._run, _NOT_IN_NAMES.sub("_", name), value)
+        for name, text in files.items():
+            self._client.log_text(self._run, text, name)
+
     def flush(self) -> None: ...
 
     def close(self, failed: bool) -> None:
@@ -249,6 +258,15 @@ class WandB:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
+
+    def put(self, numbers: dict[str, float], files: dict[str, str]) -> None:
+        """Numbers into the run's summary, and texts as its files, by name."""
+        self._run.summary.update(numbers)
+        for name, text in files.items():
+            path = Path(self._run.dir, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            self._run.save(str(path), base_path=self._run.dir, policy="now")
 
     def flush(self) -> None: ...
 
