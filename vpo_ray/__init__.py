@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vpo_ray.api import evaluate, generate, load_recipe, plan, run, serve, train
+    from vpo_ray.api import evaluate, generate, load_recipe, plan, refine, run, serve, train
     from vpo_ray.engines.chat.batch import Optimised, optimise
     from vpo_ray.recipe import Recipe
     from vpo_ray.stages.spec import StageSpec, register
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Optimised", "Recipe", "Run", "StageSpec", "evaluate", "generate", "load_recipe", "optimise", "plan",
-    "register", "run", "serve", "train",
+    "refine", "register", "run", "serve", "train",
 ]  # fmt: skip
 
 # Names that are given out as they are: where they are defined.
@@ -40,6 +40,7 @@ _LAZY = {
     "generate": "vpo_ray.api",
     "load_recipe": "vpo_ray.api",
     "optimise": "vpo_ray.engines.chat.batch",
+    "refine": "vpo_ray.api",
     "register": "vpo_ray.stages.spec",
     "run": "vpo_ray.api",
 }

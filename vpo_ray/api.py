@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vpo_ray.evaluation.evaluate import Evaluated
+    from vpo_ray.loop.refine import Refined
     from vpo_ray.plan.cluster import Cluster
     from vpo_ray.plan.estimate import Plan
     from vpo_ray.recipe import Recipe, Serve
@@ -131,6 +132,28 @@ def train(recipe: Recipe, phase: str | None = None, *, verbose: bool = False) ->
 
     run_phase(recipe, phase or "train", verbose=verbose)
     return Run(recipe.out)
+
+
+def refine(
+    recipe: Recipe, query: str, *, budget: int = 8, retry_errors: bool = False, verbose: bool = False
+) -> Refined:
+    """The best prompt of one query that so many videos find: its prompts evolve against the recipe's rewards,
+    as the `evolve` section says. Asked again, it is read from the run directory.
+
+    Args:
+        budget: videos at most, the query's own among them.
+
+    Returns:
+        `prompt`, `videos`, why the evolution `ended`, and its `trace`: rows of EVOLUTION.
+
+    Raises:
+        LoopError: no prompt passes; the message counts why. And see `run`.
+    """
+    from vpo_ray.loop.refine import refine
+    from vpo_ray.plan import check_recipe
+
+    check_recipe(recipe)
+    return refine(recipe, query, budget, retry_errors, verbose)
 
 
 def evaluate(

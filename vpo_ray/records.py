@@ -165,6 +165,71 @@ PREFERENCE = pa.schema(
     ]
 )
 
+# What an LLM is shown of a query's evolution in one round, and what it wrote: one row a query and round.
+# `shown` holds the query itself, where it has a score, and the best prompts; `known` all texts that are no
+# new prompt; `skipped` of a written prompt says why no video is made of it.
+OFFSPRING = pa.schema(
+    [
+        pa.field("ask_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("unsafe", pa.bool_()),
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("wanted", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("model", pa.string()),
+        pa.field(
+            "shown",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("prompt_id", pa.string()),
+                        pa.field("prompt", pa.string()),
+                        pa.field("fitness", pa.float64()),
+                        pa.field("dimensions", pa.list_(_DIMENSION)),
+                    ]
+                )
+            ),
+        ),
+        pa.field("known", pa.list_(pa.string())),
+        pa.field("written", pa.list_(pa.struct([("prompt", pa.string()), ("skipped", pa.string())]))),
+        pa.field("seconds", pa.struct([("evolve", pa.float64())])),
+        pa.field("usage", pa.struct([("evolve", TOKENS)])),
+        pa.field("error", pa.string()),
+        pa.field("error_stage", pa.string()),
+    ]
+)
+
+# The prompts of a query's evolution: the query itself in round 0, then what each round wrote. `dimensions`
+# are raw: `reward` and `reward.dimension`, and so for each further reward by its name. The row of round 0
+# says why the evolution ended and, where none of the prompts is the query's SFT target, why.
+EVOLUTION = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("unsafe", pa.bool_()),
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("k", pa.int32(), nullable=False),  # place among all prompts of the query
+        pa.field("parent_ids", pa.list_(pa.string())),  # the prompts that the LLM was shown
+        pa.field("prompt", pa.string()),
+        pa.field("verdict", pa.string()),
+        pa.field("critique", pa.string()),
+        pa.field("skipped", pa.string()),  # why no video was made of it
+        pa.field("seed", pa.int64()),  # of the video: one for all prompts of a query
+        pa.field("video_key", pa.string()),
+        pa.field("video_uri", pa.string()),
+        pa.field("dimensions", pa.list_(_DIMENSION)),
+        pa.field("score", pa.float64()),
+        pa.field("fitness", pa.float64()),
+        pa.field("target", pa.bool_()),
+        pa.field("ended", pa.string()),
+        pa.field("fault", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("error_stage", pa.string()),
+    ]
+)
+
 PAIR = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

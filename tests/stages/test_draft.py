@@ -179,7 +179,7 @@ def test_only_drafts_with_a_target_are_learnt(tmp_path: Path) -> None:
     assert Counter((r["query"], r["prompt"]) for r in draft_rows(run)) == {
         ("a cat", "A cat."): 1, ("an owl", "An owl."): 1
     }  # fmt: skip
-    assert write_chat(run) == 2
+    assert write_chat(run, draft_rows(run)) == 2
     path = str(tmp_path / CHAT_FILE)
     assert list(sft_rows(path)) == list(draft_rows(run)), "sft.data may name it"
     rows = pq.read_table(path).to_pylist()

@@ -276,8 +276,8 @@ def tiny(tmp_path: Path) -> list[str]:
     ]
 
 
-WRITERS = ("run", "curate", "draft", "sft", "generate", "sample", "judge", "render", "score", "pair", "dpo",
-           "train", "evaluate")  # fmt: skip
+WRITERS = ("run", "curate", "draft", "evolve", "sft", "generate", "sample", "judge", "render", "score",
+           "pair", "dpo", "train", "evaluate")  # fmt: skip
 
 
 def test_every_command_that_writes_is_refused_and_a_reader_is_not(

@@ -28,7 +28,7 @@ from vpo_ray.files.input_files import walk
 from vpo_ray.recipe import Endpoint, Recipe, locate, plugins
 from vpo_ray.recipe.plugins import Modelled
 from vpo_ray.stages import spec
-from vpo_ray.stages.spec import draft_model
+from vpo_ray.stages.spec import draft_model, evolving_model
 from vpo_ray.storage import model_cache
 from vpo_ray.stream.each_node import each_node
 from vpo_ray.versions import code, versions
@@ -111,7 +111,7 @@ def asked(recipe: Recipe | None) -> Ask:
         models["render.lora.path"] = recipe.render.lora.path
     endpoints: list[Endpoint] = [recipe.render.endpoint] if recipe.render.kind == "openai" else []
     url = recipe.render.endpoint.base_url
-    for key, llm in {"judge": recipe.judge, draft_model(recipe)[0]: draft_model(recipe)[1]}.items():
+    for key, llm in dict([("judge", recipe.judge), draft_model(recipe), evolving_model(recipe)]).items():
         if llm.backend == "vllm":
             models[f"{key}.model"] = llm.model
         elif llm.backend == "openai":

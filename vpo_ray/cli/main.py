@@ -40,6 +40,7 @@ from vpo_ray.cli import plan as plan_command
 from vpo_ray.cli import plugins as plugins_command
 from vpo_ray.cli import push as push_command
 from vpo_ray.cli import reference as reference_command
+from vpo_ray.cli import refine as refine_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
 from vpo_ray.cli.extras import install_advice
@@ -195,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="I/N",
                 help="the I-th of N parts of the queries, beside others",
             )
+    refine_command.add(command("refine", refine_command.HELP, _refine))
     compare_command.add(command("compare", compare_command.HELP, _plan))
     videos_command.add(command("videos", videos_command.HELP, _plan))
     feedback_command.add_collect(command("collect", feedback_command.COLLECT, _plan))
@@ -268,6 +270,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _fetch(arguments: argparse.Namespace) -> int:
     return fetch_command.run(_load(arguments), arguments)
+
+
+def _refine(arguments: argparse.Namespace) -> int:
+    return refine_command.run(_load(arguments), arguments)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

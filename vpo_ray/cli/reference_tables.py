@@ -66,6 +66,7 @@ def table_schemas() -> dict[str, pa.Schema]:
         "labels": records.LABEL,
         "drafts": records.DRAFT,
         "sft": records.SFT,
+        "evolutions": records.EVOLUTION,
         "feedback": records.FEEDBACK,
         "pairs": records.PAIR,
         "groups": records.GROUP,

@@ -6,7 +6,8 @@ from vpo_ray.stages import spec
 
 STEPS = {
     "curate": "read raw queries into queries/",
-    "sft": "train the policy on sft.data, or on the drafts, into checkpoints/sft",
+    "evolve": "prompts of the sft split's queries, evolved against the rewards, into evolutions/",
+    "sft": "train the policy on sft.data, the drafts or the evolved prompts, into checkpoints/sft",
     "generate": "curate what is not yet, then {stages} as one stream: to feedback/",
     "pair": "feedback/ to pairs/",
     "group": "make groups/ of every query's candidates, for rl",
@@ -33,7 +34,7 @@ def step_commands() -> dict[str, str]:
 
 def retrying_commands() -> set[str]:
     """Those whose rows can fail, and be taken again."""
-    return {"generate", "evaluate", *(stage.name for stage in spec.stages() if stage.help)}
+    return {"evolve", "generate", "evaluate", *(stage.name for stage in spec.stages() if stage.help)}
 
 
 def sharded_commands() -> set[str]:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from vpo_ray.evaluation.policies import seeded
-from vpo_ray.evaluation.streams import through
+from vpo_ray.loop.streams import through
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evaluation, Recipe, Render, Reward
 from vpo_ray.records import Row, content_id

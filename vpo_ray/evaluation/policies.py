@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_ray.evaluation.sets import SetError, prompts_of_file
-from vpo_ray.evaluation.streams import through
 from vpo_ray.loop.phases import starting_policy
 from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id
+from vpo_ray.loop.streams import through
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, EvaluatedPolicy, Evaluation, Recipe, locate, result_keys
 from vpo_ray.records import Row, content_id, query_id, seed_of

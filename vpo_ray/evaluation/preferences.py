@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
-from vpo_ray.evaluation.streams import answers_of
+from vpo_ray.loop.streams import answers_of
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evaluation, Preference, Recipe
 from vpo_ray.recipe.result_keys import result_keys

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from vpo_ray.evaluation.streams import answers_of
 from vpo_ray.keywords import KeywordList
+from vpo_ray.loop.streams import answers_of
 from vpo_ray.prompts.words import word_count
 from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.recipe.result_keys import result_keys

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vpo_ray.loop import phases
+from vpo_ray.loop.evolution import evolve_prompts
 from vpo_ray.loop.grouping import make_groups
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.pairing import make_pairs
@@ -33,6 +34,7 @@ def _grouped(recipe: Recipe, run: RunDir) -> int:
 PHASES: dict[str, Phase] = {
     "curate": phases.curate_queries,
     "draft": phases.draft_sft,
+    "evolve": evolve_prompts,
     "sft": lambda recipe, run, _: phases.starting_policy(recipe, run),
     "generate": _generate,
     "pair": lambda recipe, run, _: make_pairs(recipe, run),

@@ -106,9 +106,9 @@ def export(recipe: Recipe, run: RunDir, format: str, to: str, bare: bool = False
     """
     sft = sorted(run.table("sft").rows(), key=lambda row: (row["query_id"], row["prompt"]))
     if not sft:
-        from vpo_ray.storage.sft_data import draft_rows
+        from vpo_ray.storage.sft_data import draft_rows, evolved_rows
 
-        sft = list(draft_rows(run))
+        sft = list(draft_rows(run)) or list(evolved_rows(run))
     pairs = sorted(run.table("pairs").rows(), key=lambda row: row["pair_id"])
     if not sft and not pairs:
         raise ExportError(f"{run.uri} has neither SFT data (`vpo sft`, `vpo draft`) nor pairs (`vpo pair`)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from vpo_ray.loop.evolved import evolution_entry
 from vpo_ray.loop.unpaired import PairCount
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
@@ -52,6 +53,8 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
                 entered = stages[stage.name]["out"]
     if agreement.signs and "score" in stages:
         stages["score"]["agreement"] = agreement.result()
+    if recipe.evolve is not None and not given:
+        stages["evolve"] = evolution_entry(run, stages["curate"]["splits"].get("sft", 0))
     made = {"group": _grouping(run)} if recipe.rl is not None else {"pair": _pairing(run, pairs)}
     stages |= made | {"sft": _training(run, "sft", run.table("sft").count())}
     if recipe.rl is not None:
@@ -112,12 +115,15 @@ def alarms(ledger: Ledger) -> list[str]:
 
 
 def funnel(ledger: Ledger) -> dict[str, int]:
-    """What became of the queries that were sampled: candidates, aligned ones, videos, pairs or groups."""
+    """What became of the queries whose prompts evolved, where there are any, and of those that were sampled:
+    candidates, aligned ones, videos, pairs or groups."""
     stages = ledger["stages"]
+    evolved = stages.get("evolve", {})
     learnt = (
         {"groups": stages["group"]["groups"]} if "group" in stages else {"pairs": stages["pair"]["pairs"]}
     )
     return {
+        **({"evolved": evolved["prompts"], "targets": evolved["out"]} if evolved.get("prompts") else {}),
         "queries": stages["curate"]["splits"].get("dpo", 0),
         "candidates": stages["sample"]["out"],
         "aligned": stages["judge"]["verdicts"].get("aligned", 0),

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
+from vpo_ray.loop.evolved import evolved_candidates
 from vpo_ray.loop.policies import LoopError
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import PAIR, Row
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.pair import pairs_of_query
-from vpo_ray.storage.run_dir import PAIRED, RunDir
+from vpo_ray.storage.run_dir import PAIRED, ROUND, RunDir
 from vpo_ray.storage.tables import Table
 
 COLUMNS = (
@@ -58,3 +59,6 @@ def _pairs(
             seen.update(f"candidates with {name} {value}" for value in values)
         videos.update(videos_by_strategy(candidates, recipe.pair, formula))
         yield from pairs_of_query(candidates, recipe.pair, reasons, formula)
+    if recipe.evolve is not None and recipe.evolve.pairs and not run.exists(ROUND):
+        for candidates in evolved_candidates(run, COLUMNS):
+            yield from pairs_of_query(candidates, recipe.pair, reasons, formula)

@@ -1,5 +1,5 @@
-"""The loop that a recipe describes: curate, draft, SFT, generate feedback, pair, DPO, one served answer; with
-`rl` in place of `dpo`, groups and RL in place of pairs and DPO.
+"""The loop that a recipe describes: curate, draft or evolve, SFT, generate feedback, pair, DPO, one answer;
+with `rl` in place of `dpo`, groups and RL in place of pairs and DPO.
 
 `vpo run` calls `run_loop`; each phase is also a command. Every phase finds out from the run
 directory what is done, so running again goes on where the last run stopped, or does nothing.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.curation import curate_run, warn_of_other_input
+from vpo_ray.loop.evolution import evolve_prompts
 from vpo_ray.loop.grouping import make_groups
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.loop.opening import accounted, opened, write_ledger
@@ -26,7 +27,7 @@ from vpo_ray.stages import spec
 from vpo_ray.stages.curate import wants_workers
 from vpo_ray.storage.run_dir import CURATED, ROUND, SFT_DROPPED, RunDir
 from vpo_ray.storage.run_state import note
-from vpo_ray.storage.sft_data import distinct, write_chat
+from vpo_ray.storage.sft_data import distinct, draft_rows, write_chat
 from vpo_ray.stream.connection import connect
 from vpo_ray.stream.progress import spilled_so_far
 
@@ -60,7 +61,7 @@ def draft_sft(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[s
     if recipe.draft is None:
         raise LoopError("the recipe has no draft section")
     counts = generate(recipe, run, Models("", ""), ("draft",), retry_errors)
-    if not write_chat(run):
+    if not write_chat(run, draft_rows(run)):
         entry = build_ledger(run, recipe)["stages"]["draft"]
         reasons = {**entry["errored"], **entry["dropped"]}
         listed = "\n  ".join(f"{n:6} {reason}" for reason, n in reasons.items())
@@ -203,6 +204,9 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     if recipe.drafts_first and not later_round:
         _say("draft", run)
         draft_sft(recipe, run, retry_errors)
+    if recipe.evolves_first and not later_round:
+        _say("evolve", run)
+        evolve_prompts(recipe, run, retry_errors)
     if recipe.sft is not None and not later_round:
         _say("sft", run)
     start = starting_policy(recipe, run)

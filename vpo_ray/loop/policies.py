@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_ray.prompts.policy_prompt import read_prompt
-from vpo_ray.recipe import Recipe
+from vpo_ray.recipe import EVOLVED, Recipe
 from vpo_ray.records import Row, candidate_id, content_id
 from vpo_ray.stages.chains import rows_of_stage
 from vpo_ray.stages.sample import identity_key
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.sft_data import distinct, draft_rows, sft_rows
+from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_rows
 
 
 class LoopError(RuntimeError):
@@ -36,13 +36,18 @@ class Start:
 
 
 def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
-    """What SFT learns: `sft.data` where the recipe names it, the run's drafts otherwise.
+    """What SFT learns: `sft.data` where the recipe names it, the run's evolved prompts, or its drafts.
 
     Raises:
-        LoopError: there are no drafts yet.
+        LoopError: there are none yet.
     """
     if recipe.sft is None:
         return []
+    if recipe.sft.data == EVOLVED:
+        rows = list(evolved_rows(run))
+        if not rows:
+            raise LoopError(f"{run.at('evolutions')} has no SFT target: run `vpo evolve` first")
+        return rows
     if recipe.sft.data is not None:
         return list(sft_rows(recipe.sft.data))
     rows = list(draft_rows(run))

@@ -18,6 +18,7 @@ from vpo_ray.plan import models
 from vpo_ray.plan.dimensions import formula_problems
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import (
+    EVOLVED,
     ChatModel,
     Checklist,
     Draft,
@@ -34,6 +35,7 @@ from vpo_ray.recipe import (
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check_rules
+from vpo_ray.stages.evolve import COUNT, HISTORY
 from vpo_ray.stages.few_shot import EXAMPLES
 from vpo_ray.stages.gate import gate_problems
 from vpo_ray.storage.sft_data import sft_rows
@@ -70,7 +72,7 @@ def hub_ids(recipe: Recipe) -> list[str]:
     """A line for each model that is looked up on the hub because there is no such folder here: a
     wrong path of two parts looks just like a hub id."""
     named = {"policy.model": recipe.policy.model}
-    named |= {f"{key}.model": llm.model for key, llm in _llms(recipe).items() if llm.backend == "vllm"}
+    named |= {f"{key}.model": llm.model for key, llm in chat_models(recipe).items() if llm.backend == "vllm"}
     if recipe.render.kind == "diffusers":
         named["render.model"] = recipe.render.model
     if recipe.render.lora is not None:
@@ -103,7 +105,7 @@ def check_nodes(recipe: Recipe) -> None:
 
 def _of_files(recipe: Recipe) -> Iterator[str]:
     yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
-    for key, llm in _llms(recipe).items():
+    for key, llm in chat_models(recipe).items():
         yield from _chat_model(key, llm)
     yield from (f"{key}: {why}" for key, why in plugins.plugin_problems(plugins.plugins_of(recipe)).items())
     if recipe.render.kind == "diffusers":
@@ -129,6 +131,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         ("judge.critique_prompt", (SLOT, "{prompt}"), recipe.judge.critique_prompt),
         ("judge.refine_prompt", (SLOT, "{prompt}", "{critique}"), recipe.judge.refine_prompt),
         *([("draft.prompt", (SLOT, EXAMPLES), recipe.draft.prompt)] if recipe.draft is not None else []),
+        *([("evolve.prompt", (SLOT, HISTORY, COUNT), recipe.evolve.prompt)] if recipe.evolve else []),
         *([("queries.unsafe_prompt", (TEXT,), recipe.queries.unsafe_prompt)] if label else []),
         *_evaluated_prompts(recipe),
     ):
@@ -138,7 +141,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: {error}"
             continue
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
-    if recipe.sft is not None:
+    if recipe.sft is not None and recipe.sft.data != EVOLVED:
         yield from _sft_data(recipe.sft.data)
     if recipe.draft is not None:
         yield from _draft(recipe.draft)
@@ -188,10 +191,13 @@ def _gate(settings: RenderGate) -> Iterator[str]:
         yield from gate_problems(settings)
 
 
-def _llms(recipe: Recipe) -> dict[str, ChatModel]:
+def chat_models(recipe: Recipe) -> dict[str, ChatModel]:
     """The LLMs beside the policy, by the recipe's key."""
-    own = recipe.draft.llm if recipe.draft is not None else None
-    return {"judge": recipe.judge, **({"draft.llm": own} if own is not None else {})}
+    found: dict[str, ChatModel] = {"judge": recipe.judge}
+    for key, section in {"draft.llm": recipe.draft, "evolve.llm": recipe.evolve}.items():
+        if section is not None and section.llm is not None:
+            found[key] = section.llm
+    return found
 
 
 def _chat_model(key: str, model: ChatModel) -> Iterator[str]:

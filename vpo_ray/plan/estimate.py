@@ -12,12 +12,12 @@ from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, absent_measures, hub_ids, problems_of, refuse_problems
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
-from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe, Render, Training
+from vpo_ray.recipe import EVOLVED, ChatModel, Engine, Pool, Recipe, Render, Training
 from vpo_ray.recipe.published import Published, downloads
 from vpo_ray.records import SPLITS
 from vpo_ray.stages import spec
 from vpo_ray.stages.curate import InputError, preview
-from vpo_ray.stages.spec import ChainName, StageSpec, draft_model
+from vpo_ray.stages.spec import ChainName, StageSpec, draft_model, evolving_model
 from vpo_ray.stream.placement import no_such_labels
 
 MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), then give --ledger PROBE"
@@ -25,7 +25,7 @@ MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), th
 
 @dataclass
 class StagePlan:
-    """One stage of the stream, labelling or drafting before it, or one training phase.
+    """One stage of the stream, one before it (labelling, drafting, evolution), or one training phase.
 
     rows: at most, unless `expected`; None where not known. seconds: replica-seconds a row. size:
     replicas, smallest and largest. key: the recipe's, of its pool. balanced: replicas on the cluster that
@@ -66,7 +66,7 @@ class Plan:
 
     recipe: Recipe
     queries: Counter[str] | None  # rows read, by split or dropped
-    before: list[StagePlan]  # labelling and drafting, where the recipe has them
+    before: list[StagePlan]  # labelling, drafting and evolution, where the recipe has them
     stages: list[StagePlan]
     training: list[StagePlan]
     video_bytes: Figure
@@ -145,7 +145,7 @@ def plan(
         found = found or Counter()
         found[name if name in SPLITS else "dropped"] += number
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
-    stages = list(_stages(recipe, _of(found, "dpo"), past, gpu_type))
+    stages = list(_stages(recipe, found, past, gpu_type))
     training = list(_training(recipe, found, past))
     before = list(_before(recipe, counts, past))
     made = Plan(
@@ -159,6 +159,11 @@ def plan(
     made.notes += [*hub_ids(recipe), *absent_measures(recipe), *_endpoint_notes(recipe)]
     if recipe.limits.max_cost is not None and made.video_cost > recipe.limits.max_cost:
         made.notes.append(f"limits.max_cost {recipe.limits.max_cost:g} stops the run before its last video")
+    if recipe.evolves_first and recipe.evolve is not None and found is not None:
+        made.notes.append(
+            f"evolve: {found['sft']:,} queries with at most {recipe.evolve.most_videos} videos each, which "
+            "are among those of render; a query ends where its prompts get no better (evolve.patience)"
+        )
     if recipe.render.strategy == "adaptive":
         made.notes.append(_adaptive_note(made.videos))
     if cluster is not None:
@@ -197,31 +202,53 @@ def _of(counts: Counter[str] | None, name: str) -> int | None:
 
 
 def _before(recipe: Recipe, counts: Counter[str] | None, past: Ledger | None) -> Iterator[StagePlan]:
-    """Labelling and drafting, where the recipe has them."""
-    entering: dict[ChainName, int | None] = {"labelling": None, "drafting": None}
+    """Labelling, drafting and evolution, where the recipe has them."""
+    entering: dict[ChainName, int | None] = dict.fromkeys(("labelling", "drafting", "evolving"))
     if counts is not None:
         labelled = sum(counts[name] for name in (*SPLITS, "not in the subset", "over the limit"))
-        entering = {"labelling": labelled, "drafting": counts["sft"]}
+        rounds = recipe.evolve.rounds if recipe.evolve is not None else 0
+        entering = {
+            "labelling": labelled,
+            "drafting": counts["sft"],
+            "evolving": counts["sft"] * rounds,
+        }
     for chain, rows in entering.items():
         # What columns label is asked of no judge.
-        expected = chain == "drafting" or not recipe.queries.unsafe_columns
+        expected = chain == "drafting" or (chain == "labelling" and not recipe.queries.unsafe_columns)
         for stage in spec.stages(chain):
             if stage.is_due(recipe):
                 yield _planned(stage, recipe, rows, expected, past)
 
 
 def _stages(
-    recipe: Recipe, queries: int | None, past: Ledger | None, gpu_type: str | None
+    recipe: Recipe, counts: Counter[str] | None, past: Ledger | None, gpu_type: str | None
 ) -> Iterator[StagePlan]:
+    """The stages of the stream, with the rows that evolution gives them."""
+    queries = _of(counts, "dpo")
     rows, expected = None if queries is None else queries * recipe.sample.k, True
+    evolved = _evolved(recipe, _of(counts, "sft") or 0)
     for stage in spec.stages("generation"):
         if stage.name == "render" and queries is not None:
             rows, expected = _videos(recipe, queries, past)
-        made = _planned(stage, recipe, rows, expected, past)
+        more = evolved.get(stage.name, 0)
+        all_rows = None if rows is None else rows + more
+        made = _planned(stage, recipe, all_rows, expected and not more, past)
         if made.seconds.value is None and stage.name == "render":
             seconds = published_seconds(recipe.render, gpu_type)
             made.seconds = seconds if seconds.value else Figure(None, f"{MEASURE}; {seconds.source}")
         yield made
+
+
+def _evolved(recipe: Recipe, queries: int) -> dict[str, int]:
+    """Rows that the evolution of so many queries gives the stages of the stream, at most."""
+    if recipe.evolve is None or not recipe.evolves_first:
+        return {}
+    videos = queries * recipe.evolve.most_videos
+    return {
+        "judge": queries * recipe.evolve.rounds * recipe.evolve.prompts,
+        "render": videos,
+        "score": videos,
+    }
 
 
 def _planned(
@@ -255,8 +282,8 @@ def _adaptive_note(render: StagePlan) -> str:
 
 
 def _endpoint_notes(recipe: Recipe) -> Iterator[str]:
-    drafter, llm = draft_model(recipe)
-    models: dict[str, ChatModel | Render] = {"judge": recipe.judge, drafter: llm, "render": recipe.render}
+    llms = dict([("judge", recipe.judge), draft_model(recipe), evolving_model(recipe)])
+    models: dict[str, ChatModel | Render] = {**llms, "render": recipe.render}
     for key, model in models.items():
         if model.named == "openai" and model.pool.num_gpus:
             yield f"{key}.pool.num_gpus {model.pool.num_gpus:g}: its replicas only ask an endpoint, set it 0"
@@ -278,14 +305,15 @@ def _examples(
     """Rows that a phase trains on, where known, and whether that is more than an upper bound."""
     if phase == "sft":
         data = recipe.sft.data if recipe.sft is not None else None
-        if data is not None:
+        if data is not None and data != EVOLVED:
             return count_rows(data), True
     if queries is None:
         return None, False
     if phase == "sft":
-        drafts = past.stages.get("draft", {}) if past else {}
-        if drafts.get("in") and drafts.get("out"):
-            return math.ceil(queries["sft"] * drafts["out"] / drafts["in"]), True
+        made_by = "evolve" if data == EVOLVED else "draft"
+        made = past.stages.get(made_by, {}) if past else {}
+        if made.get("in") and made.get("out"):
+            return math.ceil(queries["sft"] * made["out"] / made["in"]), True
         return queries["sft"], False
     if phase == "rl":
         return queries["dpo"], False

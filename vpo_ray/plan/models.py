@@ -70,8 +70,10 @@ def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[ModelCheck]:
             policy.chat_template_kwargs, read_prompt(policy.task_prompt), phase is not None,
             phase is not None and phase.lora is not None and not phase.lora.merge,
         )  # fmt: skip
-    own = recipe.draft.llm if recipe.draft is not None else None
-    for key, llm in {"judge.model": recipe.judge, "draft.llm.model": own}.items():
+    of_draft = recipe.draft.llm if recipe.draft is not None else None
+    of_evolve = recipe.evolve.llm if recipe.evolve is not None else None
+    llms = {"judge.model": recipe.judge, "draft.llm.model": of_draft, "evolve.llm.model": of_evolve}
+    for key, llm in llms.items():
         if llm is None or llm.backend != "vllm" or not Path(llm.model).is_dir():
             continue
         if not Path(llm.model, "adapter_config.json").is_file():

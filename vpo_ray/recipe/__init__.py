@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, refuse_unused, sources
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.evaluation import EvaluatedPolicy, EvaluatedSet, Evaluation, Preference
+from vpo_ray.recipe.evolution import Evolve, evolution_presets
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_presets, preset_formula, reward_of
 from vpo_ray.recipe.plugins import pins, plugins_of
@@ -29,6 +30,7 @@ from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_argument
 from vpo_ray.recipe.serve import Feedback, Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import (
+    EVOLVED,
     Dpo,
     Evaluate,
     Floors,
@@ -44,6 +46,7 @@ from vpo_ray.recipe.train import (
 from vpo_ray.recipe.video import Checklist, Lora, Pair, Render, RenderGate, Reward, video_presets
 
 __all__ = [
+    "EVOLVED",
     "OPERATIONAL",
     "ChatModel",
     "Checklist",
@@ -56,6 +59,7 @@ __all__ = [
     "EvaluatedPolicy",
     "EvaluatedSet",
     "Evaluation",
+    "Evolve",
     "Feedback",
     "Floors",
     "Formula",
@@ -89,6 +93,7 @@ __all__ = [
     "Training",
     "differences",
     "engine_arguments",
+    "evolution_presets",
     "load",
     "load_serve",
     "locate",
@@ -131,6 +136,7 @@ class Recipe(Section):
     queries: Queries
     policy: Policy
     draft: Draft | None = None
+    evolve: Evolve | None = None
     sft: Sft | None = None
     sample: Sample
     judge: Judge
@@ -163,6 +169,8 @@ class Recipe(Section):
                 "sft.data is missing: name a JSONL or Parquet file with `query` and `prompt`, "
                 "add a draft section that makes it, or remove the sft section"
             )
+        if self.sft is not None and self.sft.data == EVOLVED and self.evolve is None:
+            raise ValueError("sft.data: evolved needs an evolve section, which makes it")
         if self.sft is not None and self.sft.lora is not None and not self.sft.lora.merge:
             raise ValueError(
                 "sft.lora.merge is false, but candidates are sampled from a whole model: set it true"
@@ -271,6 +279,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _counts_a_price(self) -> Recipe:
         llms = [self.judge, *([self.draft.llm] if self.draft is not None and self.draft.llm else [])]
+        llms += [self.evolve.llm] if self.evolve is not None and self.evolve.llm else []
         rewards = [self.reward, *self.more_rewards.values()]
         if self.evaluate is not None:
             llms += self.evaluate.llms()
@@ -299,6 +308,13 @@ class Recipe(Section):
     def drafts_first(self) -> bool:
         """Whether the loop needs drafts: SFT without a file of its own, or a recipe that is for them."""
         return self.draft is not None and (self.sft is None or self.sft.data is None)
+
+    @property
+    def evolves_first(self) -> bool:
+        """Whether the loop needs evolved prompts: SFT learns them, or DPO pairs are drawn from them."""
+        if self.evolve is None:
+            return False
+        return self.evolve.pairs or (self.sft is not None and self.sft.data == EVOLVED)
 
     def dump(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

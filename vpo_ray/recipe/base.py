@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -109,9 +109,18 @@ def sources(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
                     yield from sources(inner, f"{key}.{part}.")
         elif _SOURCE in field.metadata or _is_source(field.annotation):
             if isinstance(value, str):
-                yield from [(key, value)] if value else []
+                yield from [(key, value)] if value and value not in _words(field.annotation) else []
             elif isinstance(value, Sequence):
                 yield from ((key, one) for one in value)
+
+
+def _words(annotation: Any) -> Iterator[Any]:
+    """The words that may stand in place of a path."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _words(part)
 
 
 def _is_source(annotation: Any) -> bool:

@@ -162,11 +162,15 @@ class Training(Section):
         return self
 
 
+EVOLVED: Literal["evolved"] = "evolved"  # of sft.data
+
+
 class Sft(Training):
     """Supervised fine-tuning on queries and prompts."""
 
-    data: Source | None = Field(
-        None, description="SFT data: rows as in queries.path, with `query` and `prompt`"
+    data: Literal["evolved"] | Source | None = Field(
+        None,
+        description="SFT data: rows as in queries.path, with `query` and `prompt`; or `evolved`: see evolve",
     )
     evaluate: EvaluateSft = EvaluateSft()
 

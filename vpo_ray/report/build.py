@@ -20,6 +20,8 @@ from vpo_ray.storage.run_dir import RunDir
 PAGE = "report/index.html"
 SHOWN_GROUPS = 12
 _LABELS = {
+    "evolved": "evolved prompts",
+    "targets": "SFT targets of them",
     "queries": "queries to sample",
     "candidates": "candidate prompts",
     "aligned": "judged aligned",

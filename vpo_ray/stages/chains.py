@@ -1,10 +1,10 @@
 """Chains of stages: which queries enter, the row that the first stage gets for them, which tables.
 
 They are: labelling (which raw queries are unsafe, for curation), drafting (SFT data for the
-queries of the sft split), generation (candidates, verdicts, videos and scores for those of the
-dpo split), and for an evaluation rewriting (the prompts of a policy that is an LLM) and preferring
-(which of two prompts or videos an LLM prefers). `spec` says which stages they have; `stream.pipeline`
-runs any of them as one stream.
+queries of the sft split), evolving (new prompts of a query in one round of its evolution), generation
+(candidates, verdicts, videos and scores for those of the dpo split), and for an evaluation rewriting (the
+prompts of a policy that is an LLM) and preferring (which of two prompts or videos an LLM prefers). `spec`
+says which stages they have; `stream.pipeline` runs any of them as one stream.
 """
 
 from __future__ import annotations
@@ -148,18 +148,19 @@ def _to_rewrites(recipe: Recipe, models: Models) -> Expand:
     return partial(_candidates, settings=once, policy=models.policy_id, seed=recipe.seed)
 
 
-def _to_preferences(recipe: Recipe, models: Models) -> Expand:
+def _to_themselves(recipe: Recipe, models: Models) -> Expand:
     return _as_they_are
 
 
-def _as_they_are(matches: list[Row]) -> list[Row]:
-    return matches
+def _as_they_are(rows: list[Row]) -> list[Row]:
+    return rows
 
 
 CHAINS: dict[ChainName, Chain] = {
     "labelling": Chain("labelling", None, _to_labels, source="unlabelled"),
     "drafting": Chain("drafting", "sft", _to_drafts),
+    "evolving": Chain("evolving", None, _to_themselves, source="histories"),
     "generation": Chain("generation", "dpo", _to_candidates, lambda recipe: recipe.sample.k),
     "rewriting": Chain("rewriting", None, _to_rewrites, source="unwritten"),
-    "preferring": Chain("preferring", None, _to_preferences, source="matches"),
+    "preferring": Chain("preferring", None, _to_themselves, source="matches"),
 }

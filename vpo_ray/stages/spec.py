@@ -2,6 +2,7 @@
 
     queries ─► sample ─► judge ─► render ─► score ─► feedback     the chain "generation"
     queries ─► draft ─► drafts                                    the chain "drafting"
+    histories ─► evolve ─► offspring                              the chain "evolving", of an evolution
     unlabelled ─► label ─► labels                                 the chain "labelling"
     unwritten ─► rewrite ─► rewrites                              the chain "rewriting", of an evaluation
     matches ─► prefer ─► preferences                              the chain "preferring", of an evaluation
@@ -26,8 +27,15 @@ if TYPE_CHECKING:  # `vpo --help` reads this list
     from vpo_ray.recipe import ChatModel, Engine, EvaluatedPolicy, Pool, Preference, Recipe
     from vpo_ray.stages.tally import Tally
 
-ChainName = Literal["labelling", "drafting", "generation", "rewriting", "preferring"]
-CHAINS: tuple[ChainName, ...] = ("labelling", "drafting", "generation", "rewriting", "preferring")
+ChainName = Literal["labelling", "drafting", "evolving", "generation", "rewriting", "preferring"]
+CHAINS: tuple[ChainName, ...] = (
+    "labelling",
+    "drafting",
+    "evolving",
+    "generation",
+    "rewriting",
+    "preferring",
+)
 
 
 class StageError(ValueError):
@@ -131,6 +139,13 @@ def draft_model(recipe: Recipe) -> tuple[str, ChatModel]:
     """The recipe's key of the LLM that drafts, and its settings."""
     if recipe.draft is not None and recipe.draft.llm is not None:
         return "draft.llm", recipe.draft.llm
+    return "judge", recipe.judge
+
+
+def evolving_model(recipe: Recipe) -> tuple[str, ChatModel]:
+    """The recipe's key of the LLM that writes new prompts of an evolution, and its settings."""
+    if recipe.evolve is not None and recipe.evolve.llm is not None:
+        return "evolve.llm", recipe.evolve.llm
     return "judge", recipe.judge
 
 
@@ -245,6 +260,16 @@ STAGES: dict[str, StageSpec] = {
             in_recipe=lambda recipe: recipe.draft is not None,
             is_due=lambda recipe: recipe.drafts_first,
             help="SFT data for the sft split's queries into drafts/ and sft_data.parquet",
+        ),
+        _of_package(
+            "evolve",
+            "evolving",
+            "offspring",
+            evolving_model,
+            runs_on="chat",
+            settings=("evolve", "judge"),
+            in_recipe=lambda recipe: recipe.evolve is not None,
+            is_due=lambda recipe: recipe.evolves_first,
         ),
         _of_package(
             "sample",

@@ -68,7 +68,8 @@ class Run:
         """A table as Arrow, each key once: a row that failed and was tried again counts once.
 
         Args:
-            name: one of `records`' tables: queries, dropped, unlabelled, labels, drafts, sft, candidates,
+            name: one of `records`' tables: queries, dropped, unlabelled, labels, drafts, evolutions, sft,
+                candidates,
                 verdicts, renders, feedback, pairs. One that has no rows (yet) is empty.
 
         Raises:

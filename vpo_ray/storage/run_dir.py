@@ -14,9 +14,11 @@ from vpo_ray.files.folder import Folder
 from vpo_ray.records import (
     DRAFT,
     DROPPED,
+    EVOLUTION,
     FEEDBACK,
     GROUP,
     LABEL,
+    OFFSPRING,
     PAIR,
     PREFERENCE,
     QUERY,
@@ -36,6 +38,7 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "unlabelled": (QUERY, "query_id"),
     "labels": (LABEL, "query_id"),
     "drafts": (DRAFT, "draft_id"),
+    "evolutions": (EVOLUTION, "prompt_id"),
     "sft": (SFT, "query_id"),  # with the prompt: see ALSO
     "candidates": (FEEDBACK, "candidate_id"),
     "verdicts": (FEEDBACK, "candidate_id"),
@@ -43,6 +46,9 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "feedback": (FEEDBACK, "candidate_id"),
     "pairs": (PAIR, "pair_id"),
     "groups": (GROUP, "group_id"),
+    # Of an evolution, in EVOLUTION_ASKED: see `stages.evolve`.
+    "histories": (OFFSPRING, "ask_id"),
+    "offspring": (OFFSPRING, "ask_id"),
     # Of an evaluation: see `stages.rewrite` and `stages.prefer`.
     "unwritten": (QUERY, "query_id"),
     "rewrites": (FEEDBACK, "candidate_id"),
@@ -83,9 +89,11 @@ def widen(tables: Sequence[str], stage: str, columns: Sequence[pa.Field]) -> Non
 
 widen(["rewrites"], "rewrite", ())
 
-# In the run directory of a round or an evaluation: the policy that it samples.
+# The run directories of an evolution: what LLMs are shown and write, and what becomes of the prompts.
+EVOLUTION_ASKED, EVOLUTION_SCORED = "evolution/asked", "evolution/scored"
+# In the run directory of a round, an evolution or an evaluation: what it is, and the policy that it samples.
 ROUND = "round.json"
-# In one of an evaluation: the stages that it has, and how many rows that others made enter the first.
+# In one of an evolution or evaluation: its stages, and how many rows that others made enter the first.
 GIVEN = f"{META}/given.json"
 
 
@@ -105,13 +113,13 @@ class RunDir(Folder):
         return (type(self), (self.uri, self.shard))
 
     def root(self) -> tuple[RunDir, str]:
-        """The outermost run directory that this one is a round or an evaluation of, and its path in it;
-        itself and "" for a run of its own."""
+        """The outermost run directory that this one is a round, an evolution or an evaluation of, and its
+        path in it; itself and "" for a run of its own."""
         run, place = RunDir(self.uri), ""
         while run.exists(ROUND):
             path, sign, options = run.uri.partition("?") if "://" in run.uri else (run.uri, "", "")
             *above, kind, name = path.split("/")
-            if kind not in ("rounds", "evaluation"):
+            if kind not in ("rounds", "evolution", "evaluation"):
                 break
             run = RunDir(f"{'/'.join(above)}{sign}{options}")
             place = f"{kind}/{name}/{place}".rstrip("/")

@@ -1,6 +1,7 @@
-"""SFT data: rows of `query` and `prompt`, from a file that the recipe names or from the run's own drafts.
+"""SFT data: rows of `query` and `prompt`, from a file that the recipe names or from the run's own drafts or
+evolved prompts.
 
-Drafts are also written as chat-format Parquet, `sft_data.parquet` in the run directory, which another
+Those are also written as chat-format Parquet, `sft_data.parquet` in the run directory, which another
 recipe's `sft.data` may name.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vpo_ray.files.input_files import InputError, find_files
@@ -77,8 +79,16 @@ def draft_rows(run: RunDir) -> Iterator[Row]:
             yield {"query_id": row["query_id"], "query": row["query"], "prompt": normalise(row["target"])}
 
 
-def write_chat(run: RunDir) -> int:
-    """Write CHAT_FILE from the drafts; returns how many rows it has."""
+def evolved_rows(run: RunDir) -> Iterator[Row]:
+    """The targets of the run's evolved prompts, as SFT rows in the order of their ids."""
+    columns = ["prompt_id", "query_id", "query", "prompt", "target"]
+    targets = run.table("evolutions").rows(columns, pc.field("target"))
+    for row in sorted(targets, key=lambda row: str(row["query_id"])):
+        yield {"query_id": row["query_id"], "query": row["query"], "prompt": normalise(row["prompt"])}
+
+
+def write_chat(run: RunDir, examples: Iterable[Row]) -> int:
+    """Write CHAT_FILE from SFT rows; returns how many it has."""
     rows = [
         {
             **row,
@@ -87,7 +97,7 @@ def write_chat(run: RunDir) -> int:
                 {"role": "assistant", "content": row["prompt"]},
             ],
         }
-        for row in draft_rows(run)
+        for row in examples
     ]
     sink = pa.BufferOutputStream()
     pq.write_table(table(rows, CHAT), sink, compression="zstd")

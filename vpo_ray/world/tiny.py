@@ -20,6 +20,8 @@ from vpo_ray.files.text_files import read_lines
 VERSION = 2
 DATA = Path(__file__).parents[1] / "data"
 _MARKER = "tiny.json"
+# Prompts of the package among what the tokenizers are trained on: another one would change their tokens.
+_PROMPTS = ("critique", "draft", "policy", "prefer", "prefer_videos", "rank", "refine", "safety")
 LARGEST = 32 * 2**20  # bytes; no file of ours is nearly as large, and hardly a real checkpoint is smaller
 
 # The control tokens and the chat form of Llama 3 Instruct; its pre-tokenizer's split pattern.
@@ -125,9 +127,8 @@ def _texts() -> list[str]:
     lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in read_lines(path)]
     rows = [json.loads(line) for line in lines]
     texts = [value for row in rows for value in row.values()]
-    prompts = [
-        path.read_text("utf-8") for path in sorted((Path(__file__).parents[1] / "prompts").glob("*.txt"))
-    ]
+    folder = Path(__file__).parents[1] / "prompts"
+    prompts = [(folder / f"{name}.txt").read_text("utf-8") for name in _PROMPTS]
     return texts + prompts + [question for question, _, _ in QUESTIONS]
 
 

@@ -1,4 +1,5 @@
-"""The run directories of an evaluation, `<run>/evaluation/<part>-<id>`: rows that go through stages there."""
+"""Run directories in a run's own, where rows that others made go through stages: those of an evaluation,
+`<run>/evaluation/<part>-<id>`, and of an evolution."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ def through(
     models: Models | None = None,
     start: Start | None = None,
 ) -> RunDir:
-    """Take rows through stages; what is done, of this evaluation or an earlier one, is not done again.
+    """Take rows through stages; what is done, now or earlier, is not done again.
 
     Args:
-        own: the recipe of the run directory, whose `out` is in `evaluation/` of `run`.
+        own: the recipe of the run directory, whose `out` is in `evaluation/` or `evolution/` of `run`.
         stages: consecutive ones of a chain.
         rows: of the table that the first of them reads; those that it has are not written again.
         models, start: the policy, of stages that sample one.
@@ -40,7 +41,7 @@ def through(
         OtherRecipeError, RunInUseError, RunLostError: see `opening.opened`.
     """
     chain = chain_of(stages[0])
-    facts: dict[str, Any] = {"evaluates": run.uri}
+    facts: dict[str, Any] = {"of": run.uri}
     if start is not None:
         facts["start"] = asdict(start)
     with opened(own) as folder:
