@@ -7,7 +7,7 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray import recipe as recipes
-from vpo_ray.evaluation import streams
+from vpo_ray.loop import streams
 from vpo_ray.evaluation.evaluate import evaluate
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop import opening, phases, policies

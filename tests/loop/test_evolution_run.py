@@ -150,7 +150,7 @@ def test_one_query_now_and_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server = serve_endpoint(answer)
-    recipe = recipe_for(tmp_path, tiny_models, server)
+    recipe = recipe_for(tmp_path, tiny_models, server, "evolve.rounds=3")
     monkeypatch.setattr("vpo_ray.plan.check_recipe", lambda recipe: None)  # it would make the reward first
     found = vpo_ray.refine(recipe, "a fox\r\n", budget=3)
     assert (found.query, found.videos, found.ended) == ("a fox", 3, "budget of videos")

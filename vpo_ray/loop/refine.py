@@ -92,6 +92,7 @@ def _of_query(recipe: Recipe, query: str, budget: int) -> Recipe:
             ),
             "sft": None,
             "dpo": None,
+            "rl": None,
             "evaluate": None,
         }
     )
