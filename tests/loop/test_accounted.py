@@ -7,10 +7,9 @@ import pytest
 
 from vpo_ray import cli
 from vpo_ray import recipe as recipes
-from vpo_ray.loop import streams
 from vpo_ray.evaluation.evaluate import evaluate
 from vpo_ray.files.folder import StorageError
-from vpo_ray.loop import opening, phases, policies
+from vpo_ray.loop import opening, phases, policies, streams
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream import connection
