@@ -241,6 +241,11 @@ def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path, change: str, s
         recipe_at(tmp_path, change)
 
 
+def test_what_learns_from_no_pairs_draws_none(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="pairs has no effect with rl"):
+        recipe_at(tmp_path, "dpo=null", "pair={}", "rl={epochs: 1, lr: 1.0e-6, global_batch: 8}")
+
+
 def test_evolution_leaves_other_recipes_as_they_are(tmp_path: Path) -> None:
     plain = load(TINY)
     assert "evolve" not in str(plain.model_dump(exclude_defaults=True))

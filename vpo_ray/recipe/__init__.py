@@ -187,6 +187,8 @@ class Recipe(Section):
         if self.rl is not None:
             others = " ".join(name for name in Pair.model_fields if name not in ("by", "reward"))
             refuse_unused(self.pair, others, "with rl, which learns from all candidates and not from pairs")
+            if self.evolve is not None:
+                refuse_unused(self.evolve, "pairs", "with rl, which learns from no pairs")
         return self
 
     @model_validator(mode="after")
