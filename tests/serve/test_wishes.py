@@ -1,7 +1,8 @@
-"""Wishes of a request: words that stay, a length, and a long query that is left alone."""
+"""Wishes of a request: words that stay, a length, a long query that is left alone, and effort."""
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpo_ray.recipe import Serve
+from vpo_ray.recipe.serve import BestOf
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.optimiser import Optimiser
 from vpo_ray.serve.optimize_schema import parse_optimize
+from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import Gate
-from vpo_ray.serve.wishes import NO_WISHES, Wishes
+from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
 PROMPTS = st.lists(st.text("ab ", max_size=12), min_size=1, max_size=5)
 
@@ -72,6 +75,58 @@ def test_a_long_query_is_left_as_it_is() -> None:
 def test_words_are_counted_in_any_script() -> None:
     assert Wishes(max_words=3).unmet("红色的球") == ["max_words: 4"]
     assert Wishes(("Ｒｅｄ",)).unmet("a red ball") == []
+
+
+class Writer:
+    """Writes as many prompts as it is asked for, each longer than the one before."""
+
+    async def answer(self, query: str, fields: Any, request_id: str) -> dict[str, Any]:
+        texts = [" ".join(["a red ball"] * (number + 1)) for number in range(fields["n"])]
+        return {"choices": [{"message": {"content": text}} for text in texts]}
+
+
+def by_length(path: str, request: dict[str, Any]) -> tuple[int, Any]:
+    scores = [{"index": i, "relevance_score": len(text)} for i, text in enumerate(request["documents"])]
+    return 200, {"results": scores}
+
+
+@pytest.mark.parametrize(
+    ("effort", "n", "written", "ranked"),
+    [("low", 1, 1, None), ("low", 2, 2, None), ("medium", 1, 3, 3), ("high", 1, 6, 6), ("high", 9, 9, 9)],
+)
+def test_effort_is_how_many_prompts_are_ranked(
+    outside: Callable[..., Any], effort: Effort, n: int, written: int, ranked: int | None
+) -> None:
+    best_of = BestOf(n=3, rerank=outside(by_length).service())
+    settings = Serve(best_of=best_of)
+    optimiser = Optimiser(Writer(), Gate(settings.safety), Ranker(best_of), settings)  # type: ignore[arg-type]
+    fields = {"n": n, "temperature": 0.7, "seed": None}
+    wishes = Wishes(effort=effort)
+    result = asyncio.run(optimiser("a ball", fields, "id", (), wishes))
+    assert optimiser.candidates(fields, effort) == written, "what a caller's quota counts"
+    assert (None if result.ranking is None else len(result.ranking)) == ranked
+    assert result.prompt == " ".join(["a red ball"] * (ranked or 1))
+    assert len(result.alternatives) == n - 1
+    assert optimiser.streams(n, wishes) == (effort == "low" and n == 1)
+    assert not optimiser.streams(1, Wishes(max_words=3, effort="low")), "it is checked first"
+
+
+def test_effort_is_refused_where_it_has_no_effect(outside: Callable[..., Any]) -> None:
+    ranks = Serve(best_of=BestOf(rerank=outside(by_length).service()))
+    for settings, effort, status in (
+        (ranks, "high", None),
+        (ranks, "most", 422),
+        (Serve(), "high", 422),
+        (Serve(), "low", None),
+        (Serve(), None, None),
+    ):
+        body = json.dumps({"query": "q", "effort": effort}).encode()
+        if status is None:
+            assert parse_optimize(body, settings).wishes.effort == (effort or "medium")
+        else:
+            with pytest.raises(ApiError, match=r"ranks no candidates|'low', 'medium' or 'high'") as refused:
+                parse_optimize(body, settings)
+            assert refused.value.status == status
 
 
 @given(PROMPTS, st.integers(1, 4))

@@ -45,7 +45,6 @@ from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.stream import Parts
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
-from vpo_ray.serve.wishes import NO_WISHES
 from vpo_ray.storage.videos import VideoStore
 
 logger = logging.getLogger("ray.serve")
@@ -196,7 +195,7 @@ class Ingress:
         async def answer(key: Key, take: Take) -> Response:
             limit = max_body_bytes(self.settings, self.settings.max_queries)
             asked = parse_optimize(await read_body(request, limit), self.settings)
-            take(len(asked.queries) * self.optimiser.candidates(asked.fields))
+            take(len(asked.queries) * self.optimiser.candidates(asked.fields, asked.wishes.effort))
             for query in asked.queries:
                 self._note(query, key)
             if asked.stream:
@@ -417,8 +416,7 @@ class Ingress:
         """`prompt` events with the text as it is written, then one `result` or `error`."""
         try:
             # Several candidates, or ones that are checked or ranked first, are sent at the end.
-            whole = self.optimiser.needs_whole_prompts or asked.wishes != NO_WISHES
-            if asked.fields["n"] == 1 and not whole:
+            if self.optimiser.streams(asked.fields["n"], asked.wishes):
                 stream = self.optimiser.stream(asked.queries[0], asked.fields, request_id, asked.flags[0])
                 async with aclosing(stream):
                     async for part in stream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
@@ -22,7 +22,7 @@ from vpo_ray.serve.optimize_schema import GeneratorFlag, Latency, Optimization, 
 from vpo_ray.serve.policy import PolicyClient, PolicyFailed
 from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import CLEAR, UNAVAILABLE, Gate, SafetyVerdict
-from vpo_ray.serve.wishes import NO_WISHES, Wishes
+from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
 
 def build_optimiser(
@@ -64,6 +64,12 @@ class Optimiser:
         """Whether a prompt must be complete before any of it may be sent."""
         return self.gate.settings.prompt or self.ranker is not None
 
+    def streams(self, n: int, wishes: Wishes) -> bool:
+        """Whether a prompt of n may be sent as it is written."""
+        ranked = self.ranker is not None and wishes.effort != "low"
+        checked = self.gate.settings.prompt or replace(wishes, effort="medium") != NO_WISHES
+        return n == 1 and not ranked and not checked
+
     async def __call__(
         self,
         query: str,
@@ -92,14 +98,16 @@ class Optimiser:
                 result = await self.fall_back(checked)
             kept = {"fallback": False, "skipped": result.prompt is not None}
             return _finished(result.model_copy(update=kept), query, clock)
-        prompts, facts = await self._written(query, self._asked(fields), request_id, clock)
+        asked = self._asked(fields, wishes.effort)
+        prompts, facts = await self._written(query, asked, request_id, clock)
         if wishes.of_prompts and prompts and all(map(wishes.unmet, prompts)):
-            again = {**self._asked(fields), "seed": _next_seed(fields["seed"])}
+            again = {**asked, "seed": _next_seed(fields["seed"])}
             more, spent = await self._written(query, again, request_id, clock)
             prompts = list(dict.fromkeys([*prompts, *more]))
             facts |= {"usage": _sum(facts.get("usage"), spent.get("usage"))}
         if prompts:
-            result = await self._choose(checked, wishes.best(prompts), fields["n"], clock)
+            ranker = None if wishes.effort == "low" else self.ranker
+            result = await self._choose(checked, wishes.best(prompts), fields["n"], ranker, clock)
             facts["unmet"] = wishes.unmet(result.prompt) if result.prompt else []
         else:
             result = await self._without_prompt(checked, clock)
@@ -181,7 +189,9 @@ class Optimiser:
         with clock.part("gate"):
             return await self.fall_back(checked)
 
-    async def _choose(self, checked: Checked, prompts: list[str], n: int, clock: _Clock) -> Optimization:
+    async def _choose(
+        self, checked: Checked, prompts: list[str], n: int, ranker: Ranker | None, clock: _Clock
+    ) -> Optimization:
         """The best of the prompts that the gate lets out, and up to n - 1 alternatives."""
         safety = checked.safety
         if self.gate.settings.prompt:
@@ -192,9 +202,9 @@ class Optimiser:
             if not prompts:
                 return self.result(checked, safety=_refused(safety, "prompt", verdicts[0]))
         ranking = None
-        if self.ranker is not None:
+        if ranker is not None:
             with clock.part("ranking"):
-                ranking = await self.ranker.rank(checked.query, prompts)
+                ranking = await ranker.rank(checked.query, prompts)
             prompts = prompts if ranking is None else [rank.prompt for rank in ranking]
         if checked.verdict.flagged:
             reason = f"query: {checked.verdict.reason}"
@@ -202,15 +212,16 @@ class Optimiser:
         best, *rest = prompts
         return self.result(checked, prompt=best, alternatives=rest[: n - 1], ranking=ranking, safety=safety)
 
-    def candidates(self, fields: Mapping[str, Any]) -> int:
+    def candidates(self, fields: Mapping[str, Any], effort: Effort = "medium") -> int:
         """How many prompts the policy writes for one query."""
-        return int(self._asked(fields)["n"])
+        return int(self._asked(fields, effort)["n"])
 
-    def _asked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        best_of = self.settings.best_of
+    def _asked(self, fields: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
         if fields["temperature"] == 0:
             return {**fields, "n": 1}  # greedy candidates are all the same
-        return {**fields, "n": max(fields["n"], best_of.n) if best_of else fields["n"]}
+        ranked = self.settings.best_of.n if self.settings.best_of is not None else 1
+        least = {"low": 1, "medium": ranked, "high": 2 * ranked}[effort]
+        return {**fields, "n": max(fields["n"], least)}
 
 
 class _Clock:

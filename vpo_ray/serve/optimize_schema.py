@@ -15,13 +15,13 @@ from vpo_ray.flags import split_flags
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
-from vpo_ray.serve.wishes import NO_WISHES, Wishes
+from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
 
 class OptimizeRequest(RequestBody):
     """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`.
 
-    `keep`, `max_words` and `skip_if_words` are wishes: see `vpo_ray.serve.wishes`.
+    `keep`, `max_words`, `skip_if_words` and `effort` are wishes: see `vpo_ray.serve.wishes`.
     """
 
     model_config = ConfigDict(
@@ -40,6 +40,7 @@ class OptimizeRequest(RequestBody):
     ] = None
     max_words: Annotated[int, Field(ge=1)] | None = None
     skip_if_words: Annotated[int, Field(ge=1)] | None = None
+    effort: Effort | None = None
 
     @model_validator(mode="after")
     def _either(self) -> OptimizeRequest:
@@ -134,8 +135,8 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     """Parse and validate a body.
 
     Raises:
-        ApiError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, 404
-            for an unknown model, 413 for too long a query or too many of them.
+        ApiError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, or for more effort
+            where nothing is ranked, 404 for an unknown model, 413 for too long a query or too many of them.
     """
     try:
         request = OptimizeRequest.model_validate(read_json(body))
@@ -144,6 +145,9 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     check_model(request.model, settings)
     if request.n > settings.max_n:
         raise ApiError(422, f"n is {request.n}, at most {settings.max_n} is allowed here", "n")
+    if request.effort == "high" and settings.best_of is None:
+        message = "effort high has no effect: this endpoint ranks no candidates (serve.best_of)"
+        raise ApiError(422, message, "effort")
     queries = [request.query] if request.queries is None else request.queries
     if len(queries) > settings.max_queries:
         message = f"{len(queries)} queries, at most {settings.max_queries} are allowed"
@@ -153,7 +157,8 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     separated = [separate(query or "") for query in queries]
     fields = engine_fields(settings, request.n, request.seed, request.temperature)
     texts, found = [text for text, _ in separated], [flags for _, flags in separated]
-    wishes = Wishes(tuple(request.keep or ()), request.max_words, request.skip_if_words)
+    kept, effort = tuple(request.keep or ()), request.effort or "medium"
+    wishes = Wishes(kept, request.max_words, request.skip_if_words, effort)
     return Asked(texts, found, fields, request.queries is None, request.stream, wishes)
 
 

@@ -1,4 +1,5 @@
-"""What a request wants of its prompt, beyond the query: words that stay, a length, no change of a long query.
+"""What a request wants of its prompt, beyond the query: words that stay, a length, no change of a long query;
+and how much work it is worth.
 
 The policy is not told. Its prompts are checked; where none meets the wishes it is asked once more, and the
 answer names what is still unmet.
@@ -8,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 from unicodedata import normalize
 
 from vpo_ray.prompts.words import word_count
+
+Effort = Literal["low", "medium", "high"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Wishes:
         keep: texts that the prompt has in it, in any case.
         max_words: the most words of the prompt; characters of a script without spaces count as words.
         skip_if_words: a query of so many words or more is left as it is.
+        effort: low ranks no candidates, high ranks twice as many as medium, which does as the recipe says.
     """
 
     keep: tuple[str, ...] = ()
     max_words: int | None = None
     skip_if_words: int | None = None
+    effort: Effort = "medium"
 
     @property
     def of_prompts(self) -> bool:
