@@ -1,14 +1,16 @@
-"""A dimension that a formula names and no reward gives is found by the plan, where that is known."""
+"""A dimension that a formula or an evolution's fitness names and no reward gives is found by the plan, where
+that is known."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vpo_ray.plan.dimensions import formula_problems
+from vpo_ray.plan.dimensions import fitness_problems, formula_problems
 from vpo_ray.recipe import Recipe, RecipeError, load, plugins
 
-TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
+RECIPES = Path(__file__).parents[2] / "jobs/recipes"
+TINY = RECIPES / "tiny.yaml"
 CHECKLIST = "questions:\n- {question: It is good, weight: 1, dimension: quality}\n"
 MODULE = """
 from pydantic import BaseModel
@@ -69,6 +71,38 @@ def test_a_plugin_may_say_its_dimensions_or_is_taken_on_trust(checklist: Path) -
         "formula.terms.x.look: x gives no dimension look; there are: style"
     ]
     assert "no such head" in problems("Said", "look", "{head: broken}")[0]
+
+
+def test_the_fitness_of_an_evolution_names_scores_that_one_reward_gives(checklist: Path) -> None:
+    def problems(key: str, name: str, third: str = "Fixed") -> list[str]:
+        kinds = {
+            "still": "{kind: vbench, dimensions: [dynamic_degree]}",
+            "a": "{kind: 'said_dimensions:Fixed'}",
+            "b": f"{{kind: 'said_dimensions:{third}'}}",
+        }
+        more = ", ".join(f"{reward}: {section}" for reward, section in kinds.items())
+        evolve = f"evolve={{{key}: {{{name}: 1}}}}"
+        return list(fitness_problems(recipe(checklist, "{reward: 1}", f"more_rewards={{{more}}}", evolve)))
+
+    for good in ("reward", "still", "reward.quality", "quality", "dynamic_degree", "a.motion"):
+        assert problems("fitness", good) == []
+    assert problems("thresholds", "motion") == [
+        "evolve.thresholds.motion: several rewards give it; say which: a.motion, b.motion"
+    ]
+    there = "reward, still, a, b, a.motion, b.motion, reward.quality, still.dynamic_degree"
+    for bad in ("sound", "still.sound", "other.sound"):
+        assert problems("fitness", bad) == [f"evolve.fitness.{bad}: no reward gives it; there are: {there}"]
+    assert problems("fitness", "b.any", "Silent") == problems("fitness", "any", "Silent") == []
+    assert problems("fitness", "still.sound", "Silent") != []
+    assert list(fitness_problems(load(TINY))) == []
+
+
+@pytest.mark.parametrize("name", ["prompt_a_video_cogvideox", "prompt_a_video_wan"])
+def test_the_rewards_of_prompt_a_video_give_its_fitness(name: str) -> None:
+    made = load(RECIPES / f"{name}.yaml", ["evolve={preset: prompt_a_video}"])
+    assert made.evolve is not None
+    assert len(made.evolve.fitness) == 7
+    assert list(fitness_problems(made)) == []
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def history(*rounds: Sequence[float | str | None], own: float | None = 1.0) -> l
 
 def scored() -> Row:
     parts = [("visual_quality", 2.5), ("temporal_consistency", 2.0), ("factual_consistency", 3.0),
-             ("dynamic_degree", 2.0), ("text_to_video_alignment", 3.5)]  # fmt: skip
+             ("dynamic_degree", 2.0), ("text_alignment", 3.5)]  # fmt: skip
     more = [
         {"name": "aesthetic", "score": 5.6, "dimensions": None},
         {"name": "mps", "score": 10.0, "dimensions": []},

@@ -15,7 +15,7 @@ from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
-from vpo_ray.plan.dimensions import formula_problems
+from vpo_ray.plan.dimensions import fitness_problems, formula_problems
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import (
     EVOLVED,
@@ -123,6 +123,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
         elif decides and recipe.pair.dominance == "question":
             yield f"pair.dominance: question needs a checklist, {key} has none: write none or dimension"
     yield from formula_problems(recipe)
+    yield from fitness_problems(recipe)
     if recipe.gate is not None:
         yield from _gate(recipe.gate)
     label = recipe.queries.unsafe_judge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.recipe import Recipe, Reward, plugins
@@ -35,6 +35,39 @@ def formula_problems(recipe: Recipe) -> Iterator[str]:
                 there = ", ".join(sorted(given)) or "none"
                 hint = f"did you mean {reward}.{close[0]}?" if close else f"there are: {there}"
                 yield f"formula.{key}.{name}: {reward} gives no dimension {dimension}; {hint}"
+
+
+def fitness_problems(recipe: Recipe) -> Iterator[str]:
+    """A line for each score that `evolve.fitness` or `evolve.thresholds` names and not exactly one reward
+    gives. A reward that cannot be asked here is taken on trust."""
+    if recipe.evolve is None:
+        return
+    given: dict[str, frozenset[str] | None] = {}
+    for reward in ("reward", *recipe.more_rewards):
+        try:
+            given[reward] = known_dimensions(_section(recipe, reward))
+        except plugins.PluginError:
+            given[reward] = None  # said by the check of plugins
+    for key in ("fitness", "thresholds"):
+        for name in getattr(recipe.evolve, key):
+            if why := _not_given(name, given):
+                yield f"evolve.{key}.{name}: {why}"
+
+
+def _not_given(name: str, given: Mapping[str, frozenset[str] | None]) -> str | None:
+    """What is wrong with a score's name (see `stages.evolution.dimension`), where that is known."""
+    reward, _, dimension = name.partition(".")
+    of = given.get(reward, frozenset())
+    if name in given or of is None or dimension in of:
+        return None
+    giving = [f"{reward}.{name}" for reward, known in given.items() if known is not None and name in known]
+    trusted = any(known is None for known in given.values())
+    if len(giving) > 1:
+        return f"several rewards give it; say which: {', '.join(giving)}"
+    if giving or (trusted and not dimension):
+        return None
+    there = [*given, *sorted(f"{r}.{d}" for r, known in given.items() for d in known or ())]
+    return f"no reward gives it; there are: {', '.join(there)}"
 
 
 def _section(recipe: Recipe, reward: str) -> Reward:
