@@ -66,30 +66,90 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
+def test_what_was_kept_added_and_removed_is_marked(browser: Any) -> None:
+    page = browser.new_page()
+    code = (FOLDER / "difference.js").read_text("utf-8")
+
+    def marked(query: str, prompt: str) -> Any:
+        load = "([code, a, b]) => import('data:text/javascript,' + encodeURIComponent(code))"
+        return page.evaluate(f"{load}.then((m) => m.difference(a, b))", [code, query, prompt])
+
+    # Case and the punctuation behind a word do not make it another.
+    assert marked("A red ball, please", "On grass a Red ball.") == [
+        [["mark", "A red ball, "], ["del", "please"]],
+        [["ins", "On grass "], ["mark", "a Red ball."]],
+    ]
+    assert marked("红球", "红色的球。") == [
+        [["mark", "红球"]],
+        [["mark", "红"], ["ins", "色的"], ["mark", "球。"]],
+    ]
+    assert marked("same", "same") == [[["mark", "same"]], [["mark", "same"]]]
+    assert marked("a", "🎈 !") == [[["del", "a"]], [["ins", "🎈 !"]]]
+    long = "语" * 5000
+    assert marked(long, long) == [[["span", long]], [["span", long]]], "too long to compare"
+    page.close()
+
+
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_query_is_typed_and_its_prompt_appears(brief: str, browser: Any, width: int) -> None:
     page, problems = opened(browser, brief.removesuffix("/v1") + "/", width)
     assert page.evaluate("document.activeElement.id") == "query"
-    # By keyboard alone: type, go on to the number of alternatives, and back up to send.
+    # By keyboard alone: type, go on past the examples to the number of alternatives, and back up to send.
     page.keyboard.type(ATTACK)
-    page.keyboard.press("Tab")
+    for _ in range(6):
+        page.keyboard.press("Tab")
     page.keyboard.type("2")
     page.locator("#query").press("Control+Enter")
-    until(lambda: page.locator("#changes").is_visible())
+    until(lambda: page.locator("#actions").is_visible())
     assert page.title() == "vpo_ray playground", "the query's script did not run"
     assert page.locator("main script, main img").count() == 0
     prompt = page.locator("#prompt").inner_text()
     assert prompt
-    marked = page.locator("#diff ins, #diff span").all_text_contents()
-    assert "".join(marked).split() == prompt.split(), "what was added and kept is the prompt"
-    assert "<script>" in "".join(page.locator("#diff del, #diff span").all_text_contents())
-    page.locator("#others summary").click()
-    # Equal ones are told once.
-    assert page.locator("#alternatives li").count() in (1, 2)
+    plain = "[...document.getElementById('prompt').childNodes].filter((n) => n.nodeType === 3)"
+    assert not page.evaluate(f"{plain}.map((n) => n.data).join('')").strip(), "all of it is marked"
+    assert page.locator("#original").inner_text() == ATTACK
+    # Equal ones are told once. Arrows go from one to the next, and round.
+    assert page.locator("#tabs button").count() in (2, 3)
+    page.locator("#tab-0").press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-1"
+    assert page.locator("#prompt-title").inner_text() == "Alternative 1"
+    assert page.locator("#prompt").inner_text() != prompt
+    page.keyboard.press("Home")
+    assert page.locator("#prompt").inner_text() == prompt
     assert page.locator("#key").is_hidden()
+    assert page.locator("#opinion").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_prompt_is_edited_and_sent_on_and_the_session_is_remembered(brief: str, browser: Any) -> None:
+    page, problems = opened(browser, brief.removesuffix("/v1") + "/", 1280)
+    page.locator("#examples button").first.click()
+    until(lambda: page.locator("#actions").is_visible())
+    first = page.locator("#prompt").inner_text()
+    page.get_by_role("button", name="Edit and send on").click()
+    assert page.evaluate("document.activeElement.id") == "edited"
+    page.keyboard.type("A dog instead. ")
+    sent = page.locator("#edited").input_value()
+    assert sent.strip()
+    assert sent != first
+    page.get_by_role("button", name="Optimise it").click()
+    history = page.locator("#history button")
+    until(lambda: history.count() == 2)
+    assert page.locator("#query").input_value() == sent
+    assert history.nth(1).inner_text() == "a cat on a roof"
+    history.nth(1).click()
+    assert page.locator("#prompt").inner_text() == first
+    assert page.locator("#query").input_value() == "a cat on a roof"
+    assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    page.locator("#clear").click()
+    assert page.locator("#answer").is_hidden()
+    assert page.locator("#session").is_hidden()
     assert problems == []
     page.close()
 

@@ -114,7 +114,9 @@ def test_a_burst_gets_no_more_places_than_there_are(tmp_path: Path) -> None:
     [
         (b"", 400),
         (b"{}", 422),
-        (b'{"query": "a", "prompt": "b"}', 422),
+        (b'{"query": "a", "prompt": " "}', 400),
+        (b'{"query": " ", "prompt": "b"}', 400),
+        (b'{"query": "a", "prompt": "%s"}' % (b"b" * 8001), 422),
         (b'{"query": "a", "seed": -1}', 422),
         (b'{"query": " "}', 400),
         (b'{"query": "a", "model": "other"}', 404),
@@ -124,7 +126,8 @@ def test_a_bad_request_for_a_video(raw: bytes, status: int) -> None:
     with pytest.raises(ApiError) as refused:
         parse_video(raw, SETTINGS)
     assert refused.value.status == status
-    assert parse_video(b'{"prompt": "a cat", "seed": 3}', SETTINGS) == ("a cat", 3)
+    assert parse_video(b'{"prompt": "a cat", "seed": 3}', SETTINGS) == ("a cat", None, 3)
+    assert parse_video(b'{"query": "a cat", "prompt": "A cat."}', SETTINGS) == ("a cat", "A cat.", 0)
 
 
 def test_the_recipes_own_models_make_the_videos(tmp_path: Path) -> None:
@@ -190,9 +193,16 @@ def test_a_query_becomes_a_video(
     again = httpx.post(f"{where}/videos", json={"query": "a cat", "seed": 4}, headers=headers).json()
     assert finished(where, again["id"], headers)["video"]["key"] == found["video"]["key"]
     assert finished(where, "videoleft", headers)["video"]["key"] != found["video"]["key"]
-    refused = httpx.post(f"{where}/videos", json={"query": "a knife"}, headers=headers).json()
-    told = finished(where, refused["id"], headers)
-    assert (told["status"], told["error"]["code"]) == ("failed", "content_filter")
+    # The query's own video, beside it: the text as it is, another video.
+    given = {"query": "a cat", "prompt": "a cat --ar 16:9", "seed": 4}
+    raw = httpx.post(f"{where}/videos", json=given, headers=headers).json()
+    plain = finished(where, raw["id"], headers)
+    assert (plain["status"], plain["prompt"], plain["fallback"]) == ("completed", "a cat", False)
+    assert plain["video"]["key"] != found["video"]["key"]
+    for body in ({"query": "a knife"}, {"query": "a cat", "prompt": "A knife."}):
+        refused = httpx.post(f"{where}/videos", json=body, headers=headers).json()
+        told = finished(where, refused["id"], headers)
+        assert (told["status"], told["error"]["code"]) == ("failed", "content_filter")
     # A video belongs to who asked for it.
     strange = {"Authorization": f"Bearer {other}"}
     for path in (made["id"], f"{made['id']}/content", "videonone"):

@@ -228,10 +228,12 @@ class Ingress:
     async def make_video(self, request: Request) -> Response:
         async def answer(key: Key, take: Take) -> Response:
             jobs, _ = self._videos()
-            query, seed = parse_video(await read_body(request, max_body_bytes(self.settings)), self.settings)
-            take(self.optimiser.candidates(engine_fields(self.settings, 1, seed, None)))
+            body = await read_body(request, max_body_bytes(self.settings))
+            query, prompt, seed = parse_video(body, self.settings)
+            fields = engine_fields(self.settings, 1, seed, None)
+            take(self.optimiser.candidates(fields) if prompt is None else 1)
             self._note(query, key)
-            job = await jobs.submit.remote(query, seed, key.name)
+            job = await jobs.submit.remote(query, seed, key.name, prompt)
             if job is None:
                 raise overloaded(self.settings.overload_status)
             return Response(job, 202, media_type="application/json")

@@ -183,6 +183,13 @@ class Optimiser:
             return self.result(checked, safety=_refused(checked.safety, "query", verdict))
         return self.result(checked, prompt=checked.query, fallback=True)
 
+    async def as_it_is(self, query: str, flags: Sequence[GeneratorFlag] = ()) -> Optimization:
+        """A text that is not to be optimised, as the answer, unless the gate refuses it."""
+        checked = await self.check_query(query, flags)
+        if checked.refused:
+            return self.result(checked)
+        return (await self.fall_back(checked)).model_copy(update={"fallback": False})
+
     async def _without_prompt(self, checked: Checked, clock: _Clock) -> Optimization:
         if not self.settings.fallback:
             return self.result(checked, prompt="")

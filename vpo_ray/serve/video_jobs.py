@@ -38,16 +38,20 @@ T = TypeVar("T")
 
 
 class VideoRequest(RequestBody):
-    """A request for a video. OpenAI's field `prompt` may hold the query too. The seed is the video's."""
+    """A request for a video. OpenAI's field `prompt` may hold the query too. The seed is the video's.
+
+    With both, `prompt` is rendered as it is: an answer's prompt, an edited one, or the query itself. Videos
+    of one query and seed begin with the same noise.
+    """
 
     query: Text | None = None
-    prompt: Text | None = None
+    prompt: Annotated[Text, Field(max_length=8000)] | None = None
     model: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _either(self) -> VideoRequest:
-        if (self.query is None) == (self.prompt is None):
+        if self.query is None and self.prompt is None:
             raise ValueError("give `query`")
         return self
 
@@ -83,24 +87,32 @@ class VideoJob(BaseModel):
 
 
 class StoredJob(VideoJob):
-    """A job as it is stored, with the name of the key that may see it."""
+    """A job as it is stored: with the name of the key that may see it, and whether its prompt was given."""
 
     owner: str
+    as_is: bool = False
 
     def shown(self) -> VideoJob:
-        return VideoJob(**self.model_dump(exclude={"owner"}))
+        return VideoJob(**self.model_dump(exclude={"owner", "as_is"}))
 
 
-def parse_video(body: bytes, settings: Serve) -> tuple[str, int]:
-    """Query and seed. Raises ApiError as `parse_optimize` does."""
+def parse_video(body: bytes, settings: Serve) -> tuple[str, str | None, int]:
+    """Query, the prompt to render as it is (None: optimise the query), and seed.
+
+    Raises ApiError as `parse_optimize` does.
+    """
     try:
         request = VideoRequest.model_validate(read_json(body))
     except ValidationError as error:
         raise explained(error, 422) from None
     check_model(request.model, settings)
-    query = request.query if request.query is not None else request.prompt or ""
+    query, prompt = request.query, request.prompt
+    if query is None:
+        query, prompt = prompt or "", None
     check_query(query, settings, "query")
-    return query, request.seed
+    if prompt is not None and not prompt.strip():
+        raise ApiError(400, "the prompt is empty", "prompt", "empty_query")
+    return query, prompt, request.seed
 
 
 class JobFolder:
@@ -209,8 +221,8 @@ class VideoJobs:
             logger.info("job %s continues", job.id)
             self._start(job)
 
-    async def submit(self, query: str, seed: int, owner: str) -> str | None:
-        """Take a job and return it as JSON; None when too many are waiting."""
+    async def submit(self, query: str, seed: int, owner: str, prompt: str | None = None) -> str | None:
+        """Take a job and return it as JSON; None when too many are waiting. A given prompt is final."""
         if len(self.tasks) >= self.max_waiting:
             return None
         job = StoredJob(
@@ -218,8 +230,10 @@ class VideoJobs:
             model=self.settings.model_name,
             query=query,
             seed=seed,
+            prompt=prompt,
             created_at=int(time.time()),
             owner=owner,
+            as_is=prompt is not None,
         )
         # It takes its place at once, and a caller that disconnects does not cancel a stored job.
         stored = asyncio.get_running_loop().create_future()
@@ -265,10 +279,14 @@ class VideoJobs:
             )
 
     async def _make(self, job: StoredJob) -> None:
-        fields = engine_fields(self.settings, 1, job.seed, None)
         # The video model's settings are the recipe's: flags in the query are dropped.
-        query, flags = separate(job.query)
-        result = await self.optimiser(query, fields, job.id, flags)
+        if job.as_is:
+            text, flags = separate(job.prompt or "")
+            result = await self.optimiser.as_it_is(text, flags)
+        else:
+            fields = engine_fields(self.settings, 1, job.seed, None)
+            query, flags = separate(job.query)
+            result = await self.optimiser(query, fields, job.id, flags)
         job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
         if result.safety.outcome == "refused":
             raise ApiError(400, f"refused by the safety gate: {result.safety.reason}", code="content_filter")

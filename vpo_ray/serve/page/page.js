@@ -1,16 +1,19 @@
-// The playground: asks /v1/optimize, shows the prompt as it comes, then what the endpoint says of it.
-// Text only ever enters the page as text nodes.
-"use strict";
+// The playground: a query in, the prompt beside it, and what can be done with it. Answers of the session are
+// held in memory alone. Text only ever enters the page as text nodes.
+import { filmed, optimised, say } from "./api.js";
+import { difference } from "./difference.js";
 
 const $ = (id) => document.getElementById(id);
-const at = (path) => new URL(path, document.baseURI);
-let last = null;
-let answerId = null;
+const endpoint = document.documentElement.dataset;
+const films = endpoint.videos === "True";
+const MOST_ANSWERS = 50;
 
-function headers() {
-  const key = $("key").value.trim();
-  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-}
+// Newest first: { query, seed, result, texts, tab, films: Map of prompt to { url, told } }.
+const answers = [];
+let shown = null;
+let running = null;
+
+const key = () => $("key").value.trim();
 
 function element(tag, text) {
   const node = document.createElement(tag);
@@ -18,166 +21,304 @@ function element(tag, text) {
   return node;
 }
 
+function marked(rows) {
+  // The space after a word is between marks, not in one.
+  return rows.flatMap(([tag, text]) => [element(tag, text.trimEnd()), text.slice(text.trimEnd().length)]);
+}
+
 function problem(text) {
   $("problem").textContent = text;
   $("problem").hidden = !text;
 }
 
-function busy(text) {
+// One piece of work at a time, which Esc and Stop end.
+async function working(text, work) {
+  if (running) return;
+  const mine = (running = new AbortController());
+  problem("");
+  ready(text);
+  let end = "";
+  try {
+    await work(mine.signal);
+  } catch (error) {
+    if (mine.signal.aborted) end = "stopped";
+    else problem(error.message);
+  } finally {
+    running = null;
+    ready(end);
+  }
+}
+
+function ready(text) {
   $("status").textContent = text;
-  $("go").disabled = $("film").disabled = Boolean(text);
+  for (const id of ["go", "again", "film", "film-edited"]) $(id).disabled = running !== null;
+  $("stop").hidden = running === null;
 }
 
-async function refusal(reply) {
-  const told = await reply.json().then((body) => body.error.message, () => reply.statusText);
-  const wait = reply.headers.get("Retry-After");
-  return new Error(`${reply.status}: ${told}${wait ? ` (again in ${wait} s)` : ""}`);
+function optimise(query) {
+  if (!query.trim()) return;
+  return working("writing…", async (signal) => {
+    const seed = $("seed").value === "" ? null : Number($("seed").value);
+    const request = { query, n: 1 + Number($("n").value), ...(seed === null ? {} : { seed }) };
+    let begun = false;
+    const result = await optimised(request, key(), signal, (delta) => {
+      if (!begun) begin(query);
+      begun = true;
+      $("prompt").append(delta);
+    });
+    const texts = [result.prompt, ...result.alternatives].filter((text) => text !== null);
+    answers.unshift({ query, seed, result, texts, tab: 0, films: new Map() });
+    answers.splice(MOST_ANSWERS).forEach(forget);
+    show(answers[0]);
+  });
 }
 
-// Server-sent events of a POST: EventSource can only GET.
-async function* events(reply) {
-  let text = "";
-  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    text += value;
-    const parts = text.split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const [, name, data] = /^event: (.*)\ndata: (.*)$/s.exec(part);
-      yield [name, JSON.parse(data)];
-    }
+// An answer that is being written.
+function begin(query) {
+  shown = null;
+  for (const id of ["tabs", "legend", "actions", "editor", "opinion", "films", "reasons"]) $(id).hidden = true;
+  for (const id of ["prompt", "safety", "facts"]) $(id).textContent = "";
+  $("prompt-title").textContent = "Prompt";
+  $("original").textContent = query;
+  $("answer").hidden = false;
+  list();
+}
+
+function forget(answer) {
+  for (const { url } of answer.films.values()) if (url) URL.revokeObjectURL(url);
+}
+
+function show(answer) {
+  shown = answer;
+  $("answer").hidden = false;
+  for (const id of ["thanks", "copied"]) $(id).textContent = "";
+  $("comment").value = "";
+  const { result, texts } = answer;
+  $("tabs").hidden = texts.length < 2;
+  $("tabs").replaceChildren(...texts.map((_, index) => tab(index)));
+  const { safety } = result;
+  $("safety").dataset.outcome = safety.outcome;
+  $("safety").textContent = safety.checked.length
+    ? `Safety: ${safety.outcome}${safety.reason ? ` — ${safety.reason}` : ""}`
+    : "Safety: not checked here";
+  $("facts").textContent = facts(result).join(" · ");
+  const ranking = result.ranking ?? [];
+  $("ranking").replaceChildren(
+    ...ranking.map((rank) => element("li", `${rank.score}: ${rank.prompt}${rank.reason ? `\n${rank.reason}` : ""}`)),
+  );
+  $("reasons").hidden = !ranking.length;
+  select(answer.tab);
+  list();
+}
+
+function facts(result) {
+  const told = [`${result.latency.total.toFixed(2)} s`];
+  if (result.usage.completion_tokens) told.push(`${result.usage.completion_tokens} tokens`);
+  if (result.fallback) told.push("the optimiser failed: this is your own query");
+  if (result.skipped) told.push("left as it is");
+  if (result.unmet.length) told.push(`not met: ${result.unmet.join(", ")}`);
+  const flags = result.flags.map((flag) => `${flag.name} ${flag.value}`.trim());
+  if (flags.length) told.push(`flags: ${flags.join(", ")}`);
+  if (result.system_fingerprint) told.push(result.system_fingerprint);
+  return told;
+}
+
+const named = (index) => (index ? `Alternative ${index}` : "Prompt");
+
+function tab(index) {
+  const button = element("button", named(index));
+  button.type = "button";
+  button.id = `tab-${index}`;
+  button.setAttribute("role", "tab");
+  button.setAttribute("aria-controls", "panel");
+  button.addEventListener("click", () => select(index));
+  return button;
+}
+
+// Show one of the answer's texts beside the query.
+function select(index) {
+  shown.tab = index;
+  const { query, result, texts } = shown;
+  const text = texts[index];
+  for (const [at, button] of [...$("tabs").children].entries()) {
+    button.setAttribute("aria-selected", at === index);
+    button.tabIndex = at === index ? 0 : -1;
   }
+  $("prompt-title").textContent = named(index);
+  const [before, after] = text === undefined ? [[["span", query]], []] : difference(query, text);
+  $("original").replaceChildren(...marked(before));
+  $("prompt").replaceChildren(...marked(after));
+  if (text === undefined) $("prompt").textContent = "No prompt: the query was refused.";
+  $("legend").hidden = $("actions").hidden = text === undefined;
+  if (text === undefined) open(false);
+  $("edited").value = text ?? "";
+  $("send").hidden = $("opinion").hidden = result.id === null;
+  // A thumb is about the prompt; among alternatives there is a choice.
+  $("up").hidden = $("down").hidden = index > 0;
+  $("choose").hidden = texts.length < 2;
+  showFilms(text);
 }
 
-// The words of two texts in one row, by their longest common subsequence: kept, removed, added.
-function difference(before, after) {
-  const [a, b] = [before, after].map((text) => text.match(/\S+\s*/g) || []);
-  const same = (x, y) => x.trim().toLowerCase() === y.trim().toLowerCase();
-  const longest = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
-  for (let i = a.length - 1; i >= 0; i--)
-    for (let j = b.length - 1; j >= 0; j--)
-      longest[i][j] = same(a[i], b[j]) ? longest[i + 1][j + 1] + 1 : Math.max(longest[i + 1][j], longest[i][j + 1]);
-  const row = [];
-  const put = (tag, word) => {
-    if (row.length && row.at(-1)[0] === tag) row.at(-1)[1] += word;
-    else row.push([tag, word]);
-  };
-  let i = 0, j = 0;
-  while (i < a.length || j < b.length) {
-    if (i < a.length && j < b.length && same(a[i], b[j])) { put("span", b[j]); i++; j++; }
-    else if (j >= b.length || (i < a.length && longest[i + 1][j] >= longest[i][j + 1])) put("del", a[i++]);
-    else put("ins", b[j++]);
-  }
-  return row;
+function open(wanted) {
+  $("editor").hidden = !wanted;
+  $("edit").setAttribute("aria-expanded", wanted);
+}
+
+function move(event) {
+  const count = shown?.texts.length ?? 0;
+  const { tab: at } = shown ?? {};
+  const next = { ArrowRight: at + 1, ArrowLeft: at - 1 + count, Home: 0, End: count - 1 }[event.key];
+  if (next === undefined || !count) return;
+  event.preventDefault();
+  select(next % count);
+  $(`tab-${shown.tab}`).focus();
+}
+
+// The answers of the session, to go back to.
+function list() {
+  $("session").hidden = !answers.length;
+  $("history").replaceChildren(...answers.map((answer) => {
+    const button = element("button", answer.query);
+    button.type = "button";
+    button.dir = "auto";
+    if (answer === shown) button.setAttribute("aria-current", "true");
+    button.addEventListener("click", () => {
+      if (running) return;
+      $("query").value = answer.query;
+      problem("");
+      open(false);
+      show(answer);
+    });
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  }));
+}
+
+function clear() {
+  if (running) return;
+  answers.splice(0).forEach(forget);
+  shown = null;
+  $("answer").hidden = true;
+  problem("");
+  list();
+  $("query").focus();
 }
 
 // What a user says of the answer that is shown.
-async function say(opinion) {
+async function tell(opinion) {
   problem("");
+  $("thanks").textContent = "";
   try {
-    const body = JSON.stringify({ id: answerId, ...opinion });
-    const reply = await fetch(at("v1/feedback"), { method: "POST", headers: headers(), body });
-    if (!reply.ok) throw await refusal(reply);
+    await say(shown.result.id, opinion, key());
     $("thanks").textContent = "Thank you.";
   } catch (error) {
     problem(error.message);
   }
 }
 
-function show(query, result) {
-  last = result.prompt === null ? null : { query };
-  answerId = result.id;
-  $("opinion").hidden = answerId === null;
-  $("edited").value = result.prompt ?? "";
-  $("prompt").textContent = result.prompt ?? "No prompt: the query was refused.";
-  const safety = result.safety;
-  $("safety").dataset.outcome = safety.outcome;
-  $("safety").textContent = safety.checked.length
-    ? `Safety: ${safety.outcome}${safety.reason ? ` — ${safety.reason}` : ""}`
-    : "Safety: not checked here";
-  const facts = [`${result.latency.total.toFixed(2)} s`];
-  if (result.usage.completion_tokens) facts.push(`${result.usage.completion_tokens} tokens`);
-  if (result.fallback) facts.push("the optimiser failed: this is your own query");
-  const flags = result.flags.map((flag) => `${flag.name} ${flag.value}`.trim());
-  if (flags.length) facts.push(`flags: ${flags.join(", ")}`);
-  $("facts").textContent = facts.join(" · ");
-  $("diff").replaceChildren(...difference(query, result.prompt ?? "").map(([tag, text]) => element(tag, text)));
-  $("changes").hidden = result.prompt === null;
-  $("alternatives").replaceChildren(...result.alternatives.map((text) => element("li", text)));
-  $("others").hidden = !result.alternatives.length;
-  const ranking = result.ranking ?? [];
-  $("ranking").replaceChildren(
-    ...ranking.map((r) => element("li", `${r.score}: ${r.prompt}${r.reason ? `\n${r.reason}` : ""}`)),
-  );
-  $("reasons").hidden = !ranking.length;
-  $("copy").hidden = result.prompt === null;
+// The videos of the query and of a prompt, both as they are.
+function film(prompt) {
+  const answer = shown;
+  return working("making videos…", async (signal) => {
+    const make = async (text) => {
+      if (answer.films.get(text)?.url) return;
+      const told = (status) => {
+        answer.films.set(text, { ...answer.films.get(text), told: status });
+        if (shown === answer) showFilms(prompt);
+      };
+      try {
+        told("in the queue…");
+        const url = await filmed(answer.query, text, answer.seed ?? 0, key(), signal, told);
+        answer.films.get(text).url = url;
+        if (shown === answer) showFilms(prompt);
+      } catch (error) {
+        told("");
+        throw error;
+      }
+    };
+    const made = await Promise.allSettled([...new Set([answer.query, prompt])].map(make));
+    const failed = made.find(({ status }) => status === "rejected");
+    if (failed) throw failed.reason;
+  });
 }
 
-async function optimise() {
-  const query = $("query").value;
-  problem("");
-  busy("writing…");
-  try {
-    const seed = $("seed").value;
-    const body = { query, n: 1 + Number($("n").value), stream: true, ...(seed ? { seed: Number(seed) } : {}) };
-    const reply = await fetch(at("v1/optimize"), { method: "POST", headers: headers(), body: JSON.stringify(body) });
-    if (!reply.ok) throw await refusal(reply);
-    for (const id of ["changes", "others", "reasons", "video", "copy", "opinion"]) $(id).hidden = true;
-    for (const id of ["prompt", "safety", "facts", "thanks"]) $(id).textContent = "";
-    $("answer").hidden = false;
-    for await (const [name, data] of events(reply)) {
-      if (name === "prompt") $("prompt").append(data.delta);
-      else if (name === "result") show(query, data);
-      else throw new Error(data.error.message);
-    }
-  } catch (error) {
-    problem(error.message);
-  } finally {
-    busy("");
+function showFilms(prompt) {
+  const [raw, other] = [shown.films.get(shown.query), shown.films.get(prompt)];
+  $("films").hidden = !(raw?.url || raw?.told || other?.url || other?.told);
+  $("film-name").textContent = shown.texts.includes(prompt) ? named(shown.texts.indexOf(prompt)) : "Your version";
+  for (const [name, made] of [["raw", raw], ["film", other]]) {
+    const video = $(`${name}-video`);
+    $(`${name}-status`).textContent = made?.told ?? "not made yet";
+    video.hidden = !made?.url;
+    if (made?.url && video.src !== made.url) video.src = made.url;
+    if (!made?.url) video.removeAttribute("src");
   }
 }
 
-async function film() {
-  if (!last) return;
-  problem("");
-  busy("in the queue…");
+// Both videos play, stop and wind together.
+function together(one, other) {
+  one.addEventListener("play", () => other.src && other.play());
+  one.addEventListener("pause", () => other.pause());
+  one.addEventListener("seeked", () => {
+    if (Math.abs(one.currentTime - other.currentTime) > 0.2) other.currentTime = one.currentTime;
+  });
+}
+
+async function copy() {
+  const text = $("editor").hidden ? shown.texts[shown.tab] : $("edited").value;
   try {
-    let reply = await fetch(at("v1/videos"), { method: "POST", headers: headers(), body: JSON.stringify(last) });
-    if (!reply.ok) throw await refusal(reply);
-    let job = await reply.json();
-    while (job.status === "queued" || job.status === "in_progress") {
-      await new Promise((wake) => setTimeout(wake, 1000));
-      reply = await fetch(at(`v1/videos/${job.id}`), { headers: headers() });
-      if (!reply.ok) throw await refusal(reply);
-      job = await reply.json();
-      busy(job.status === "in_progress" ? "rendering…" : "in the queue…");
-    }
-    if (job.status !== "completed") throw new Error(job.error?.message ?? job.status);
-    reply = await fetch(at(`v1/videos/${job.id}/content`), { headers: headers() });
-    if (!reply.ok) throw await refusal(reply);
-    $("video").src = URL.createObjectURL(await reply.blob());
-    $("video").hidden = false;
-  } catch (error) {
-    problem(error.message);
-  } finally {
-    busy("");
+    await navigator.clipboard.writeText(text);
+    $("copied").textContent = "Copied.";
+  } catch {
+    // Without a secure origin there is no clipboard: the text is selected, for the browser's own copying.
+    getSelection().selectAllChildren($("prompt"));
+    $("copied").textContent = "Selected: copy it with your browser.";
   }
 }
 
-$("form").addEventListener("submit", (event) => { event.preventDefault(); optimise(); });
+$("form").addEventListener("submit", (event) => { event.preventDefault(); optimise($("query").value); });
 $("query").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 });
-$("film").addEventListener("click", film);
-$("copy").addEventListener("click", () => navigator.clipboard?.writeText($("prompt").textContent));
-$("up").addEventListener("click", () => say({ rating: "up" }));
-$("down").addEventListener("click", () => say({ rating: "down" }));
-$("send").addEventListener("click", () => say({ edited: $("edited").value }));
-const facts = document.documentElement.dataset;
-$("notice").textContent = facts.notice ?? "";
-$("notice").hidden = !facts.notice;
-$("film").hidden = facts.videos !== "True";
-$("key").closest("label").hidden = facts.keys !== "True";
-$("n").max = Number(facts.maxN) - 1;
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea");
+  if (event.key === "Escape") running?.abort();
+  else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    event.preventDefault();
+    $("query").focus();
+  }
+});
+for (const example of $("examples").children)
+  example.addEventListener("click", () => {
+    $("query").value = example.textContent;
+    // Without its key the endpoint would refuse: then the query waits for it.
+    if (endpoint.keys === "True" && !key()) $("key").focus();
+    else optimise(example.textContent);
+  });
+$("stop").addEventListener("click", () => running?.abort());
+$("tabs").addEventListener("keydown", move);
+$("copy").addEventListener("click", copy);
+$("edit").addEventListener("click", () => {
+  open($("editor").hidden);
+  if (!$("editor").hidden) $("edited").focus();
+});
+$("again").addEventListener("click", () => {
+  $("query").value = $("edited").value;
+  optimise($("edited").value);
+});
+$("film").addEventListener("click", () => film(shown.texts[shown.tab]));
+$("film-edited").addEventListener("click", () => { if ($("edited").value.trim()) film($("edited").value); });
+$("up").addEventListener("click", () => tell({ rating: "up" }));
+$("down").addEventListener("click", () => tell({ rating: "down" }));
+$("choose").addEventListener("click", () => tell({ chosen: shown.tab }));
+$("tell").addEventListener("click", () => { if ($("comment").value.trim()) tell({ comment: $("comment").value }); });
+$("send").addEventListener("click", () => { if ($("edited").value.trim()) tell({ edited: $("edited").value }); });
+$("clear").addEventListener("click", clear);
+together($("raw-video"), $("film-video"));
+together($("film-video"), $("raw-video"));
+$("notice").textContent = endpoint.notice ?? "";
+$("notice").hidden = !endpoint.notice;
+$("film").hidden = $("film-edited").hidden = !films;
+$("key").closest("label").hidden = endpoint.keys !== "True";
+$("n").max = Number(endpoint.maxN) - 1;
