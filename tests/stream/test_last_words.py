@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vpo_ray.stream.last_words import advice, with_causes, without_secrets
+from vpo_ray.stream.last_words import advice, errors_in, with_causes, without_secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,3 +86,15 @@ def test_the_log_of_a_replica_that_was_killed_is_kept(tmp_path: Path) -> None:
     [log] = (tmp_path / "logs").iterdir()
     assert log.name.startswith("Replica-")
     assert log.read_text() == "<secret>: CUDA out of memory\n"
+
+
+def test_the_errors_of_a_log_are_each_told_once() -> None:
+    log = (
+        "ERROR 11-29 [x.py:9] ValueError: Available memory on node 0 (9/23 GiB) on startup is less than desired "
+        "CPU memory utilization (0.92)\nTraceback\n  File\nRuntimeError: Engine core initialization failed.\n"
+        "RuntimeError: Traceback (most recent call last):\nRuntimeError: Engine core initialization failed.\n"
+    )
+    first, second = errors_in(log)
+    assert first.startswith("ValueError: Available memory")
+    assert second == "RuntimeError: Engine core initialization failed."
+    assert "VLLM_CPU_KVCACHE_SPACE" in (advice(log) or "")

@@ -19,6 +19,7 @@ from typing import Any
 from ray.serve.llm import LLMConfig, ModelLoadingConfig
 
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
+from vpo_ray.engines.chat.cpu_memory import bound_cpu_memory
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.prompts.policy_prompt import prompt_ids
@@ -67,6 +68,7 @@ class PolicyServer(VllmServer):
         name = await asyncio.to_thread(fingerprint, self.config.engine_kwargs["tokenizer"])
         await asyncio.to_thread(_bring, self.config)
         self.skip_download()
+        bound_cpu_memory(self.config.engine_kwargs)
         await super().start()
         self.thoughts = await asyncio.to_thread(Thoughts.of, self.config.engine_kwargs["tokenizer"])
         self.answered = time.monotonic()

@@ -14,10 +14,15 @@ from vpo_ray.serve.config import APP
 from vpo_ray.serve.keys import KeyRing
 from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import Gate
+from vpo_ray.stream.last_words import advice, errors_in, said_here
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
+
+
+class ServeError(RuntimeError):
+    """The endpoint does not start; the message has what its replica said."""
 
 
 @contextmanager
@@ -29,6 +34,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
     Raises:
         PromptError, StorageError: there is no checkpoint of a policy (see `build_app`).
         KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
+        ServeError: a replica does not start.
         RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
     """
     import ray
@@ -48,10 +54,22 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
     gcs = ray.get_runtime_context().gcs_address
     serve.start(http_options={"host": settings.host, "port": port})
     try:
-        serve.run(app, name=APP, route_prefix="/")
+        try:
+            serve.run(app, name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise ServeError(_why(error)) from error
         yield f"http://{settings.host}:{port}/v1"
     finally:
         _stop(gcs)
+
+
+def _why(error: RuntimeError) -> str:
+    """Serve's message with what the last replica that did not start said, and what to do about it."""
+    said = said_here(f"ServeReplica:{APP}:")
+    lines = [str(error), *(f"  {line}" for line in errors_in(said))]
+    if (what := advice(said)) is not None:
+        lines.append(f"What to do: {what}")
+    return "\n".join(lines)
 
 
 def _stop(gcs: str) -> None:

@@ -26,6 +26,11 @@ SHOWN = 5
 # What the last words of a process contain, and what to do.
 CAUSES = (
     (
+        r"less than desired CPU memory utilization|No available memory for the cache blocks.*CPU",
+        "the machine's memory is full: stop what else runs there, or lower VLLM_CPU_KVCACHE_SPACE (GiB, in "
+        "the engine's env)",
+    ),
+    (
         r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY"
         r"|No available memory for the cache blocks|less than desired GPU memory utilization",
         "the GPU's memory is full: lower batch_size, micro_batch or engine.gpu_memory_utilization, give each "
@@ -108,6 +113,22 @@ def keep_logs(run: RunDir, of: str) -> str:
     except Exception:  # of many kinds; the error that is told has its own message
         logger.debug("no log of %s can be had", of, exc_info=True)
     return last
+
+
+def said_here(of: str) -> str:
+    """What this node's last process of that name wrote, as far as its log ends; "" where there is none. For
+    processes that Ray ended by intent, such as replicas that did not start."""
+    for path in sorted(session_logs().glob("worker-*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        text = path.read_text("utf-8", "replace")
+        if of in text[:2000] and "Error" in text:
+            return without_secrets("\n".join(text.splitlines()[-KEPT_LINES:]))
+    return ""
+
+
+def errors_in(text: str) -> list[str]:
+    """The messages of the exceptions that a log tells of, the last few, each once."""
+    found = [line.strip()[:600] for line in re.findall(r"\b\w*(?:Error|Exception): .+", text)]
+    return list(dict.fromkeys(line for line in found if "(most recent call last)" not in line))[-SHOWN:]
 
 
 def _dead_workers() -> Iterator[tuple[str, str]]:
