@@ -90,8 +90,9 @@ def test_the_log_of_a_replica_that_was_killed_is_kept(tmp_path: Path) -> None:
 
 def test_the_errors_of_a_log_are_each_told_once() -> None:
     log = (
-        "ERROR 11-29 [x.py:9] ValueError: Available memory on node 0 (9/23 GiB) on startup is less than desired "
-        "CPU memory utilization (0.92)\nTraceback\n  File\nRuntimeError: Engine core initialization failed.\n"
+        "ERROR 11-29 [x.py:9] ValueError: Available memory on node 0 (9/23 GiB) on startup is less than "
+        "desired CPU memory utilization (0.92)\nTraceback\n  File\n"
+        "RuntimeError: Engine core initialization failed.\n"
         "RuntimeError: Traceback (most recent call last):\nRuntimeError: Engine core initialization failed.\n"
     )
     first, second = errors_in(log)

@@ -36,7 +36,8 @@ def test_a_container_with_less_counts(monkeypatch: pytest.MonkeyPatch, tmp_path)
 def test_a_quarter_of_what_is_free_on_a_cpu() -> None:
     code = (
         "import os; from vpo_ray.engines.chat.cpu_memory import *; "
-        "bound_cpu_memory({'gpu_memory_utilization': None}); print('gib', os.environ[VARIABLE], free_memory())"
+        "bound_cpu_memory({'gpu_memory_utilization': None}); "
+        "print('gib', os.environ[VARIABLE], free_memory())"
     )
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     done = subprocess.run(
