@@ -1,5 +1,6 @@
 """`vpo status`, `runs` and `logs` say what a run's directory says, wherever it is."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def test_the_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     }
     run.write_json("ledger.json", {"stages": stages, "paid": {"cost": 1.234}})
     values = {"query": {"reward.mean": {"value": 0.3}}, "dpo": {"reward.mean": {"value": 0.89}}}
-    run.write_json(
-        "evaluation/results.json", {"order": ["query", "dpo"], "results": {"eval": {"render": values}}}
-    )
+    results = {"id": "ab12", "order": ["query", "dpo"], "results": {"eval": {"render": values}}}
+    run.write_json("evaluation/ab12/results.json", results)
+    run.write_json("evaluation.json", {"id": "ab12", "results": "evaluation/ab12/results.json"})
     with working(run):
         pass
     head, line = vpo(capsys, "runs", str(tmp_path))[1].splitlines()
@@ -70,6 +71,13 @@ def test_the_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert line.split("  ")[0] == run.uri
     for part in ("done", "6 → 24 → 5 → 4 → 3", "1.23", "reward.mean: query 0.300, dpo 0.890"):
         assert part in line
+    (found,) = json.loads(vpo(capsys, "runs", str(tmp_path), "--json")[1])
+    assert found["evaluation"] == {
+        "id": "ab12", "measure": "reward.mean", "values": {"query": 0.3, "dpo": 0.89},
+    }  # fmt: skip
+    assert (found["states"], found["paid"], found["funnel"]["pairs"]) == ({"done": 1}, 1.234, 3)
+    (said,) = json.loads(vpo(capsys, "status", "--out", run.uri, "--json")[1])
+    assert (said["run"], said["state"]) == (run.uri, "done")
 
 
 def test_the_logs_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,8 +66,9 @@ def words(tmp_path: Path, tiny_models: Path) -> list[str]:
     (tmp_path / "run/ledger.json").write_text(json.dumps({"stages": {"score": {"agreement": agreement}}}))
     for name, date in (("old", "2026-01-01"), ("new", "2026-02-01")):
         (tmp_path / f"run/evaluation/{name}").mkdir(parents=True)
-        (tmp_path / f"run/evaluation/{name}/results.json").write_text(json.dumps({"date": date}))
+        (tmp_path / f"run/evaluation/{name}/results.json").write_text(json.dumps({"id": name, "date": date}))
         (tmp_path / f"run/evaluation/{name}/report.html").write_text(name)
+    (tmp_path / "run/evaluation.json").write_text(json.dumps({"results": "evaluation/new/results.json"}))
     return ["push", TINY, "--out", str(tmp_path / "run"), *(word for s in sets for word in ("--set", s))]
 
 

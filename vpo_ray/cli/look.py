@@ -6,6 +6,7 @@ They need no cluster, change nothing, and read what object stores hold as well a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ def add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="runs", metavar="DIR", help="a run directory, or a folder of them (%(default)s)"
     )
+    parser.add_argument("--json", action="store_true", help="what the runs say of themselves, as a JSON list")
     parser.set_defaults(command=show_status)
 
 
@@ -36,6 +38,7 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", default="runs", metavar="DIR", help="folder or URI (%(default)s)"
     )
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
     parser.set_defaults(command=show_runs)
 
 
@@ -52,6 +55,9 @@ def show_status(arguments: argparse.Namespace) -> int:
     from vpo_ray.stream.status_text import status_line, status_table
 
     found = [(run, state) for run in _runs(arguments.out) for state in states(run)]
+    if arguments.json:
+        sys.stdout.write(json.dumps([{"run": run.uri, **state} for run, state in found], indent=2) + "\n")
+        return 0
     if not found:
         sys.stdout.write(f"{arguments.out}: no run has said anything here\n")
         return 0
@@ -87,8 +93,11 @@ def _said(state: Row) -> str:
 
 def show_runs(arguments: argparse.Namespace) -> int:
     """A line for each run."""
-    rows = [("run", "state", "queries → pairs", "paid", "evaluation")]
-    rows += [_run_row(run) for run in _runs(arguments.folder)]
+    entries = [_entry(run) for run in _runs(arguments.folder)]
+    if arguments.json:
+        sys.stdout.write(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+        return 0
+    rows = [("run", "state", "queries → pairs", "paid", "evaluation"), *map(_cells, entries)]
     if len(rows) == 1:
         sys.stdout.write(f"{arguments.folder}: no run is here\n")
         return 0
@@ -99,24 +108,37 @@ def show_runs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_row(run: RunDir) -> tuple[str, str, str, str, str]:
+def _entry(run: RunDir) -> Row:
+    """What there is to say of a run in a line; `evaluation` is of its newest."""
     from vpo_ray.loop.ledger import funnel
     from vpo_ray.storage.run_state import states
 
     ledger: Row = run.read_json("ledger.json") if run.exists("ledger.json") else {}
-    counted = Counter(state.get("state") or "working" for state in states(run))
-    state = ", ".join(name if n == 1 else f"{n} {name}" for name, n in counted.items())
-    shown = " → ".join(str(count) for count in funnel(ledger).values()) if ledger else ""
-    paid = f"{ledger['paid']['cost']:.2f}" if "paid" in ledger else ""
-    return run.uri, state or "unknown", shown, paid, _evaluation(run)
+    return {
+        "run": run.uri,
+        "states": dict(Counter(state.get("state") or "working" for state in states(run))),
+        "funnel": funnel(ledger) if ledger else {},
+        "paid": ledger.get("paid", {}).get("cost"),
+        "evaluation": _evaluation(run),
+    }
 
 
-def _evaluation(run: RunDir) -> str:
+def _cells(entry: Row) -> tuple[str, str, str, str, str]:
+    state = ", ".join(name if n == 1 else f"{n} {name}" for name, n in entry["states"].items())
+    shown = " → ".join(str(count) for count in entry["funnel"].values())
+    paid = "" if entry["paid"] is None else f"{entry['paid']:.2f}"
+    evaluation = ""
+    if found := entry["evaluation"]:
+        values = ", ".join(f"{policy} {value:.3f}" for policy, value in found["values"].items())
+        evaluation = f"{found['measure']}: {values}"
+    return entry["run"], state or "unknown", shown, paid, evaluation
+
+
+def _evaluation(run: RunDir) -> Row | None:
     """How the last policy compares with the queries as they are, by the first measure that says so."""
-    name = "evaluation/results.json"
-    if not run.exists(name):
-        return ""
-    results = run.read_json(name)
+    results = run.newest_evaluation()
+    if results is None:
+        return None
     order = results.get("order", [])
     for models in results.get("results", {}).values():
         for policies in models.values():
@@ -124,10 +146,10 @@ def _evaluation(run: RunDir) -> str:
             for metric in sorted(
                 set(first) & set(last), key=lambda name: (not name.startswith("reward"), name)
             ):
-                values = first[metric].get("value"), last[metric].get("value")
-                if None not in values:
-                    return f"{metric}: {order[0]} {values[0]:.3f}, {order[-1]} {values[1]:.3f}"
-    return ""
+                values = {order[0]: first[metric].get("value"), order[-1]: last[metric].get("value")}
+                if None not in values.values():
+                    return {"id": results.get("id"), "measure": metric, "values": values}
+    return None
 
 
 def show_logs(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from vpo_ray.keywords import KeywordList
 from vpo_ray.recipe import Evaluation, Formula, Recipe, Render, Reward, sources
 from vpo_ray.records import Row, content_id
 from vpo_ray.stages.formula import raw_values, weigh
-from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.storage.run_dir import LATEST, RunDir
 from vpo_ray.storage.run_lock import driving
 from vpo_ray.storage.run_state import working
 from vpo_ray.storage.tables import Table
@@ -36,7 +36,6 @@ from vpo_ray.versions import versions
 
 logger = logging.getLogger(__name__)
 
-LATEST = "evaluation.json"
 RESULTS = "results.json"
 VBENCH = "vbench.json"  # measures of VBench's own command, by sample
 FORMULA = "formula"  # the measure, and what is called so in `measures`

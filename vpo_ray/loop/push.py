@@ -58,8 +58,9 @@ def push_policy(recipe: Recipe, run: RunDir, repo: str, private: bool = True) ->
         facts["base_model"] = _public_name(recipe.policy.model)
         (folder / "vpo.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", "utf-8")
         card = model_card(facts)
-        evaluation = _newest_evaluation(run)
-        if evaluation is not None:
+        newest = run.newest_evaluation()
+        if newest is not None:
+            evaluation = Folder(run.at(f"evaluation/{newest['id']}"))
             for name in _EVALUATION:
                 if evaluation.exists(name):
                     (folder / "evaluation").mkdir(exist_ok=True)
@@ -132,15 +133,6 @@ def _agreement(run: RunDir) -> str:
         if one["mean"] is not None
     ]
     return "".join(lines)
-
-
-def _newest_evaluation(run: RunDir) -> Folder | None:
-    place = Folder(run.at("evaluation"))
-    names = [name for name in place.files() if name.endswith("/results.json")]
-    if not names:
-        return None
-    newest = max(names, key=lambda name: json.loads(place.read(name)).get("date", ""))
-    return Folder(run.at(f"evaluation/{newest.removesuffix('/results.json')}"))
 
 
 def _public_name(model: str) -> str:

@@ -93,6 +93,7 @@ widen(["rewrites"], "rewrite", ())
 EVOLUTION_ASKED, EVOLUTION_SCORED = "evolution/asked", "evolution/scored"
 # In the run directory of a round, an evolution or an evaluation: what it is, and the policy that it samples.
 ROUND = "round.json"
+LATEST = "evaluation.json"  # which evaluation is the newest
 # In one of an evolution or evaluation: its stages, and how many rows that others made enter the first.
 GIVEN = f"{META}/given.json"
 
@@ -128,6 +129,13 @@ class RunDir(Folder):
     def round_number(self) -> int:
         """Which round of its run this is, from 1."""
         found: int = self.read_json(ROUND).get("round", 1) if self.exists(ROUND) else 1
+        return found
+
+    def newest_evaluation(self) -> Row | None:
+        """The results of the run's newest evaluation, in `evaluation/<id>`."""
+        if not self.exists(LATEST):
+            return None
+        found: Row = self.read_json(self.read_json(LATEST)["results"])
         return found
 
     def move_meta(self) -> None:
