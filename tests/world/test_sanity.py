@@ -39,7 +39,6 @@ def world(tmp_path_factory) -> Path:
 def recipe(world, request) -> Callable[..., Recipe]:
     """The demo's recipe, with what it names in the folder of this test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # for the task prompt
         patch.syspath_prepend(str(Path(__file__).parent))
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{':'.join(sys.path)}")
 
