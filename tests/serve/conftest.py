@@ -1,5 +1,6 @@
 """Fixtures of the endpoint's tests: services that the ingress asks, and one engine for all of them."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from services import Reply, Server
 from tiny_endpoint import SETTINGS
 
 from vpo_ray.recipe import Serve
+
+# Workers have the environment that their cluster starts with.
+os.environ.setdefault("VPO_FEEDBACK_SECRET", "a secret of the tests")
 
 
 @pytest.fixture(scope="session")

@@ -166,6 +166,29 @@ def test_rows_wait_while_the_store_fails(tmp_path: Path, monkeypatch: pytest.Mon
     assert FeedbackTables(str(tmp_path)).answers.count() == 1
 
 
+def test_what_waits_is_written_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vpo_ray.files.folder import StorageError
+    from vpo_ray.storage.tables import Table
+
+    monkeypatch.setattr(feedback, "FLUSH_S", 600)
+
+    async def ended(store: Path) -> None:
+        desk = FeedbackDesk(Feedback(store=str(store)))
+        desk.take(STUDIO, said(desk.note(STUDIO, "red ball", answered()).id, rating="up"))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(desk.close(), 10)
+
+    asyncio.run(ended(tmp_path / "good"))
+    tables = FeedbackTables(str(tmp_path / "good"))
+    assert (tables.answers.count(), tables.opinions.count()) == (1, 1)
+
+    def failing(self: Table, rows: Any) -> str:
+        raise StorageError("no network")
+
+    monkeypatch.setattr(Table, "append", failing)
+    asyncio.run(ended(tmp_path / "failing"))  # it does not wait for a store that fails
+
+
 def test_a_secret_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("", "short"):
         monkeypatch.setenv("VPO_FEEDBACK_SECRET", value)

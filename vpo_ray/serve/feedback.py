@@ -1,7 +1,7 @@
 """What users say of answers: `POST /v1/feedback`, and what is kept for it. Off unless a recipe has it.
 
-Rows are appended to the store in parts, at most `FLUSH_S` seconds after they came; a replica that is killed
-loses what is younger.
+Rows are appended to the store in parts, at most `FLUSH_S` seconds after they came, and when a replica ends in
+order; one that is killed loses what is younger.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -111,6 +112,10 @@ class FeedbackDesk:
         }
         self.opinions.add(row)
 
+    async def close(self) -> None:
+        """Write what waits, at a replica's end."""
+        await asyncio.gather(self.answers.close(), self.opinions.close())
+
 
 class _Appender:
     """Appends rows to a table in the background, some at a time."""
@@ -118,7 +123,7 @@ class _Appender:
     def __init__(self, table: Table) -> None:
         self.table, self.rows = table, {}  # type: tuple[Table, dict[str, Row]]
         self.task: asyncio.Task[None] | None = None
-        self.dropped = 0
+        self.dropped, self.closing = 0, asyncio.Event()
 
     def add(self, row: Row) -> None:
         if len(self.rows) >= MOST_ROWS:
@@ -128,16 +133,27 @@ class _Appender:
         if self.task is None or self.task.done():
             self.task = asyncio.get_running_loop().create_task(self._flush_soon())
 
+    async def close(self) -> None:
+        self.closing.set()
+        if self.task is not None:
+            await self.task
+
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.closing.wait(), FLUSH_S)
+
     async def _flush_soon(self) -> None:
         while self.rows:
             if len(self.rows) < FLUSH_ROWS:
-                await asyncio.sleep(FLUSH_S)
+                await self._pause()
             some = dict(list(self.rows.items())[: 10 * FLUSH_ROWS])
             try:
                 await asyncio.to_thread(self.table.append, list(some.values()))
             except StorageError as error:
-                logger.error("feedback is not written to %s, trying again: %s", self.table.uri, error)
-                await asyncio.sleep(FLUSH_S)
+                logger.error("%d rows of feedback wait for %s: %s", len(self.rows), self.table.uri, error)
+                if self.closing.is_set():
+                    return
+                await self._pause()
                 continue
             for name in some:
                 self.rows.pop(name, None)

@@ -126,6 +126,12 @@ class Ingress:
         self.created = int(time.time())
         Cors.origins = settings.cors_origins
 
+    async def __del__(self) -> None:
+        """Serve calls it when a replica ends in order."""
+        desk = getattr(self, "feedback", None)  # it may end before it has begun
+        if desk is not None:
+            await desk.close()
+
     @http.get("/health")
     async def health(self) -> dict[str, str]:
         """200 once the engine answers."""
