@@ -129,6 +129,16 @@ def test_effort_is_refused_where_it_has_no_effect(outside: Callable[..., Any]) -
             assert refused.value.status == status
 
 
+def test_words_that_stay_away_and_a_language() -> None:
+    wishes = Wishes(avoid=("cat", "8k uhd"), language="zh")
+    assert wishes.of_prompts
+    assert wishes.unmet("A Cat, 8K-UHD") == ["avoid: cat", "avoid: 8k uhd", "language: zh"]
+    assert wishes.unmet("一只猫，category") == []
+    policy = Policy(["A ball."], ["红色的球。"])
+    result = asked(policy, Wishes(language="zh"))
+    assert (result.prompt, result.unmet) == ("红色的球。", [])
+
+
 @given(PROMPTS, st.integers(1, 4))
 def test_the_best_leave_the_least_unmet(prompts: list[str], most: int) -> None:
     wishes = Wishes(("a", "b"), most)
@@ -143,7 +153,11 @@ def test_requests_have_wishes() -> None:
 
     assert parsed() == NO_WISHES
     assert parsed(keep=["red"], max_words=9, skip_if_words=40) == Wishes(("red",), 9, 40)
+    assert parsed(avoid=["8k"], language="de") == Wishes(avoid=("8k",), language="de")
     for bad in (
+        {"avoid": ["x" * 201]},
+        {"language": "tlh"},
+        {"language": "German"},
         {"keep": "red"},
         {"keep": [""]},
         {"keep": ["x"] * 17},

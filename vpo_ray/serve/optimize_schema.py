@@ -9,19 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vpo_ray.flags import split_flags
+from vpo_ray.prompts.scripts import LANGUAGES
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
 
+def _language(code: str) -> str:
+    if code not in LANGUAGES:
+        raise ValueError(f"no language whose script is known here: give one of {' '.join(sorted(LANGUAGES))}")
+    return code
+
+
+_CODES: dict[str, Any] = {"enum": sorted(LANGUAGES)}
+Terms = Annotated[list[Annotated[Text, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+
+
 class OptimizeRequest(RequestBody):
     """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`.
 
-    `keep`, `max_words`, `skip_if_words` and `effort` are wishes: see `vpo_ray.serve.wishes`.
+    `keep`, `avoid`, `language`, `max_words`, `skip_if_words` and `effort` are wishes (`serve.wishes`).
     """
 
     model_config = ConfigDict(
@@ -35,9 +46,9 @@ class OptimizeRequest(RequestBody):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     stream: bool = False
-    keep: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=200)]] | None, Field(max_length=16)
-    ] = None
+    keep: Terms | None = None
+    avoid: Terms | None = None
+    language: Annotated[str, AfterValidator(_language), Field(json_schema_extra=_CODES)] | None = None
     max_words: Annotated[int, Field(ge=1)] | None = None
     skip_if_words: Annotated[int, Field(ge=1)] | None = None
     effort: Effort | None = None
@@ -157,8 +168,14 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     separated = [separate(query or "") for query in queries]
     fields = engine_fields(settings, request.n, request.seed, request.temperature)
     texts, found = [text for text, _ in separated], [flags for _, flags in separated]
-    kept, effort = tuple(request.keep or ()), request.effort or "medium"
-    wishes = Wishes(kept, request.max_words, request.skip_if_words, effort)
+    wishes = Wishes(
+        tuple(request.keep or ()),
+        request.max_words,
+        request.skip_if_words,
+        request.effort or "medium",
+        tuple(request.avoid or ()),
+        request.language,
+    )
     return Asked(texts, found, fields, request.queries is None, request.stream, wishes)
 
 
