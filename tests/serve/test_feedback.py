@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ def test_a_key_that_does_not_allow_it_leaves_nothing(tmp_path: Path) -> None:
 
     with_desk(tmp_path, work)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_an_endpoint_without_keys_may_keep_what_anyone_says(tmp_path: Path) -> None:
+    # A replica's code arrives pickled, with a caller of its own.
+    caller = pickle.loads(pickle.dumps(ANYONE))
+    assert with_desk(tmp_path, lambda desk: desk.note(caller, "q", answered()), anyone=True).id
 
 
 def test_what_is_no_answer_has_no_id(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tiny_endpoint import CHROMIUM
+from tiny_endpoint import CHROMIUM, TINY
 
+from vpo_ray.recipe import load
 from vpo_ray.serve.keys import make_key
 from vpo_ray.serve.playground import FOLDER, POLICY
+from vpo_ray.storage.feedback_tables import FeedbackTables
 
 ATTACK = """<script>document.title='owned'</script><img src=x onerror="document.title='owned'">"""
 
@@ -180,3 +183,71 @@ def test_the_page_is_served_with_a_strict_policy(brief: str) -> None:
     for path in ("/", "/playground/page.js", "/playground/page.css"):
         assert httpx.get(root + path).headers["Content-Security-Policy"] == POLICY
     assert httpx.get(f"{root}/playground/..%2f__init__.py").status_code == 404
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_what_is_said_on_the_page_is_kept(endpoint: Callable[..., str], browser: Any, tmp_path: Path) -> None:
+    from ray import serve
+
+    notice = "Kept for <b>90</b> days."
+    feedback = {"store": str(tmp_path), "anyone": True, "notice": notice}
+    where = endpoint("heard", feedback=feedback).removesuffix("/v1") + "/"
+    page, problems = opened(browser, where, 390)
+    assert page.locator("#notice").inner_text() == notice
+    page.locator("#n").fill("2")
+    page.locator("#query").fill("a red ball")
+    page.get_by_role("button", name="Optimise", exact=True).click()
+    until(lambda: page.locator("#opinion").is_visible())
+
+    def said(button: str) -> None:
+        page.locator(button).click()
+        until(lambda: page.locator("#thanks").inner_text() == "Thank you.")
+        page.evaluate("document.getElementById('thanks').textContent = ''")
+
+    said("#up")
+    page.locator("#comment").fill("gut — 好")
+    said("#tell")
+    page.locator("#tab-1").click()
+    assert page.locator("#up").is_hidden(), "a thumb is about the prompt"
+    said("#choose")
+    page.locator("#edit").click()
+    page.locator("#edited").fill("A red ball rolls.")
+    said("#send")
+    assert problems == []
+    page.close()
+    serve.delete("heard")
+    rows = list(FeedbackTables(str(tmp_path)).opinions.rows())
+    found = [
+        {name: row[name] for name in ("rating", "chosen", "edited", "comment") if row[name]} for row in rows
+    ]
+    wanted = [{"rating": "up"}, {"comment": "gut — 好"}, {"chosen": 1}, {"edited": "A red ball rolls."}]
+    assert sorted(found, key=str) == sorted(wanted, key=str)
+    assert len({row["answer_id"] for row in rows}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.engine
+def test_the_videos_of_the_query_and_of_its_prompt_stand_side_by_side(
+    endpoint: Callable[..., str], browser: Any, tiny_models: Path, tiny_sets: list[str], tmp_path: Path
+) -> None:
+    recipe = load(TINY, [part for part in tiny_sets if part != "--set"])
+    videos = {"store": str(tmp_path), "render": recipe.render}
+    where = endpoint("beside", videos=videos).removesuffix("/v1") + "/"
+    page, problems = opened(browser, where, 1280)
+    page.locator("#examples button").first.click()
+    until(lambda: page.locator("#actions").is_visible())
+    page.locator("#film").click()
+    until(lambda: page.locator("#film").is_enabled(), 150)
+    assert page.locator("#problem").is_hidden()
+    raw, film = page.locator("#raw-video"), page.locator("#film-video")
+    until(lambda: raw.evaluate("v => v.readyState") > 1 and film.evaluate("v => v.readyState") > 1)
+    assert raw.evaluate("v => v.src") != film.evaluate("v => v.src")
+    boxes = raw.bounding_box(), film.bounding_box()
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    raw.evaluate("v => v.play()")
+    until(lambda: not film.evaluate("v => v.paused"))
+    assert problems == []
+    page.close()

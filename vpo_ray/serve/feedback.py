@@ -64,7 +64,7 @@ class FeedbackDesk:
 
     def allows(self, key: Key) -> bool:
         """Whether the owner of a key allows that its queries and answers are kept and learnt from."""
-        return self.settings.anyone if key is ANYONE else key.feedback
+        return self.settings.anyone if key == ANYONE else key.feedback
 
     def note(self, key: Key, query: str, answer: Optimization) -> Optimization:
         """Keep an answer of an optimised query; returns it with its id."""
