@@ -90,7 +90,7 @@ def test_what_users_say_becomes_data_until_they_take_it_back(
     flood = there.ask("flood", "a grey wave")["id"]
     replies = [there.say("flood", flood, comment=f"comment {number}") for number in range(12)]
     counted = Counter(reply.status_code for reply in replies)
-    assert counted[204] in (3, 4)
+    assert 3 <= counted[204] <= 6
     assert counted[204] + counted[429] == 12
     assert all(int(reply.headers["Retry-After"]) > 0 for reply in replies if reply.status_code == 429)
 
