@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo proof test lint types unit fast engines slow chaos reference docs dist lock-cpu lock-gpu clean
+.PHONY: demo proof test lint types unit fast engines slow chaos reference docs pictures dist lock-cpu lock-gpu clean
 
 demo: $(READY)
 	$(BIN)/vpo world runs/world
@@ -73,6 +73,10 @@ reference: $(READY)
 # The pages of docs/ as a site with a search, in site/. A warning is an error.
 docs: $(READY)
 	$(BIN)/mkdocs build --quiet
+
+# The pictures of docs/, from what `make demo` left; it needs Chromium.
+pictures: $(READY)
+	$(BIN)/python docs/pictures.py
 
 # Wheel and sdist, then somebody's first minutes with the wheel alone, away from the clone: DIST_ENV is made new.
 DIST_ENV := dist/env

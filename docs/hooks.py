@@ -26,7 +26,8 @@ def on_files(files, config):
     text = (ROOT / "README.md").read_text("utf-8")
     text = text.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](../CONTRIBUTING.md)")
     files.append(File.generated(config, "index.md", content=text))
-    files.remove(files.get_file_from_path("hooks.py"))
+    for script in ("hooks.py", "pictures.py"):
+        files.remove(files.get_file_from_path(script))
     return files
 
 

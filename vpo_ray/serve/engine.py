@@ -19,7 +19,7 @@ from typing import Any
 from ray.serve.llm import LLMConfig, ModelLoadingConfig
 
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
-from vpo_ray.engines.chat.cpu_memory import bound_cpu_memory
+from vpo_ray.engines.chat.cpu_memory import cpu_cache
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.prompts.policy_prompt import prompt_ids
@@ -68,7 +68,6 @@ class PolicyServer(VllmServer):
         name = await asyncio.to_thread(fingerprint, self.config.engine_kwargs["tokenizer"])
         await asyncio.to_thread(_bring, self.config)
         self.skip_download()
-        bound_cpu_memory(self.config.engine_kwargs)
         await super().start()
         self.thoughts = await asyncio.to_thread(Thoughts.of, self.config.engine_kwargs["tokenizer"])
         self.answered = time.monotonic()
@@ -130,12 +129,14 @@ def fingerprint(checkpoint: str | Path) -> str:
 
 
 def _bring(config: LLMConfig) -> None:
-    """Replace the URIs of a replica's checkpoint, adapter and base model by this node's copies."""
+    """Fit a replica's configuration to this node: its copies in the place of the URIs of checkpoint, adapter
+    and base model, and of its memory what the cache may have."""
     loading, kwargs = config.model_loading_config, config.engine_kwargs
     loading.model_source = fetch_for_engine(loading.model_source)
     kwargs["tokenizer"] = fetch_for_engine(kwargs["tokenizer"])
     for adapter in kwargs.get("lora_modules", ()):
         adapter.path = fetch_for_engine(adapter.path)
+    kwargs.update(cpu_cache(kwargs))
     forget_engine_config(config)  # which Ray has made of the URIs
 
 

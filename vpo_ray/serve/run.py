@@ -132,11 +132,12 @@ def check_settings(settings: Serve) -> None:
 
 
 def serve_forever(checkpoint: str, settings: Serve) -> None:
-    """Serve until SIGINT or SIGTERM; running answers are finished first."""
+    """Serve until SIGINT or SIGTERM; running answers are finished first. Before there are any, while replicas
+    load, a signal interrupts."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with serving(checkpoint, settings) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         logger.info("serving %s as %r at %s", checkpoint, settings.model_name, url)
         stop.wait()
         logger.info("stopping: running answers are finished first")

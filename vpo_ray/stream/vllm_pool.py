@@ -20,7 +20,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from vpo_ray.engines.chat import ChatStage
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
-from vpo_ray.engines.chat.cpu_memory import bound_cpu_memory
+from vpo_ray.engines.chat.cpu_memory import cpu_cache
 from vpo_ray.engines.chat.vllm_chat import VllmChat
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.storage.model_cache import fetch, fetch_for_engine
@@ -47,7 +47,7 @@ class VllmStageActor(VllmBatchActor):
         bind_worker()  # the engine's core is a process that would outlive this one
         if adapter is not None:
             adapter = adapter.on_node()
-        bound_cpu_memory(kwargs.get("engine_kwargs") or {})
+        kwargs["engine_kwargs"] = {**kwargs["engine_kwargs"], **cpu_cache(kwargs["engine_kwargs"])}
         super().__init__(*args, model=fetch_for_engine(model), **kwargs)
         chat = VllmChat(self.llm, tokenizer(), adapter)
         self.run = ChatRunner(stage(), chat, outcome, VLLM_FATAL_ERRORS, _leave)

@@ -7,17 +7,15 @@ import sys
 import pytest
 
 from vpo_ray.engines.chat import cpu_memory
-from vpo_ray.engines.chat.cpu_memory import VARIABLE, bound_cpu_memory, free_memory
+from vpo_ray.engines.chat.cpu_memory import VARIABLE, cpu_cache, free_memory
 
 
 def test_what_is_said_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     for arguments in ({"gpu_memory_utilization": 0.5}, {"kv_cache_memory_bytes": 2**30}):
-        bound_cpu_memory(arguments)
-        assert VARIABLE not in os.environ
+        assert cpu_cache(arguments) == {}
     monkeypatch.setenv(VARIABLE, "7")
-    bound_cpu_memory({})
-    assert os.environ[VARIABLE] == "7"
+    assert cpu_cache({}) == {}
 
 
 def test_a_container_with_less_counts(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -35,13 +33,12 @@ def test_a_container_with_less_counts(monkeypatch: pytest.MonkeyPatch, tmp_path)
 @pytest.mark.engine
 def test_a_quarter_of_what_is_free_on_a_cpu() -> None:
     code = (
-        "import os; from vpo_ray.engines.chat.cpu_memory import *; "
-        "bound_cpu_memory({'gpu_memory_utilization': None}); "
-        "print('gib', os.environ[VARIABLE], free_memory())"
+        "from vpo_ray.engines.chat.cpu_memory import *; "
+        "print(cpu_cache({'gpu_memory_utilization': None})['kv_cache_memory_bytes'], free_memory())"
     )
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200, check=True
     )
-    _, gib, free = done.stdout.splitlines()[-1].split()
-    assert 1 <= int(gib) <= max(1, int(free) * 0.3 / 2**30)
+    taken, free = map(int, done.stdout.splitlines()[-1].split())
+    assert 2**30 <= taken <= max(2**30, free * 0.3)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vpo_ray.engines.chat.adapter import adapter_of
-from vpo_ray.engines.chat.cpu_memory import bound_cpu_memory
+from vpo_ray.engines.chat.cpu_memory import cpu_cache
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import chunks
 from vpo_ray.prompts.policy_prompt import PromptError, prompt_ids
@@ -132,8 +132,8 @@ class _Vllm:
             self.lora = LoRARequest("adapter", 1, adapter.folder)
             model, arguments = adapter.base, {**adapter.engine_kwargs(), **arguments}
         own = fetch_for_engine(checkpoint)
-        bound_cpu_memory(arguments)
-        self.llm = LLM(model=fetch_for_engine(model), tokenizer=own, **arguments)
+        given = {**cpu_cache(arguments), **arguments}
+        self.llm = LLM(model=fetch_for_engine(model), tokenizer=own, **given)
         self.max_length: int = self.llm.model_config.max_model_len
 
     def answers(

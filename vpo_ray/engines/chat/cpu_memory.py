@@ -17,16 +17,14 @@ _CHOICES = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def bound_cpu_memory(arguments: Mapping[str, Any]) -> None:
-    """Before an engine is made: on a CPU, give its KV cache a quarter of the memory that is free, and 1 GiB
-    at least. What `arguments` of the engine or the environment say goes before that; a GPU is left alone.
-    """
+def cpu_cache(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """What to add to an engine's arguments: on a CPU, a KV cache of a quarter of the memory that is free, and
+    of 1 GiB at least. Nothing where the arguments or the environment say how much, and on a GPU."""
     if os.environ.get(VARIABLE) or any(arguments.get(name) is not None for name in _CHOICES):
-        return
+        return {}
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        os.environ[VARIABLE] = str(max(1, free_memory() // 4 // _GIB))
+    return {"kv_cache_memory_bytes": max(_GIB, free_memory() // 4)} if current_platform.is_cpu() else {}
 
 
 def free_memory() -> int:
