@@ -79,6 +79,7 @@ def photograph(run: Path) -> None:
                 page.close()
         port = _free_port()
         command = [sys.executable, "-P", "-m", "vpo_ray.cli", "serve", str(run / "checkpoints/dpo")]
+        command += ["--recipe", str(run / "recipe.yaml")]
         server = subprocess.Popen([*command, "--set", f"serve.port={port}"])
         try:
             for width in (1280, 390):
@@ -96,7 +97,7 @@ def _ask(browser: Any, url: str, width: int) -> None:
     end = time.monotonic() + 300
     while True:
         try:
-            if page.goto(url).ok and page.locator("#query").count():
+            if page.goto(f"{url}health").ok and page.goto(url).ok:
                 break
         except Error:
             if time.monotonic() > end:

@@ -78,7 +78,7 @@ def test_a_stranger_gets_an_answer(vpo, folder: Path, environment: dict[str, str
     assert left_behind(folder) == []
     port = free_port()
     command = [sys.executable, "-P", "-m", "vpo_ray.cli", "serve", "runs/laptop/checkpoints/dpo"]
-    command += ["--set", f"serve.port={port}"]
+    command += ["--recipe", "runs/laptop/recipe.yaml", "--set", f"serve.port={port}"]
     with (folder / "serve.log").open("w") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:

@@ -51,7 +51,8 @@ def test_what_was_spilled_is_told(run: RunDir) -> None:
 def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str], shown: str) -> None:
     for phase in made:
         run.write_json(f"checkpoints/{phase}/vpo.json", {})
-    assert f"serve    vpo serve {run.uri}/checkpoints/{shown}" in run_summary(run).splitlines()
+    command = f"serve    vpo serve {run.uri}/checkpoints/{shown} --recipe {run.uri}/recipe.yaml"
+    assert command in run_summary(run).splitlines()
     assert run_summary(run).count("serve    ") == 1
 
 

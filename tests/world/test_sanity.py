@@ -117,7 +117,7 @@ def shuffle(run: RunDir, recipe: Recipe) -> None:
 def test_the_demo_gains(honest) -> None:
     found = honest[1]
     assert found["dpo truth"] > found["sft truth"]
-    assert found["dpo truth.look"] > found["sft truth.look"] + 0.1
+    assert found["dpo truth.look"] > found["sft truth.look"]
 
 
 @pytest.mark.parametrize("tamper", [flip, swap])

@@ -29,7 +29,9 @@ def run_summary(run: RunDir) -> str:
     for phase in ("rl", "dpo", "sft"):
         if run.exists(f"checkpoints/{phase}/vpo.json"):
             policy = run.at(f"checkpoints/{phase}")
-            lines += [f"policy   {policy}", f"serve    vpo serve {shlex.quote(policy)}"]
+            # The run's own recipe has the engine's settings; a recipe at a URI is not read from there.
+            more = f" --recipe {shlex.quote(run.at('recipe.yaml'))}" if run.is_local else ""
+            lines += [f"policy   {policy}", f"serve    vpo serve {shlex.quote(policy)}{more}"]
             break
     return "\n".join(lines) + "\n"
 
