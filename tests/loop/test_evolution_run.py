@@ -76,6 +76,7 @@ def rows_of(run: RunDir) -> dict[str, Row]:
     return {row["prompt_id"]: row for row in run.table("evolutions").rows()}
 
 
+@pytest.mark.slow
 def test_a_small_evolution(
     tmp_path: Path, tiny_models: Path, ray_cluster: None, serve_endpoint: Serve
 ) -> None:
