@@ -17,140 +17,50 @@ then what torch allocated on it, and `mfu` the share of its peak: `--peak-tflops
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import resource
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 2  # steps that are not timed
-# Of everything, reference and setting up included; and of training steps alone, the first ones left out.
-SPEEDS = ("pairs_per_second", "pairs_per_cpu_second", "steps_pairs_per_second", "steps_pairs_per_cpu_second")
+from side_by_side import (
+    Chosen,
+    arguments,
+    clocks,
+    keep,
+    make_texts,
+    make_worker,
+    measure,
+    medians,
+    sample_weights,
+    settings_of,
+    speeds,
+    step_clock,
+    timed_steps,
+)
+
 VARIANTS = ("packed", "unshared", "trl_best", "trl", "zero1", "zero2", "checkpoints")
-
-# The 31M model, Llama 3.2 1B and Llama 3 8B: config.json of meta-llama/Llama-3.2-1B and Meta-Llama-3-8B.
-SHAPES: dict[str, dict[str, Any]] = {
-    "31m": {
-        "vocab_size": 32000,
-        "hidden_size": 320,
-        "intermediate_size": 864,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-    },
-    "llama-3.2-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "llama-3-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}
-
-# Dense bf16 TFLOP/s by the name that CUDA gives a device: NVIDIA's data sheets.
-PEAK_TFLOPS = {"A100": 312, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a process measures, and how large."""
-
-    variant: str
-    folder: str
-    steps: int
-    batch: int
-    lora: int | None
-    peak_tflops: float | None
-
-    @property
-    def policy(self) -> str:
-        return f"{self.folder}/policy"
-
-    @property
-    def gpu(self) -> bool:
-        import torch
-
-        return torch.cuda.is_available() and not self.variant.startswith(("zero", "checkpoints"))
-
-    def figures(self, started: float, cpu: float, steps: list[tuple[float, float]]) -> dict[str, float]:
-        """Speeds, from when everything began, by the clock and in CPU time, and from the seconds of each
-        step; and memory."""
-        pairs = self.batch * self.steps
-        by_clock, by_cpu = (statistics.median(part[WARM_UP:]) for part in zip(*steps, strict=True))
-        everything = pairs / (time.perf_counter() - started), pairs / (time.process_time() - cpu)
-        values = (*everything, self.batch / by_clock, self.batch / by_cpu)
-        return dict(zip(SPEEDS, values, strict=True)) | {"gib": self.peak_bytes() / 2**30}
-
-    def peak_bytes(self) -> int:
-        import torch
-
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-        return torch.cuda.max_memory_allocated() if self.gpu else resident
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("variants", nargs="*", default=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each variant, taken in turns")
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step (%(default)s)")
-    parser.add_argument("--shape", choices=SHAPES, default="31m", help="of the policy (%(default)s)")
-    parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank, not everything")
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU, where its name is not known")
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = arguments(__doc__, VARIANTS).parse_args()
     if args.inside:
         chosen = Chosen(**json.loads(args.inside))
-        Path(chosen.folder, f"{chosen.variant}.json").write_text(json.dumps(run(chosen)))
-        return
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        make_policy(Path(name) / "policy", args.shape)
-        results: dict[str, list[dict[str, Any]]] = {v: [] for v in args.variants}
-        for _ in range(args.repeat):
-            for variant in args.variants:
-                chosen = Chosen(variant, name, args.steps, args.batch, args.lora, peak_tflops(args))
-                command = [sys.executable, __file__, "--inside", json.dumps(asdict(chosen))]
-                env = os.environ | {"OMP_NUM_THREADS": "2", "LOCAL_RANK": "0"}
-                env["OMP_WAIT_POLICY"] = "passive"  # so that CPU seconds count work, not waiting
-                subprocess.run(command, check=True, env=env, stdout=sys.stderr)
-                result = json.loads((Path(name) / f"{variant}.json").read_text())
-                results[variant].append(result)
-                sys.stderr.write(f"{variant}: { {k: v for k, v in result.items() if k != 'weights'} }\n")
-        sys.stdout.write(json.dumps(summary(results)) + "\n")
+        keep(chosen, run(chosen))
+    else:
+        sys.stdout.write(json.dumps(summary(measure(args, __file__, Chosen))) + "\n")
 
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The median speed of each variant, and the ratios between variants."""
-    out: dict[str, Any] = {}
-    for variant, runs in results.items():
-        out[variant] = {k: v for k, v in runs[-1].items() if k not in ("losses", "weights")}
-        if "pairs_per_second" in runs[0]:
-            for speed in SPEEDS:
-                out[variant][speed] = statistics.median(r[speed] for r in runs)
+    out = medians(results, "pairs")
     for theirs in ("trl", "trl_best"):
         if "packed" in results and theirs in results:
             a, b = results["packed"][-1], results[theirs][-1]
             out[f"packed_vs_{theirs}"] = {
-                **{speed: out["packed"][speed] / out[theirs][speed] for speed in SPEEDS},
+                **{speed: out["packed"][speed] / out[theirs][speed] for speed in speeds("pairs")},
                 "memory": a["gib"] / b["gib"],
                 "loss_difference": max(abs(x - y) / y for x, y in zip(a["losses"], b["losses"], strict=True)),
             }
@@ -170,88 +80,17 @@ def run(chosen: Chosen) -> dict[str, Any]:
     return (run_trl if chosen.variant.startswith("trl") else run_ours)(chosen)
 
 
-def peak_tflops(args: argparse.Namespace) -> float | None:
-    import torch
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return args.peak_tflops or next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
-
-
-def make_policy(folder: Path, shape: str) -> None:
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from vpo_ray.world.tiny import make_policy as make_tiny_policy
-
-    torch.manual_seed(0)
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = LlamaConfig(**SHAPES[shape], **special, max_position_embeddings=2048)
-    gpu = torch.cuda.is_available()
-    with torch.device("cuda" if gpu else "cpu"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
-    model.save_pretrained(folder)
-    make_tiny_policy(folder.parent / "tiny")
-    AutoTokenizer.from_pretrained(folder.parent / "tiny").save_pretrained(folder)
-
-
 def make_examples(count: int) -> list[Any]:
-    import numpy as np
-
     from vpo_ray.train.examples import Example
 
-    random = np.random.default_rng(0)
-    ids = lambda n: random.integers(2, 32000, n).astype(np.int32)  # noqa: E731
-    instruction, answer = ids(135), ids(15)
-    return [
-        Example(
-            f"pair-{n:04}",
-            np.concatenate([instruction, ids(random.integers(40, 61)), answer]),
-            tuple(ids(random.integers(90, 161)) for _ in range(2)),
-        )
-        for n in range(count)
-    ]
+    return [Example(f"pair-{n:04}", *texts) for n, texts in enumerate(make_texts(count, 2))]
 
 
-def make_worker(chosen: Chosen, pairs: int, rank: int = 0, workers: int = 1, **changes: Any) -> Any:
-    """The worker that the training loop runs, in this process."""
-    import torch
-    import torch.distributed as dist
-
+def make_dpo_worker(chosen: Chosen, pairs: int, rank: int = 0, workers: int = 1, **changes: Any) -> Any:
     from vpo_ray.recipe import Train
-    from vpo_ray.train import zero
-    from vpo_ray.train.phase import Job
-    from vpo_ray.train.policy import PackedPolicy
-    from vpo_ray.train.worker import Worker
 
-    gpu = chosen.gpu
-    dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        init_method=f"file://{chosen.folder}/group-{os.getppid()}",
-        rank=rank,
-        world_size=workers,
-    )
-    zero.prepare_process(gpu)
-    lora = {"r": chosen.lora, "alpha": 2 * chosen.lora, "dropout": 0} if chosen.lora else None
-    values = {"epochs": 1, "lr": 1e-5, "schedule": "constant", "warmup_ratio": 0, "zero_stage": 0}
-    values |= {"global_batch": chosen.batch, "micro_batch": chosen.batch, "use_gpu": gpu}
-    values |= {
-        "dtype": "bfloat16" if gpu else "float32",
-        "lora": lora,
-    } | changes
-    settings = Train(**values)
-    job = Job(
-        phase="dpo", settings=settings, model="", task_prompt="", out="", run_uri=chosen.folder, seed=0,
-        fingerprint="", id="bench", examples=make_examples(pairs), tokenizer=None, end=[], facts={},
-    )  # fmt: skip
-    config = zero.deepspeed_config(settings, workers)
-    policy = PackedPolicy(zero.load_model(chosen.policy, settings, config, None, False))
-    return Worker(
-        job,
-        zero.start_engine(policy, settings, config),
-        rank,
-        workers,
-        torch.device("cuda" if gpu else "cpu"),
-    )
+    settings = Train(**(settings_of(chosen) | changes))
+    return make_worker(chosen, "dpo", settings, make_examples(pairs), rank, workers)
 
 
 def run_ours(chosen: Chosen) -> dict[str, Any]:
@@ -261,15 +100,12 @@ def run_ours(chosen: Chosen) -> dict[str, Any]:
         packing.pack = partial(packing.pack, share=False)
     if chosen.variant == "sdpa":
         attention.kernel_for = lambda query, dropout: attention.sdpa
-    worker = make_worker(chosen, chosen.batch * chosen.steps)
+    worker = make_dpo_worker(chosen, chosen.batch * chosen.steps)
     # The reference is computed once for all epochs; here one epoch pays for it in full.
-    started, cpu = time.perf_counter(), time.process_time()
+    started = clocks()
     worker.compute_reference(chosen.variant)
-    lines, clocks = [], [(time.perf_counter(), time.process_time())]
-    for step in range(chosen.steps):
-        lines.append(worker.step(step))
-        clocks.append((time.perf_counter(), time.process_time()))
-    speed = chosen.figures(started, cpu, [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(clocks)])
+    lines, times = timed_steps(worker, chosen.steps)
+    speed = chosen.figures("pairs", started, times)
     return {
         **speed,
         **work_of_a_step(worker, chosen, speed["steps_pairs_per_second"] / chosen.batch),
@@ -299,19 +135,11 @@ def work_of_a_step(worker: Any, chosen: Chosen, steps_per_second: float) -> dict
     }
 
 
-def sample_weights(model: Any) -> list[float]:
-    return [
-        p.flatten()[:: max(1, p.numel() // 100)][:100].tolist()[i]
-        for p in model.parameters()
-        for i in (0, 50, -1)
-    ]
-
-
 def run_trl(chosen: Chosen) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     from vpo_ray.train.packing import batch
@@ -323,15 +151,7 @@ def run_trl(chosen: Chosen) -> dict[str, Any]:
         def _get_train_sampler(self, *args: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    times: list[tuple[float, float]] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter(), time.process_time()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append((time.perf_counter() - self.began[0], time.process_time() - self.began[1]))
-
+    clock, times = step_clock()
     os.environ.pop("LOCAL_RANK")
     size, steps = chosen.batch, chosen.steps
     examples = make_examples(size * steps)
@@ -365,21 +185,21 @@ def run_trl(chosen: Chosen) -> dict[str, Any]:
         disable_tqdm=True,
         **best,
     )
-    started, cpu = time.perf_counter(), time.process_time()
+    started = clocks()
     tokenizer = AutoTokenizer.from_pretrained(chosen.policy)
     trainer = Tokenised(
         model=model,
         args=config,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
-        callbacks=[Clock()],
+        callbacks=[clock],
         peft_config=LoraConfig(r=chosen.lora, lora_alpha=2 * chosen.lora, target_modules="all-linear")
         if chosen.lora
         else None,
     )
     trainer.train()
     return {
-        **chosen.figures(started, cpu, times),
+        **chosen.figures("pairs", started, times),
         "losses": [line["loss"] for line in trainer.state.log_history if "grad_norm" in line],
         "weights": [] if chosen.lora else sample_weights(trainer.model),
     }
@@ -397,7 +217,7 @@ def run_zero(workers: int, chosen: Chosen) -> dict[str, Any]:
 def _zero_rank(rank: int, workers: int, chosen: Chosen) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     micro = chosen.batch // workers
-    worker = make_worker(chosen, 2 * chosen.batch, rank, workers, zero_stage=3, micro_batch=micro)
+    worker = make_dpo_worker(chosen, 2 * chosen.batch, rank, workers, zero_stage=3, micro_batch=micro)
     worker.compute_reference(chosen.variant)
     losses = [worker.step(step)["loss"] for step in range(2)]
     optimizer = worker.engine.optimizer
