@@ -21,6 +21,8 @@ Verdict = Literal["aligned", "unsafe", "imprecise", "refusal"]
 VERDICTS: tuple[Verdict, ...] = ("aligned", "unsafe", "imprecise", "refusal")
 SPLITS = ("sft", "dpo", "eval")
 
+# The name of a query's image in the run's images/, `<sha256>.<kind>`; null: the query has none.
+_IMAGE = pa.field("image", pa.string())
 # Generator flags removed from a query: see flags.py.
 FLAGS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
 
@@ -28,6 +30,7 @@ QUERY = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("source", pa.string()),
         pa.field("split", pa.string(), nullable=False),
         pa.field("unsafe", pa.bool_()),  # null: not labelled
@@ -80,6 +83,7 @@ FEEDBACK = pa.schema(
         pa.field("candidate_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("unsafe", pa.bool_()),
         pa.field("k", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
@@ -117,6 +121,7 @@ DRAFT = pa.schema(
         pa.field("draft_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("unsafe", pa.bool_()),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("model", pa.string()),
@@ -137,6 +142,7 @@ LABEL = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("unsafe", pa.bool_()),
         pa.field("reason", pa.string()),
         pa.field("seconds", pa.struct([("label", pa.float64())])),
@@ -173,6 +179,7 @@ OFFSPRING = pa.schema(
         pa.field("ask_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("unsafe", pa.bool_()),
         pa.field("round", pa.int32(), nullable=False),
         pa.field("wanted", pa.int32(), nullable=False),
@@ -208,6 +215,7 @@ EVOLUTION = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("unsafe", pa.bool_()),
         pa.field("round", pa.int32(), nullable=False),
         pa.field("k", pa.int32(), nullable=False),  # place among all prompts of the query
@@ -235,6 +243,7 @@ PAIR = pa.schema(
         pa.field("pair_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("chosen", pa.string(), nullable=False),
         pa.field("rejected", pa.string(), nullable=False),
         pa.field("kind", pa.string(), nullable=False),  # text | video
@@ -251,6 +260,7 @@ GROUP = pa.schema(
         pa.field("group_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("candidate_ids", pa.list_(pa.string()), nullable=False),
         pa.field("prompts", pa.list_(pa.string()), nullable=False),
         pa.field("rewards", pa.list_(pa.float64()), nullable=False),
@@ -281,8 +291,9 @@ def content_id(*parts: Any, digits: int = 32) -> str:
     return hashlib.sha256(payload.encode("utf-8")).hexdigest()[:digits]
 
 
-def query_id(query: str) -> str:
-    return content_id("query", normalise(query))
+def query_id(query: str, image: str | None = None) -> str:
+    """The id of a query, with the hash of its image where it has one."""
+    return content_id("query", normalise(query), *([image] if image is not None else []))
 
 
 def sft_id(query_id: str, prompt: str) -> str:

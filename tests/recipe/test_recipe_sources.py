@@ -84,7 +84,7 @@ def test_every_field_of_text_is_a_place_or_known_to_be_none(tmp_path: Path) -> N
         if "AfterValidator" not in repr((field.annotation, field.metadata)):
             unknown.add(f"{section.__name__}.{name}")
     lists = {"Rules.languages", "Queries.unsafe_columns", "TrainLora.target_modules", "Serve.cors_origins"}
-    names = {"Service.model", "Reward.yes_tokens", "Reward.no_tokens"}
+    names = {"Service.model", "Reward.yes_tokens", "Reward.no_tokens", "Queries.image_column"}
     names |= {"EvaluatedSet.category", "Preference.against", "Feedback.notice", "Feedback.secret_env"}
     assert unknown <= lists | names, unknown
 

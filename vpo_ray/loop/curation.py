@@ -18,6 +18,7 @@ from vpo_ray.records import content_id
 from vpo_ray.stages.chains import Models
 from vpo_ray.stages.curate import InputError, curate
 from vpo_ray.stages.curate.read import query_files
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import CURATED, UNLABELLED, RunDir
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def curate_run(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
         GenerationError: the judge cannot label.
     """
     labels = _labels(recipe, run, retry_errors) if recipe.queries.unsafe_judge else None
-    curated = curate(recipe.queries, labels)
+    curated = curate(recipe.queries, labels, _images(recipe, run))
     counts = {
         "queries": _store(run, "queries", curated.queries(ROWS_PER_PART)),
         "dropped": _store(run, "dropped", curated.dropped(ROWS_PER_PART)),
@@ -91,12 +92,16 @@ def _labels(recipe: Recipe, run: RunDir, retry_errors: bool) -> dict[str, bool]:
 
     if not run.exists(UNLABELLED):
         everything = recipe.queries.model_copy(update={"size": None, "unsafe_share": None})
-        run.write_json(
-            UNLABELLED, {"queries": _store(run, "unlabelled", curate(everything).queries(ROWS_PER_PART))}
-        )
+        found = curate(everything, images=_images(recipe, run))
+        run.write_json(UNLABELLED, {"queries": _store(run, "unlabelled", found.queries(ROWS_PER_PART))})
     generate(recipe, run, Models("", ""), ("label",), retry_errors)
     rows = run.table("labels").rows(["query_id", "unsafe"])
     return {row["query_id"]: row["unsafe"] for row in rows if row["unsafe"] is not None}
+
+
+def _images(recipe: Recipe, run: RunDir) -> str | None:
+    """Where the images of queries go, if they have any."""
+    return None if recipe.queries.image_column is None else images_of(run).folder.uri
 
 
 def _store(run: RunDir, name: str, parts: Iterable[pa.Table]) -> int:

@@ -37,7 +37,7 @@ from vpo_ray.storage.sft_data import evolved_rows, write_chat
 
 logger = logging.getLogger(__name__)
 
-_QUERY = ("query_id", "query", "unsafe", "split")
+_QUERY = ("query_id", "query", "image", "unsafe", "split")
 _ASK = ("ask_id", "round", "shown", "written", "error", "error_stage")
 _RESULT = (
     "candidate_id", "verdict", "critique", "video_key", "video_uri", "video_seed", "dimensions", "score",

@@ -14,7 +14,7 @@ from vpo_ray.stages.pair import by_rule
 from vpo_ray.storage.run_dir import GROUPED, RunDir
 
 _COLUMNS = (
-    "candidate_id", "query_id", "query", "k", "prompt", "verdict", "answers", "dimensions", "score",
+    "candidate_id", "query_id", "query", "image", "k", "prompt", "verdict", "answers", "dimensions", "score",
     "more_rewards", "error", "error_stage",
 )  # fmt: skip
 

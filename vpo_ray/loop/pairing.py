@@ -16,7 +16,7 @@ from vpo_ray.storage.run_dir import PAIRED, ROUND, RunDir
 from vpo_ray.storage.tables import Table
 
 COLUMNS = (
-    "candidate_id", "query_id", "query", "k", "prompt", "verdict", "refined_prompt", "refined_fault",
+    "candidate_id", "query_id", "query", "image", "k", "prompt", "verdict", "refined_prompt", "refined_fault",
     "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error", "error_stage",
 )  # fmt: skip
 

@@ -93,6 +93,9 @@ class Queries(Section):
 
     path: Source | Annotated[list[Source], Field(min_length=1)]
     column: str = "query"
+    image_column: str | None = Field(
+        None, description="of paths or URIs of images; a relative one is from the file's folder"
+    )
     limit: Positive | None = None
     min_chars: Positive = 1
     max_chars: Positive = 4000

@@ -36,6 +36,7 @@ def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
         "draft_id": identity,
         "query_id": query["query_id"],
         "query": query["query"],
+        "image": query.get("image"),
         "unsafe": query["unsafe"],
         "seed": seed_of("draft", identity),
         "model": model,

@@ -95,6 +95,7 @@ def _entry(query: Row, number: int, k: int, prompt: str | None, parents: Sequenc
         **dict.fromkeys(EVOLUTION.names),
         "prompt_id": content_id("evolution", query["query_id"], number, k, prompt),
         **{name: query[name] for name in ("query_id", "query", "unsafe")},
+        "image": query.get("image"),
         "round": number,
         "k": k,
         "parent_ids": list(parents),
@@ -129,7 +130,7 @@ def waits(entry: Row) -> bool:
 
 def candidate_row(entry: Row) -> Row:
     """The Feedback row that the judge gets for an entry. The query itself is not judged."""
-    names = ("query_id", "query", "unsafe", "k", "prompt")
+    names = ("query_id", "query", "image", "unsafe", "k", "prompt")
     row = {"candidate_id": entry["prompt_id"], **{name: entry[name] for name in names}, "seed": 0}
     return row if entry["round"] else {**row, "verdict": "aligned"}
 
@@ -193,7 +194,7 @@ def next_ask(entries: Sequence[Row], settings: Evolve, model: str, seed: int) ->
     identity = content_id("ask", own["query_id"], number)
     return {
         "ask_id": identity,
-        **{name: own[name] for name in ("query_id", "query", "unsafe")},
+        **{name: own[name] for name in ("query_id", "query", "image", "unsafe")},
         "round": number,
         "wanted": _videos_left(entries, settings),
         "seed": seed_of("evolve", seed, identity),

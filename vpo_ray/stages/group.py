@@ -55,6 +55,7 @@ def group_of_query(
         "group_id": group_id(ids, values),
         "query_id": first["query_id"],
         "query": first["query"],
+        "image": first.get("image"),
         "candidate_ids": ids,
         "prompts": [row["prompt"] for row, _ in known],
         "rewards": rewards,

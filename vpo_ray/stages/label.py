@@ -23,7 +23,7 @@ from vpo_ray.stages.tally import Tally, by_reason
 
 def label_row(query: Row) -> Row:
     """The LABEL row of a Query row: with the label that its input had, if it had one."""
-    return {name: query[name] for name in ("query_id", "query", "unsafe")}
+    return {**{name: query[name] for name in ("query_id", "query", "unsafe")}, "image": query.get("image")}
 
 
 class Labeller:

@@ -155,6 +155,7 @@ def _pair(
         ),
         "query_id": chosen["query_id"],
         "query": chosen["query"],
+        "image": chosen.get("image"),
         "chosen": chosen_text,
         "rejected": rejected_text,
         "kind": kind,

@@ -33,6 +33,7 @@ def candidates(query: Row, settings: Sample, policy: str, seed: int) -> Iterator
             "candidate_id": identity,
             "query_id": query["query_id"],
             "query": query["query"],
+            "image": query.get("image"),
             "unsafe": query["unsafe"],
             "k": k,
             "seed": seed_of("sample", identity),

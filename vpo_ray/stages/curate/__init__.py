@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from vpo_ray.recipe import Queries
 from vpo_ray.records import DROPPED, QUERY, content_id
 from vpo_ray.stages.curate import diversity, duplicates, rules
+from vpo_ray.stages.curate.images import QueryImages
 from vpo_ray.stages.curate.prepare import prepare_batch, wants_terms
 from vpo_ray.stages.curate.read import EXCERPT, InputError, InputFile, query_files, read_batches
 from vpo_ray.stages.curate.rules import KEPT, REASONS, RulesError, reason_code
@@ -58,6 +59,7 @@ class Curated:
             columns = {
                 "query_id": pa.array([key.hex() for key in part["key"].to_pylist()]),
                 "query": part["text"],
+                "image": part["image"],
                 "source": pa.array(self._sources(part)),
                 "split": pa.array(self.splits[rows]),
                 "unsafe": part["unsafe"],
@@ -97,26 +99,30 @@ def wants_workers(settings: Queries) -> bool:
     return sum(file.size() for file in query_files(settings)) >= _LARGE
 
 
-def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curated:
+def curate(settings: Queries, labels: Mapping[str, bool] | None = None, images: str | None = None) -> Curated:
     """Read, clean, de-duplicate, choose and split the queries. Ray must run if `wants_workers`.
 
     Args:
         labels: whether a query is unsafe, by query id; they count where the input has no label.
+        images: URI of the store that images of queries go to. Without it they are not looked at, and a
+            query's id counts its image's path.
 
     Raises:
         InputError: input that cannot be read, that holds no rows, or that cannot give `size` queries or
             the `unsafe_share` of them.
         RulesError: a rule that cannot be applied.
+        StorageError: an image cannot be stored.
     """
     rules.check_rules(settings.rules)
     files = query_files(settings)
+    takes = None if images is None else QueryImages(files, images)
     if wants_workers(settings):
         from vpo_ray.stages.curate.workers import prepare_on_ray
 
-        batches = prepare_on_ray(files, settings)
+        batches = prepare_on_ray(files, settings, takes)
     else:
         raw = (batch for position in range(len(files)) for batch in read_batches(files, position, settings))
-        batches = (prepare_batch(batch, settings) for batch in raw)
+        batches = (prepare_batch(batch, settings, takes) for batch in raw)
     rows = _in_order([batch for batch in batches if batch.num_rows])
     if rows is None:
         raise InputError(f"queries.path {settings.path}: the input holds no rows")
@@ -132,7 +138,8 @@ def curate(settings: Queries, labels: Mapping[str, bool] | None = None) -> Curat
     splits = np.full(len(reasons), None, object)
     for row in np.flatnonzero(reasons == KEPT).tolist():
         splits[row] = split_of(groups[row].hex(), settings.splits)
-    wanted = [name for name in ("file", "row", "text", "unsafe", "key", "flags") if name in rows.column_names]
+    listed = ("file", "row", "text", "image", "unsafe", "key", "flags")
+    wanted = [name for name in listed if name in rows.column_names]
     return Curated(rows.select(wanted), reasons, splits, files)
 
 
@@ -151,13 +158,13 @@ def preview(settings: Queries) -> tuple[Counter[str], bool]:
     """What `Curated.counts` will say, without Ray, and whether it is exact.
 
     Of large input it is not: near duplicates, languages and the choice of a subset take too long for
-    a plan; what they would drop counts as kept, up to `size`.
+    a plan; what they would drop counts as kept, up to `size`. Images are not looked at either.
     """
     if settings.unsafe_judge:
         # Which of them are unsafe is not known yet; how many are chosen is.
         settings = settings.model_copy(update={"unsafe_share": None})
     if sum(file.size() for file in query_files(settings)) < _LARGE:
-        return curate(settings.model_copy(update={"workers": 0})).counts(), True
+        return curate(settings.model_copy(update={"workers": 0})).counts(), settings.image_column is None
     slow = {"near_duplicates": None, "size": None, "unsafe_share": None, "workers": 0}
     quick = settings.rules.model_copy(update={"languages": None})
     limit = settings.limit if settings.size is None else settings.size

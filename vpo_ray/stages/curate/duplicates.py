@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,15 +34,20 @@ def bands(settings: NearDuplicates) -> tuple[int, int]:
     return settings.permutations, 1
 
 
-def signatures(texts: Iterable[str], settings: NearDuplicates) -> tuple[np.ndarray, np.ndarray]:
+def signatures(
+    texts: Sequence[str], settings: NearDuplicates, images: Sequence[str | None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Keys of the bands, uint64 (n, bands), and the low byte of every min-hash, uint8 (n, permutations).
+
+    Texts with different images have nothing in common, however alike they are.
 
     Two min-hashes that differ share their low byte 1 time in 256, which the comparison corrects.
     """
+    given = [None] * len(texts) if images is None else images
     from datasketch import MinHash  # here, as it imports scipy: half a second that a plan need not wait
 
     made = MinHash.generator(
-        (_ngrams(text, settings.ngram) for text in texts),
+        (_ngrams(text, settings.ngram, image or "") for text, image in zip(texts, given, strict=True)),
         num_perm=settings.permutations,
         seed=1,
         hashfunc=zlib.crc32,
@@ -58,9 +63,9 @@ def signatures(texts: Iterable[str], settings: NearDuplicates) -> tuple[np.ndarr
     return keys, (hashes & 0xFF).astype(np.uint8)
 
 
-def _ngrams(text: str, size: int) -> set[bytes]:
+def _ngrams(text: str, size: int, image: str) -> set[bytes]:
     folded = comparable(text) or text
-    return {folded[at : at + size].encode() for at in range(max(1, len(folded) - size + 1))}
+    return {(image + folded[at : at + size]).encode() for at in range(max(1, len(folded) - size + 1))}
 
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:

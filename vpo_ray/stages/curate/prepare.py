@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from vpo_ray import flags
+from vpo_ray.files.image_files import ImageError, image_hash
 from vpo_ray.recipe import Queries
 from vpo_ray.records import FLAGS, normalise, query_id
 from vpo_ray.stages.curate import diversity, duplicates, rules
+from vpo_ray.stages.curate.images import QueryImages
 from vpo_ray.stages.curate.read import EXCERPT, RAW
 from vpo_ray.stages.curate.rules import KEPT, reason_code
 
@@ -35,8 +37,11 @@ def wants_terms(settings: Queries) -> bool:
     return settings.size is not None and settings.diversity.method == "farthest_first"
 
 
-def prepare_batch(batch: pa.Table, settings: Queries) -> pa.Table:
+def prepare_batch(batch: pa.Table, settings: Queries, images: QueryImages | None = None) -> pa.Table:
     """A batch of RAW with what comes from each row alone; columns of a dropped row are empty.
+
+    Args:
+        images: takes the images of rows; without it they are not looked at, and their paths stand for them.
 
     Returns:
         A table of `schema(settings)`, as many rows in the same order.
@@ -50,13 +55,18 @@ def prepare_batch(batch: pa.Table, settings: Queries) -> pa.Table:
     kept = kept[reasons[kept] == KEPT]
     reasons[kept] = rules.apply(pa.array([texts[row] for row in kept], pa.large_string()), settings.rules)
     kept = kept[reasons[kept] == KEPT]
+    pictures: list[str | None] = batch["image"].to_pylist()
+    if images is not None:
+        _take_images(images, batch["file"].to_pylist(), kept, texts, pictures, reasons)
+        kept = kept[reasons[kept] == KEPT]
     for row in np.flatnonzero(reasons).tolist():
         texts[row] = texts[row] and texts[row][:EXCERPT]
     columns = {
         **{name: batch[name] for name in RAW.names},
         "text": pa.array(texts, pa.large_string()),
         "reason": pa.array(reasons, pa.int8()),
-        "key": _fill(kept, [bytes.fromhex(query_id(texts[row])) for row in kept], len(texts), KEY),
+        "image": _fill(kept, [pictures[row] for row in kept], len(texts), pa.large_string()),
+        "key": _fill(kept, [_key(texts[row], pictures[row]) for row in kept], len(texts), KEY),
     }
     wanted = schema(settings)
     left = [texts[row] for row in kept]
@@ -66,13 +76,37 @@ def prepare_batch(batch: pa.Table, settings: Queries) -> pa.Table:
         )
     if settings.near_duplicates is not None:
         for name, values in zip(
-            ("bands", "hashes"), duplicates.signatures(left, settings.near_duplicates), strict=True
+            ("bands", "hashes"),
+            duplicates.signatures(left, settings.near_duplicates, [pictures[row] for row in kept]),
+            strict=True,
         ):
             kind = wanted.field(name).type
             columns[name] = _fill(kept, [row.tobytes() for row in values], len(texts), kind)
     if wants_terms(settings):
         columns["terms"] = _fill(kept, [diversity.terms(text) for text in left], len(texts), TERMS)
     return pa.table(columns, schema=wanted)
+
+
+def _key(text: str, image: str | None) -> bytes:
+    return bytes.fromhex(query_id(text, None if image is None else image_hash(image)))
+
+
+def _take_images(
+    images: QueryImages,
+    files: list[int],
+    kept: np.ndarray,
+    texts: list[str],
+    pictures: list[str | None],
+    reasons: np.ndarray,
+) -> None:
+    """Put names of the store in place of the paths; a row without its image is dropped, and says why."""
+    rows = [row for row in kept.tolist() if pictures[row] is not None]
+    taken = images.take([(files[row], pictures[row] or "") for row in rows])
+    for row, image in zip(rows, taken, strict=True):
+        if isinstance(image, ImageError):
+            texts[row], reasons[row] = f"{pictures[row]}: {image}", reason_code(image.reason)
+        else:
+            pictures[row] = image
 
 
 def _text_of(text: str, settings: Queries) -> tuple[str, tuple[flags.Flag, ...] | None, int]:

@@ -26,6 +26,7 @@ RAW = pa.schema(
         pa.field("text", pa.large_string()),  # the normalised query; of a dropped row, an excerpt
         pa.field("reason", pa.int8()),  # why it is dropped: a position in rules.REASONS
         pa.field("unsafe", pa.bool_()),  # null: not labelled
+        pa.field("image", pa.large_string()),  # as the row names it; prepared, its name in the store
     ]
 )
 ROWS_PER_BATCH, CHARS_PER_BATCH = 5_000, 4_000_000
@@ -43,6 +44,8 @@ def query_files(settings: Queries) -> list[InputFile]:
     for file in files:
         if file.kind == ".txt" and settings.unsafe_columns:
             raise InputError(f"queries.path {file}: a text file has no columns, see queries.unsafe_columns")
+        if file.kind == ".txt" and settings.image_column is not None:
+            raise InputError(f"queries.path {file}: a text file has no columns, see queries.image_column")
     return files
 
 
@@ -52,7 +55,8 @@ def read_batches(files: Sequence[InputFile], position: int, settings: Queries) -
     Raises:
         InputError: the file cannot be read, or it has no such column.
     """
-    columns = [settings.column, *settings.unsafe_columns]
+    image = [settings.image_column] if settings.image_column is not None else []
+    columns = [settings.column, *image, *settings.unsafe_columns]
     rows: list[tuple[Any, ...]] = []
     chars = 0
     for number, values in enumerate(records(files[position], columns, "queries.path"), start=1):
@@ -76,17 +80,23 @@ def _table(rows: list[tuple[Any, ...]]) -> pa.Table:
 # From a row to its text, or the reason to drop it
 
 
-def _accept(values: Any, settings: Queries) -> tuple[str | None, int, bool | None]:
-    """Text (of a dropped row, an excerpt), reason and label of one row."""
+def _accept(values: Any, settings: Queries) -> tuple[str | None, int, bool | None, str | None]:
+    """Text (of a dropped row, an excerpt), reason, label and image of one row."""
     value, *labels = values if isinstance(values, tuple) else (values,)
+    named = labels.pop(0) if labels and settings.image_column is not None else None
     text, reason = text_of(value, settings)
-    unsafe = None
+    unsafe = image = None
+    if reason == KEPT:
+        try:
+            image = _path(named)
+        except ValueError:
+            value, reason = named, reason_code("no path of an image")
     if reason == KEPT:
         try:
             unsafe = _label(labels, settings.unsafe_threshold)
         except ValueError:
             reason = reason_code("bad unsafe label")
-    return (text if reason == KEPT else _excerpt(value)), reason, unsafe
+    return (text if reason == KEPT else _excerpt(value)), reason, unsafe, image
 
 
 def text_of(value: Any, settings: Queries) -> tuple[str, int]:
@@ -110,6 +120,16 @@ def text_of(value: Any, settings: Queries) -> tuple[str, int]:
     if len(text) < settings.min_chars:
         return "", reason_code("too short")
     return text, KEPT
+
+
+def _path(value: Any) -> str | None:
+    """The path or URI of an image, None where a row has none. Raises ValueError for another value."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or "\x00" in value:
+        raise ValueError("no path")
+    value.encode("utf-8")
+    return value.strip() or None
 
 
 def _label(values: Iterable[Any], threshold: float) -> bool | None:

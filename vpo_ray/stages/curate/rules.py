@@ -25,6 +25,8 @@ REASONS = (
     "null", "no such column", "not JSON", "not CSV", "not text", "invalid UTF-8", "binary",
     # of any use
     "empty", "too long", "too short", "bad unsafe label", "only flags",
+    # an image
+    "no path of an image", "no such image", "image too large", "broken image",
     # rules
     "too few words", "too many words", "special characters", "too many digits", "URL", "keyword", "language",
     # of all queries together

@@ -9,21 +9,28 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import Queries
+from vpo_ray.stages.curate.images import QueryImages
 from vpo_ray.stages.curate.prepare import prepare_batch, schema
 from vpo_ray.stages.curate.read import RAW, InputError, InputFile, read_batches
 from vpo_ray.stages.curate.rules import RulesError
 
 ROWS_PER_TASK = 10_000
+# What ends curation, wherever it is found.
+_ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (InputError, RulesError, StorageError)}
 _FAILED = -1  # in place of a reason: the row's text says why the file cannot be read
 
 
-def prepare_on_ray(files: Sequence[InputFile], settings: Queries) -> Iterator[pa.Table]:
+def prepare_on_ray(
+    files: Sequence[InputFile], settings: Queries, images: QueryImages | None = None
+) -> Iterator[pa.Table]:
     """Prepared batches of all files, in any order. Ray must be initialised.
 
     Raises:
         InputError: a file cannot be read.
         RulesError: a rule cannot be applied on a worker (the keyword file is not there).
+        StorageError: an image cannot be stored.
     """
     import ray
     from ray.data import TaskPoolStrategy
@@ -42,7 +49,7 @@ def prepare_on_ray(files: Sequence[InputFile], settings: Queries) -> Iterator[pa
         compute=TaskPoolStrategy(workers),
     )
     prepared = read.repartition(target_num_rows_per_block=ROWS_PER_TASK).map_batches(
-        partial(_prepare, settings=settings),
+        partial(_prepare, settings=settings, images=images),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=share,
@@ -51,7 +58,7 @@ def prepare_on_ray(files: Sequence[InputFile], settings: Queries) -> Iterator[pa
     for batch in prepared.iter_batches(batch_size=None, batch_format="pyarrow"):
         if batch.num_rows and batch["reason"][0].as_py() == _FAILED:
             kind, _, message = batch["text"][0].as_py().partition(" ")
-            raise {"InputError": InputError, "RulesError": RulesError}[kind](message)
+            raise _ERRORS[kind](message)
         yield _own(batch)
 
 
@@ -63,14 +70,14 @@ def _read(batch: pa.Table, files: Sequence[InputFile], settings: Queries) -> Ite
             yield _failed(error, RAW)
 
 
-def _prepare(batch: pa.Table, settings: Queries) -> pa.Table:
+def _prepare(batch: pa.Table, settings: Queries, images: QueryImages | None) -> pa.Table:
     wanted = schema(settings)
     failed = batch.filter(pc.equal(batch["reason"], _FAILED)) if batch.num_rows else batch
     if failed.num_rows:
         return _whole(failed.slice(0, 1), wanted)
     try:
-        return prepare_batch(batch.cast(RAW), settings) if batch.num_rows else wanted.empty_table()
-    except RulesError as error:
+        return prepare_batch(batch.cast(RAW), settings, images) if batch.num_rows else wanted.empty_table()
+    except tuple(_ERRORS.values()) as error:
         return _failed(error, wanted)
 
 
