@@ -209,7 +209,8 @@ OFFSPRING = pa.schema(
 
 # The prompts of a query's evolution: the query itself in round 0, then what each round wrote. `dimensions`
 # are raw: `reward` and `reward.dimension`, and so for each further reward by its name. The row of round 0
-# says why the evolution ended and, where none of the prompts is the query's SFT target, why.
+# says why the evolution ended and, where none of the prompts is the query's SFT target, why. What a gate of
+# the fitness leaves out has no fitness.
 EVOLUTION = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -230,6 +231,7 @@ EVOLUTION = pa.schema(
         pa.field("dimensions", pa.list_(_DIMENSION)),
         pa.field("score", pa.float64()),
         pa.field("fitness", pa.float64()),
+        pa.field("refused", pa.string()),  # the gate or threshold that its video does not pass
         pa.field("target", pa.bool_()),
         pa.field("ended", pa.string()),
         pa.field("fault", pa.string()),

@@ -9,11 +9,11 @@ import pytest
 
 from vpo_ray.loop.evolution import Evolving, evolve_prompts
 from vpo_ray.loop.ledger import build_ledger, funnel, reconcile
-from vpo_ray.loop.opening import open_run
+from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.loop.policies import LoopError, policy_id, training_rows
 from vpo_ray.plan import plan
-from vpo_ray.recipe import Recipe, RecipeError, load, sources
+from vpo_ray.recipe import Recipe, RecipeError, load, parse, sources
 from vpo_ray.records import Row, failed, query_id, seed_of
 from vpo_ray.stages.evolution import NONE_BETTER, PATIENCE
 from vpo_ray.storage.run_dir import EVOLUTION_ASKED, EVOLUTION_SCORED, RunDir
@@ -234,6 +234,10 @@ def test_what_cannot_evolve_says_so(tmp_path: Path) -> None:
         ("evolve.preset=vpo", "preset 'vpo' is not known; there are prompt_a_video"),
         ("evolve.budget=1", "evolve.budget"),
         ("evolve.near_duplicates={drop: false}", "drop has no effect"),
+        ("evolve.fitness=formula", "formula needs a section `formula`"),
+        ("evolve.fitness={reward: [1, 0]}", "nothing has a weight in round 2"),
+        ("evolve.fitness={terms: {reward: {abov: 1}}}", "evolve.fitness.terms.reward.abov: unknown key; did"),
+        ("evolve.fitness={gates: {reward: {above: 1}}}", "evolve.fitness.terms: missing"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path, change: str, says: str) -> None:
@@ -255,6 +259,37 @@ def test_evolution_leaves_other_recipes_as_they_are(tmp_path: Path) -> None:
     assert "sft.data" not in dict(sources(recipe_at(tmp_path))), "a word, and no file"
     labelled = recipe_at(tmp_path, "evolve.fitness={labels: 2}").fingerprint()
     assert labelled != recipe_at(tmp_path, "evolve.fitness={labels: 3}").fingerprint(), "a dimension's name"
+
+
+def test_the_fitness_may_be_the_formula_of_the_recipe(tmp_path: Path) -> None:
+    formula = "formula={terms: {reward: 1, reward.light: 2}, normalise: zscore}"
+    taken = recipe_at(tmp_path, formula, "evolve.fitness=formula")
+    assert taken.evolve is not None
+    assert taken.evolve.formula == taken.formula
+    assert parse(taken.dump(), "a stored one") == taken
+    run = open_run(taken)
+    other = "formula={terms: {reward: 2}}"
+    with pytest.raises(OtherRecipeError, match=r"evolve\.fitness\.normalise: 'zscore' -> 'none'"):
+        open_run(recipe_at(tmp_path, other, "evolve.fitness=formula", f"out={run.uri}"))
+    kind = "{kind: vbench, dimensions: [temporal_flickering]}"
+    more = f"more_rewards={{aesthetic: {kind}, mps: {kind}}}"
+    own = recipe_at(tmp_path / "other", "pair={preset: prompt_a_video}", more, "evolve.fitness=formula")
+    assert own.evolve is not None
+    assert own.evolve.formula.terms["mps"].above == 8.5
+
+
+def test_a_dimension_that_a_formula_names_and_no_reward_gives_is_one_message(
+    tmp_path: Path, run: RunDir
+) -> None:
+    gates = "evolve.fitness={terms: {reward: 1}, gates: {sound: {above: 1}}}"
+    with pytest.raises(LoopError, match=r"evolve\.fitness.*no reward gives a dimension sound; there are r"):
+        evolve_prompts(recipe_at(tmp_path, gates), run)
+
+
+def test_a_gate_that_nothing_passes_is_one_message(tmp_path: Path, run: RunDir) -> None:
+    gates = "evolve.fitness={terms: {reward: 1}, gates: {light: {above: 9}}}"
+    with pytest.raises(LoopError, match=r"no evolved prompt is fit(.*\n)+.*3 no prompt passes the gates"):
+        evolve_prompts(recipe_at(tmp_path, gates, "evolve.pairs=false", "evolve.patience=1"), run)
 
 
 def test_a_plan_counts_the_videos_of_evolution(tmp_path: Path) -> None:

@@ -73,6 +73,12 @@ def test_a_plugin_may_say_its_dimensions_or_is_taken_on_trust(checklist: Path) -
     assert "no such head" in problems("Said", "look", "{head: broken}")[0]
 
 
+ALL_THREE = (
+    "more_rewards={still: {kind: vbench, dimensions: [dynamic_degree]}, a: {kind: 'said_dimensions:Fixed'}, "
+    "b: {kind: 'said_dimensions:Fixed'}}"
+)
+
+
 def test_the_fitness_of_an_evolution_names_scores_that_one_reward_gives(checklist: Path) -> None:
     def problems(key: str, name: str, third: str = "Fixed") -> list[str]:
         kinds = {
@@ -92,6 +98,11 @@ def test_the_fitness_of_an_evolution_names_scores_that_one_reward_gives(checklis
     there = "reward, still, a, b, a.motion, b.motion, reward.quality, still.dynamic_degree"
     for bad in ("sound", "still.sound", "other.sound"):
         assert problems("fitness", bad) == [f"evolve.fitness.{bad}: no reward gives it; there are: {there}"]
+        gates = f"{{terms: {{reward: 1, a: 1}}, gates: {{{bad}: {{above: 1}}}}}}"
+        evolve = f"evolve={{fitness: {gates}}}"
+        assert problems("fitness", "reward.score") == []
+        (said,) = fitness_problems(recipe(checklist, "{reward: 1}", ALL_THREE, evolve))
+        assert said == f"evolve.fitness.gates.{bad}: no reward gives it; there are: {there}"
     assert problems("fitness", "b.any", "Silent") == problems("fitness", "any", "Silent") == []
     assert problems("fitness", "still.sound", "Silent") != []
     assert list(fitness_problems(load(TINY))) == []

@@ -20,7 +20,6 @@ from vpo_ray.stages.evolution import (
     dimension,
     entries_of,
     finished,
-    fitness_of,
     next_ask,
     ranked,
     target_of,
@@ -29,7 +28,6 @@ from vpo_ray.stages.evolution import (
     why_ended,
 )
 from vpo_ray.stages.evolve import ALIKE, EQUAL, Evolver, parse_prompts, why_skipped
-from vpo_ray.stages.formula import raw_values
 
 QUERY = {"query_id": query_id("a cat"), "query": "a cat", "unsafe": None, "split": "sft"}
 SETTINGS = Evolve(near_duplicates=None)
@@ -84,18 +82,26 @@ def scored() -> Row:
 
 
 def test_the_fitness_of_prompt_a_video() -> None:
-    values = raw_values(scored())
     upstream = 2.5 + 3.0 + 2.0 + 0.5 * 2.0 + 3.5 + 5.6 * 5 / 8 + 10.0 / 4
     preset = Evolve.model_validate({"preset": "prompt_a_video"})
-    assert fitness_of(values, preset.fitness) == pytest.approx(upstream)
+    assert fitness(scored(), preset) == pytest.approx(upstream)
     assert (preset.prompts, preset.top, preset.rounds, preset.patience) == (3, 3, 8, None)
     assert preset.most_videos == 25
-    assert fitness_of(values, {}) == 2.6
+    assert fitness(scored(), SETTINGS) == 2.6
+
+
+def fitness(row: Row, given: Evolve) -> float | None:
+    """Of a query's own video that was scored so."""
+    (own,) = entries_of(QUERY, [], {}, given)
+    (own,) = entries_of(QUERY, [], {own["prompt_id"]: row}, given)
+    found: float | None = own["fitness"]
+    return found
 
 
 def test_a_dimension_is_found_by_its_whole_name_or_where_it_is_the_only_one() -> None:
     values = {"reward": 1.0, "reward.motion": 2.0, "other": 3.0, "other.motion": 4.0, "other.light": 5.0}
     assert [dimension(values, name) for name in ("reward", "other", "other.motion", "light")] == [1, 3, 4, 5]
+    assert dimension(values, "other.score") == 3
     with pytest.raises(FitnessError, match="several rewards give a dimension motion"):
         dimension(values, "motion")
     with pytest.raises(FitnessError, match=r"no reward gives a dimension sound; there are reward, reward\.m"):
@@ -260,6 +266,99 @@ def test_a_target_is_the_best_that_passes_and_beats_the_query(
 )
 def test_a_query_without_a_target_says_why(scores: list[Any], keys: dict[str, Any], fault: str) -> None:
     assert target_of(history(scores), settings(**keys)) == (None, fault)
+
+
+# A fitness that is a formula
+
+
+def of_two(*pairs: tuple[float, float], given: Evolve) -> list[Row]:
+    """Entries of the query and of one prompt a round, whose videos have these dimensions a and b."""
+    asks = [ask(number, f"prompt {number}") for number in range(1, len(pairs))]
+    blank = entries_of(QUERY, asks, {}, given)
+    results = {
+        entry["prompt_id"]: result(0.0, dimensions=[{"name": "a", "score": a}, {"name": "b", "score": b}])
+        for entry, (a, b) in zip(blank, pairs, strict=True)
+    }
+    return entries_of(QUERY, asks, results, given)
+
+
+def test_weights_and_the_formula_that_says_the_same_are_one_fitness() -> None:
+    pairs = [(1.0, 2.0), (2.0, 0.5)]
+    plain = settings(fitness={"a": 1, "reward.b": 0.5})
+    same = settings(fitness={"terms": {"a": 1, "reward.b": {"weight": 0.25, "scale": 2}}})
+    assert of_two(*pairs, given=plain) == of_two(*pairs, given=same)
+    assert [entry["fitness"] for entry in of_two(*pairs, given=plain)] == [2.0, 2.25]
+    assert plain.model_dump()["fitness"] == {"a": 1.0, "reward.b": 0.5}, "as it always was"
+
+
+def test_what_a_gate_leaves_out_is_neither_shown_nor_a_target_nor_a_rival() -> None:
+    given = settings(fitness={"terms": {"a": 1}, "gates": {"b": {"above": 1}}})
+    entries = of_two((5.0, 0.0), (9.0, 1.0), (2.0, 3.0), given=given)
+    assert [entry["fitness"] for entry in entries] == [None, None, 2.0]
+    assert [entry["refused"] for entry in entries] == ["formula.gates: b not above 1"] * 2 + [None]
+    assert [shown["prompt"] for shown in next_ask(entries, given, "m", 1)["shown"]] == ["prompt 2"]
+    assert target_of(entries, given) == (entries[2], None), "the query itself is out"
+    assert target_of(entries[:2], given) == (None, evolution.NONE_INSIDE)
+    assert table(finished(entries, given), EVOLUTION).num_rows == 3
+    assert videos_of(entries) == 3
+
+
+def test_a_threshold_of_a_term_is_of_targets_alone() -> None:
+    given = settings(fitness={"terms": {"a": {"weight": 1, "above": 4}}}, thresholds={"b": 2})
+    entries = of_two((1.0, 1.0), (4.0, 2.0), (5.0, 1.0), given=given)
+    assert [entry["refused"] for entry in entries] == ["a not above 4"] * 2 + ["b below 2"]
+    assert [entry["fitness"] for entry in entries] == [1.0, 4.0, 5.0]
+    assert next_ask(entries, given, "m", 1)["shown"][1]["prompt"] == "prompt 2"
+    assert target_of(entries, given) == (None, evolution.NONE_PASSES)
+    entries = of_two((1.0, 1.0), (6.0, 2.0), (7.0, 1.0), given=given)
+    assert target_of(entries, given) == (entries[1], None)
+
+
+def test_a_curriculum_goes_by_the_rounds_of_the_evolution() -> None:
+    given = settings(fitness={"terms": {"a": [1, 1, 0], "b": [0, 0, 1]}}, top=1)
+    pairs = [(0.0, 5.0), (3.0, 1.0), (2.0, 9.0)]
+    shown = [
+        next_ask(of_two(*pairs[: number + 1], given=given), given, "m", 1)["shown"] for number in range(3)
+    ]
+    assert [[(one["prompt"], one["fitness"]) for one in each] for each in shown] == [
+        [("a cat", 0.0)],
+        [("a cat", 0.0), ("prompt 1", 3.0)],
+        [("a cat", 5.0), ("prompt 2", 9.0)],
+    ]
+    entries = of_two(*pairs, given=given)
+    assert [entry["fitness"] for entry in entries] == [5.0, 1.0, 9.0], "by the weights that hold in the end"
+    assert target_of(entries, given)[0] == entries[2]
+    # What was asked in an earlier round is asked again with the weights of that round.
+    assert next_ask(entries[:2], given, "m", 1)["shown"] == shown[1]
+
+
+def test_patience_waits_for_the_last_weights() -> None:
+    one = settings(fitness={"terms": {"a": 1}}, patience=2)
+    two = settings(fitness={"terms": {"a": 1, "b": [0, 0, 0.1]}}, patience=2)
+    worse = [(5.0, 0.0), (1.0, 0.0), (1.0, 0.0)]
+    assert why_ended(of_two(*worse, given=one), one) == evolution.PATIENCE
+    assert why_ended(of_two(*worse, given=two), two) is None
+    assert why_ended(of_two(*worse, (1.0, 0.0), given=two), two) is None
+    assert why_ended(of_two(*worse, (1.0, 0.0), (1.0, 0.0), given=two), two) == evolution.PATIENCE
+
+
+def test_values_are_normalised_among_the_videos_of_the_query_that_a_gate_lets_in() -> None:
+    given = settings(fitness={"terms": {"a": 1, "b": 2}, "gates": {"b": {"below": 50}}, "normalise": "rank"})
+    entries = of_two((1.0, 30.0), (20.0, 10.0), (3.0, 20.0), (2.0, 99.0), given=given)
+    assert [entry["fitness"] for entry in entries] == [2.0, 1.0, 1.5, None]
+    assert why_ended(entries, settings(fitness=given.fitness, patience=2)) == evolution.PATIENCE
+
+
+def test_a_formula_that_names_what_no_reward_gives_says_what_there_is() -> None:
+    for key in ("terms", "gates"):
+        fitness = {"terms": {"a": 1}, key: {"sound": {"above": 1}}}
+        with pytest.raises(FitnessError, match=r"no reward gives a dimension sound; there are reward, re"):
+            of_two((1.0, 1.0), given=settings(fitness=fitness))
+
+
+def test_a_value_that_is_no_number_is_out_and_said() -> None:
+    (own,) = of_two((float("nan"), 1.0), given=settings(fitness={"a": 1}))
+    assert (own["fitness"], own["refused"]) == (None, "formula: no reward gave a")
 
 
 # What the LLM is asked, and what it wrote

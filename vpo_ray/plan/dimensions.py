@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from vpo_ray.engines.reward import checklist as checklists
-from vpo_ray.recipe import Recipe, Reward, plugins
+from vpo_ray.recipe import Formula, Recipe, Reward, plugins
 from vpo_ray.recipe.formula import reward_of
 
 
@@ -48,8 +48,14 @@ def fitness_problems(recipe: Recipe) -> Iterator[str]:
             given[reward] = known_dimensions(_section(recipe, reward))
         except plugins.PluginError:
             given[reward] = None  # said by the check of plugins
-    for key in ("fitness", "thresholds"):
-        for name in getattr(recipe.evolve, key):
+    fitness, thresholds = recipe.evolve.fitness, recipe.evolve.thresholds
+    named: dict[str, Iterable[str]] = {"thresholds": thresholds}
+    if isinstance(fitness, Formula):
+        named |= {"fitness.terms": fitness.terms, "fitness.gates": fitness.gates}
+    else:
+        named["fitness"] = fitness
+    for key, names in named.items():
+        for name in names:
             if why := _not_given(name, given):
                 yield f"evolve.{key}.{name}: {why}"
 
@@ -58,7 +64,7 @@ def _not_given(name: str, given: Mapping[str, frozenset[str] | None]) -> str | N
     """What is wrong with a score's name (see `stages.evolution.dimension`), where that is known."""
     reward, _, dimension = name.partition(".")
     of = given.get(reward, frozenset())
-    if name in given or of is None or dimension in of:
+    if name in given or of is None or dimension in of or (reward in given and dimension == "score"):
         return None
     giving = [f"{reward}.{name}" for reward, known in given.items() if known is not None and name in known]
     trusted = any(known is None for known in given.values())

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, locate, refuse_unused, sources
 from vpo_ray.recipe.endpoint import Endpoint
 from vpo_ray.recipe.evaluation import EvaluatedPolicy, EvaluatedSet, Evaluation, Preference
-from vpo_ray.recipe.evolution import Evolve, evolution_presets
+from vpo_ray.recipe.evolution import Evolve, evolution_presets, with_fitness_of_recipe
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_presets, preset_formula, reward_of
 from vpo_ray.recipe.plugins import pins, plugins_of
@@ -155,12 +155,15 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _formula_of_preset(cls, given: Any) -> Any:
-        pair = given.get("pair") if isinstance(given, Mapping) else None
-        preset = pair.get("preset") if isinstance(pair, Mapping) else None
-        if not isinstance(preset, str) or given.get("formula") is not None:
+        if not isinstance(given, Mapping):
             return given
-        more = given.get("more_rewards")
-        return {**given, "formula": preset_formula(preset, more if isinstance(more, Mapping) else {})}
+        pair = given.get("pair")
+        preset = pair.get("preset") if isinstance(pair, Mapping) else None
+        if isinstance(preset, str) and given.get("formula") is None:
+            more = given.get("more_rewards")
+            formula = preset_formula(preset, more if isinstance(more, Mapping) else {})
+            given = {**given, "formula": formula}
+        return with_fitness_of_recipe(given)
 
     @model_validator(mode="after")
     def _trains_what_it_has(self) -> Recipe:

@@ -33,7 +33,8 @@ class FormulaTerm(Section):
     """What a dimension adds: weight × scale × value, or weight × the normalised value.
 
     `scale` brings a dimension into the range of the others, and `weight` says what it is worth. A list of
-    weights is by round (`--rounds`): the first is of round 1, and the last one holds from then on.
+    weights is by round (of `--rounds`; in `evolve.fitness`, of the evolution): the first is of round 1, and
+    the last one holds from then on.
     """
 
     weight: float | Annotated[list[float], Field(min_length=1)] = 1.0
@@ -99,8 +100,7 @@ class Formula(Section):
 
     @model_validator(mode="after")
     def _weighs_something(self) -> Formula:
-        lengths = [len(term.weight) for term in self.terms.values() if isinstance(term.weight, list)]
-        for round in range(1, max(lengths, default=1) + 1):
+        for round in range(1, self.last_round + 1):
             if not any(term.weight_at(round) * term.scale for term in self.terms.values()):
                 raise ValueError(f"terms: nothing has a weight in round {round}")
         if self.normalise != "none":
@@ -114,6 +114,11 @@ class Formula(Section):
     def names(self) -> list[str]:
         """Every dimension and reward that it looks at, terms first."""
         return list(dict.fromkeys((*self.terms, *self.gates)))
+
+    @property
+    def last_round(self) -> int:
+        """The first round with the weights that hold from then on; 1 where no weight is a list."""
+        return max(len(term.weight) if isinstance(term.weight, list) else 1 for term in self.terms.values())
 
     def at(self, round: int | None) -> Formula:
         """The formula with the weights of one round; with None, those that hold in the end."""

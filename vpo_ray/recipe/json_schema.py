@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -68,9 +68,9 @@ def section_paths() -> dict[str, list[str]]:
 
     def note(section: type[Section], prefix: str) -> None:
         for key, field in section.model_fields.items():
-            mapped = "dict" in str(field.annotation)
+            named = set(_named(field.annotation))
             for inner in _inside(field.annotation):
-                path = f"{prefix}{key}.*" if mapped else f"{prefix}{key}"
+                path = f"{prefix}{key}.*" if inner in named else f"{prefix}{key}"
                 found.setdefault(inner.__name__, []).append(path)
                 note(inner, f"{path}.")
 
@@ -109,6 +109,13 @@ def _inside(annotation: Any) -> Iterator[type[Section]]:
         yield annotation
     for part in get_args(annotation):
         yield from _inside(part)
+
+
+def _named(annotation: Any) -> Iterator[type[Section]]:
+    """Those of them that are under names of the user's."""
+    inside = _inside if get_origin(annotation) is dict else _named
+    for part in get_args(annotation):
+        yield from inside(part)
 
 
 def _is_number(entry: dict[str, Any]) -> bool:

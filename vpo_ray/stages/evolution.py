@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vpo_ray.recipe import Evolve
+from vpo_ray.recipe import Evolve, Formula
 from vpo_ray.records import EVOLUTION, Row, content_id, seed_of
-from vpo_ray.stages.formula import raw_values
+from vpo_ray.stages.formula import raw_values, weigh
 
 UNSAFE = "the query is labelled unsafe"
 
@@ -28,6 +28,7 @@ MISSING = "the LLM wrote fewer prompts than it was asked for"
 # Why a query has no SFT target.
 NONE_ALIGNED = "no aligned prompt"
 NONE_SCORED = "no scored prompt"
+NONE_INSIDE = "no prompt passes the gates"
 NONE_PASSES = "no prompt passes the thresholds"
 NONE_BETTER = "no prompt beats the query by the margin"
 
@@ -40,13 +41,15 @@ class FitnessError(ValueError):
 
 
 def dimension(values: Mapping[str, float], name: str) -> float:
-    """A score by its name, or a dimension by its own name where one reward alone has it.
+    """A score by its name, or a dimension by its own name where one reward alone has it. `vlm.score` is the
+    score of vlm, unless that has a dimension of this name.
 
     Raises:
         FitnessError: none or several have it.
     """
-    if name in values:
-        return values[name]
+    for known in (name, name.removesuffix(".score")):
+        if known in values:
+            return values[known]
     ends = [value for known, value in values.items() if known.endswith(f".{name}")]
     if len(ends) != 1:
         why = "several rewards give" if ends else "no reward gives"
@@ -54,11 +57,41 @@ def dimension(values: Mapping[str, float], name: str) -> float:
     return ends[0]
 
 
-def fitness_of(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum of raw scores; without weights the score of `reward`."""
-    if not weights:
-        return values["reward"]
-    return sum(weight * dimension(values, name) for name, weight in weights.items())
+def with_fitness(
+    entries: Sequence[Row], formula: Formula, thresholds: Mapping[str, float] | None = None
+) -> list[Row]:
+    """Entries of one query with their fitness by a formula's weights that hold in the end, and the gate or
+    threshold that `refused` them. Values are normalised among all of the entries that have a score.
+
+    Args:
+        thresholds: least raw values of a target, beside those of the formula's terms.
+
+    Raises:
+        FitnessError: a dimension is named that no reward gives.
+    """
+    raw = [values for entry in entries if (values := _raw(entry))]
+    named = [{name: dimension(values, name) for name in formula.names()} for values in raw]
+    weighed = weigh(named, formula)
+    facts = zip(raw, weighed.totals.tolist(), weighed.out, weighed.refused, strict=True)
+    found = []
+    for entry in entries:
+        if _raw(entry):
+            values, total, out, refused = next(facts)
+            below = _below(values, thresholds or {})
+            fitness = total if out is None else None
+            entry = {**entry, "fitness": fitness, "refused": out or refused or below}
+        found.append(entry)
+    return found
+
+
+def _raw(entry: Row) -> dict[str, float]:
+    return {part["name"]: part["score"] for part in entry["dimensions"] or []}
+
+
+def _below(values: Mapping[str, float], thresholds: Mapping[str, float]) -> str | None:
+    # All are looked up, so that one that is not there is told with the first video.
+    found = [(name, dimension(values, name), least) for name, least in thresholds.items()]
+    return next((f"{name} below {least:g}" for name, value, least in found if not value >= least), None)
 
 
 def entries_of(query: Row, asks: Sequence[Row], results: Mapping[str, Row], settings: Evolve) -> list[Row]:
@@ -87,7 +120,8 @@ def entries_of(query: Row, asks: Sequence[Row], results: Mapping[str, Row], sett
                     "error_stage": "evolve",
                 }
             entries.append(_entry(query, ask["round"], len(entries), one["prompt"], parents, known))
-    return [_with_result(entry, results.get(entry["prompt_id"]), settings) for entry in entries]
+    entries = [_with_result(entry, results.get(entry["prompt_id"])) for entry in entries]
+    return with_fitness(entries, settings.formula, settings.thresholds)
 
 
 def _entry(query: Row, number: int, k: int, prompt: str | None, parents: Sequence[str], known: Row) -> Row:
@@ -104,20 +138,12 @@ def _entry(query: Row, number: int, k: int, prompt: str | None, parents: Sequenc
     }
 
 
-def _with_result(entry: Row, result: Row | None, settings: Evolve) -> Row:
+def _with_result(entry: Row, result: Row | None) -> Row:
     if result is None:
         return entry
     entry = {**entry, **{name: result[name] for name in _FROM_RESULT}, "seed": result["video_seed"]}
-    if result["score"] is None:
-        return entry
-    values = raw_values(result)
-    for name in settings.thresholds:
-        dimension(values, name)  # one that is not there is told with the first video
-    return {
-        **entry,
-        "dimensions": [{"name": name, "score": score} for name, score in values.items()],
-        "fitness": fitness_of(values, settings.fitness),
-    }
+    parts = [{"name": name, "score": score} for name, score in raw_values(result).items()]
+    return {**entry, "dimensions": parts or None}
 
 
 def waits(entry: Row) -> bool:
@@ -136,7 +162,7 @@ def candidate_row(entry: Row) -> Row:
 
 
 def ranked(entries: Sequence[Row]) -> list[Row]:
-    """The scored prompts that were written, the best first; of equal ones the earlier."""
+    """The prompts that were written and have a fitness, the best first; of equal ones the earlier."""
     scored = [entry for entry in entries if entry["round"] and entry["fitness"] is not None]
     return sorted(scored, key=lambda entry: (-entry["fitness"], entry["k"]))
 
@@ -152,7 +178,8 @@ def why_ended(entries: Sequence[Row], settings: Evolve) -> str | None:
         return ALL_ROUNDS
     if _videos_left(entries, settings) == 0:
         return BUDGET
-    if settings.patience is not None and _rounds_without_gain(entries) >= settings.patience:
+    steady = settings.formula.last_round
+    if settings.patience is not None and _rounds_without_gain(entries, steady) >= settings.patience:
         return PATIENCE
     return None
 
@@ -173,23 +200,28 @@ def _videos_left(entries: Sequence[Row], settings: Evolve) -> int:
     return left if settings.budget is None else max(0, min(left, settings.budget - videos_of(entries)))
 
 
-def _rounds_without_gain(entries: Sequence[Row]) -> int:
+def _rounds_without_gain(entries: Sequence[Row], steady: int) -> int:
+    """Rounds at the end without a better prompt, of those from `steady` on: the rounds before it have other
+    weights, and lead to the last ones."""
     best, since = float("-inf"), 0
     for number in range(entries[-1]["round"] + 1):
         found = [e["fitness"] for e in entries if e["round"] == number and e["fitness"] is not None]
-        since = 0 if number == 0 or max(found, default=best) > best else since + 1
+        since = 0 if number < steady or max(found, default=best) > best else since + 1
         best = max([best, *found])
     return since
 
 
 def next_ask(entries: Sequence[Row], settings: Evolve, model: str, seed: int) -> Row:
-    """The Offspring row of a query's next round, before anything is written.
+    """The Offspring row of a query's next round, before anything is written. The LLM is shown what is best
+    by the weights of that round.
 
     Args:
         model: the name of the LLM.
         seed: the recipe's seed.
     """
-    own, number = entries[0], entries[-1]["round"] + 1
+    number = entries[-1]["round"] + 1
+    entries = with_fitness(entries, settings.formula.at(number))
+    own = entries[0]
     shown = [*([own] if own["fitness"] is not None else []), *ranked(entries)[: settings.top]]
     identity = content_id("ask", own["query_id"], number)
     return {
@@ -208,12 +240,15 @@ def target_of(entries: Sequence[Row], settings: Evolve) -> tuple[Row | None, str
     """The prompt that SFT learns for a query, or why there is none.
 
     It is the fittest of the prompts that were judged aligned, reach every threshold, and are fitter than the
-    query itself by the margin at least. A query that is not rendered, as it is labelled unsafe, is no rival.
+    query itself by the margin at least. A query is no rival where it is not rendered, as it is labelled
+    unsafe, or a gate leaves it out.
     """
     own, found = entries[0], ranked(entries)
     if own["error"] is not None:
         return None, FAILED
     if not found:
+        if any(entry["round"] and entry["dimensions"] for entry in entries):
+            return None, NONE_INSIDE
         aligned = any(entry["round"] and entry["verdict"] == "aligned" for entry in entries)
         return None, NONE_SCORED if aligned else NONE_ALIGNED
     passing = [entry for entry in found if _passes(entry, settings.thresholds)]
@@ -228,8 +263,7 @@ def target_of(entries: Sequence[Row], settings: Evolve) -> tuple[Row | None, str
 
 
 def _passes(entry: Row, thresholds: Mapping[str, float]) -> bool:
-    values = {part["name"]: part["score"] for part in entry["dimensions"]}
-    return all(dimension(values, name) >= least for name, least in thresholds.items())
+    return entry["refused"] is None and _below(_raw(entry), thresholds) is None
 
 
 def finished(entries: Sequence[Row], settings: Evolve) -> list[Row]:
