@@ -108,12 +108,21 @@ def test_the_fitness_of_an_evolution_names_scores_that_one_reward_gives(checklis
     assert list(fitness_problems(load(TINY))) == []
 
 
+SEVEN = "formula={terms: {reward.visual_quality: 1, aesthetic.aesthetic: 1}}"
+
+
 @pytest.mark.parametrize("name", ["prompt_a_video_cogvideox", "prompt_a_video_wan"])
 def test_the_rewards_of_prompt_a_video_give_its_fitness(name: str) -> None:
     made = load(RECIPES / f"{name}.yaml", ["evolve={preset: prompt_a_video}"])
     assert made.evolve is not None
     assert len(made.evolve.fitness) == 7
     assert list(fitness_problems(made)) == []
+    wrong = ["formula.terms.reward.dynamic_degre.weight=1", "formula.terms.mps.look.weight=1"]
+    assert list(formula_problems(load(RECIPES / f"{name}.yaml", [SEVEN, *wrong]))) == [
+        "formula.terms.reward.dynamic_degre: reward gives no dimension dynamic_degre; did you mean "
+        "reward.dynamic_degree?",
+        "formula.terms.mps.look: mps gives no dimension look; there are: mps",
+    ]
 
 
 @pytest.mark.parametrize(

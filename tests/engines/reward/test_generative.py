@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from endpoint_server import EndpointServer, Reply, Request, completion, failure
@@ -17,8 +18,10 @@ from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.engines.endpoint.account import Account, CostLimitReached
 from vpo_ray.engines.endpoint.client import EndpointError
 from vpo_ray.engines.reward import RewardError, Scored, build
-from vpo_ray.engines.reward.frames import read_video
+from vpo_ray.engines.reward.frames import read_frames, read_video
 from vpo_ray.engines.reward.generative import PRESETS, GenerativeOptions, indices
+from vpo_ray.engines.reward.pav_frames import four_frames
+from vpo_ray.engines.reward.shared_decoding import decoding_once
 from vpo_ray.engines.reward.written_marks import Marks
 from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.recipe import RecipeError, Reward, load
@@ -97,6 +100,20 @@ def test_videoscore2_is_sent_frames_and_its_template(serve_endpoint: Any, reward
         assert head == "data:image/jpeg;base64"
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
         assert np.abs(shown - frame).mean() < 8
+
+
+def test_its_video_is_decoded_once_with_other_rewards(
+    serve_endpoint: Any, reward: Any, clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(reward(serve_endpoint(lambda _: completion(VS2))))
+    video, opened, real = clip(1, frames=49), [], av.open
+    monkeypatch.setattr(av, "open", lambda file: opened.append(file) or real(file))
+    with decoding_once([four_frames, model.pick]):
+        read_frames(video, four_frames)
+        alone = scored(model.score([video], ["a cat"])[0])
+    assert len(opened) == 1
+    assert alone == scored(model.score([video], ["a cat"])[0])
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize(

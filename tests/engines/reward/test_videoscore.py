@@ -19,7 +19,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddi
 from vpo_ray import recipe
 from vpo_ray.engines.reward import RewardError, Scored, build
 from vpo_ray.engines.reward.frames import read_video
-from vpo_ray.engines.reward.videoscore import QUERY_PROMPT_HASH, read_query_prompt
+from vpo_ray.engines.reward.videoscore import QUERY_PROMPT_HASH, VideoScore, read_query_prompt
 from vpo_ray.engines.reward.videoscore_model import choose_spread, idefics2_pixels, patch_positions
 from vpo_ray.recipe.plugins import PluginError, find
 from vpo_ray.world.tiny_scorers import TINY_QUERY_PROMPT as QUERY_PROMPT
@@ -104,7 +104,7 @@ def test_videoscore_is_what_its_definition_gives(
     video = clip(6, count, height, width)
     (found,) = build(settings(folder)).score([video], [QUERY])
     assert isinstance(found, Scored), found
-    assert list(found.dimensions) == NAMES
+    assert list(found.dimensions) == NAMES == list(VideoScore.dimensions)
     right = expected(folder, read_video(video)[0])
     assert list(found.dimensions.values()) == pytest.approx(right, abs=2e-4)
     assert found.score == pytest.approx(np.mean(right), abs=2e-4)

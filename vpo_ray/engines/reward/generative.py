@@ -169,6 +169,10 @@ class Generative:
         """
         return asyncio.run(self._score(videos, queries))
 
+    def pick(self, times: list[float], fps: float) -> list[int]:
+        """The frames that the model is sent, by the seconds of all frames and the frame rate."""
+        return indices(len(times), fps, self.options)
+
     async def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         from vpo_ray.engines.endpoint.client import results_of_all
 
@@ -180,7 +184,7 @@ class Generative:
         from vpo_ray.engines.reward.frames import read_frames
 
         try:
-            frames = read_frames(video, lambda times, fps: indices(len(times), fps, self.options))
+            frames = read_frames(video, self.pick)
             tokens = IMAGE_TOKENS * len(frames) + self.options.max_tokens
             reply = await self._client.create(self._request(frames, query), tokens, self._marks.schema)
             if reply.refusal:

@@ -23,7 +23,7 @@ class LaionAestheticOptions(BaseModel):
 
 
 class LaionAesthetic:
-    """The builder; the dimension is `aesthetic`.
+    """The builder.
 
     Raises:
         CheckpointError: the CLIP or the head cannot be loaded, or is not what the predictor was trained on.
@@ -32,6 +32,7 @@ class LaionAesthetic:
     Options = LaionAestheticOptions
     version = "1"
     checkpoints = ("clip",)
+    dimensions = ("aesthetic",)
 
     def __init__(self, settings: Reward, options: LaionAestheticOptions) -> None:
         # It imports torch, and every command that reads the recipe imports this module.

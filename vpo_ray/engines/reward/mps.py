@@ -31,7 +31,7 @@ class MpsOptions(BaseModel):
 
 
 class Mps:
-    """The builder; the dimension is `mps`.
+    """The builder.
 
     Raises:
         CheckpointError: `model` cannot be loaded, or is no MPS.
@@ -40,6 +40,7 @@ class Mps:
     Options = MpsOptions
     version = "1"
     checkpoints = ("model",)
+    dimensions = ("mps",)
 
     def __init__(self, settings: Reward, options: MpsOptions) -> None:
         # It imports torch, and every command that reads the recipe imports this module.

@@ -22,6 +22,10 @@ from vpo_ray.recipe.base import Positive, Source
 
 log = logging.getLogger(__name__)
 
+# In the order of the head's rows.
+DIMENSIONS = (
+    "visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency",
+)  # fmt: skip
 SLOT = "{text_prompt}"
 # sha256 of the published text, its first 16 digits.
 QUERY_PROMPT_HASH = "49b386d9ea300376"
@@ -46,7 +50,7 @@ class QueryPromptError(ValueError):
 
 
 class VideoScore:
-    """The builder. Dimensions are those of `videoscore_model.DIMENSIONS`, raw; the score is their mean.
+    """The builder. Dimensions are raw; the score is their mean.
 
     Raises:
         CheckpointError: `model` is no VideoScore.
@@ -57,6 +61,7 @@ class VideoScore:
     Options = VideoScoreOptions
     version = "1"
     checkpoints = ("model",)
+    dimensions = DIMENSIONS
 
     def __init__(self, settings: Reward, options: VideoScoreOptions) -> None:
         prompt = read_query_prompt(options.query_prompt)

@@ -20,13 +20,10 @@ from vpo_ray.engines.reward.checkpoint import CheckpointError, model_folder, rea
 from vpo_ray.engines.reward.frames import read_frames
 from vpo_ray.engines.reward.one_by_one import score_one_by_one
 from vpo_ray.engines.reward.pav_frames import spread_frames
+from vpo_ray.engines.reward.videoscore import DIMENSIONS
 from vpo_ray.prompts.policy_prompt import control_tokens, neutralise
 from vpo_ray.recipe import Reward
 
-# In the order of the head's rows.
-DIMENSIONS = (
-    "visual_quality", "temporal_consistency", "dynamic_degree", "text_alignment", "factual_consistency",
-)  # fmt: skip
 IMAGE, AROUND = "<image>", "<fake_token_around_image>"
 _SHORTEST, _LONGEST = 378, 980  # of the checkpoint's preprocessor_config.json
 _AT_ONCE = 16  # frames on the device
