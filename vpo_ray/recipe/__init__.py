@@ -27,7 +27,7 @@ from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_prese
 from vpo_ray.recipe.plugins import pins, plugins_of
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
-from vpo_ray.recipe.serve import Feedback, Serve
+from vpo_ray.recipe.serve import Feedback, Refine, Serve
 from vpo_ray.recipe.text import ChatModel, Draft, Engine, Judge, Policy, Sample
 from vpo_ray.recipe.train import (
     EVOLVED,
@@ -78,6 +78,7 @@ __all__ = [
     "Queries",
     "Recipe",
     "RecipeError",
+    "Refine",
     "Render",
     "RenderGate",
     "Reward",
@@ -277,7 +278,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _scores_videos_that_it_serves(self) -> Recipe:
         videos = self.serve.videos
-        if videos is not None and videos.reward is not None and not videos.score:
+        if videos is not None and videos.reward is not None and not videos.score and videos.refine is None:
             raise ValueError("serve.videos.reward has no effect with score: false")
         return self
 
@@ -410,7 +411,14 @@ def serve_of(recipe: Recipe) -> Serve:
     videos = recipe.serve.videos
     if videos is None:
         return recipe.serve
-    filled = {"render": videos.render or recipe.render, "reward": videos.reward or recipe.reward}
+    filled: dict[str, Any] = {
+        "render": videos.render or recipe.render,
+        "reward": videos.reward or recipe.reward,
+    }
+    if videos.refine is not None:
+        own = {name: getattr(recipe, name) for name in ("evolve", "judge", "more_rewards")}
+        unset = {name: value for name, value in own.items() if getattr(videos.refine, name) is None}
+        filled["refine"] = videos.refine.model_copy(update=unset)
     return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
 
 

@@ -11,8 +11,9 @@ from pydantic import AfterValidator, Field, model_validator
 from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature, refuse_unused
 from vpo_ray.recipe.endpoint import refuse_keys
 from vpo_ray.recipe.evaluation import limit_of
+from vpo_ray.recipe.evolution import Evolve
 from vpo_ray.recipe.formula import Formula
-from vpo_ray.recipe.text import Engine, TemplateArguments
+from vpo_ray.recipe.text import Engine, Judge, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -162,6 +163,22 @@ class Canary(Section):
     share: Fraction
 
 
+class Refine(Section):
+    """`"effort": "videos"` of `/v1/optimize`: prompts of one query, evolved as a job, as `vpo refine` does.
+
+    What is unset is the recipe's own; without a section `evolve` its defaults hold. The LLMs that write and
+    judge are asked over HTTP: `backend: openai`.
+    """
+
+    budget: Annotated[int, Field(ge=2)] = Field(
+        default=8, description="videos of a query, its own among them; a request may ask for fewer"
+    )
+    max_waiting: Positive = Field(default=16, description="jobs; more are refused")
+    evolve: Evolve | None = Field(default=None, description="the recipe's when unset")
+    judge: Judge | None = Field(default=None, description="the recipe's when unset")
+    more_rewards: dict[str, Reward] | None = Field(default=None, description="the recipe's when unset")
+
+
 class Videos(Section):
     """`/v1/videos`: query in, video out. `render` and `reward` are the recipe's own when unset."""
 
@@ -170,6 +187,9 @@ class Videos(Section):
     reward: Reward | None = None
     score: bool = Field(default=False, description="let the reward model score every video")
     max_waiting: Positive = 64
+    refine: Refine | None = Field(
+        default=None, description="let a request's effort be videos: the best prompt that a budget finds"
+    )
 
 
 class Feedback(Section):

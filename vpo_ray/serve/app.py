@@ -18,10 +18,13 @@ from vpo_ray.prompts.policy_prompt import PromptError, control_tokens
 from vpo_ray.recipe import Pool, RecipeError, Section, Serve
 from vpo_ray.serve.engine import PolicyServer, llm_config, operation
 from vpo_ray.serve.ingress import Ingress
+from vpo_ray.serve.refine_schema import Refinements
+from vpo_ray.serve.refinements import RefinementJobs
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
 
 # Light replicas that mostly wait; the engine's queue is the limit.
 INGRESS_REQUESTS = 4096
+_OWNER: dict[str, Any] = {"max_ongoing_requests": INGRESS_REQUESTS, "ray_actor_options": {"num_cpus": 0}}
 
 
 class Arguments(Section):
@@ -71,7 +74,12 @@ def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...
     Raises:
         RecipeError: videos without a video model.
     """
-    jobs = video_app(main, canary, settings, control) if settings.videos else None
+    jobs = refinements = None
+    if settings.videos is not None:
+        models = video_models(settings)
+        jobs = video_app(main, canary, settings, control, models)
+        if settings.videos.refine is not None:
+            refinements = refine_app(main, canary, settings, control, models)
     ingress = serve.deployment(
         Ingress,
         num_replicas=settings.ingress_replicas,
@@ -79,10 +87,11 @@ def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...
         ray_actor_options={"num_cpus": min(0.1, settings.pool.num_cpus)},
         **operation(settings),
     )
-    return ingress.bind(main, canary, jobs, settings, control)
+    return ingress.bind(main, canary, jobs, refinements, settings, control)
 
 
-def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...]) -> Application:
+def video_models(settings: Serve) -> tuple[Application, Application | None]:
+    """The replicas that render, and those that score, which all kinds of jobs share."""
     videos = settings.videos
     assert videos is not None
     if videos.render is None or (videos.score and videos.reward is None):
@@ -92,13 +101,35 @@ def video_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...])
     calls = render.endpoint.concurrency if render.kind == "openai" else 2
     renderer = serve.deployment(VideoRenderer, **_pool(render.pool, calls)).bind(render, videos.store)
     scorer = None
-    if videos.score and videos.reward is not None:
+    refine = videos.refine
+    if (videos.score or refine is not None) and videos.reward is not None:
         reward = videos.reward.located()
-        scorer = serve.deployment(VideoScorer, **_pool(reward.pool)).bind(reward, videos.store)
-    jobs = serve.deployment(
-        VideoJobs, max_ongoing_requests=INGRESS_REQUESTS, ray_actor_options={"num_cpus": 0}
-    )
-    return jobs.bind(main, canary, renderer, scorer, settings, control)
+        rewards = refine.more_rewards if refine is not None else None
+        more = {name: further.located() for name, further in (rewards or {}).items()}
+        scorer = serve.deployment(VideoScorer, **_pool(reward.pool)).bind(reward, videos.store, more)
+    return renderer, scorer
+
+
+def video_app(
+    main: Any, canary: Any, settings: Serve, control: tuple[str, ...], models: tuple[Any, Any] | None = None
+) -> Application:
+    """The jobs of `/v1/videos`. Raises RecipeError where a model is missing."""
+    renderer, scorer = models or video_models(settings)
+    assert settings.videos is not None
+    jobs = serve.deployment(VideoJobs, **_OWNER)
+    return jobs.bind(main, canary, renderer, scorer if settings.videos.score else None, settings, control)
+
+
+def refine_app(
+    main: Any, canary: Any, settings: Serve, control: tuple[str, ...], models: tuple[Any, Any]
+) -> Application:
+    """The jobs of `/v1/optimize` with effort `videos`.
+
+    Raises:
+        RecipeError, PromptError: see `Refinements`.
+    """
+    Refinements(settings)
+    return serve.deployment(RefinementJobs, **_OWNER).bind(main, canary, *models, settings, control)
 
 
 def _pool(pool: Pool, calls: int = 2) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.feedback import FeedbackRequest, feedback_desk
 from vpo_ray.serve.http import Events, application, internal, read_body, refused
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
-from vpo_ray.serve.limits import Admission, CallerLimits
+from vpo_ray.serve.limits import Admission, CallerLimits, Take
 from vpo_ray.serve.optimiser import build_optimiser, refusal
 from vpo_ray.serve.optimize_schema import (
     Asked,
@@ -42,6 +42,8 @@ from vpo_ray.serve.optimize_schema import (
 )
 from vpo_ray.serve.pairs import pairs_file
 from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
+from vpo_ray.serve.refine_schema import Refinement
+from vpo_ray.serve.refinements import RefineDesk
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.stream import Parts
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
@@ -80,10 +82,6 @@ def _id(request: Request) -> str:
     return request.headers.get("x-request-id", "")[:128]
 
 
-# A route calls it once it knows how many prompts its request asks for.
-Take = Callable[[int], None]
-
-
 def _nothing(work: int) -> None:
     """For routes that are free."""
 
@@ -99,6 +97,7 @@ class Ingress:
     Args:
         main, canary, settings, control: see `build_optimiser`.
         jobs: handle of the `VideoJobs` deployment where there are videos.
+        refinements: handle of `RefinementJobs` where a request's effort may be videos.
     """
 
     def __init__(
@@ -106,6 +105,7 @@ class Ingress:
         main: DeploymentHandle,
         canary: DeploymentHandle | None,
         jobs: DeploymentHandle | None,
+        refinements: DeploymentHandle | None,
         settings: Serve,
         control: tuple[str, ...],
     ) -> None:
@@ -122,6 +122,7 @@ class Ingress:
             least=settings.best_of.n if settings.best_of else 1,
         )
         self.feedback = feedback_desk(settings)
+        self.refining = RefineDesk(settings, refinements) if refinements is not None else None
         self.running = 0
         self.created = int(time.time())
         Cors.origins = settings.cors_origins
@@ -195,12 +196,15 @@ class Ingress:
     @http.post(
         "/v1/optimize",
         openapi_extra=_documented(OptimizeRequest),
-        response_model=Optimization | OptimizationList,
+        response_model=Optimization | OptimizationList | Refinement,
     )
     async def optimize(self, request: Request) -> Response:
         async def answer(key: Key, take: Take) -> Response:
             limit = max_body_bytes(self.settings, self.settings.max_queries)
             asked = parse_optimize(await read_body(request, limit), self.settings)
+            if asked.budget is not None and self.refining is not None:
+                self._note(asked.queries[0], key)
+                return await self.refining.ask(asked, key, take)
             take(len(asked.queries) * self.optimiser.candidates(asked.fields, asked.wishes.effort))
             for query in asked.queries:
                 self._note(query, key)
@@ -214,6 +218,17 @@ class Ingress:
             return _json(OptimizationList(data=data, model=self.settings.model_name))
 
         return await self._admitted(request, "optimize", "optimize", answer)
+
+    @http.get("/v1/optimize/{job_id}", response_model=Refinement)
+    async def refinement(self, request: Request, job_id: str) -> Response:
+        """How far the job of a request with effort `videos` is."""
+
+        async def answer(key: Key, take: Take) -> Response:
+            if self.refining is None:
+                raise ApiError(404, "this endpoint has no such jobs (serve.videos.refine)", code="no_videos")
+            return _json(await self.refining.find(job_id, key))
+
+        return await self._admitted(request, "optimize", None, answer)
 
     @http.post("/v1/feedback", status_code=204, openapi_extra=_documented(FeedbackRequest))
     async def say(self, request: Request) -> Response:

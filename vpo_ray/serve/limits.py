@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.keys import Key
 
+# A route calls it once it knows how many prompts, or videos, its request asks for.
+Take = Callable[[int], None]
 # Allowed rounding of the clock, so that a client that retries after `Retry-After` is admitted.
 ROUNDING_S = 1e-6
 
@@ -101,7 +103,7 @@ class Admission:
                 raise ApiError(
                     413,
                     f"this request asks for {work} prompts (queries x candidates), and this key may have "
-                    f"{limit} {span}: send fewer queries, or a smaller n",
+                    f"{limit} {span}: send fewer queries, or a smaller n or budget",
                     code="request_too_large",
                 )
         rate = self._limits.part(self.rate)

@@ -32,7 +32,8 @@ Terms = Annotated[list[Annotated[Text, Field(min_length=1, max_length=200)]], Fi
 class OptimizeRequest(RequestBody):
     """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`.
 
-    `keep`, `avoid`, `language`, `max_words`, `skip_if_words` and `effort` are wishes (`serve.wishes`).
+    `keep`, `avoid`, `language`, `max_words`, `skip_if_words` and `effort` are wishes (`serve.wishes`). With
+    effort `videos` the answer is a job that looks for the best prompt with at most `budget` videos.
     """
 
     model_config = ConfigDict(
@@ -51,7 +52,8 @@ class OptimizeRequest(RequestBody):
     language: Annotated[str, AfterValidator(_language), Field(json_schema_extra=_CODES)] | None = None
     max_words: Annotated[int, Field(ge=1)] | None = None
     skip_if_words: Annotated[int, Field(ge=1)] | None = None
-    effort: Effort | None = None
+    effort: Effort | Literal["videos"] | None = None
+    budget: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
     def _either(self) -> OptimizeRequest:
@@ -140,6 +142,8 @@ class Asked:
     single: bool = True
     stream: bool = False
     wishes: Wishes = NO_WISHES
+    # Videos at most, of effort `videos`.
+    budget: int | None = None
 
 
 def parse_optimize(body: bytes, settings: Serve) -> Asked:
@@ -172,11 +176,34 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
         tuple(request.keep or ()),
         request.max_words,
         request.skip_if_words,
-        request.effort or "medium",
+        "medium" if request.effort is None or request.effort == "videos" else request.effort,
         tuple(request.avoid or ()),
         request.language,
     )
-    return Asked(texts, found, fields, request.queries is None, request.stream, wishes)
+    budget = _budget(request, settings)
+    return Asked(texts, found, fields, request.queries is None, request.stream, wishes, budget)
+
+
+# What a request with effort `videos` may say.
+_OF_VIDEOS = frozenset({"query", "model", "effort", "budget"})
+
+
+def _budget(request: OptimizeRequest, settings: Serve) -> int | None:
+    """The videos that a request may cost; None where it asks for none. Raises ApiError (422)."""
+    if request.effort != "videos":
+        if request.budget is not None:
+            raise ApiError(422, "budget has no effect without effort: videos", "budget")
+        return None
+    refine = settings.videos.refine if settings.videos is not None else None
+    if refine is None:
+        message = "effort videos: this endpoint makes none for a prompt (serve.videos.refine)"
+        raise ApiError(422, message, "effort")
+    others = request.model_dump(exclude_defaults=True).keys() - _OF_VIDEOS
+    if others:
+        raise ApiError(422, f"{', '.join(sorted(others))}: no effect with effort: videos", min(others))
+    if (budget := request.budget or refine.budget) > refine.budget:
+        raise ApiError(422, f"budget is {budget}, at most {refine.budget} is allowed here", "budget")
+    return budget
 
 
 def separate(query: str) -> tuple[str, list[GeneratorFlag]]:

@@ -13,6 +13,7 @@ from vpo_ray.recipe import Serve
 from vpo_ray.serve.config import APP
 from vpo_ray.serve.keys import KeyRing
 from vpo_ray.serve.ranking import Ranker
+from vpo_ray.serve.refine_schema import Refinements
 from vpo_ray.serve.safety import Gate
 from vpo_ray.stream.last_words import advice, errors_in, said_here
 
@@ -129,6 +130,8 @@ def check_settings(settings: Serve) -> None:
     Gate(settings.safety)
     if settings.best_of:
         Ranker(settings.best_of)
+    if settings.videos is not None and settings.videos.refine is not None:
+        Refinements(settings)
 
 
 def serve_forever(checkpoint: str, settings: Serve) -> None:

@@ -1,40 +1,29 @@
 """`/v1/videos`: a query in, a video out, as a job that outlives the request and its replica.
 
 One replica of `VideoJobs` owns all jobs: it optimises the query, has the prompt rendered into the
-content-addressed store, and scored if the recipe says so. A job is a JSON file in the store, in `jobs/open/`
-until it ends, so that a restarted replica finds it and continues.
+content-addressed store, and scored if the recipe says so. Jobs are in `jobs/` of the store.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.files.folder import Folder
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
 from vpo_ray.serve.errors import ApiError, explained
+from vpo_ray.serve.job_files import JobFiles, JobRunner, JobState, tried
 from vpo_ray.serve.optimiser import build_optimiser
 from vpo_ray.serve.optimize_schema import SafetyOutcome, engine_fields, separate
-from vpo_ray.serve.policy import PolicyFailed, failure
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
-
-logger = logging.getLogger("ray.serve")
-
-# Tries of a render that kills its process.
-TRIES = 2
-
-T = TypeVar("T")
 
 
 class VideoRequest(RequestBody):
@@ -68,22 +57,17 @@ class Video(BaseModel):
     dimensions: dict[str, float] | None = None
 
 
-class VideoJob(BaseModel):
-    """A job as its caller sees it; times in seconds since 1970."""
+class VideoJob(JobState):
+    """A job as its caller sees it."""
 
-    id: str
     object: Literal["video"] = "video"
     model: str
-    status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
     query: str
     seed: int
     prompt: str | None = None
     safety: SafetyOutcome = SafetyOutcome()
     fallback: bool = False
-    created_at: int
-    completed_at: int | None = None
     video: Video | None = None
-    error: dict[str, Any] | None = None
 
 
 class StoredJob(VideoJob):
@@ -115,56 +99,11 @@ def parse_video(body: bytes, settings: Serve) -> tuple[str, str | None, int]:
     return query, prompt, request.seed
 
 
-class JobFolder:
+class JobFolder(JobFiles[StoredJob]):
     """The jobs' files, in a video store."""
 
     def __init__(self, store: str) -> None:
-        self.folder = Folder(store) / "jobs"
-
-    def read(self, job_id: str) -> StoredJob | None:
-        """The job; None for an unknown id, or where the file does not hold this job. Raises StorageError."""
-        if not job_id.isascii() or not job_id.isalnum():
-            return None
-        for name in (f"{job_id}.json", f"open/{job_id}.json", f"{job_id}.json"):  # it may move when it ends
-            try:
-                job = StoredJob.model_validate_json(self.folder.read(name))
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise StorageError(f"cannot read job {job_id}: {error}") from error
-            except ValueError as error:
-                logger.error("%s is not a job and is ignored: %s", self.folder.at(name), _in_one_line(error))
-                continue
-            if job.id == job_id:
-                return job
-            logger.error("%s is not a job and is ignored: it has another id", self.folder.at(name))
-        return None
-
-    def write(self, job: StoredJob) -> None:
-        ended = job.status in ("completed", "failed")
-        self.folder.write(f"{'' if ended else 'open/'}{job.id}.json", job.model_dump_json(indent=2).encode())
-        if ended:
-            self.folder.delete(f"open/{job.id}.json")
-
-    def unfinished(self) -> list[StoredJob]:
-        """Unfinished jobs of an earlier replica, oldest first. Unreadable files are logged and skipped."""
-        left = []
-        for name in (self.folder / "open").files(".json"):
-            try:
-                job = self.read(name.removesuffix(".json"))
-            except StorageError as error:
-                logger.error("%s", error)
-                continue
-            if job is not None and job.status in ("queued", "in_progress"):
-                left.append(job)
-        return sorted(left, key=lambda job: job.created_at)
-
-
-def _in_one_line(error: ValueError) -> str:
-    """Why a file is not a job, without its content, which may be a user's."""
-    if not isinstance(error, ValidationError):
-        return type(error).__name__
-    return "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()[:3])
+        super().__init__(Folder(store) / "jobs", StoredJob)
 
 
 class VideoRenderer:
@@ -181,19 +120,19 @@ class VideoRenderer:
 
 
 class VideoScorer:
-    """A replica of the reward model."""
+    """A replica of the reward model, and of more of them."""
 
-    def __init__(self, settings: Reward, store: str) -> None:
+    def __init__(self, settings: Reward, store: str, more: Mapping[str, Reward] | None = None) -> None:
         from vpo_ray.stages.score import Scorer
 
         bind_worker()
-        self.scorer = Scorer(settings, store)
+        self.scorer = Scorer(settings, store, more)
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return (await asyncio.to_thread(self.scorer, [row]))[0]
 
 
-class VideoJobs:
+class VideoJobs(JobRunner[StoredJob]):
     """Owns the jobs; one replica.
 
     Args:
@@ -216,10 +155,8 @@ class VideoJobs:
         self.settings, self.renderer, self.scorer = settings, renderer, scorer
         self.jobs = JobFolder(settings.videos.store)
         self.max_waiting = settings.videos.max_waiting
-        self.tasks: set[asyncio.Task[None]] = set()
-        for job in self.jobs.unfinished():
-            logger.info("job %s continues", job.id)
-            self._start(job)
+        self.tasks = set()
+        self._go_on()
 
     async def submit(self, query: str, seed: int, owner: str, prompt: str | None = None) -> str | None:
         """Take a job and return it as JSON; None when too many are waiting. A given prompt is final."""
@@ -241,43 +178,6 @@ class VideoJobs:
         await asyncio.shield(stored)
         return job.shown().model_dump_json()
 
-    def _start(self, job: StoredJob, stored: asyncio.Future[None] | None = None) -> None:
-        """Start a job; `stored` is resolved when a new one is in the store, or gets the error."""
-        task = asyncio.get_running_loop().create_task(self._run(job, stored))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _run(self, job: StoredJob, stored: asyncio.Future[None] | None = None) -> None:
-        if stored is not None:
-            try:
-                await asyncio.to_thread(self.jobs.write, job)
-            except Exception as error:  # noqa: BLE001  the caller gets it
-                stored.set_exception(error)
-                return
-            stored.set_result(None)
-        try:
-            await self._make(job)
-        except ApiError as error:
-            job.error = error.body()["error"]
-        except PolicyFailed as error:
-            job.error = failure(error).body()["error"]
-        except (RayError, RayServeException) as error:
-            logger.error("job %s failed: %s", job.id, type(error).__name__)
-            job.error = ApiError(500, "the video model failed").body()["error"]
-        except Exception as error:  # noqa: BLE001  a job always ends with a result or an error
-            logger.error("job %s failed: %s", job.id, type(error).__name__)
-            job.error = ApiError(500, "the job failed").body()["error"]
-        job.status = "completed" if job.error is None else "failed"
-        job.completed_at = int(time.time())
-        try:
-            await asyncio.to_thread(self.jobs.write, job)
-        except StorageError as error:
-            logger.error(
-                "job %s is done but not stored, the next replica repeats it: %s",
-                job.id,
-                error,
-            )
-
     async def _make(self, job: StoredJob) -> None:
         # The video model's settings are the recipe's: flags in the query are dropped.
         if job.as_is:
@@ -298,23 +198,13 @@ class VideoJobs:
             "query": job.query,
             "prompt": job.prompt,
         }
-        row = await _tried(lambda: self.renderer.remote({**row, "verdict": "aligned", "error": None}))
+        row = await tried(lambda: self.renderer.remote({**row, "verdict": "aligned", "error": None}))
         if row["error"] is None and self.scorer is not None:
             scorer, rendered = self.scorer, row
-            row = await _tried(lambda: scorer.remote(rendered))
+            row = await tried(lambda: scorer.remote(rendered))
         if row["error"] is not None:
             raise ApiError(500, f"{row['error_stage']}: {row['error']}")
         dimensions = {d["name"]: d["score"] for d in row.get("dimensions") or []} or None
         made = {name: row[name] for name in ("frames", "fps", "width", "height")}
         score = row.get("score")
         job.video = Video(key=row["video_key"], **made, score=score, dimensions=dimensions)
-
-
-async def _tried(call: Callable[[], Awaitable[T]]) -> T:
-    for left in range(TRIES - 1, -1, -1):
-        try:
-            return await call()
-        except (RayError, RayServeException):
-            if not left:
-                raise
-    raise AssertionError("unreachable")
