@@ -68,7 +68,7 @@ class VideoScore:
         # It imports torch, and every command that reads the recipe imports this module.
         from vpo_ray.engines.reward.videoscore_model import VideoScoreScorer
 
-        self._scorer = VideoScoreScorer(settings, prompt, SLOT, options.most)
+        self._scorer = VideoScoreScorer(settings, DIMENSIONS, prompt, SLOT, options.most)
         self.pick = self._scorer.pick
 
     @staticmethod

@@ -20,7 +20,6 @@ from vpo_ray.engines.reward.checkpoint import CheckpointError, model_folder, rea
 from vpo_ray.engines.reward.frames import read_frames
 from vpo_ray.engines.reward.one_by_one import score_one_by_one
 from vpo_ray.engines.reward.pav_frames import spread_frames
-from vpo_ray.engines.reward.videoscore import DIMENSIONS
 from vpo_ray.prompts.policy_prompt import control_tokens, neutralise
 from vpo_ray.recipe import Reward
 
@@ -30,16 +29,22 @@ _AT_ONCE = 16  # frames on the device
 
 
 class VideoScoreScorer:
-    """The marks of videos; see `videoscore`."""
+    """The marks of videos; see `videoscore`.
 
-    def __init__(self, settings: Reward, prompt: str, slot: str, most: int) -> None:
+    Args:
+        names: of the marks, in the order of the head's rows.
+        most: frames at most.
+    """
+
+    def __init__(self, settings: Reward, names: Sequence[str], prompt: str, slot: str, most: int) -> None:
         from transformers import PreTrainedTokenizerFast
 
         folder = model_folder("model", settings.model)
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.head = load_videoscore(folder, getattr(torch, settings.dtype), device)
+        self.names, dtype = names, getattr(torch, settings.dtype)
+        self.model, self.head = load_videoscore(folder, dtype, device, len(names))
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(
                 f"{folder}: no tokenizer.json; VideoScore is read with a fast tokenizer only"
@@ -59,7 +64,7 @@ class VideoScoreScorer:
 
     def _score(self, video: bytes | str, query: str) -> Scored:
         marks = self.marks(read_frames(video, self.pick), query).tolist()
-        return Scored([], dict(zip(DIMENSIONS, marks, strict=True)), float(np.mean(marks)))
+        return Scored([], dict(zip(self.names, marks, strict=True)), float(np.mean(marks)))
 
     @torch.inference_mode()
     def marks(self, frames: np.ndarray, query: str) -> torch.Tensor:
@@ -141,8 +146,8 @@ def patch_positions(rows: int, columns: int, side: int) -> torch.Tensor:
     return (along(rows)[:, None] * side + along(columns)).flatten()
 
 
-def load_videoscore(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, torch.nn.Linear]:
-    """The Idefics2 and the head of a published folder.
+def load_videoscore(folder: Path, dtype: torch.dtype, device: str, marks: int) -> tuple[Any, torch.nn.Linear]:
+    """The Idefics2 and the head of a published folder, which gives so many marks.
 
     Raises:
         CheckpointError: another model, or tensors that are not VideoScore's.
@@ -164,11 +169,11 @@ def load_videoscore(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any,
         raise CheckpointError(f"{folder} has no {', '.join(missing[:3])}: {len(missing)} are missing")
     tensors = dict(read_tensors(folder, device, "score."))
     width = config.text_config.hidden_size
-    wanted = {"score.weight": (len(DIMENSIONS), width), "score.bias": (len(DIMENSIONS),)}
+    wanted = {"score.weight": (marks, width), "score.bias": (marks,)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != wanted:
         raise CheckpointError(f"{folder}: its head is {shapes or 'not there'}, and VideoScore's {wanted}")
-    head = torch.nn.Linear(width, len(DIMENSIONS), device="meta")
+    head = torch.nn.Linear(width, marks, device="meta")
     state = {name.removeprefix("score."): tensor.to(dtype) for name, tensor in tensors.items()}
     head.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), head.requires_grad_(False)
