@@ -87,7 +87,7 @@ def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...
         ray_actor_options={"num_cpus": min(0.1, settings.pool.num_cpus)},
         **operation(settings),
     )
-    return ingress.bind(main, canary, jobs, refinements, settings, control)
+    return ingress.bind(main, canary, jobs, settings, control, refinements)
 
 
 def video_models(settings: Serve) -> tuple[Application, Application | None]:

@@ -105,9 +105,9 @@ class Ingress:
         main: DeploymentHandle,
         canary: DeploymentHandle | None,
         jobs: DeploymentHandle | None,
-        refinements: DeploymentHandle | None,
         settings: Serve,
         control: tuple[str, ...],
+        refinements: DeploymentHandle | None = None,
     ) -> None:
         bind_worker()
         self.settings, self.engine, self.jobs = settings, main, jobs
