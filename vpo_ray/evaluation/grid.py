@@ -96,6 +96,7 @@ def _rows(prompts: Mapping[Key, Row]) -> Iterable[Row]:
             "candidate_id": prompt_id(key),
             "query_id": key[0],
             "query": query["query"],
+            "image": query.get("image"),
             "unsafe": query["unsafe"],
             "k": 0,
             "seed": 0,

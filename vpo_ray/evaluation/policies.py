@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpo_ray.evaluation.sets import SetError, prompts_of_file
+from vpo_ray.files.image_files import image_hash
 from vpo_ray.loop.phases import starting_policy
 from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id
 from vpo_ray.loop.streams import through
@@ -154,22 +155,26 @@ def prompts_of(
     found: dict[str, Row] = {
         row["query_id"]: {"prompt": row["query"], "error": None, "error_stage": None} for row in queries
     }
-    unsafe = {row["query_id"]: row["unsafe"] for row in queries}
+    of = {row["query_id"]: row for row in queries}
+
+    def key(query: str, row: Row, time: int) -> str:
+        """What a query is known by: after the first time it is another text with the same image."""
+        image = of[query].get("image")
+        return query_id(row["prompt"], image and image_hash(image)) if time > 1 else query
+
     for time in range(1, rival.settings.times + 1):
         asked = {
-            (query_id(row["prompt"]) if time > 1 else query): (row["prompt"], unsafe[query])
+            key(query, row, time): (row["prompt"], of[query])
             for query, row in found.items()
             if row["error"] is None
         }
         entering = [
-            {"query_id": key, "query": text, "unsafe": label, "split": "dpo"}
-            for key, (text, label) in sorted(asked.items())
+            {"query_id": known, "query": text, "image": q.get("image"), "unsafe": q["unsafe"], "split": "dpo"}
+            for known, (text, q) in sorted(asked.items(), key=lambda item: item[0])
         ]
         answers = _sampled(rival, recipe, run, entering, (time, seed), retry_errors)
         found = {
-            query: row
-            if row["error"] is not None
-            else answers[query_id(row["prompt"]) if time > 1 else query]
+            query: row if row["error"] is not None else answers[key(query, row, time)]
             for query, row in found.items()
         }
     return found

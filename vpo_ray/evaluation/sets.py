@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vpo_ray.files.image_files import image_hash
 from vpo_ray.files.input_files import READ_ERRORS, InputFile, find_files, why_unreadable
 from vpo_ray.files.record_files import READERS, Unreadable, records
 from vpo_ray.files.text_files import TextFileError, read_text
@@ -67,8 +68,9 @@ def read_set(name: str, settings: EvaluatedSet, run: RunDir | None) -> list[Row]
 
     Returns:
         Rows with `query_id`, `query`, `unsafe` (None: not labelled) and `category` (None: the set has none).
-        Those of VBench also have `prompt_en` (the text as it is published), `dimension` (a list) and
-        `auxiliary_info` (a dict, by dimension).
+        Those of a run's own queries have `image` where the query has one. Those of VBench also have
+        `prompt_en` (the text as it is published), `dimension` (a list) and `auxiliary_info` (a dict, by
+        dimension).
 
     Raises:
         SetError: a file that is not what it should be, no query, or fewer than `size`.
@@ -189,15 +191,25 @@ def _shown(queries: Sequence[str]) -> str:
 
 
 def _row(query: str, unsafe: bool | None = None, category: str | None = None, **more: Any) -> Row:
-    return {"query_id": query_id(query), "query": query, "unsafe": unsafe, "category": category, **more}
+    image = image_hash(more["image"]) if "image" in more else None
+    return {
+        "query_id": query_id(query, image),
+        "query": query,
+        "unsafe": unsafe,
+        "category": category,
+        **more,
+    }
 
 
 def _eval_split(run: RunDir | None) -> Iterator[Row]:
     if run is None:
         raise SetError("an eval split needs a run, there is none")
-    rows = run.table("queries").rows(["query", "unsafe"], pc.field("split") == "eval")
+    rows = run.table("queries").rows(["query", "image", "unsafe"], pc.field("split") == "eval")
     yield from _some(
-        [_row(row["query"], row["unsafe"]) for row in rows],
+        [
+            _row(row["query"], row["unsafe"], **({"image": row["image"]} if row["image"] is not None else {}))
+            for row in rows
+        ],
         f"{run.at('queries')} has no query of the eval split: give queries.splits.eval a share",
     )
 

@@ -16,6 +16,7 @@ from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.plan import models
 from vpo_ray.plan.dimensions import fitness_problems, formula_problems
+from vpo_ray.plan.images import image_problems
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import (
     EVOLVED,
@@ -122,6 +123,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
             yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
         elif decides and recipe.pair.dominance == "question":
             yield f"pair.dominance: question needs a checklist, {key} has none: write none or dimension"
+    yield from image_problems(recipe)
     yield from formula_problems(recipe)
     yield from fitness_problems(recipe)
     if recipe.gate is not None:

@@ -28,6 +28,7 @@ from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
 from vpo_ray.engines.video.engine import VideoInfo, encode, probe_video
 from vpo_ray.files.folder import chunks
+from vpo_ray.files.image_files import decode_image
 from vpo_ray.recipe import Recipe, Render, RenderGate
 from vpo_ray.records import Row, failed, seed_of
 from vpo_ray.stages.adaptive import is_renderable
@@ -35,6 +36,7 @@ from vpo_ray.stages.facts import Fact, of_model, of_plugin, of_versions
 from vpo_ray.stages.gate import PromptGate, gate_facts
 from vpo_ray.stages.spec import Making
 from vpo_ray.stages.tally import Tally
+from vpo_ray.storage.images import ImageStore
 from vpo_ray.storage.video_leases import VideoLeases
 from vpo_ray.storage.videos import VideoStore, key_parts, video_key
 
@@ -55,6 +57,7 @@ class _Job(NamedTuple):
     key: str
     prompt: str
     seed: int
+    image: str | None
 
 
 def wants(row: Row) -> bool:
@@ -76,6 +79,7 @@ class Renderer:
         seed: the recipe's seed.
         account: what videos of a service are paid from.
         gate: what prompts must reach to be rendered.
+        images: URI of the images of queries, where they may have any.
 
     Attributes:
         rendered: videos made so far.
@@ -97,9 +101,11 @@ class Renderer:
         seed: int,
         account: Account | None = None,
         gate: RenderGate | None = None,
+        images: str | None = None,
     ) -> None:
         self.settings, self.seed = settings, seed
         self.store = VideoStore(store_uri)
+        self.images = None if images is None else ImageStore(images)
         self._prepared = prepare(settings.model_copy(update={"store": store_uri}), account)
         self.model = self._prepared.identity
         self.rendered = self.hits = 0
@@ -117,7 +123,8 @@ class Renderer:
         """The rows in their order; those that `wants` refuses are passed on as they are.
 
         Raises:
-            StorageError: the store cannot be read or written (the run stops and can be resumed).
+            StorageError: the store cannot be read or written, or an image is not there (the run stops and
+                can be resumed).
             VideoModelError: the model or its settings cannot be used.
         """
         rows = self._gated(rows)
@@ -148,7 +155,9 @@ class Renderer:
 
     def _job(self, row: Row) -> _Job:
         seed = seed_of("video", self.seed, row["query_id"])
-        return _Job(video_key(self.settings, row["prompt"], seed, self.model), row["prompt"], seed)
+        image = row.get("image")
+        key = video_key(self.settings, row["prompt"], seed, self.model, image)
+        return _Job(key, row["prompt"], seed, image)
 
     def _filled(self, row: Row, job: _Job, outcome: Made) -> Row:
         if isinstance(outcome, str):
@@ -241,8 +250,23 @@ class Renderer:
         # ended with its process; the pool then tries its rows elsewhere.
         limit_s = 2 * self.settings.time_limit_s * len(batch) + GRACE_S
         with nullcontext() if self._prepared.concurrent else _guarded(limit_s):
-            videos = self._engine.render([job.prompt for job in batch], [job.seed for job in batch])
+            videos = self._made(self._engine, batch)
         return videos, (time.perf_counter() - start) / len(batch)
+
+    def _made(self, engine: VideoModel, batch: list[_Job]) -> list[np.ndarray | bytes | Exception]:
+        made: dict[str, np.ndarray | bytes | Exception] = {}
+        plain = [job for job in batch if job.image is None]
+        shown = [(job, job.image) for job in batch if job.image is not None]
+        if plain:
+            videos = engine.render([job.prompt for job in plain], [job.seed for job in plain])
+            made.update(zip((job.key for job in plain), videos, strict=True))
+        if shown:
+            assert self.images is not None, "rows with an image come with a place of images"
+            images = [decode_image(self.images.read(name)) for _, name in shown]
+            asked = [job.prompt for job, _ in shown], [job.seed for job, _ in shown]
+            videos = engine.animate(images, *asked)
+            made.update(zip((job.key for job, _ in shown), videos, strict=True))
+        return [made[job.key] for job in batch]
 
     def _write(
         self, job: _Job, video: np.ndarray | bytes | Exception, seconds: float, cut: int | None
@@ -268,7 +292,7 @@ class Renderer:
         except ValueError as error:
             return f"the video model returned what is no video: {error}"
         sidecar = {
-            **key_parts(self.settings, job.prompt, job.seed, self.model),
+            **key_parts(self.settings, job.prompt, job.seed, self.model, job.image),
             "generator": self.settings.model or self.settings.kind,
             "encoder": encoder,
             **shape._asdict(),
@@ -299,7 +323,8 @@ def _guarded(limit_s: float) -> Iterator[None]:
 def make(making: Making) -> Callable[[], Renderer]:
     recipe = making.recipe
     gate = None if recipe.gate is None else recipe.gate.located()
-    return partial(Renderer, recipe.render.located(), making.store, recipe.seed, making.account, gate)
+    settings = recipe.render.located()
+    return partial(Renderer, settings, making.store, recipe.seed, making.account, gate, making.images)
 
 
 def calls(recipe: Recipe) -> int:

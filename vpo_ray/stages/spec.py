@@ -61,11 +61,13 @@ class Making:
     Args:
         store: URI of the video store.
         account: what a stage pays endpoints from, if it asks any.
+        images: URI of the images of queries.
     """
 
     recipe: Recipe
     store: str
     account: Account
+    images: str | None = None
 
 
 @dataclass(frozen=True)

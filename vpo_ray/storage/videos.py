@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import pyarrow.fs as pafs
 
 from vpo_ray.files.folder import Folder, StorageError, chunks
+from vpo_ray.files.image_files import image_hash
 from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
 
@@ -84,11 +85,14 @@ class Entry(NamedTuple):
     complete: bool
 
 
-def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str, Any]:
+def key_parts(
+    settings: Render, prompt: str, seed: int, model: str, image: str | None = None
+) -> dict[str, Any]:
     """All that determines the pixels of a video, as JSON-able parts.
 
     Args:
         model: the video model's identity, see `engines.video.Prepared`.
+        image: the name of the query's image, if it has one; its hash is a part.
 
     Settings that are off (null, false, empty) are left out, so that an option added by a later version does
     not change the keys of existing videos.
@@ -100,11 +104,12 @@ def key_parts(settings: Render, prompt: str, seed: int, model: str) -> dict[str,
         on = {"request": settings.endpoint.request}
     elif settings.kind == "diffusers":
         versions = library_versions() | (_versions("torchao") if settings.quantize else {})
-    return {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": versions}
+    parts = {"prompt": prompt, "seed": seed, "model": model, "settings": on, "versions": versions}
+    return parts if image is None else {**parts, "image": image_hash(image)}
 
 
-def video_key(settings: Render, prompt: str, seed: int, model: str) -> str:
-    return content_id("video", key_parts(settings, prompt, seed, model))
+def video_key(settings: Render, prompt: str, seed: int, model: str, image: str | None = None) -> str:
+    return content_id("video", key_parts(settings, prompt, seed, model, image))
 
 
 def library_versions() -> dict[str, str]:

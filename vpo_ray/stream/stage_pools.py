@@ -12,6 +12,7 @@ from vpo_ray.engines.chat import tokenizer
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, locate
 from vpo_ray.stages.spec import Making, StageSpec
+from vpo_ray.storage.images import images_of
 from vpo_ray.stream.actor_pools import Outcome, batch_pool
 from vpo_ray.stream.passes import EndpointModel, Pass, VllmModel
 from vpo_ray.stream.spending import RunAccount
@@ -23,7 +24,7 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
     account = RunAccount(
         limit=recipe.limits.max_cost, spent=outcome.spent, progress=outcome.progress, stage=spec.name
     )
-    make = spec.make(Making(recipe, this.store, account))
+    make = spec.make(Making(recipe, this.store, account, images_of(this.run).folder.uri))
     if spec.runs_on == "batch":
         return batch_pool(
             stream,

@@ -85,6 +85,11 @@ def make_video(folder: str | Path) -> None:
     _make(folder, _cogvideox, 3)
 
 
+def make_image_video(folder: str | Path) -> None:
+    """As `make_video`, but an image-to-video one: its transformer sees the image's latents as well."""
+    _make(folder, partial(_cogvideox, images=True), 3, images=True)
+
+
 def make_reward(folder: str | Path, sizes: dict[str, Any] | None = None) -> None:
     """A CogVLM2-Video in the published layout, with `checklist.yaml` beside it.
 
@@ -245,11 +250,12 @@ def _t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[], model_max_length=226)
 
 
-def _cogvideox(folder: Path) -> None:
+def _cogvideox(folder: Path, images: bool = False) -> None:
     import torch
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
+        CogVideoXImageToVideoPipeline,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
@@ -280,7 +286,7 @@ def _cogvideox(folder: Path) -> None:
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
-        in_channels=4,
+        in_channels=8 if images else 4,
         out_channels=4,
         time_embed_dim=8,
         text_embed_dim=32,
@@ -308,7 +314,8 @@ def _cogvideox(folder: Path) -> None:
         snr_shift_scale=1.0,
         timestep_spacing="trailing",
     )
-    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+    pipeline: Any = CogVideoXImageToVideoPipeline if images else CogVideoXPipeline
+    pipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
 
 
 def _cogvlm2_video(folder: Path, sizes: dict[str, Any]) -> None:

@@ -239,10 +239,10 @@ def _with_broken_index(folder: Path) -> None:
         (_without_weights, "cannot be loaded"),
         (_with_weights_cut_short, "cannot be loaded"),
         (
-            _of_class("CogVideoXImageToVideoPipeline"),
+            _of_class("StableVideoDiffusionPipeline"),
             "it needs an input image",
         ),
-        (_of_class("StableDiffusionPipeline"), "not a text-to-video pipeline"),
+        (_of_class("StableDiffusionPipeline"), "not a text- or image-to-video pipeline"),
         (_of_class("NoSuchPipeline"), "NoSuchPipeline, which diffusers"),
         (_of_class("TextToVideoZeroPipeline"), "render.max_text_tokens"),
         (_without_index, "no diffusers pipeline"),

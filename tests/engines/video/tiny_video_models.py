@@ -67,7 +67,47 @@ def wan(folder: Path) -> None:
     diffusers.WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(folder)
 
 
-def ltx(folder: Path) -> None:
+def wan_i2v(folder: Path) -> None:
+    """As Wan 2.1: the image's latents and mask beside the noise, and what CLIP sees of it."""
+    tokenizer, text_encoder = _t5(transformers.UMT5EncoderModel, transformers.UMT5Config)
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=36,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        image_dim=4,
+    )
+    image_encoder = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=4,
+            projection_dim=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            intermediate_size=16,
+            patch_size=4,
+        )
+    )
+    diffusers.WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        image_processor=transformers.CLIPImageProcessor(crop_size=32, size=32),
+        image_encoder=image_encoder,
+        transformer=transformer,
+    ).save_pretrained(folder)
+
+
+def ltx(folder: Path, pipeline: Any = diffusers.LTXPipeline) -> None:
     tokenizer, text_encoder = _t5()
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=8,
@@ -87,7 +127,11 @@ def ltx(folder: Path) -> None:
         caption_channels=32,
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    diffusers.LTXPipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(folder)
+    pipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(folder)
+
+
+def ltx_i2v(folder: Path) -> None:
+    ltx(folder, diffusers.LTXImageToVideoPipeline)
 
 
 def mochi(folder: Path) -> None:

@@ -17,6 +17,7 @@ from vpo_ray.recipe import Render, plugins
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
 # Recipe name -> module; imported when asked for, because they bring torch.
 KINDS = {
@@ -50,6 +51,13 @@ class VideoModel(Protocol):
             DeviceLostError: the process must end.
         """
         ...
+
+    def animate(
+        self, images: Sequence[Image], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Sequence[np.ndarray | bytes | Exception]:
+        """As `render`, for queries with an image each, RGB and of any size. A model that makes videos from
+        images defines it."""
+        return [RenderError("this video model takes no image, and the query has one")] * len(prompts)
 
     def warm_up(self) -> None:
         """Called once before the first render; its time is in no row's seconds."""

@@ -1,4 +1,4 @@
-"""Renders prompts with any diffusers text-to-video pipeline, and turns frames into mp4 bytes.
+"""Renders prompts with any diffusers text- or image-to-video pipeline, and turns frames into mp4 bytes.
 
 This module knows diffusers and PyAV, and neither Ray nor records: `stages/render.py` calls it. The
 noise of each video comes from its own generator on the CPU, so that neither the batch size nor the
@@ -18,16 +18,19 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, Prepared, RenderError, VideoModel
-from vpo_ray.engines.video.model import call_arguments, load_pipeline, text_limit
+from vpo_ray.engines.video.model import call_arguments, image_input, load_pipeline, text_limit
 from vpo_ray.engines.video.ranks import Denoise, Order, RankLostError, Ranks, decided, reason
 from vpo_ray.engines.video.weights import on_node, weights_identity
 from vpo_ray.recipe import Render
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class VideoEngine(VideoModel):
             other ranks, and is their rank 0.
 
     Raises:
-        VideoModelError: the model is no text-to-video pipeline, lacks a component or cannot be
+        VideoModelError: the model is no text- or image-to-video pipeline, lacks a component or cannot be
             loaded, or does not have (or cannot take) a setting; the message names it.
         StorageError: the model is a URI that cannot be read.
     """
@@ -82,6 +85,7 @@ class VideoEngine(VideoModel):
             self.pipeline = load_pipeline(settings)
             self._call = call_arguments(type(self.pipeline), settings)
             self._text_tokens = text_limit(self.pipeline, settings)
+            self._image_input = image_input(type(self.pipeline))
             if self._ranks is not None:
                 self._ranks.wait_loaded()
         except Exception:
@@ -104,7 +108,9 @@ class VideoEngine(VideoModel):
             DeviceLostError: the process must end.
         """
         self._warming = True
-        results = self.render([_WARM_UP] * self.batch_size, range(self.batch_size))
+        number = self.batch_size if self._image_input != "required" else 1
+        images = [_blank(self.settings) if self._image_input == "required" else None] * number
+        results = self._rendered([_WARM_UP] * number, range(number), images)
         self._warming = False
         for result in results:
             if isinstance(result, Exception):
@@ -120,27 +126,43 @@ class VideoEngine(VideoModel):
         Raises:
             DeviceLostError: the process must end.
         """
+        return self._rendered(prompts, seeds, [None] * len(prompts))
+
+    def animate(
+        self, images: Sequence[Image], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> list[np.ndarray | Exception]:
+        """As `render`, each prompt with its image: scaled to cover the video's size, its middle cut out. One
+        video at a time, as not all pipelines take several images."""
+        return self._rendered(prompts, seeds, images)
+
+    def _rendered(
+        self, prompts: Sequence[str], seeds: Sequence[int], images: Sequence[Image | None]
+    ) -> list[np.ndarray | Exception]:
         results: dict[int, np.ndarray | Exception] = {}
-        for i, prompt in enumerate(prompts):
-            if (refusal := self._refusal(prompt)) is not None:
+        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            if (refusal := self._refusal(prompt, image is not None)) is not None:
                 results[i] = refusal
         accepted = [i for i in range(len(prompts)) if i not in results]
-        queue = deque(accepted[i : i + self.batch_size] for i in range(0, len(accepted), self.batch_size))
+        size = self.batch_size if not any(images) else 1
+        queue = deque(accepted[i : i + size] for i in range(0, len(accepted), size))
         while queue:
             batch = queue.popleft()
-            videos = self._attempt([prompts[i] for i in batch], [seeds[i] for i in batch])
+            image = images[batch[0]]
+            videos = self._attempt([prompts[i] for i in batch], [seeds[i] for i in batch], image)
             if isinstance(videos, Exception):
                 queue.extendleft(reversed(self._smaller(batch, videos)))
             else:
                 results.update(zip(batch, videos, strict=True))
         return [results[i] for i in range(len(prompts))]
 
-    def _attempt(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray | Exception] | Exception:
+    def _attempt(
+        self, prompts: list[str], seeds: list[int], image: Image | None
+    ) -> list[np.ndarray | Exception] | Exception:
         """A result for each prompt, or what ended a batch of several that may do better in parts."""
         import torch
 
         try:
-            return self._render_batch(prompts, seeds)
+            return self._render_batch(prompts, seeds, image)
         except torch.AcceleratorError as error:
             raise DeviceLostError(reason(error)) from error
         except RankLostError as error:
@@ -152,10 +174,15 @@ class VideoEngine(VideoModel):
             failure = error.with_traceback(None)
             return failure if len(prompts) > 1 else [_reason(failure)]
 
-    def _refusal(self, prompt: str) -> RenderError | None:
+    def _refusal(self, prompt: str, has_image: bool) -> RenderError | None:
         """Why this prompt is not rendered; a long one is cut and counted, or refused."""
         if not prompt.strip():
             return RenderError("the prompt is empty")
+        name = type(self.pipeline).__name__
+        if has_image and self._image_input == "none":
+            return RenderError(f"the query has an image, and {name} makes videos from text alone")
+        if not has_image and self._image_input == "required":
+            return RenderError(f"the query has no image, and {name} makes videos from images")
         cut = self.cut(prompt)
         if not cut:
             return None
@@ -185,10 +212,14 @@ class VideoEngine(VideoModel):
             log.warning("a batch of %d failed (%s); rendering its rows one by one", len(batch), error)
         return [batch[i : i + size] for i in range(0, len(batch), size)]
 
-    def _render_batch(self, prompts: list[str], seeds: list[int]) -> list[np.ndarray | Exception]:
+    def _render_batch(
+        self, prompts: list[str], seeds: list[int], image: Image | None
+    ) -> list[np.ndarray | Exception]:
         arguments, limit = dict(self._call), self.settings.time_limit_s * len(prompts)
         if self._warming:
             arguments["num_inference_steps"] = min(2, self.settings.steps)
+        if image is not None:
+            arguments["image"] = _fitted(image, self.settings)
         order = Order(prompts, seeds, arguments, None if self._warming else limit)
         with self._ranks.following(order) if self._ranks is not None else nullcontext():
             videos = denoise(self.pipeline, order, "pt")
@@ -210,6 +241,19 @@ class VideoEngine(VideoModel):
         return pixels
 
 
+def _fitted(image: Image, settings: Render) -> Image:
+    """An image in the video's size: scaled to cover it, the middle of what is over."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (settings.width, settings.height), Image.Resampling.LANCZOS)
+
+
+def _blank(settings: Render) -> Image:
+    from PIL import Image
+
+    return Image.new("RGB", (settings.width, settings.height), "grey")
+
+
 def denoise(pipeline: Any, order: Order, output: Literal["pt", "latent"]) -> Any:
     """One call of the pipeline: a video per prompt, or its latents."""
     import torch
@@ -219,8 +263,10 @@ def denoise(pipeline: Any, order: Order, output: Literal["pt", "latent"]) -> Any
     if order.limit_s is not None and "callback_on_step_end" in parameters:
         arguments["callback_on_step_end"] = _deadline(order.limit_s)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in order.seeds]
+    # LTX's image-to-video decodes with one generator only.
+    generator = generators[0] if "image" in arguments else generators
     try:
-        return pipeline(prompt=order.prompts, generator=generators, output_type=output, **arguments).frames
+        return pipeline(prompt=order.prompts, generator=generator, output_type=output, **arguments).frames
     except Exception:
         pipeline.maybe_free_model_hooks()  # caches and offloading start afresh
         raise

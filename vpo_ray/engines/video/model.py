@@ -1,7 +1,7 @@
-"""A diffusers text-to-video model: which one it is, how it is loaded, what settings it takes.
+"""A diffusers text- or image-to-video model: which one it is, how it is loaded, what settings it takes.
 
 Everything that can be refused is refused here, before the first render and by the name of the
-recipe's key: a folder that is no text-to-video pipeline, a missing component, a number of frames
+recipe's key: a folder that is no such pipeline, a missing component, a number of frames
 or a size that the model would round, an option that its pipeline does not have.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vpo_ray.engines.video.ranks import rank_device, split_sequence
 from vpo_ray.engines.video.weights import VideoModelError, add_lora, quantise
@@ -30,7 +30,9 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 _OPTIONAL = frozenset({"fps"})  # a property of the mp4 as well, so never refused
 # What the engine itself passes to a pipeline.
-_OWN = frozenset({"self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end"})
+_OWN = frozenset(
+    {"self", "prompt", "image", "generator", "output_type", "return_dict", "callback_on_step_end"}
+)
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 _CACHES = {
@@ -114,6 +116,16 @@ def call_arguments(pipeline: type, settings: Render) -> dict[str, Any]:
     return arguments | settings.call_options
 
 
+def image_input(pipeline: type) -> Literal["none", "optional", "required"]:
+    """Whether a pipeline makes videos from an image. Some that cannot do without have it as None in their
+    signature (LTX); their names say so."""
+    image = inspect.signature(pipeline.__call__).parameters.get("image")
+    if image is None:
+        return "none"
+    needed = image.default is inspect.Parameter.empty or "ImageToVideo" in pipeline.__name__
+    return "required" if needed else "optional"
+
+
 def text_tokens(pipeline: Any, settings: Render) -> int | None:
     """Tokens that the text encoder takes; None where the pipeline does not say.
 
@@ -147,7 +159,7 @@ def text_limit(pipeline: Any, settings: Render) -> int | None:
 
 
 def _check_index(settings: Render, where: str) -> None:
-    """Refuse what is no text-to-video pipeline from its `model_index.json` alone."""
+    """Refuse what is no text- or image-to-video pipeline from its `model_index.json` alone."""
     import diffusers
 
     try:
@@ -162,12 +174,14 @@ def _check_index(settings: Render, where: str) -> None:
     pipeline = getattr(diffusers, name, None)
     if pipeline is None:
         raise VideoModelError(f"{where} is a {name}, which diffusers {diffusers.__version__} does not have")
+    if name == "WanImageToVideoPipeline" and not diffusers.utils.is_ftfy_available():
+        raise VideoModelError(f"{where} is a {name}, which needs one more package: pip install ftfy")
     parameters = inspect.signature(pipeline.__call__).parameters
     required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
-    inputs = sorted(required & {"image", "video"})
+    inputs = sorted(required & ({"video"} if "prompt" in parameters else {"image", "video"}))
     if "prompt" not in parameters or not any(a in parameters for a in _ARGUMENTS["frames"]) or inputs:
         needs = f" (it needs an input {inputs[0]})" if inputs else ""
-        raise VideoModelError(f"{where} is a {name}, not a text-to-video pipeline{needs}")
+        raise VideoModelError(f"{where} is a {name}, not a text- or image-to-video pipeline{needs}")
     call_arguments(pipeline, settings)
     folder = Path(settings.model)
     if folder.is_dir():
