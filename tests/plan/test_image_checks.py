@@ -1,6 +1,7 @@
 """A recipe whose models cannot do with its queries' images is refused before it runs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ def image_video(tmp_path: Path) -> str:
     return str(folder)
 
 
+BLIND = {"policy__images": "ignore", "judge__images": "ignore"}
+
+
 def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
     with pytest.raises(PlanError) as caught:
         check_recipe(recipe(tiny, **changes))
@@ -27,8 +31,29 @@ def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
 
 
 def test_a_video_model_takes_what_queries_have(tiny: dict[str, Any], image_video: str) -> None:
-    (found,) = problems(tiny, queries__image_column="image")
+    (found,) = problems(tiny, queries__image_column="image", **BLIND)
     assert "is a CogVideoXPipeline, which takes no image, and queries.image_column" in found
     (found,) = problems(tiny, render__model=image_video)
     assert "is a WanImageToVideoPipeline, which needs an image of every query" in found
-    check_recipe(recipe(tiny, queries__image_column="image", render__model=image_video))
+    check_recipe(recipe(tiny, queries__image_column="image", render__model=image_video, **BLIND))
+
+
+def test_a_model_sees_images_or_ignores_them(tiny: dict[str, Any], image_video: str, tmp_path: Path) -> None:
+    images = {"queries__image_column": "image", "render__model": image_video}
+    policy, judge = problems(tiny, **images)
+    assert "policy.model cannot see images: " in policy
+    assert "or write policy.images: ignore, and it reads the text alone" in policy
+    assert "judge.model cannot see images: " in judge
+    check_recipe(recipe(tiny, **images, policy__images="ignore", judge__images="ignore"))
+
+
+def test_a_policy_that_sees_images_is_not_trained(
+    tiny: dict[str, Any], image_video: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    seeing = tmp_path / "seeing"
+    shutil.copytree(tiny_models / "policy", seeing)
+    config = json.loads((seeing / "config.json").read_text())
+    (seeing / "config.json").write_text(json.dumps({**config, "vision_config": {"hidden_size": 8}}))
+    images = {"queries__image_column": "image", "render__model": image_video, "judge__images": "ignore"}
+    (found,) = problems(tiny, **images, policy__model=seeing)
+    assert "a policy that sees images is sampled, and not trained" in found

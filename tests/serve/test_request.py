@@ -179,3 +179,15 @@ def test_a_bad_optimize_request_is_refused_with_what_is_wrong(raw: bytes, status
     with pytest.raises(ApiError) as refused:
         parse_optimize(raw, SETTINGS)
     assert (refused.value.status, told in refused.value.message) == (status, True), refused.value.message
+
+
+def test_an_image_is_refused_and_never_fetched() -> None:
+    parts = [
+        {"type": "text", "text": "a cat"},
+        {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}},
+    ]
+    chat = json.dumps({"model": "vpo", "messages": [{"role": "user", "content": parts}]}).encode()
+    for parse, body in ((parse_request, chat), (parse_optimize, ask(query="a cat", image="data:,"))):
+        with pytest.raises(ApiError, match="sees no images: send the query as text alone") as refused:
+            parse(body, SETTINGS)
+        assert (refused.value.status, refused.value.code) == (400, "images_not_supported")

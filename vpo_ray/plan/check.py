@@ -123,7 +123,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
             yield from _checklist(f"{key}.checklist", reward.checklist, recipe.pair if decides else None)
         elif decides and recipe.pair.dominance == "question":
             yield f"pair.dominance: question needs a checklist, {key} has none: write none or dimension"
-    yield from image_problems(recipe)
+    yield from image_problems(recipe, chat_models(recipe))
     yield from formula_problems(recipe)
     yield from fitness_problems(recipe)
     if recipe.gate is not None:

@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vpo_ray.recipe import Recipe, Render
+from vpo_ray.recipe import ChatModel, Recipe, Render
 
 # A pipeline that takes an image or none.
 _EITHER = ("LTXConditionPipeline",)
 
 
-def image_problems(recipe: Recipe) -> Iterator[str]:
-    """A line for each model that cannot do with the recipe's queries, with an image or without."""
+# Keys of a model's configuration that tell of eyes.
+_EYES = ("vision_config", "img_processor", "visual", "vision_tower", "mm_vision_tower")
+
+
+def image_problems(recipe: Recipe, llms: Mapping[str, ChatModel]) -> Iterator[str]:
+    """A line for each model that cannot do with the recipe's queries, with an image or without.
+
+    Args:
+        llms: those beside the policy, by the recipe's key.
+    """
     has_images = recipe.queries.image_column is not None
     renders = {"render": recipe.render}
     if recipe.evaluate is not None:
         renders |= {f"evaluate.transfer.{name}": one for name, one in recipe.evaluate.transfer.items()}
     for key, render in renders.items():
         yield from _render(key, render, has_images)
+    if not has_images:
+        return
+    policy = recipe.policy
+    if policy.images == "show":
+        yield from _blind("policy", policy.model)
+        if not _is_blind(policy.model) and (recipe.sft is not None or recipe.learning is not None):
+            yield (
+                "policy.images: a policy that sees images is sampled, and not trained: leave out sft, dpo "
+                "and rl, or write policy.images: ignore with a policy that reads text"
+            )
+    for key, llm in llms.items():
+        if llm.images == "show" and llm.backend == "vllm":
+            yield from _blind(key, llm.model)
+
+
+def _blind(key: str, model: str) -> Iterator[str]:
+    if _is_blind(model):
+        yield (
+            f"{key}.model cannot see images: {model} has no vision_config in its config.json; name a "
+            f"vision-language model, or write {key}.images: ignore, and it reads the text alone"
+        )
+
+
+def _is_blind(model: str) -> bool:
+    """Whether a model here says that it has no eyes."""
+    try:
+        config = json.loads(Path(model, "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # said elsewhere, or not here
+    return isinstance(config, dict) and not any(config.get(key) for key in _EYES)
 
 
 def _render(key: str, render: Render, has_images: bool) -> Iterator[str]:

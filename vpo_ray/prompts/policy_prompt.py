@@ -151,9 +151,12 @@ def prompt_ids(tokenizer: Any, query: str) -> list[int]:
     return chat_ids(tokenizer, [{"role": "user", "content": query}])
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], before: str = "") -> list[int]:
     """Token ids of a conversation up to where the answer begins; control tokens in its texts are
     broken up, so that only the template opens turns.
+
+    Args:
+        before: what stands before the last user's text, such as a model's place of an image.
 
     Raises:
         PromptError: the template leaves out or changes what the last user message says.
@@ -164,4 +167,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
     asked = next((message["content"] for message in reversed(safe) if message["role"] == "user"), "")
     if asked.strip() not in text:
         raise PromptError("the chat template leaves out or changes a part of this text")
+    if before:
+        head, said, tail = text.rpartition(asked.strip())
+        text = f"{head}{before}{said}{tail}"
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

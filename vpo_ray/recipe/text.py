@@ -34,6 +34,10 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
 TemplateArguments = Annotated[dict[str, Any], AfterValidator(_arguments)]
 
 
+# What a model is shown of the images of queries (queries.image_column).
+Images = Literal["show", "ignore"]
+
+
 class Policy(Section):
     """The LLM to train: a Hugging Face folder or hub id, and the task prompt folded into it.
 
@@ -47,6 +51,7 @@ class Policy(Section):
     task_prompt: Source = "builtin:policy"
     chat_template_kwargs: TemplateArguments = {}
     trust_remote_code: bool = False
+    images: Images = Field("show", description="of queries; ignore: it reads the text alone")
 
 
 class Engine(Section):
@@ -106,6 +111,7 @@ class ChatModel(Modelled):
     backend: Kind = "vllm"
     endpoint: Endpoint = Endpoint()
     trust_remote_code: bool = False
+    images: Images = Field("show", description="of queries; ignore: it reads the text alone")
     engine: Engine = Engine()
     pool: Pool = Pool()
 

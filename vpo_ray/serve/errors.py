@@ -38,6 +38,6 @@ def explained(error: ValidationError, status: int) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     # A union names its branches in the location; a client knows fields and indices only.
     parts = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]
-    where = ".".join(p for p in parts if p not in ("str", "TextPart"))
+    where = ".".join(p for p in parts if p not in ("str", "TextPart", "ImagePart"))
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(status, f"{where or 'the body'}: {message}", where or None)

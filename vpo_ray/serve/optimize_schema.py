@@ -15,7 +15,7 @@ from vpo_ray.flags import split_flags
 from vpo_ray.prompts.scripts import LANGUAGES
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError, explained
-from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
+from vpo_ray.serve.request import NO_IMAGES, RequestBody, Text, check_model, check_query, read_json
 from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
 
@@ -153,8 +153,11 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
         ApiError: 400 for a body that is not JSON or an empty query, 422 for wrong fields, or for more effort
             where nothing is ranked, 404 for an unknown model, 413 for too long a query or too many of them.
     """
+    value = read_json(body)
+    if isinstance(value, dict) and {"image", "images", "image_url"} & value.keys():
+        raise ApiError(400, NO_IMAGES, "image", "images_not_supported")
     try:
-        request = OptimizeRequest.model_validate(read_json(body))
+        request = OptimizeRequest.model_validate(value)
     except ValidationError as error:
         raise explained(error, 422) from None
     check_model(request.model, settings)

@@ -18,6 +18,9 @@ from vpo_ray.serve.errors import ApiError, explained
 BYTES_PER_CHAR, BODY_ROOM = 12, 65536
 
 
+NO_IMAGES = "this endpoint's policy sees no images: send the query as text alone"
+
+
 class RequestBody(BaseModel):
     """Strict about types, so that nothing is guessed; unknown fields are ignored."""
 
@@ -37,9 +40,15 @@ class TextPart(RequestBody):
     text: str
 
 
+class ImagePart(RequestBody):
+    """Read so that it can be refused with what is wrong: the policies served here read text."""
+
+    type: Literal["image_url"]
+
+
 class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | ImagePart] | None = None
 
 
 class StreamOptions(RequestBody):
@@ -91,6 +100,10 @@ def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
     except ValidationError as error:
         raise explained(error, 400) from None
     check_model(request.model, settings)
+    for index, message in enumerate(request.messages):
+        if isinstance(message.content, list) and any(isinstance(p, ImagePart) for p in message.content):
+            param = f"messages.{index}.content"
+            raise ApiError(400, f"{param}: {NO_IMAGES}", param, "images_not_supported")
     return _query(request.messages, settings), _engine_fields(request, settings)
 
 
@@ -142,7 +155,7 @@ def _query(messages: list[ChatMessage], settings: Serve) -> str:
 
 def _text(message: ChatMessage) -> str:
     if isinstance(message.content, list):
-        return "\n".join(part.text for part in message.content)
+        return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
     return message.content or ""
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from vpo_ray.engines.endpoint.account import Account
-from vpo_ray.engines.reward import PromptReward, RewardError, RewardModel, Scored, build
+from vpo_ray.engines.reward import ImageReward, PromptReward, RewardError, RewardModel, Scored, build
 from vpo_ray.engines.reward.shared_decoding import Pick, decoding_once
 from vpo_ray.recipe import Recipe, Reward
 from vpo_ray.recipe.plugins import PluginError, find_usable
@@ -23,6 +23,7 @@ from vpo_ray.records import Row, failed
 from vpo_ray.stages.facts import Fact, of_file, of_model, of_plugin, of_versions
 from vpo_ray.stages.spec import Making
 from vpo_ray.stages.tally import Tally
+from vpo_ray.storage.images import ImageStore
 from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,24 @@ class WatchedReward:
         """Whether it is given the videos' URIs in place of their bytes."""
         return getattr(self._model, "by_uri", False)
 
-    def score(self, videos: Sequence[bytes | str], rows: Sequence[Row]) -> list[Scored | Exception]:
-        """A result for each video, or for the prompt that it was made of where that is what is scored."""
+    def score(
+        self,
+        videos: Sequence[bytes | str],
+        rows: Sequence[Row],
+        images: Sequence[tuple[str, bytes] | None] = (),
+    ) -> list[Scored | Exception]:
+        """A result for each video, or for the prompt that it was made of where that is what is scored.
+
+        Args:
+            images: of the rows' queries, where any of them has one. A reward that does not see them is not
+                given them.
+        """
         assert self._model is not None, "load() comes first"
         queries = [row["query"] for row in rows]
         if isinstance(self._model, PromptReward):
             results = self._model.score_prompts([row["prompt"] for row in rows], queries)
+        elif any(images) and isinstance(self._model, ImageReward):
+            results = self._model.score_with_images(videos, queries, images)
         else:
             results = self._model.score(videos, queries)
         for result in results:
@@ -105,6 +118,7 @@ class Scorer:
         more: the recipe's `more_rewards`, by name. A video that one of them cannot score is an error
             of its row, as with the first.
         account: what rewards behind endpoints are paid from.
+        images: URI of the images of queries, where they may have any.
     """
 
     name = "score"
@@ -115,8 +129,10 @@ class Scorer:
         store_uri: str,
         more: Mapping[str, Reward] | None = None,
         account: Account | None = None,
+        images: str | None = None,
     ) -> None:
         self.settings = settings
+        self.images = None if images is None else ImageStore(images)
         self.store = VideoStore(store_uri)
         self.reward = WatchedReward(settings, account=account)
         self.more = [WatchedReward(reward, name, account) for name, reward in (more or {}).items()]
@@ -150,12 +166,14 @@ class Scorer:
         begin = time.perf_counter()
         videos = [self._read(row) for row in rows]
         done = {i: _failed(rows[i], video) for i, video in enumerate(videos) if isinstance(video, Exception)}
+        images = [self._image(row) for row in rows]
         rewards = (self.reward, *self.more)
         with decoding_once([reward.pick for reward in rewards if reward.pick is not None]):
             for reward in rewards:
                 left = [i for i in range(len(rows)) if i not in done or done[i]["error"] is None]
                 given = [self.store.uri(rows[i]["video_key"]) if reward.by_uri else videos[i] for i in left]
-                results = reward.score(given, [rows[i] for i in left])  # type: ignore[arg-type]
+                shown = [images[i] for i in left]
+                results = reward.score(given, [rows[i] for i in left], shown)  # type: ignore[arg-type]
                 for i, result in zip(left, results, strict=True):
                     done[i] = _filled(done.get(i, rows[i]), result, reward, first=reward is self.reward)
         seconds = (time.perf_counter() - begin) / len(rows)
@@ -163,6 +181,11 @@ class Scorer:
             {**done[i], "seconds": {**(row.get("seconds") or {}), "score": seconds}}
             for i, row in enumerate(rows)
         ]
+
+    def _image(self, row: Row) -> tuple[str, bytes] | None:
+        """Raises StorageError: the image of a row is not there."""
+        name = row.get("image")
+        return None if name is None or self.images is None else (name, self.images.read(name))
 
     def _read(self, row: Row) -> bytes | Exception:
         try:
@@ -209,7 +232,7 @@ def _columns(result: Scored, label: str) -> dict[str, Any]:
 def make(making: Making) -> Callable[[], Scorer]:
     recipe = making.recipe
     more = {name: reward.located() for name, reward in recipe.more_rewards.items()}
-    return partial(Scorer, recipe.reward.located(), making.store, more, making.account)
+    return partial(Scorer, recipe.reward.located(), making.store, more, making.account, making.images)
 
 
 def facts(recipe: Recipe) -> Iterator[Fact]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
 from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
+from vpo_ray.engines.chat.images import ShownImages
 from vpo_ray.files.folder import StorageError
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Pool
@@ -202,6 +203,7 @@ class ChatRunner:
 
     Args:
         fatal: errors that leave the engine dead; `leave` is called for them.
+        images: those of queries, where the model is shown them.
     """
 
     def __init__(
@@ -211,8 +213,9 @@ class ChatRunner:
         outcome: Outcome,
         fatal: tuple[type[BaseException], ...] = (),
         leave: Callable[[], None] = lambda: None,
+        images: ShownImages | None = None,
     ) -> None:
-        self.stage, self.chat, self.outcome = stage, chat, outcome
+        self.stage, self.chat, self.outcome, self.images = stage, chat, outcome, images
         self.fatal, self.leave = fatal, leave
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -229,6 +232,8 @@ class ChatRunner:
     async def _answer(self, row: Row, chat: Chat) -> Row:
         try:
             self.outcome.check_code()
+            if self.images is not None and row.get("image") is not None:
+                chat = await asyncio.to_thread(self.images.beside, chat, row["image"])
             return await self.stage(row, chat)
         except self.fatal:
             self.leave()

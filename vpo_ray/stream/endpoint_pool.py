@@ -22,11 +22,11 @@ class EndpointActor:
         bind_worker()  # one that nobody waits for would go on paying
         model, account = asked.model, asked.account
         if model.is_plugin:
-            self.run = ChatRunner(stage(), build(model), outcome)
+            self.run = ChatRunner(stage(), build(model), outcome, images=asked.images)
             return
         client = EndpointClient(model.endpoint, model.model, asked.where, account)
         chat = OpenAIChat(model, client, Answers(asked.answers, asked.run), account)
-        self.run = ChatRunner(stage(), chat, outcome)
+        self.run = ChatRunner(stage(), chat, outcome, images=asked.images)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         yield await self.run(batch)

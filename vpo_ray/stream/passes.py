@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vpo_ray.engines.chat.images import ShownImages
 from vpo_ray.recipe import ChatModel, Engine, Pool, Recipe
 from vpo_ray.stages.chains import Chain, Models, chain_of
 from vpo_ray.stages.spec import StageSpec, stage
@@ -83,6 +84,7 @@ class VllmModel:
     Args:
         name: a folder, URI or hub id of a model, or of a LoRA adapter, which names its model.
         tokenizer: made once in every replica.
+        images: those of queries, where it is shown them.
     """
 
     name: str
@@ -90,6 +92,7 @@ class VllmModel:
     tokenizer: Callable[[], Any]
     revision: str | None = None
     trust_remote_code: bool = False
+    images: ShownImages | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class EndpointModel:
         where: the recipe's key of the endpoint, for messages.
         run: URI of the run directory, which pays from `account`.
         answers: URI of the folder of kept answers.
+        images: those of queries, where it is shown them.
     """
 
     model: ChatModel
@@ -107,3 +111,4 @@ class EndpointModel:
     run: str
     answers: str
     account: RunAccount
+    images: ShownImages | None = None

@@ -3,14 +3,17 @@ many replicas. `pipeline` adds one for each stage to its stream."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ray.data import Dataset
 
 from vpo_ray.engines.chat import tokenizer
+from vpo_ray.engines.chat.images import TOLD, ShownImages
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, locate
+from vpo_ray.recipe.text import Images
 from vpo_ray.stages.spec import Making, StageSpec
 from vpo_ray.storage.images import images_of
 from vpo_ray.stream.actor_pools import Outcome, batch_pool
@@ -36,16 +39,25 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
             calls=spec.calls(recipe),
         )
     if spec.runs_on == "policy":
-        return _vllm_pool(stream, make, outcome, replicas, _policy(this))
+        shown = _shown(this, recipe.policy.images, "")
+        return _vllm_pool(stream, make, outcome, replicas, replace(_policy(this), images=shown))
     model: ChatModel = spec.of(recipe)
+    shown = _shown(this, model.images, TOLD)
     if model.backend != "vllm":
         from vpo_ray.stream.endpoint_pool import endpoint_pool
 
         # Answers of the whole run: a round asks nothing that another one asked.
         answers = model.endpoint.answers or this.run.root()[0].at("answers")
-        asked = EndpointModel(model, f"{spec.key(recipe)}.endpoint", this.run.uri, answers, account)
+        asked = EndpointModel(model, f"{spec.key(recipe)}.endpoint", this.run.uri, answers, account, shown)
         return endpoint_pool(stream, make, outcome, replicas, asked)
-    return _vllm_pool(stream, make, outcome, replicas, _chat_model(model))
+    return _vllm_pool(stream, make, outcome, replicas, replace(_chat_model(model), images=shown))
+
+
+def _shown(this: Pass, images: Images, told: str) -> ShownImages | None:
+    """The images that a model is shown, if queries have any."""
+    if this.recipe.queries.image_column is None or images == "ignore":
+        return None
+    return ShownImages(images_of(this.run).folder.uri, told)
 
 
 def _policy(this: Pass) -> VllmModel:

@@ -21,6 +21,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from vpo_ray.engines.chat import ChatStage
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat.cpu_memory import cpu_cache
+from vpo_ray.engines.chat.images import ShownImages
 from vpo_ray.engines.chat.vllm_chat import VllmChat
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.storage.model_cache import fetch, fetch_for_engine
@@ -41,6 +42,7 @@ class VllmStageActor(VllmBatchActor):
         tokenizer: Callable[[], Any],
         outcome: Outcome,
         adapter: Adapter | None = None,
+        images: ShownImages | None = None,
         model: str,
         **kwargs: Any,
     ) -> None:
@@ -50,7 +52,7 @@ class VllmStageActor(VllmBatchActor):
         kwargs["engine_kwargs"] = {**kwargs["engine_kwargs"], **cpu_cache(kwargs["engine_kwargs"])}
         super().__init__(*args, model=fetch_for_engine(model), **kwargs)
         chat = VllmChat(self.llm, tokenizer(), adapter)
-        self.run = ChatRunner(stage(), chat, outcome, VLLM_FATAL_ERRORS, _leave)
+        self.run = ChatRunner(stage(), chat, outcome, VLLM_FATAL_ERRORS, _leave, images)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         yield await self.run(batch)
@@ -128,6 +130,7 @@ def vllm_pool(
         "tokenizer": model.tokenizer,
         "outcome": outcome,
         "adapter": adapter,
+        "images": model.images,
     }
     if pool.labels:
         arguments["label_selector"] = pool.labels

@@ -90,6 +90,11 @@ def make_image_video(folder: str | Path) -> None:
     _make(folder, partial(_cogvideox, images=True), 3, images=True)
 
 
+def make_vlm(folder: str | Path) -> None:
+    """An Idefics3, as SmolVLM is one: a vision tower before a Llama of the policy's architecture."""
+    _make(folder, _idefics3, 5)
+
+
 def make_reward(folder: str | Path, sizes: dict[str, Any] | None = None) -> None:
     """A CogVLM2-Video in the published layout, with `checklist.yaml` beside it.
 
@@ -227,6 +232,59 @@ def _llama(folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _idefics3(folder: Path) -> None:
+    import torch
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        LlamaConfig,
+    )
+
+    tokenizer = llama3_tokenizer(1024)
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    marks += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = LLAMA3_TEMPLATE
+    tokenizer.model_max_length = 2048
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        **ends,
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": 56, "patch_size": 14}  # fmt: skip
+    config = Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        dtype=torch.float32,
+        **ends,
+    )
+    model = Idefics3ForConditionalGeneration(config)
+    # As initialised, an image hardly changes a word.
+    with torch.no_grad():
+        model.model.connector.modality_projection.proj.weight.mul_(20)
+    model.save_pretrained(folder)
+    # As published ones: four parts of a picture of 112 pixels, and the whole once more.
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
+    processor.save_pretrained(folder)
 
 
 def _t5_tokenizer() -> Any:

@@ -380,3 +380,18 @@ def test_a_template_that_changes_makes_other_rows(tmp_path: Path, reward: Any, s
     assert recipe.limits.max_cost is None
     priced = [f"reward={tree}", "limits.max_cost=3", "reward.endpoint={prompt_price: 1}"]
     assert load(TINY, priced).limits.max_cost == 3
+
+
+def test_the_image_of_a_query_comes_before_the_frames_where_it_is_wanted(
+    reward: Callable[..., Reward], serve_endpoint: Callable[..., EndpointServer], clip: Callable[..., bytes]
+) -> None:
+    server = serve_endpoint(lambda _: completion(VS2))
+    images = [("ab.png", b"picture")]
+    for wanted in (False, True):
+        model: Any = build(reward(server, image=wanted))
+        (result,) = model.score_with_images([clip(1)], ["a cat"], images)
+        scored(result)
+    plain, shown = (request["messages"][0]["content"] for request in server.requests)
+    assert shown[0]["image_url"]["url"] == "data:image/png;base64," + base64.b64encode(b"picture").decode()
+    assert "The user gave this image" in shown[1]["text"]
+    assert shown[2:] == plain

@@ -14,7 +14,7 @@ from endpoint_server import EndpointServer, Reply, Request
 from vpo_ray import recipe
 from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.engines.endpoint.client import EndpointError
-from vpo_ray.engines.reward import RewardError, RewardModel, Scored, build
+from vpo_ray.engines.reward import ImageReward, RewardError, RewardModel, Scored, build
 from vpo_ray.engines.reward.http_scorer import read_scores
 from vpo_ray.recipe import Reward
 from vpo_ray.recipe.plugins import PluginError, find, plugin_problems
@@ -222,3 +222,14 @@ def test_a_plan_says_what_is_missing_and_what_does_nothing() -> None:
     assert "endpoint.logprobs does nothing for kind: http" in found["b"]
     assert "template has no effect with kind: http" in found["c"]
     assert recipe.Reward.model_validate(settings("http://h").model_dump()) == settings("http://h")
+
+
+def test_the_image_of_a_query_is_sent_beside_its_video(start: Start) -> None:
+    server = start()
+    model = scorer(server)
+    assert isinstance(model, ImageReward)
+    results = model.score_with_images([b"one", b"two"], ["a", "b"], [("ab.webp", b"picture"), None])
+    assert all(isinstance(result, Scored) for result in results)
+    by_query = {request["query"]: request for request in server.requests}
+    assert by_query["a"]["image"] == "picture"
+    assert "image" not in by_query["b"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from vpo_ray.engines.chat import Answer, ChatError, Message, Sampling
 from vpo_ray.engines.chat.adapter import Adapter
+from vpo_ray.files.image_files import decode_image, of_data_uri
 from vpo_ray.prompts.answers import find_object
 from vpo_ray.prompts.policy_prompt import PromptError, chat_ids
 from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
@@ -29,6 +30,7 @@ class VllmChat:
         self.tokenizer = tokenizer
         self._marks, self._special = marks_among(tokenizer)
         self.max_model_len: int = wrapper._vllm_config.model_config.max_model_len
+        self._place = _place_of_image(wrapper._vllm_config.model_config)
         self._ids = itertools.count()
 
     async def complete(
@@ -37,8 +39,14 @@ class VllmChat:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import StructuredOutputsParams
 
+        texts, images = _without_images(messages)
+        if images and self._place is None:
+            raise ChatError(
+                "the model cannot see images: take a vision-language model, or write `images: ignore` beside "
+                "the model's name, and it reads the text alone"
+            )
         try:
-            ids = chat_ids(self.tokenizer, messages)
+            ids = chat_ids(self.tokenizer, texts, "".join(f"{self._place}\n" for _ in images))
         except PromptError as error:
             raise ChatError(str(error)) from error
         if len(ids) + sampling.max_tokens > self.max_model_len:
@@ -54,15 +62,17 @@ class VllmChat:
             seed=sampling.seed,
             structured_outputs=(StructuredOutputsParams(json=schema) if schema else None),
         )
+        shown: Any = {"multi_modal_data": {"image": images}} if images else {}
         async with self.slots:
-            stream = self.engine.generate(
-                TokensPrompt(prompt_token_ids=ids), params, str(next(self._ids)), lora_request=self._lora
-            )
+            asked = TokensPrompt(prompt_token_ids=ids, **shown)
+            name = str(next(self._ids))
+            stream = self.engine.generate(asked, params, name, lora_request=self._lora)
             async for output in stream:
                 final = output
         answer = final.outputs[0]
         text = self._text(answer, ids, schema)
-        return Answer(text, answer.finish_reason or "unknown", len(ids), len(answer.token_ids))
+        length = len(final.prompt_token_ids or ids)  # an image's tokens included
+        return Answer(text, answer.finish_reason or "unknown", length, len(answer.token_ids))
 
     def _text(self, answer: Any, prompt: Sequence[int], schema: dict[str, Any] | None) -> str:
         """The answer with the marks of its thoughts: special tokens, and the mark that the chat template
@@ -74,3 +84,30 @@ class VllmChat:
         if schema is not None:
             return find_object(text, schema)
         return opened_thought(self.tokenizer.decode(list(prompt[-TAIL:]))) + text
+
+
+def _place_of_image(config: Any) -> str | None:
+    """What stands for an image in this model's prompts; None for one that cannot see."""
+    if not config.is_multimodal_model:
+        return None
+    from vllm.model_executor.models import ModelRegistry
+
+    kind, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
+    try:
+        place: str | None = kind.get_placeholder_str("image", 1)
+    except ValueError:  # it hears or reads, and does not see
+        return None
+    return place
+
+
+def _without_images(messages: Sequence[Message]) -> tuple[list[dict[str, str]], list[Any]]:
+    """Messages with the texts of their parts alone, and the images of these parts as pictures."""
+    texts, images = [], []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+            images += [decode_image(of_data_uri(url)) for url in urls]
+            content = "\n\n".join(part["text"] for part in content if part["type"] == "text")
+        texts.append({**message, "content": content})
+    return texts, images

@@ -60,6 +60,20 @@ class RewardModel(Protocol):
 
 
 @runtime_checkable
+class ImageReward(Protocol):
+    """Scores videos for queries that may have an image, as a name (`<sha256>.<kind>`) and its bytes."""
+
+    def score_with_images(
+        self,
+        videos: Sequence[bytes | str],
+        queries: Sequence[str],
+        images: Sequence[tuple[str, bytes] | None],
+    ) -> list[Scored | Exception]:
+        """As `RewardModel.score`; called where a query of the batch has an image."""
+        ...
+
+
+@runtime_checkable
 class PromptReward(Protocol):
     """Scores prompts for their users' queries, without a video."""
 

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 
 from vpo_ray.engines.reward import RewardError, Scored
 from vpo_ray.engines.reward.written_marks import NUMBER, Marks
+from vpo_ray.files.image_files import data_uri
 from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.prompts.material import fill, plain
 from vpo_ray.recipe import Reward
@@ -34,6 +35,7 @@ TOP = 10  # alternatives of each token: every digit, and some with white space
 # The least and the number that a clip's frames are made a multiple of, by Qwen's own reader of videos.
 _LEAST, _FACTOR = 4, 2
 
+_GIVEN = "The user gave this image with the request. The frames of the video follow."
 _AFTER = rf"[^:\n]*?:[\s*`\"_(\[]*{NUMBER}"
 # VideoScore2 (arXiv 2509.22799, `vs2_inference.py`): 2 frames a second, marks of 1 to 5 after its thoughts,
 # as "(1) visual quality: 3"; upstream's own pattern does not find each such line.
@@ -96,6 +98,7 @@ class GenerativeOptions(BaseModel):
     )
     max_frames: Positive = Field(64, description="with fps")
     send: Literal["images", "video"] = Field("images", description="video: one part, in vLLM's own form")
+    image: bool = Field(False, description="show a query's image, if it has one, before the frames")
     dimensions: Annotated[
         dict[str, str], BeforeValidator(_named), AfterValidator(_patterns), Field(min_length=1)
     ]
@@ -173,20 +176,38 @@ class Generative:
         """The frames that the model is sent, by the seconds of all frames and the frame rate."""
         return indices(len(times), fps, self.options)
 
-    async def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
+    def score_with_images(
+        self,
+        videos: Sequence[bytes | str],
+        queries: Sequence[str],
+        images: Sequence[tuple[str, bytes] | None],
+    ) -> list[Scored | Exception]:
+        """As `score`; with `options.image` the model is shown the queries' images."""
+        return asyncio.run(self._score(videos, queries, images if self.options.image else None))
+
+    async def _score(
+        self,
+        videos: Sequence[bytes | str],
+        queries: Sequence[str],
+        images: Sequence[tuple[str, bytes] | None] | None = None,
+    ) -> list[Scored | Exception]:
         from vpo_ray.engines.endpoint.client import results_of_all
 
+        shown = [None] * len(videos) if images is None else images
         async with self._client:
-            return await results_of_all(self._one(*pair) for pair in zip(videos, queries, strict=True))
+            return await results_of_all(self._one(*one) for one in zip(videos, queries, shown, strict=True))
 
-    async def _one(self, video: bytes | str, query: str) -> Scored | Exception:
+    async def _one(
+        self, video: bytes | str, query: str, image: tuple[str, bytes] | None
+    ) -> Scored | Exception:
         from vpo_ray.engines.endpoint.client import IMAGE_TOKENS, RequestError
         from vpo_ray.engines.reward.frames import read_frames
 
         try:
             frames = read_frames(video, self.pick)
-            tokens = IMAGE_TOKENS * len(frames) + self.options.max_tokens
-            reply = await self._client.create(self._request(frames, query), tokens, self._marks.schema)
+            tokens = IMAGE_TOKENS * (len(frames) + (image is not None)) + self.options.max_tokens
+            request = self._request(frames, query, image)
+            reply = await self._client.create(request, tokens, self._marks.schema)
             if reply.refusal:
                 raise RewardError(reply.refusal)
             if reply.cut:
@@ -200,7 +221,7 @@ class Generative:
             return RewardError(f"the endpoint failed: {error}")
         return Scored([], dimensions, sum(dimensions.values()) / len(dimensions))
 
-    def _request(self, frames: Any, query: str) -> dict[str, Any]:
+    def _request(self, frames: Any, query: str, image: tuple[str, bytes] | None = None) -> dict[str, Any]:
         from vpo_ray.engines.reward.frames import image_part
 
         if self.options.query == "plain":
@@ -209,7 +230,10 @@ class Generative:
             text = fill(self._template, query=query)
         images = [image_part(frame) for frame in frames]
         # Frames first, so that an endpoint with prefix caching reads a video once.
-        content = [*(images if self.options.send == "images" else [_as_video(images)]),
+        given = [] if image is None else [
+            {"type": "image_url", "image_url": {"url": data_uri(*image)}}, {"type": "text", "text": _GIVEN},
+        ]  # fmt: skip
+        content = [*given, *(images if self.options.send == "images" else [_as_video(images)]),
                    {"type": "text", "text": text}]  # fmt: skip
         request: dict[str, Any] = {
             "messages": [{"role": "user", "content": content}],

@@ -98,24 +98,45 @@ class HttpScorer:
         """
         return asyncio.run(self._score(videos, queries))
 
-    async def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
+    def score_with_images(
+        self,
+        videos: Sequence[bytes | str],
+        queries: Sequence[str],
+        images: Sequence[tuple[str, bytes] | None],
+    ) -> list[Scored | Exception]:
+        """As `score`; a query's image is sent as the file `image`."""
+        return asyncio.run(self._score(videos, queries, images))
+
+    async def _score(
+        self,
+        videos: Sequence[bytes | str],
+        queries: Sequence[str],
+        images: Sequence[tuple[str, bytes] | None] | None = None,
+    ) -> list[Scored | Exception]:
         from vpo_ray.engines.endpoint.client import results_of_all
 
+        shown = [None] * len(videos) if images is None else images
         async with self._client:
-            return await results_of_all(self._one(*pair) for pair in zip(videos, queries, strict=True))
+            return await results_of_all(self._one(*one) for one in zip(videos, queries, shown, strict=True))
 
-    async def _one(self, video: bytes | str, query: str) -> Scored | Exception:
+    async def _one(
+        self, video: bytes | str, query: str, image: tuple[str, bytes] | None
+    ) -> Scored | Exception:
         from vpo_ray.engines.endpoint.client import RequestError
 
         fields: dict[str, Any] = {"query": query, **self._model}
-        files = None
+        files = {}
         if isinstance(video, str):
             fields["video_uri"] = video
         else:
-            files = {"video": ("video.mp4", video, "video/mp4")}
+            files["video"] = ("video.mp4", video, "video/mp4")
+        if image is not None:
+            name, data = image
+            files["image"] = (name, data, f"image/{name.rpartition('.')[2]}")
         try:
             return read_scores(
-                await self._client.ask("/score", fields, form=True, files=files), self.options.dimensions
+                await self._client.ask("/score", fields, form=True, files=files or None),
+                self.options.dimensions,
             )
         except RequestError as error:
             return RewardError(f"the scorer failed: {error}")
