@@ -1,6 +1,7 @@
 """`vpo status`, `runs` and `logs` say what a run's directory says, wherever it is."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,31 @@ def test_the_status_of_a_run_elsewhere(tmp_path: Path, capsys: pytest.CaptureFix
     assert said.startswith(f"{run.uri}: running in sft, 0 s (")
     assert said.endswith("  sft: step 2 of 9, loss 1.500; 70 s left\n")
     assert ": done, 0 s" in vpo(capsys, "status", "--out", run.uri)[1]
+    assert vpo(capsys, "status", run.uri) == vpo(capsys, "status", "--out", run.uri)
+    status, said = vpo(capsys, "status", run.uri, "--out", str(tmp_path))
+    assert (status, "give one folder" in said) == (2, True)
+
+
+def test_a_later_command_with_nothing_to_do_hides_no_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "one")
+    view = {"what": "sft", "doing": None, "step": 9, "steps": 9, "elapsed_s": 700.0}
+    with working(run):
+        note(run, view={**view, "loss": 1.5, "tokens_s": None, "left_s": 0.0})
+    state = run.read_json("meta/state.json")
+    # It worked for 700 s, was begun again and killed 60 s later, and then there was nothing to do.
+    run.write_json("meta/state.json", {**state, "worked_s": 700.0})
+    with working(run):
+        pass
+    state = run.read_json("meta/state.json")
+    assert 700 <= state["worked_s"] < 710
+    run.write_json("meta/state.json", {**state, "state": "running", "began": state["updated"] - 60})
+    with working(run):
+        pass
+    assert 760 <= run.read_json("meta/state.json")["worked_s"] < 770
+    assert ": done, 13 min" in (said := vpo(capsys, "status", run.uri)[1])
+    assert "sft: step 9 of 9" in said
 
 
 def test_the_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,5 +118,16 @@ def test_the_logs_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "error_stage    render" in said
     status, said = vpo(capsys, "logs", run.uri, "--row", "zz")
     assert (status, "no row whose id begins with 'zz'" in said) == (2, True)
+    with working(run), socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        note(run, cluster={"address": f"127.0.0.1:{closed.getsockname()[1]}", "job": "01000000"})
+        said = vpo(capsys, "logs", run.uri)[1]
+    assert "living processes: no cluster answers at 127.0.0.1:" in said
+    assert "living processes" not in vpo(capsys, "logs", run.uri)[1]
+    a_run(tmp_path / "runs" / "one")
+    assert vpo(capsys, "logs", str(tmp_path / "runs"))[0] == 0
+    a_run(tmp_path / "runs" / "two")
+    status, said = vpo(capsys, "logs", str(tmp_path / "runs"))
+    assert (status, "holds 2 runs, name one: " in said) == (1, True)
     status, said = vpo(capsys, "logs", str(tmp_path / "nowhere"))
     assert (status, "is no run directory" in said) == (1, True)

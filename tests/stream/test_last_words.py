@@ -68,11 +68,22 @@ for _ in range(100):
     except ray.exceptions.RayError: time.sleep(0.3)  # it restarts
 print(with_causes("it died", RunDir(sys.argv[1]), "Replica"))
 print(with_causes("another", RunDir(sys.argv[1]), "Nobody"))
+
+from vpo_ray.stream.live_logs import cluster_here, living_logs
+class Stage:
+    def work(self): print("rendering with hf_abcdefghijkl", file=sys.stderr, flush=True)
+stages = [
+    ray.remote(type(f"MapWorker(MapBatches({name}))", (Stage,), {})).options(num_cpus=0).remote()
+    for name in ("render", "score")
+]
+ray.get([stage.work.remote() for stage in stages])
+for name, said in living_logs(cluster_here(), "render", 1): print(f"alive: {name}: {said}")
+print("others:", len(list(living_logs({**cluster_here(), "job": "ffffffff"}, None, 1))))
 """
 
 
 @pytest.mark.ray
-def test_the_log_of_a_replica_that_was_killed_is_kept(tmp_path: Path) -> None:
+def test_the_log_of_a_replica_that_was_killed_is_kept_and_of_one_that_lives_shown(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)  # the state API would ask there
     command = [sys.executable, "-c", DIES, str(tmp_path)]
@@ -82,10 +93,15 @@ def test_the_log_of_a_replica_that_was_killed_is_kept(tmp_path: Path) -> None:
         "it died\nthe last lines of its log:\n  <secret>: CUDA out of memory\nWhat to do: the GPU"
         in done.stdout
     )
-    assert done.stdout.endswith("another\n")
+    assert "\nanother\n" in done.stdout
     [log] = (tmp_path / "logs").iterdir()
     assert log.name.startswith("Replica-")
     assert log.read_text() == "<secret>: CUDA out of memory\n"
+    # Those that live are asked.
+    [alive] = [line for line in done.stdout.splitlines() if line.startswith("alive: ")]
+    assert alive.startswith("alive: render, process ")
+    assert alive.endswith(": rendering with <secret>")
+    assert done.stdout.endswith("others: 0\n")
 
 
 def test_the_errors_of_a_log_are_each_told_once() -> None:

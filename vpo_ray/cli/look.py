@@ -1,6 +1,7 @@
 """`vpo status`, `vpo runs`, `vpo logs`: look at runs from elsewhere, by what their directories say.
 
-They need no cluster, change nothing, and read what object stores hold as well as a disk.
+They change nothing, and read what object stores hold as well as a disk. Only the logs of living processes
+need the run's cluster.
 """
 
 from __future__ import annotations
@@ -21,32 +22,41 @@ if TYPE_CHECKING:
 
 STATUS_HELP = "how far the runs below a folder are, or one run"
 RUNS_HELP = "list the runs below a folder: state, funnel, cost, evaluation"
-LOGS_HELP = "why rows of a run failed, and the last lines of its dead replicas and workers"
+LOGS_HELP = "why rows of a run failed, and the last lines of its replicas and workers, dead or alive"
 # Lines of each log that are shown.
 TAIL = 40
 
 
 def add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", default="runs", metavar="DIR", help="a run directory, or a folder of them (%(default)s)"
-    )
+    _add_folder(parser, "a run directory, or a folder of them (runs)")
     parser.add_argument("--json", action="store_true", help="what the runs say of themselves, as a JSON list")
     parser.set_defaults(command=show_status)
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", nargs="?", default="runs", metavar="DIR", help="folder or URI (%(default)s)"
-    )
+    _add_folder(parser, "folder or URI (runs)")
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
     parser.set_defaults(command=show_runs)
 
 
 def add_logs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory or URI")
+    _add_folder(parser, "run directory or URI, or a folder with one run (runs)")
     parser.add_argument("--stage", metavar="STAGE", help="of this stage or phase only: render, sft, ...")
     parser.add_argument("--row", metavar="ID", help="a row by its id, or by how the id begins")
     parser.set_defaults(command=show_logs)
+
+
+def _add_folder(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("folder", nargs="?", metavar="DIR", help=what)
+    parser.add_argument("--out", metavar="DIR", help="the same")
+
+
+def _folder(arguments: argparse.Namespace) -> str:
+    if arguments.folder and arguments.out and arguments.folder != arguments.out:
+        from vpo_ray.recipe import RecipeError
+
+        raise RecipeError(f"{arguments.folder} and --out {arguments.out}: give one folder")
+    return str(arguments.folder or arguments.out or "runs")
 
 
 def show_status(arguments: argparse.Namespace) -> int:
@@ -54,12 +64,12 @@ def show_status(arguments: argparse.Namespace) -> int:
     from vpo_ray.storage.run_state import states
     from vpo_ray.stream.status_text import status_line, status_table
 
-    found = [(run, state) for run in _runs(arguments.out) for state in states(run)]
+    found = [(run, state) for run in _runs(_folder(arguments)) for state in states(run)]
     if arguments.json:
         sys.stdout.write(json.dumps([{"run": run.uri, **state} for run, state in found], indent=2) + "\n")
         return 0
     if not found:
-        sys.stdout.write(f"{arguments.out}: no run has said anything here\n")
+        sys.stdout.write(f"{_folder(arguments)}: no run has said anything here\n")
         return 0
     active = [entry for entry in found if entry[1].get("state") in ("running", "silent")]
     for run, state in active or [max(found, key=lambda entry: entry[1]["updated"])]:
@@ -78,6 +88,7 @@ def show_status(arguments: argparse.Namespace) -> int:
 
 
 def _said(state: Row) -> str:
+    from vpo_ray.storage.run_state import worked_s
     from vpo_ray.stream.status_text import duration
 
     what = {"silent": f"no word from its driver for {duration(time.time() - state['updated'])}"}
@@ -87,19 +98,19 @@ def _said(state: Row) -> str:
     if state.get("doing") and state.get("state") in ("running", "silent", "failed", "stopped"):
         said += f" in {state['doing']}"
     if "began" in state:
-        said += f", {duration(state.get('ended', time.time()) - state['began'])}"
+        said += f", {duration(worked_s(state, time.time()))}"
     return f"{said} ({state.get('host')}, process {state.get('pid')})"
 
 
 def show_runs(arguments: argparse.Namespace) -> int:
     """A line for each run."""
-    entries = [_entry(run) for run in _runs(arguments.folder)]
+    entries = [_entry(run) for run in _runs(_folder(arguments))]
     if arguments.json:
         sys.stdout.write(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
         return 0
     rows = [("run", "state", "queries → pairs", "paid", "evaluation"), *map(_cells, entries)]
     if len(rows) == 1:
-        sys.stdout.write(f"{arguments.folder}: no run is here\n")
+        sys.stdout.write(f"{_folder(arguments)}: no run is here\n")
         return 0
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -153,14 +164,14 @@ def _evaluation(run: RunDir) -> Row | None:
 
 
 def show_logs(arguments: argparse.Namespace) -> int:
-    """Failed rows with their reasons, and what dead processes said last."""
+    """Failed rows with their reasons, and what dead and living processes said last."""
     from vpo_ray.storage.run_state import states
 
-    run, wanted = _run(arguments.run), arguments.stage
+    run, wanted = _run(_folder(arguments)), arguments.stage
     if arguments.row is not None:
         return _show_row(run, arguments.row)
-    said = False
-    for state in states(run):
+    said, known = False, states(run)
+    for state in known:
         if state.get("error") and not wanted:
             sys.stdout.write(f"{_said(state)}\n  {_printable(state['error'])}\n")
             said = True
@@ -174,13 +185,30 @@ def show_logs(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{stage}: {count} rows: {reason}\n")
     names = [name for name in (run / "logs").files() if wanted is None or name.startswith(f"{wanted}-")]
     for name in names:
-        text = (run / "logs").read(name).decode(errors="replace").splitlines()[-TAIL:]
-        sys.stdout.write(
-            f"\n{run.at(f'logs/{name}')}\n" + "".join(f"  {_printable(line)}\n" for line in text)
-        )
+        _show_log(run.at(f"logs/{name}"), (run / "logs").read(name).decode(errors="replace"))
     if not (said or reasons or names):
         sys.stdout.write(f"{run.uri}: nothing failed{f' in {wanted}' if wanted else ''}\n")
+    for state in known:
+        _show_living(state, wanted)
     return 0
+
+
+def _show_living(state: Row, wanted: str | None) -> None:
+    """What the replicas and workers of a driver that works write, or why they cannot be asked."""
+    from vpo_ray.stream.live_logs import ClusterGoneError, living_logs
+
+    if state.get("state") not in ("running", "silent") or not state.get("cluster"):
+        return
+    try:
+        for name, text in living_logs(state["cluster"], wanted, TAIL):
+            _show_log(f"{name} (alive)", text)
+    except ClusterGoneError as error:
+        sys.stdout.write(f"\nliving processes: {error}. Ask on a node of the cluster that the run is on\n")
+
+
+def _show_log(name: str, text: str) -> None:
+    lines = text.splitlines()[-TAIL:]
+    sys.stdout.write(f"\n{name}\n" + "".join(f"  {_printable(line)}\n" for line in lines))
 
 
 def _show_row(run: RunDir, beginning: str) -> int:
@@ -221,12 +249,13 @@ def _key_of(table: str) -> str:
 
 def _run(uri: str) -> RunDir:
     from vpo_ray.files.folder import StorageError
-    from vpo_ray.storage.run_dir import RunDir
 
-    run = RunDir(uri)
-    if not run.exists("versions.json"):
-        raise StorageError(f"{run.uri} is no run directory: it has no versions.json")
-    return run
+    found = _runs(uri)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise StorageError(f"{uri} holds {len(found)} runs, name one: {', '.join(run.uri for run in found)}")
+    raise StorageError(f"{uri} is no run directory: it has no versions.json")
 
 
 def _runs(uri: str) -> list[RunDir]:

@@ -64,7 +64,7 @@ def working(run: RunDir) -> Iterator[None]:
     with _lock:
         _depth[key] = _depth.get(key, 0) + 1
         if _depth[key] == 1:
-            _kept.pop(key, None)
+            _kept[key] = _resumed(root, run.shard)
             _note(root, run.shard, state="running", began=time.time(), error=None)
     end: Row = {"state": "done"}
     try:
@@ -78,7 +78,28 @@ def working(run: RunDir) -> Iterator[None]:
         with _lock:
             _depth[key] -= 1
             if _depth[key] == 0:
-                _note(root, run.shard, ended=time.time(), **end)
+                now = time.time()
+                _note(root, run.shard, ended=now, worked_s=worked_s(_kept[key], now), **end)
+
+
+def worked_s(state: Row, now: float) -> float:
+    """Seconds that drivers have worked on the run until a moment, in all of the commands that were given."""
+    before = float(state.get("worked_s", 0.0))
+    return before + max(0.0, now - state["began"]) if state.get("state") == "running" else before
+
+
+def _resumed(root: Folder, shard: Shard | None) -> Row:
+    """A state that begins, with what earlier commands of the same run or shard leave: the time that they
+    worked, and the last view of a work, which a command that has nothing to do does not replace."""
+    try:
+        before: Row = root.read_json(_name(shard)) if root.exists(_name(shard)) else {}
+    except StorageError:  # damaged; it is written anew
+        before = {}
+    kept: Row = {name: before[name] for name in ("view", "cluster") if name in before}
+    if "began" in before:
+        # One that was killed worked until it said something last.
+        kept["worked_s"] = worked_s(before, before["updated"])
+    return {"host": socket.gethostname(), "pid": os.getpid(), **kept}
 
 
 def states(run: Folder) -> list[Row]:

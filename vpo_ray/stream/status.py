@@ -14,6 +14,7 @@ from vpo_ray import terminal
 from vpo_ray.records import Row
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_state import NOTE_S, note
+from vpo_ray.stream.live_logs import cluster_here
 from vpo_ray.stream.status_text import status_line, status_table
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Status:
         self._thread = threading.Thread(target=self._show, name="status", daemon=True)
 
     def __enter__(self) -> Status:
+        note(self._run, cluster=cluster_here())
         self._thread.start()
         return self
 
