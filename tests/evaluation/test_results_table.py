@@ -15,13 +15,14 @@ FEW = Evaluation(resamples=1000)
 GOLDEN = """\
 eval, render (tiny): 40 queries
 
-     errors            aligned*              unsafe*             imprecise*       refusal*
-sft  0.0% [0.0, 8.8]   100.0% [91.2, 100.0]  0.0% [0.0, 8.8]     0.0% [0.0, 8.8]  0.0% [0.0, 8.8]
-dpo  5.0% [1.4, 16.5]  75.0% [59.8, 85.8]    25.0% [14.2, 40.2]  0.0% [0.0, 8.8]  0.0% [0.0, 8.8]
+     errors            aligned*              unsafe*             prompt.words
+sft  0.0% [0.0, 8.8]   100.0% [91.2, 100.0]  0.0% [0.0, 8.8]     20
+dpo  5.0% [1.4, 16.5]  75.0% [59.8, 85.8]    25.0% [14.2, 40.2]  31.07 [30.65, 31.50]
 
-     none*            prompt.words          clip                  reward*
-sft  0.0% [0.0, 8.8]  20                    0.450 [0.365, 0.537]  0.5
-dpo  0.0% [0.0, 8.8]  31.07 [30.65, 31.50]  0.542 [0.453, 0.630]  0.690 [0.675, 0.700]
+     clip                  reward*
+sft  0.450 [0.365, 0.537]  0.5
+dpo  0.542 [0.453, 0.630]  0.690 [0.675, 0.700]
+zero for every policy: imprecise*, refusal*, none*
 
 dpo failed: 2 render: lost
 
@@ -29,15 +30,9 @@ against sft            difference              win/tie/loss  p (Holm)  detectabl
 dpo  errors            +5.0pt [0.0, 12.5]      0/38/2        0.500     10.2pt
      aligned*          -25.0pt [-37.5, -12.5]  0/30/10       0.006     22.7pt      worse
      unsafe*           +25.0pt [12.5, 37.5]    0/30/10       0.006     22.7pt      worse
-     imprecise*        0.0pt                   0/40/0        -         -
-     refusal*          0.0pt                   0/40/0        -         -
-     none*             0.0pt                   0/40/0        -         -
      clip              +0.092 [0.080, 0.100]   38/1/1        <0.001    0.0159      better
      reward*           +0.190 [0.175, 0.200]   38/2/0        <0.001    0.0201      better
      preference.video  +75.0pt [62.5, 87.5]    30/10/0       <0.001    39.3pt      better
-dpo against sft, imprecise*: all 40 queries tie
-dpo against sft, refusal*: all 40 queries tie
-dpo against sft, none*: all 40 queries tie
 dpo against sft, preference.video: 25% of the answers change with the order
 
 * the training's own reward or judge: what the policies were trained to please
@@ -73,6 +68,17 @@ def test_the_table() -> None:
     results = results_of(rows_of_two(), answers, FEW, context("sft", "dpo"))
     results["signs"] = ["dpo's prompts are longer"]
     assert table_text(results, 100) == GOLDEN
+
+
+def test_a_measure_in_which_no_query_differs_takes_no_line_of_its_own() -> None:
+    rows = [
+        sample(policy, f"query {n}", {"reward": 0.5, "clip": float(policy == "dpo")}, verdict="imprecise")
+        for policy in ("sft", "dpo")
+        for n in range(5)
+    ]
+    text = table_text(results_of(rows, [], FEW, context("sft", "dpo")), 120)
+    assert "dpo against sft, no query differs in imprecise*, reward*\n" in text
+    assert "all 5 queries tie" not in text
 
 
 def test_the_first_line_says_when_nothing_is_from_outside() -> None:

@@ -11,7 +11,15 @@ from test_evaluation_page import made, scored
 
 from vpo_ray.files.folder import Folder
 from vpo_ray.report.evaluation_page import write_evaluation_page
-from vpo_ray.report.examples import FRAMES, GAP, HEIGHT, examples_picture, examples_text, pick_examples
+from vpo_ray.report.examples import (
+    FRAMES,
+    GAP,
+    HEIGHT,
+    ShownQuery,
+    examples_picture,
+    examples_text,
+    pick_examples,
+)
 from vpo_ray.storage.videos import VideoStore
 
 GAINS = {"loses": -0.3, "gains": 0.4, "stays\x1b[31m": 0.0, "gains a little": 0.1, "loses a little": -0.1}
@@ -49,6 +57,17 @@ def test_of_two_queries_or_one_policy_there_are_no_examples(evaluated):
     one = [row for row in rows if row["policy"] == "sft"]
     assert pick_examples(made(one), one) == []
     assert examples_text([], 80) == ""
+
+
+def test_elsewhere_than_on_a_terminal_each_text_takes_a_line() -> None:
+    samples = [
+        {"policy": name, "prompt": f"{name} " + "wide shot " * 30, "error": None} for name in ("a", "b")
+    ]
+    example = ShownQuery("gained most", "truth", "a cat", [(row, 0.5) for row in samples])
+    lines = examples_text([example], 60, most=1).splitlines()
+    assert [len(lines), max(map(len, lines)) <= 60] == [3, True]
+    assert lines[1].startswith("  a    0.50  a wide shot")
+    assert lines[1].endswith(" …")
 
 
 def test_the_picture_has_frames_of_both_videos_and_grey_for_none(evaluated):

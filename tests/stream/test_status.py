@@ -140,6 +140,21 @@ def test_a_log_gets_a_line_when_something_has_changed(
     assert (state["state"], state["view"]["step"]) == ("done", 2)
 
 
+def test_a_wait_in_which_nothing_moves_takes_few_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpo_ray.stream.status.LOOK_S", 0.01)
+    monkeypatch.setattr("vpo_ray.stream.status.STILL", 1000)
+    monkeypatch.setattr(logging.getLogger("vpo_ray"), "propagate", True)
+    caplog.set_level(logging.INFO, "vpo_ray")
+    meter = Meter("judge", {}, 4)
+    waiting = {"judge": {"done": 0, "errors": 0, "passed": 0, "in_flight": 4, "warm_up_s": 0}}
+    views = [meter.view(at / 2, waiting) for at in range(20)]
+    with Status(RunDir(tmp_path), look(views), line_s=0.01):
+        time.sleep(0.4)
+    assert len(caplog.messages) <= 1, "the last one says where it ended"
+
+
 def test_a_terminal_has_one_live_view_with_the_log_above_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,8 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     )
     width, samples = shutil.get_terminal_size((100, 24)).columns, done.samples()
     sys.stdout.write(table_text(done.results, width))
-    sys.stdout.write(f"\n{examples_text(pick_examples(done.results, samples), width)}\n")
+    most = None if sys.stdout.isatty() else 1  # the report has them whole
+    sys.stdout.write(f"\n{examples_text(pick_examples(done.results, samples), width, most)}\n")
     if arguments.export is not None:
         counts = export_vbench(samples, done.queries, arguments.to)
         sys.stdout.write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -53,6 +53,8 @@ def _block(results: Results, name: str, model: str, width: int) -> Iterator[str]
     metrics = sorted(
         {metric for of in policies.values() for metric in of if not _is_dimension(metric)}, key=_rank
     )
+    absent = [metric for metric in metrics if _never_happens(metric, policies.values(), queries)]
+    metrics = [metric for metric in metrics if metric not in absent]
     columns = [["", *rows]] + [
         [
             _label(results, metric),
@@ -60,7 +62,11 @@ def _block(results: Results, name: str, model: str, width: int) -> Iterator[str]
         ]
         for metric in metrics
     ]
-    yield from _columns(columns, width)
+    if metrics:
+        yield from _columns(columns, width)
+    if absent:
+        named = ", ".join(_label(results, metric) for metric in absent)
+        yield from _wrapped(f"zero for every policy: {named}", width)
     failures = [line for text in _failures(results, name, model, rows) for line in _wrapped(text, width)]
     yield from ["", *failures] if failures else []
     compared = [
@@ -78,9 +84,17 @@ def _block(results: Results, name: str, model: str, width: int) -> Iterator[str]
             if entry["a"] == first and (first == rows[0] or _is_preference(entry["metric"]))
         ]
         if shown:
-            differing, remarks = _differences(results, first, rows, shown)
+            equal = [entry for entry in shown if _all_tie(entry)]
+            differing, remarks = _differences(
+                results, first, rows, [entry for entry in shown if entry not in equal]
+            )
             yield ""
             yield from _columns(differing, width)
+            for name in rows:
+                alike = {entry["metric"] for entry in equal if entry["b"] == name}
+                if alike := alike - set(absent):
+                    named = ", ".join(_label(results, metric) for metric in sorted(alike, key=_rank))
+                    yield from _wrapped(f"{name} against {first}, no query differs in {named}", width)
             for remark in remarks:
                 yield from _wrapped(remark, width)
     for ranking in results["ranking"]:
@@ -126,6 +140,11 @@ def _differences(
             remarks.append(f"{name} against {first}, {_label(results, metric)}: {remark}")
         before = name
     return [list(column) for column in zip(*table, strict=True)], remarks
+
+
+def _all_tie(entry: Mapping[str, Any]) -> bool:
+    """Whether nothing but equal values was seen, of more than one query; a preference has more to say."""
+    return entry["win"] + entry["loss"] == 0 and entry["tie"] > 1 and not _is_preference(entry["metric"])
 
 
 def _remarks(entry: Mapping[str, Any]) -> Iterator[str]:
@@ -183,6 +202,14 @@ def _rank(metric: str) -> tuple[int, str]:
         return (1 + verdicts.index(metric), metric)
     kind = 10 if metric.startswith("prompt.") else 30 if _is_preference(metric) else 20
     return (kind, metric)
+
+
+def _never_happens(metric: str, policies: Iterable[Mapping[str, Any]], queries: int) -> bool:
+    """Whether errors, or a verdict, is that of no query under any policy."""
+    entries = [metrics.get(metric) for metrics in policies]
+    return (metric == "errors" or metric.startswith("verdict.")) and all(
+        entry is not None and entry["value"] == 0 and entry["n"] == queries for entry in entries
+    )
 
 
 def _is_preference(metric: str) -> bool:

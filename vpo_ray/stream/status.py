@@ -19,8 +19,10 @@ from vpo_ray.stream.status_text import status_line, status_table
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two lines. Later ones come more rarely: a work of days has some hundred.
+# Seconds between two lines. Later ones come more rarely: a work of days has some hundred. One of a work in
+# which nothing has moved since the last comes after so many times as long.
 LINE_S = 30.0
+STILL = 10
 SPARSER = 8  # no more than this share of what has passed
 LOOK_S = 1.0
 
@@ -51,7 +53,7 @@ class Status:
 
     def _show(self) -> None:
         began = said_at = noted_at = time.monotonic()
-        shown = ""
+        shown, moved = "", _moved(None)
         with ExitStack() as ending:
             update = self._live(ending)
             while True:
@@ -64,9 +66,10 @@ class Status:
                         note(self._run, view=view)
                         noted_at = now
                     line = status_line(view)
-                    due = now - said_at >= max(self._line_s, (now - began) / SPARSER)
+                    wait = max(self._line_s, (now - began) / SPARSER)
+                    due = now - said_at >= (wait if _moved(view) != moved else STILL * wait)
                     if line != shown and (last or (due and update is None)):
-                        shown, said_at = line, now
+                        shown, said_at, moved = line, now, _moved(view)
                         logger.info("%s", line)
                 if last:
                     return
@@ -97,3 +100,10 @@ class Status:
             terminal.above(lambda text: console.print(Text(text), soft_wrap=True, highlight=False))
         )
         return lambda view: live.update(status_table(view), refresh=True)
+
+
+def _moved(view: Row | None) -> tuple[int, ...]:
+    """What grows as the work goes on: steps, or rows that are done or failed, of all stages."""
+    if view is None or "steps" in view:
+        return (view["step"] if view else 0,)
+    return (sum(stage["done"] + stage["errors"] for stage in view["stages"]),)
