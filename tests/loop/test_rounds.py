@@ -3,16 +3,18 @@
 What a finished round leaves makes the pipeline do nothing, so no engine but training runs here.
 """
 
+import time
 from pathlib import Path
 
 import pytest
 
+from vpo_ray.loop import phases
 from vpo_ray.loop.opening import open_run
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.loop.phases import curate_queries
 from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id
 from vpo_ray.loop.rounds import run_rounds
-from vpo_ray.recipe import Recipe, load
+from vpo_ray.recipe import Recipe, load, parse
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage.run_dir import RunDir
 
@@ -98,6 +100,56 @@ def test_a_round_starts_from_the_policy_of_the_round_before(
     before = again.stat().st_mtime_ns
     run_rounds(recipe, 2)
     assert again.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_round_is_sampled_and_rendered_while_the_round_before_trains(
+    ray_cluster: None, tiny_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rl = {"epochs": 1, "lr": 1e-3, "warmup_ratio": 0, "workers": 1, "zero_stage": 0, "global_batch": 2}
+    rl |= {"dtype": "float32", "overlap": True, "use_gpu": False, "resources_per_worker": {"CPU": 0.5}}
+    tree = recipe_of(tiny_sets, tmp_path).dump() | {"dpo": None, "rl": rl, "evaluate": None}
+    recipe = parse({key: value for key, value in tree.items() if key != "pair"}, "the test's")
+    first, second = RunDir(recipe.out), RunDir(f"{recipe.out}/rounds/2")
+    third = RunDir(f"{recipe.out}/rounds/3")
+    began: dict[str, list[str]] = {}
+    train = phases.train_rl
+
+    def train_rl(recipe: Recipe, run: RunDir, start: Start) -> str:
+        """Training that ends when the work beside it has sampled: were it not beside it, it never would."""
+        following = {first.uri: second, second.uri: third}.get(run.uri)
+        if following is not None:
+            deadline = time.monotonic() + 300
+            while not following.table("feedback").keys() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            began[run.uri] = sorted(following.table("feedback").keys())
+        return train(recipe, run, start)
+
+    monkeypatch.setattr(phases, "train_rl", train_rl)
+    last = run_rounds(recipe, 3)
+    assert last.uri == third.uri
+    assert all(began[run.uri] for run in (first, second))
+    starts = [run.read_json("round.json")["start"] for run in (second, third)]
+    assert [start["policy"] for start in starts] == [run.at("checkpoints/rl") for run in (first, second)]
+    assert [start["sampler"] for start in starts] == [recipe.policy.model, first.at("checkpoints/rl")]
+    prompts = [
+        {row["candidate_id"] for row in run.table("candidates").rows()} for run in (first, second, third)
+    ]
+    assert not prompts[0] & prompts[1], "other candidates of the same policy"
+    for run in (second, third):
+        assert {row["policy"] for row in run.table("candidates").rows()} == {
+            run.read_json("round.json")["start"]["sampler_identity"]
+        }
+        # The policy that is trained is not the one that sampled: ratios differ from 1 from the first step on.
+        assert run.metrics("rl")[0]["ratio"] != 1.0
+    assert first.metrics("rl")[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
+
+    before = third.read_json("checkpoints/rl/vpo.json")
+    run_rounds(recipe, 3)
+    assert third.read_json("checkpoints/rl/vpo.json") == before
 
 
 def test_rounds_need_a_dpo_section_that_leaves_a_whole_model(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ directory what is done, so running again goes on where the last run stopped, or 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vpo_ray.files.folder import StorageError
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What makes the pages about a run.
+# What makes the pages about a run, and what goes on while the run's last phase trains the policy `Start`.
 Report = Callable[[RunDir, Recipe], object]
+Beside = Callable[[RunDir, Start], AbstractContextManager[object]]
 
 
 def curate_queries(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
@@ -134,6 +137,7 @@ def _train(recipe: Recipe, run: RunDir, phase: Phase, start: Start, rows: list[R
         trust_remote_code=recipe.policy.trust_remote_code,
         chat_template_kwargs=recipe.policy.chat_template_kwargs,
         reference=start.reference,
+        sampler=start.sampler if phase == "rl" else None,
         run_name=recipe.name,
         placement_timeout_s=recipe.limits.placement_timeout_s,
     )
@@ -171,32 +175,38 @@ def generate_feedback(
     start: Start,
     stages: tuple[str, ...] | None = None,
     retry_errors: bool = False,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
-    from vpo_ray.stream.pipeline import Models, generate
+    """Candidates of the policy with their feedback; see `pipeline.generate`."""
+    from vpo_ray.stream.pipeline import generate
 
-    refuse_other_policy(recipe, run, start.identity)
-    models = Models(start.policy, start.identity)
-    return generate(recipe, run, models, stages or spec.names("generation"), retry_errors)
+    refuse_other_policy(recipe, run, start.sampled.policy_id)
+    return generate(recipe, run, start.sampled, stages or spec.names("generation"), retry_errors, stop)
 
 
 def run_loop(
-    recipe: Recipe, retry_errors: bool = False, example: bool = True, report: Report | None = None
+    recipe: Recipe,
+    retry_errors: bool = False,
+    example: bool = True,
+    report: Report | None = None,
+    beside: Beside = lambda run, start: nullcontext(),
 ) -> RunDir:
     """Everything, in order; see the module's first line.
 
     Args:
         example: serve one query at the end.
         report: called last, while the run directory is still this driver's.
+        beside: entered while the last phase trains.
     """
     with opened(recipe) as run, accounted(recipe, run):
-        _phases(recipe, run, retry_errors, example)
+        _phases(recipe, run, retry_errors, example, beside)
         if report is not None:
             _say("report", run)
             report(run, recipe)
     return run
 
 
-def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> None:
+def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool, beside: Beside) -> None:
     began = time.monotonic()
     _say("curate", run)
     curate_queries(recipe, run, retry_errors)
@@ -219,7 +229,8 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool) -> N
     did["groups" if recipe.learns == "rl" else "pairs"] = prepare_feedback(recipe, run)
     if recipe.learns is not None:
         _say(recipe.learns, run)
-        policy = _learn(recipe, run, start)
+        with beside(run, start):
+            policy = _learn(recipe, run, start)
         if example and not run.exists("example.json"):
             _say("serve one query", run)
             write_example(recipe, run, policy)

@@ -12,7 +12,7 @@ from typing import Any
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import EVOLVED, Recipe
 from vpo_ray.records import Row, candidate_id, content_id
-from vpo_ray.stages.chains import rows_of_stage
+from vpo_ray.stages.chains import Models, rows_of_stage
 from vpo_ray.stages.sample import identity_key
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_rows
@@ -27,12 +27,20 @@ class Start:
     """The policy that a run samples and trains further.
 
     policy: its folder. identity: what it is by content, see policy_id. reference: the folder of
-    DPO's reference where that is another policy.
+    DPO's reference where that is another policy. sampler: the folder of the policy that is sampled, where
+    that is another one, and sampler_identity what candidates are known by that come from it.
     """
 
     policy: str
     identity: str
     reference: str | None = None
+    sampler: str | None = None
+    sampler_identity: str | None = None
+
+    @property
+    def sampled(self) -> Models:
+        """The policy that candidates come from."""
+        return Models(self.sampler or self.policy, self.sampler_identity or self.identity)
 
 
 def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:

@@ -184,7 +184,11 @@ class Dpo(Training):
     rpo_alpha: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of an SFT term on chosen")
     length_normalise: bool = False
     reference: Literal["updated", "kept"] = Field(
-        "updated", description="of later rounds: the policy that was sampled, or the first round's"
+        "updated", description="of later rounds: the policy that it starts from, or the first round's"
+    )
+    overlap: bool = Field(
+        False,
+        description="of later rounds: sample and render while the round before trains, one policy behind",
     )
     guard: Guard = Guard()
 
@@ -224,7 +228,11 @@ class Rl(Training):
     clip_high: Annotated[float, Field(gt=0, description="above 1; DAPO has 0.28")] = 0.2
     beta: Annotated[float, Field(ge=0, description="of the KL divergence from the reference")] = 0.0
     reference: Literal["updated", "kept"] = Field(
-        "updated", description="of later rounds: the policy that was sampled, or the first round's"
+        "updated", description="of later rounds: the policy that it starts from, or the first round's"
+    )
+    overlap: bool = Field(
+        False,
+        description="of later rounds: sample and render while the round before trains, one policy behind",
     )
     floors: Floors = Floors()
     evaluate: EvaluateSft = EvaluateSft()

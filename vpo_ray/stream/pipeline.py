@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def generate(
     models: Models,
     stages: Sequence[str] | None = None,
     retry_errors: bool = False,
+    stop: threading.Event | None = None,
 ) -> Counts:
     """Run consecutive stages as one stream until every row has passed the last of them.
 
@@ -79,6 +81,7 @@ def generate(
 
     Args:
         stages: names; those from queries to feedback when unset.
+        stop: ends the call with a StoppedError when the next row comes out.
 
     Returns:
         Counts by stage of what this call did, and the seconds that its replicas took to warm up.
@@ -94,7 +97,7 @@ def generate(
     for stage in whole.stages:
         whole.table(stage).clear_merged()
     spilled = spilled_so_far()
-    call = _Call(whole.stages)
+    call = _Call(whole.stages, stop)
     if recipe.render.strategy == "adaptive" and "render" in whole.stages:
         # What is rendered depends on all texts of a query, and then on the scores of its videos.
         at = whole.stages.index("render")
@@ -130,7 +133,8 @@ class _Call:
     """One call of `generate`: its counts, and the stages whose inputs were compared with those that their
     rows were made with."""
 
-    def __init__(self, stages: Sequence[str]) -> None:
+    def __init__(self, stages: Sequence[str], stop: threading.Event | None) -> None:
+        self._stop = stop
         self.counts: Counts = {
             stage: {"done": 0, "errors": 0, "passed": 0, "warm_up_s": 0} for stage in stages
         }
@@ -175,7 +179,7 @@ class _Call:
         require(shapes, patience)
         try:
             with watched(shapes, patience):
-                _drain(stream, this)
+                _drain(stream, this, self._stop)
         except StoppedError as error:
             if error.node is None:
                 raise
@@ -224,7 +228,7 @@ def _title(this: Pass) -> str:
     return f"{name}, shard {this.run.shard}" if this.run.shard else name
 
 
-def _drain(stream: _Stream, this: Pass) -> None:
+def _drain(stream: _Stream, this: Pass, ended: threading.Event | None) -> None:
     """Run the stream to its end; the driver sees ids and errors only."""
     limits = this.recipe.limits
     finished = errors = 0
@@ -235,6 +239,8 @@ def _drain(stream: _Stream, this: Pass) -> None:
             errors += batch.num_rows - batch["error"].null_count
             if (stop := first_stop(batch)) is not None:
                 raise StoppedError(stop["reason"], stop["node"])
+            if ended is not None and ended.is_set():
+                raise StoppedError("the work beside it has ended", None)
             if finished >= limits.min_rows and errors > limits.max_error_share * finished:
                 reasons = batch["error"].drop_null().unique().to_pylist()[:3]
                 raise GenerationError(

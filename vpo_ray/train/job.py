@@ -77,7 +77,7 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     rows = sorted(rows, key=lambda row: [str(row.get(name)) for name in identity_columns])
     deepspeed_config(settings, settings.workers)
     check_trackers(settings.track)
-    for name in filter(None, (spec.model, spec.reference)):
+    for name in filter(None, (spec.model, spec.reference, spec.sampler)):
         refuse_adapter(name)
     id = job_id(spec, rows)
     done = marker(spec.out)
@@ -108,6 +108,7 @@ def job_id(spec: PhaseSpec, rows: list[Row]) -> str:
         result_keys(spec.settings.model_dump(mode="json", exclude_defaults=True)),
         identity(spec.model, spec.revision),
         *([identity(spec.reference, spec.revision)] if spec.reference else []),
+        *([["sampler", identity(spec.sampler, spec.revision)]] if spec.sampler else []),
         spec.task_prompt,
         spec.seed,
         [[row.get(name) for name in (key, "query", *columns)] for row in rows],

@@ -27,6 +27,7 @@ class PhaseSpec:
     phase: `sft`, `dpo` or `rl`. settings: the recipe's section of the phase.
     model: folder, URI or hub id of the policy to start from.
     reference: the policy that DPO's and RL's is compared with; `model` when None.
+    sampler: the policy that RL's candidates come from; `model` when None.
     task_prompt: text with a `{query}` slot, folded into the checkpoint's chat template.
     chat_template_kwargs: arguments of the chat template, which are saved with the checkpoint too.
     out: where the trained policy goes, a folder or URI that all workers reach.
@@ -48,6 +49,7 @@ class PhaseSpec:
     trust_remote_code: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
     reference: str | None = None
+    sampler: str | None = None
     run_name: str = "vpo_ray"
     placement_timeout_s: float = Limits().placement_timeout_s
 

@@ -249,9 +249,9 @@ class Worker(RankState):
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     @torch.no_grad()
-    def compute_reference(self, name: str) -> None:
-        """Compute what the phase needs of this engine's model as its reference, see RankState, in float32. It
-        is stored in the run under `name` (see reference_name) and computed only once."""
+    def compute_reference(self, name: str) -> np.ndarray:
+        """Log-probabilities of all rows under this engine's model, as RankState has a reference's,
+        in float32, stored in the run under `name` (see reference_name) and computed only once."""
         job = self.job
         self.say("computing the reference's log-probabilities")
         self.engine.eval()
@@ -275,7 +275,7 @@ class Worker(RankState):
             raise Stopped(f"the reference gives no finite log-probability for rows {', '.join(ids)}")
         if self.rank == 0:
             _references(job).write(name, found.tobytes())
-        self.reference = found if whole else found.reshape(-1, 2)
+        return found if whole else found.reshape(-1, 2)
 
     def _finish(self, untrained: Tensor) -> None:
         """Export what was trained; `untrained` are the checksums of the weights before the first step.
@@ -351,9 +351,13 @@ def _work(job: Job, status: Any) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     zero.prepare_process(job.settings.use_gpu)
     device = ray.train.torch.get_device()
-    models = list(dict.fromkeys([job.reference or job.model, job.model]))
+    # Whose log-probabilities the phase needs: the reference's, and those of what sampled RL's candidates.
+    needed = {} if job.phase == "sft" else {"reference": job.reference or job.model}
+    if job.phase == "rl":
+        needed["sampled"] = job.sampler or job.model
+    models = set(needed.values()) | {job.model}
     if context.get_local_rank() == 0:
-        for model in models:
+        for model in sorted(models):
             fetch(model)
     dist.barrier()
 
@@ -367,16 +371,16 @@ def _work(job: Job, status: Any) -> None:
         engine = zero.start_engine(PackedPolicy(loaded, autocast), job.settings, settings)
         return Worker(job, engine, rank, workers, device, status=status)
 
-    reference = None
-    compared = job.phase != "sft"
-    if compared:
-        name = reference_name(job, _weights_id(fetch(models[0]), job.revision, rank), products)
-        reference = stored_reference(job, name, rank)
-        if reference is None and len(models) == 2:
+    names = {
+        model: reference_name(job, _weights_id(fetch(model), job.revision, rank), products)
+        for model in sorted(set(needed.values()))
+    }
+    found = {model: stored_reference(job, name, rank) for model, name in names.items()}
+    for model, name in names.items():
+        if found[model] is None and model != job.model:
             # One by one, so that there are never two models in memory.
-            other = start(models[0])
-            other.compute_reference(name)
-            reference = other.reference
+            other = start(model)
+            found[model] = other.compute_reference(name)
             zero.release(other.engine)
             del other
     worker = start(job.model)
@@ -390,11 +394,11 @@ def _work(job: Job, status: Any) -> None:
         device,
         PACKING_TOLERANCE[products],
     )
-    worker.reference = reference
-    if compared and reference is None:
-        worker.compute_reference(name)
-    if job.phase == "rl":
-        worker.sampled = worker.reference if len(models) == 1 else _sampled(worker, rank, products)
+    if job.model in names and found[job.model] is None:
+        found[job.model] = worker.compute_reference(names[job.model])
+    worker.reference, worker.sampled = (
+        found[needed[use]] if use in needed else None for use in ("reference", "sampled")
+    )
     worker.run()
 
 
@@ -413,18 +417,6 @@ def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:
         return None
     values = np.frombuffer(_references(job).read(name), dtype=np.float32).copy()
     return values if job.phase == "rl" else values.reshape(-1, 2)
-
-
-def _sampled(worker: Worker, rank: int, products: str) -> np.ndarray:
-    """Log-probabilities of all tokens under the policy that sampled them, which is the one to start from."""
-    job, reference = worker.job, worker.reference
-    name = reference_name(job, _weights_id(fetch(job.model), job.revision, rank), products)
-    found = stored_reference(job, name, rank)
-    if found is None:
-        worker.compute_reference(name)
-        found, worker.reference = worker.reference, reference
-    assert found is not None
-    return found
 
 
 def _references(job: Job) -> Folder:
