@@ -56,6 +56,16 @@ def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str
     assert run_summary(run).count("serve    ") == 1
 
 
+def test_the_example_begins_with_its_query_and_takes_few_lines_where_that_is_asked(run: RunDir) -> None:
+    run.write_json("example.json", {"query": "a cat", "sft": "wide shot " * 40, "dpo": "close up " * 40})
+    text = run_summary(run)
+    assert text.index("query    a cat") < text.index("sft      wide") < text.index("dpo      close")
+    short = run_summary(run, most=1).splitlines()
+    [line] = [line for line in short if "wide shot" in line]
+    assert line.endswith(" …")
+    assert len(line) <= WIDTH
+
+
 def test_control_characters_never_reach_the_terminal(run: RunDir) -> None:
     run.write_json("example.json", {"query": HOSTILE, "sft": HOSTILE, "dpo": HOSTILE})
     text = run_summary(run)

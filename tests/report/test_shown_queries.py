@@ -50,6 +50,15 @@ def test_the_best_the_middle_and_the_worst_query_are_shown(evaluated):
     assert max(len(line) for line in text.splitlines()) <= 60
 
 
+def test_a_policy_that_leaves_the_query_as_it_is_takes_no_line() -> None:
+    rows = [{"policy": name, "prompt": text} for name, text in (("query", "a cat"), ("dpo", "a large cat"))]
+    example = ShownQuery("gained most", "truth", "a cat", [(row, k / 2) for k, row in enumerate(rows)])
+    assert examples_text([example], 80).splitlines() == [
+        "gained most, by truth: a cat (query 0.00)",
+        "  dpo      0.50  a large cat",
+    ]
+
+
 def test_of_two_queries_or_one_policy_there_are_no_examples(evaluated):
     _, rows = evaluated
     two = [row for row in rows if row["query"] in ("gains", "loses")]

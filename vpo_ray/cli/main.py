@@ -260,7 +260,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
     run = api.run(_load(arguments), rounds=arguments.rounds, **options)
-    sys.stdout.write(run_summary(run.dir))
+    sys.stdout.write(run_summary(run.dir, None if sys.stdout.isatty() else 1))
     return 0
 
 

@@ -11,8 +11,9 @@ from vpo_ray.storage.run_dir import RunDir
 WIDTH = 96
 
 
-def run_summary(run: RunDir) -> str:
-    """The end of a run as text. Text of users and models is shown without control characters."""
+def run_summary(run: RunDir, most: int | None = None) -> str:
+    """The end of a run as text. Text of users and models is shown without control characters, each in at most
+    `most` lines."""
     ledger = run.read_json("ledger.json")
     lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
     lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
@@ -24,7 +25,8 @@ def run_summary(run: RunDir) -> str:
         lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
     if run.exists("example.json"):
         example = run.read_json("example.json")
-        lines += ["", *(line for name, text in example.items() for line in _shown(name, text))]
+        order = [name for name in ("query", "sft", "dpo", "rl") if name in example]
+        lines += ["", *(line for name in order for line in _shown(name, example[name], most))]
     lines += ["", f"report   {run.at('report/index.html')}", f"ledger   {run.at('ledger.json')}"]
     for phase in ("rl", "dpo", "sft"):
         if run.exists(f"checkpoints/{phase}/vpo.json"):
@@ -36,7 +38,7 @@ def run_summary(run: RunDir) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(name: str, text: str) -> list[str]:
+def _shown(name: str, text: str, most: int | None) -> list[str]:
     printable = "".join(c if c.isprintable() else " " for c in text)
-    wrapped = textwrap.wrap(printable, WIDTH - 9) or [""]
+    wrapped = textwrap.wrap(printable, WIDTH - 9, max_lines=most, placeholder=" …") or [""]
     return [f"{name if i == 0 else '':<8} {line}" for i, line in enumerate(wrapped)]

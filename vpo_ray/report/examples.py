@@ -40,7 +40,7 @@ class ShownQuery:
 def pick_examples(results: Mapping[str, Any], samples: Iterable[Row]) -> list[ShownQuery]:
     """The query that gained most from the first policy to the last one, one in the middle, and the one that
     lost most or gained least: of the first set and video model. None where nothing is compared."""
-    policies = list(results["policies"])
+    policies = list(results.get("order") or results["policies"])
     if len(policies) < 2 or not results["sets"] or not results["video_models"]:
         return []
     of_set, video_model = (next(iter(results[name])) for name in ("sets", "video_models"))
@@ -100,11 +100,20 @@ def examples_picture(examples: Sequence[ShownQuery], folder: Folder) -> bytes | 
 
 
 def _lines(example: ShownQuery, width: int, most: int | None) -> Iterator[str]:
-    yield f"{example.title}, by {example.metric}: {_one_line(example.query)}"
+    def figure(row: Row, value: float) -> str:
+        return row["verdict"] or "none" if example.metric == ALIGNED else f"{value:.2f}"
+
+    # Who leaves the query as it is needs no line of its own.
+    bare = [
+        f"{row['policy']} {figure(row, v)}" for row, v in example.samples if row["prompt"] == example.query
+    ]
+    given = f" ({', '.join(bare)})" if bare else ""
+    yield f"{example.title}, by {example.metric}: {_one_line(example.query)}{given}"
     name = max(len(row["policy"]) for row, _ in example.samples)
     for row, value in example.samples:
-        figure = row["verdict"] or "none" if example.metric == ALIGNED else f"{value:.2f}"
-        head = f"  {row['policy']:<{name}} {figure:>7}  "
+        if row["prompt"] == example.query:
+            continue
+        head = f"  {row['policy']:<{name}} {figure(row, value):>7}  "
         text = _one_line(row["prompt"] or row["error"] or row["skipped"] or "")
         yield from textwrap.wrap(
             text,
