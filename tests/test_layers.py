@@ -21,7 +21,7 @@ LAYERS = (
     {"stages"},
     {"engines"},
     {"storage"},
-    {"recipe", "records", "prompts", "flags", "keywords", "versions", "lifetime", "terminal"},
+    {"recipe", "records", "prompts", "flags", "keywords", "metrics", "versions", "lifetime", "terminal"},
     {"files"},
 )
 RANK = {name: len(LAYERS) - number for number, layer in enumerate(LAYERS) for name in layer}

@@ -13,6 +13,8 @@ import pytest
 import ray
 import yaml
 
+from vpo_ray.metrics import SERVING, STAGES
+
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "cluster/grafana"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboard.json").read_text())
@@ -28,18 +30,11 @@ COMMON = {"SessionName", "instance", "le"}
 
 def ours() -> dict[str, tuple[str, set[str]]]:
     """Our metrics as Ray exports them: kind and tags by name."""
-    found = {}
-    for path in (ROOT / "vpo_ray").rglob("*.py"):
-        text = path.read_text()
-        for kind, name, rest in re.findall(
-            r'\b(Counter|Gauge|Histogram)\(\s*"(vpo_\w+)"(.*?)\)\n', text, re.S
-        ):
-            tags = set(re.findall(r'"(\w+)"', rest.partition("tag_keys=")[2]))
-            if "tag_keys=by_caller" in rest:
-                tags = set(re.findall(r'"(\w+)"', re.search(r"by_caller = \((.*?)\)", text)[1]))  # type: ignore[index]
-            ending = {"Counter": "_total", "Gauge": "", "Histogram": "_bucket"}[kind]
-            found[f"ray_{name}{ending}"] = (kind, tags)
-    return found
+    endings = {"Counter": "_total", "Gauge": "", "Histogram": "_bucket"}
+    return {
+        f"ray_{metric.name}{endings[metric.kind]}": (metric.kind, set(metric.tags))
+        for metric in (*STAGES.values(), *SERVING.values())
+    }
 
 
 @cache

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-HELP = "print the JSON schema of a recipe, or a reference of keys, commands and tables"
+HELP = "print the JSON schema of a recipe, or a reference of keys, commands, tables and routes"
 _HEAD = """\
 # Reference
 
@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def reference(schema: Mapping[str, Any], vpo: argparse.ArgumentParser) -> str:
-    """The page: every section with its keys, their types, defaults, units and meanings; commands; tables."""
+    """The page: every section with its keys, their types, defaults, units and meanings; commands; tables;
+    routes; metrics."""
+    from vpo_ray.cli.reference_serving import metric_pages, route_pages
     from vpo_ray.cli.reference_tables import command_pages, table_pages
     from vpo_ray.recipe.json_schema import recipe_sections, section_paths
 
@@ -66,7 +68,8 @@ def reference(schema: Mapping[str, Any], vpo: argparse.ArgumentParser) -> str:
         "\n".join(_section(name, section.__doc__ or "", paths.get(name, []), tables[name])) + "\n"
         for name, section in recipe_sections().items()
     ]
-    return "\n".join([*parts, *command_pages(vpo), *table_pages()]).rstrip("\n") + "\n"
+    pages = [*command_pages(vpo), *table_pages(), *route_pages(_section), *metric_pages()]
+    return "\n".join([*parts, *pages]).rstrip("\n") + "\n"
 
 
 def _section(name: str, text: str, paths: list[str], table: Mapping[str, Any]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from vpo_ray.files.folder import join
-from vpo_ray.loop.beside import beside
+from vpo_ray.loop.alongside import alongside
 from vpo_ray.loop.curation import take_curated
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.phases import Report, generate_feedback, run_loop, starting_policy
@@ -119,7 +119,7 @@ class _Rounds:
         if run.exists(f"checkpoints/{self.recipe.learns}/vpo.json"):
             yield
             return
-        with self._opened(number + 1, run, start) as following, beside(partial(self._generate, following)):
+        with self._opened(number + 1, run, start) as following, alongside(partial(self._generate, following)):
             yield
 
     def _generate(self, run: RunDir, stop: threading.Event) -> None:

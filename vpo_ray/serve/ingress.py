@@ -165,6 +165,8 @@ class Ingress:
 
     @http.get("/v1/models")
     async def models(self, request: Request) -> Response:
+        """The model that answers, as OpenAI's list of models."""
+
         async def answer(key: Key, take: Take) -> Response:
             return JSONResponse({"object": "list", "data": [self._card()]})
 
@@ -172,6 +174,8 @@ class Ingress:
 
     @http.get("/v1/models/{model:path}")
     async def model(self, request: Request, model: str) -> Response:
+        """The same, by its name; 404 for another's."""
+
         async def answer(key: Key, take: Take) -> Response:
             if model != self.settings.model_name:
                 message = f"the model {model[:100]!r} does not exist"
@@ -182,6 +186,8 @@ class Ingress:
 
     @http.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat(self, request: Request) -> Response:
+        """OpenAI's chat completion: the last user message is the query, and the answer its prompt."""
+
         async def answer(key: Key, take: Take) -> Response:
             body = await read_body(request, max_body_bytes(self.settings))
             query, fields = parse_request(body, self.settings)
@@ -199,6 +205,8 @@ class Ingress:
         response_model=Optimization | OptimizationList | Refinement,
     )
     async def optimize(self, request: Request) -> Response:
+        """The prompt of a query or of several, with what was decided on the way; events where it streams."""
+
         async def answer(key: Key, take: Take) -> Response:
             limit = max_body_bytes(self.settings, self.settings.max_queries)
             asked = parse_optimize(await read_body(request, limit), self.settings)
@@ -247,6 +255,8 @@ class Ingress:
         "/v1/videos", status_code=202, openapi_extra=_documented(VideoRequest), response_model=VideoJob
     )
     async def make_video(self, request: Request) -> Response:
+        """Render a query's prompt, or a prompt as it is: a job to ask for."""
+
         async def answer(key: Key, take: Take) -> Response:
             jobs, _ = self._videos()
             body = await read_body(request, max_body_bytes(self.settings))
@@ -263,6 +273,8 @@ class Ingress:
 
     @http.get("/v1/videos/{job_id}", response_model=VideoJob)
     async def video(self, request: Request, job_id: str) -> Response:
+        """The state of a job, and its video when there is one."""
+
         async def answer(key: Key, take: Take) -> Response:
             return _json((await self._job(job_id, key)).shown())
 

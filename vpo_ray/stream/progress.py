@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vpo_ray.metrics import STAGES
 from vpo_ray.records import Row
 from vpo_ray.stream import ray_compat
 from vpo_ray.stream.spending import Book, Charges
@@ -132,22 +133,15 @@ def spilled_so_far() -> int:
 
 
 class StageMetrics:
-    """A stage's Prometheus metrics, exported by Ray on every node."""
+    """A stage's Prometheus metrics."""
 
     def __init__(self, stage: str) -> None:
-        from ray.util.metrics import Counter, Gauge
+        from ray.util import metrics
 
         self.stage = stage
-        self._rows = Counter("vpo_rows", "Rows that left a stage", tag_keys=("stage", "outcome"))
-        self._seconds = Counter(
-            "vpo_replica_seconds", "Busy seconds of a stage's replicas", tag_keys=("stage",)
-        )
-        self._warm_up = Counter(
-            "vpo_warm_up_seconds", "Seconds in which replicas loaded and compiled", tag_keys=("stage",)
-        )
-        self._tokens = Counter("vpo_tokens", "Tokens of the LLMs", tag_keys=("stage", "kind"))
-        self._cost = Counter("vpo_cost", "Paid to endpoints, in their prices' currency", tag_keys=("stage",))
-        self._score = Gauge("vpo_score", "The last score of a replica")
+        made = {name: metric.make(metrics) for name, metric in STAGES.items()}
+        self._rows, self._seconds, self._warm_up = made["rows"], made["seconds"], made["warm_up"]
+        self._tokens, self._cost, self._score = made["tokens"], made["cost"], made["score"]
 
     def warmed(self, seconds: float) -> None:
         self._warm_up.inc(seconds, {"stage": self.stage})

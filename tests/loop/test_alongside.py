@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from vpo_ray.loop import beside as module
-from vpo_ray.loop.beside import beside
+from vpo_ray.loop import alongside as module
+from vpo_ray.loop.alongside import alongside
 
 
 def test_both_have_ended_behind_it() -> None:
@@ -16,7 +16,7 @@ def test_both_have_ended_behind_it() -> None:
         time.sleep(0.3)
         done.append("beside")
 
-    with beside(slow):
+    with alongside(slow):
         done.append("within")
     assert done == ["within", "beside"]
 
@@ -27,7 +27,7 @@ def test_what_fails_beside_is_raised_behind_what_is_within() -> None:
     def fails(stop: threading.Event) -> None:
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="the disk is full"), beside(fails):
+    with pytest.raises(OSError, match="the disk is full"), alongside(fails):
         threading.Timer(0, done.append, ["within"]).run()
     assert done == ["within"]
 
@@ -35,7 +35,7 @@ def test_what_fails_beside_is_raised_behind_what_is_within() -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_what_fails_within_stops_the_work_beside(error: type[BaseException]) -> None:
     stopped: list[bool] = []
-    with pytest.raises(error, match="within"), beside(lambda stop: stopped.append(stop.wait(10))):
+    with pytest.raises(error, match="within"), alongside(lambda stop: stopped.append(stop.wait(10))):
         raise error("within")
     assert stopped == [True]
 
@@ -43,7 +43,7 @@ def test_what_fails_within_stops_the_work_beside(error: type[BaseException]) -> 
 def test_work_that_does_not_stop_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_S", 0.1)
     began, over = time.monotonic(), threading.Event()
-    with pytest.raises(ValueError, match="within"), beside(lambda stop: over.wait(30)):
+    with pytest.raises(ValueError, match="within"), alongside(lambda stop: over.wait(30)):
         raise ValueError("within")
     assert time.monotonic() - began < 10
     over.set()

@@ -11,7 +11,7 @@ PATIENCE_S = 20.0
 
 
 @contextmanager
-def beside(work: Callable[[threading.Event], object]) -> Iterator[None]:
+def alongside(work: Callable[[threading.Event], object]) -> Iterator[None]:
     """Do `work` while the work within goes on; behind it, both have ended.
 
     Args:
@@ -29,7 +29,7 @@ def beside(work: Callable[[threading.Event], object]) -> Iterator[None]:
             failures.append(error)
 
     # A daemon: what does not stop in time must not keep the process.
-    thread = threading.Thread(target=run, name="beside", daemon=True)
+    thread = threading.Thread(target=run, name="alongside", daemon=True)
     thread.start()
     try:
         yield
