@@ -255,7 +255,7 @@ def _run(uri: str) -> RunDir:
         return found[0]
     if found:
         raise StorageError(f"{uri} holds {len(found)} runs, name one: {', '.join(run.uri for run in found)}")
-    raise StorageError(f"{uri} is no run directory: it has no versions.json")
+    raise StorageError(f"{uri} is no run directory: it has no versions.json. Give the recipe's `out`")
 
 
 def _runs(uri: str) -> list[RunDir]:

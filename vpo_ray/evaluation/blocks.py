@@ -105,7 +105,9 @@ def blocks(samples: Sequence[Row], policies: Sequence[str], better: Mapping[str,
         FiguresError: no samples, two of one place, or policies that answered different queries.
     """
     if not samples:
-        raise FiguresError("there are no samples to compute figures from")
+        raise FiguresError(
+            "there are no samples to compute figures from: every set of the evaluation is empty"
+        )
     groups: dict[tuple[str, str], dict[str, dict[tuple[str, int], Row]]] = {}
     for row in samples:
         group = groups.setdefault((row["set"], row["video_model"]), {name: {} for name in policies})

@@ -126,7 +126,10 @@ def worse(results: Results, earlier: Results, by: float) -> list[str]:
                 f"{earlier.get('date')}: worse by more than {by:g}"
             )
     if not compared:
-        raise LimitError("the two evaluations have no set, policy and metric in common")
+        raise LimitError(
+            "the two evaluations have no set, policy and metric in common: compare those of one `evaluate` "
+            "section"
+        )
     return reasons
 
 

@@ -203,7 +203,7 @@ def _row(query: str, unsafe: bool | None = None, category: str | None = None, **
 
 def _eval_split(run: RunDir | None) -> Iterator[Row]:
     if run is None:
-        raise SetError("an eval split needs a run, there is none")
+        raise SetError("an eval split needs a run, there is none: give the set a `path`")
     rows = run.table("queries").rows(["query", "image", "unsafe"], pc.field("split") == "eval")
     yield from _some(
         [

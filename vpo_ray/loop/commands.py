@@ -26,7 +26,9 @@ def _generate(recipe: Recipe, run: RunDir, retry_errors: bool) -> dict[str, Any]
 
 def _grouped(recipe: Recipe, run: RunDir) -> int:
     if recipe.rl is None:
-        raise LoopError("the recipe has no rl section, whose groups they would be")
+        raise LoopError(
+            "the recipe has no rl section, whose groups they would be: `vpo pair` makes pairs for dpo"
+        )
     return make_groups(recipe, run)
 
 

@@ -61,7 +61,7 @@ def evolve_prompts(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> i
         PlacementError, GenerationError: see `pipeline.generate`.
     """
     if recipe.evolve is None:
-        raise LoopError("the recipe has no evolve section")
+        raise LoopError("the recipe has no evolve section: add one (docs/evolution.md)")
     evolving = Evolving(recipe, run)
     if not evolving.queries:
         raise LoopError("no query is in the sft split, whose prompts evolve: give queries.splits.sft a share")

@@ -62,7 +62,7 @@ def draft_sft(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[s
     from vpo_ray.stream.pipeline import Models, generate
 
     if recipe.draft is None:
-        raise LoopError("the recipe has no draft section")
+        raise LoopError("the recipe has no draft section: add one, or name SFT data in sft.data")
     counts = generate(recipe, run, Models("", ""), ("draft",), retry_errors)
     if not write_chat(run, draft_rows(run)):
         entry = build_ledger(run, recipe)["stages"]["draft"]
@@ -105,7 +105,7 @@ def train_dpo(recipe: Recipe, run: RunDir, start: Start) -> str:
 def train_rl(recipe: Recipe, run: RunDir, start: Start) -> str:
     """The folder of the policy after RL on the run's groups. Raises LoopError without an `rl` section."""
     if recipe.rl is None:
-        raise LoopError("the recipe has no rl section")
+        raise LoopError("the recipe has no rl section: add one (docs/training.md), or run `vpo dpo`")
     rows = sorted(run.table("groups").rows(), key=lambda row: row["group_id"])
     return _train(recipe, run, "rl", start, rows, learnt_id(recipe, run, start))
 

@@ -188,7 +188,9 @@ def _source(place: Folder) -> _Source:
     except OSError as error:
         raise StorageError(f"cannot read {place.uri}: {error}") from error
     if not infos:
-        raise StorageError(f"{place.uri} holds no file")
+        raise StorageError(
+            f"{place.uri} holds no file: is the path of the model right, and may it be listed?"
+        )
     files = tuple(
         _File(info.path[len(folder) + 1 :], info.size or 0, info.mtime_ns or 0, found)
         for info, found in zip(infos, versions, strict=True)

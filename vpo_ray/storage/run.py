@@ -38,7 +38,9 @@ class Run:
     def __init__(self, uri: str | Path) -> None:
         self.dir = RunDir(uri)
         if not self.dir.exists("versions.json"):
-            raise StorageError(f"{self.dir.uri} is no run directory: it has no versions.json")
+            raise StorageError(
+                f"{self.dir.uri} is no run directory: it has no versions.json. Give the recipe's `out`"
+            )
 
     def __repr__(self) -> str:
         return f"Run({self.uri!r})"

@@ -79,7 +79,7 @@ def load_checklist(settings: recipe.Checklist | None) -> LoadedChecklist:
             of a dimension named alignment without the `[[prompt]]` slot.
     """
     if settings is None:
-        raise ChecklistError("the reward has no checklist")
+        raise ChecklistError("the reward has no checklist: name one in reward.checklist")
     questions = _from_yaml(settings.file) if settings.file else _from_published(settings)
     where = settings.file or settings.questions
     if not questions:
