@@ -65,10 +65,12 @@ $(READY): requirements/cpu.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# What is made from the recipe's keys: the page of them, and what editors read.
+# What is made from the code: the page of keys, commands, tables, routes and metrics, and what editors read; and
+# the plot of the tables in docs/learning.md.
 reference: $(READY)
 	$(BIN)/vpo schema --markdown > docs/reference.md
 	$(BIN)/vpo schema > vpo_ray/data/recipes/recipe.schema.json
+	$(BIN)/python docs/plots.py > docs/learning.svg
 
 # The pages of docs/ as a site with a search, in site/. A warning is an error.
 docs: $(READY)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -42,6 +43,15 @@ def test_the_readmes_recipe_is_one() -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     recipe = parse(yaml.safe_load(text), "README.md")
     assert recipe.render.frames > 9, "the preset's"
+
+
+def test_the_plot_is_that_of_the_tables() -> None:
+    """`make reference` draws it anew."""
+    done = subprocess.run([sys.executable, "docs/plots.py"], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.stdout.decode() == (ROOT / "docs/learning.svg").read_text("utf-8")
+    drawn = ElementTree.fromstring(done.stdout)
+    names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert names.count("SFT") == names.count("DPO") == names.count("the query itself") == 2
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
