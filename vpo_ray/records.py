@@ -76,6 +76,10 @@ _REVIEW = [
     pa.field("refined_added", pa.list_(pa.string())),
 ]
 
+# What is asked of a prompt beyond the query: the profile's name, and its conditions as JSON; see
+# `prompts.conditions`. Null where nothing is.
+_PROFILE = [pa.field("profile", pa.string()), pa.field("conditions", pa.string())]
+
 # One row per candidate. Every stage table has this schema; the columns of later stages are null.
 FEEDBACK = pa.schema(
     [
@@ -88,7 +92,9 @@ FEEDBACK = pa.schema(
         pa.field("k", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("policy", pa.string()),
+        *_PROFILE,
         pa.field("prompt", pa.string()),
+        pa.field("unmet", pa.list_(pa.string())),  # conditions that the prompt does not meet
         pa.field("finish_reason", pa.string()),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("completion_tokens", pa.int32()),
@@ -125,6 +131,7 @@ DRAFT = pa.schema(
         pa.field("unsafe", pa.bool_()),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("model", pa.string()),
+        *_PROFILE,
         pa.field("examples", pa.list_(pa.string())),  # query ids of the examples shown
         pa.field("prompt", pa.string()),
         *_REVIEW,
@@ -252,6 +259,7 @@ PAIR = pa.schema(
         pa.field("margin", pa.float64()),
         pa.field("chosen_id", pa.string(), nullable=False),
         pa.field("rejected_id", pa.string(), nullable=False),
+        *_PROFILE,
     ]
 )
 
@@ -267,6 +275,7 @@ GROUP = pa.schema(
         pa.field("prompts", pa.list_(pa.string()), nullable=False),
         pa.field("rewards", pa.list_(pa.float64()), nullable=False),
         pa.field("advantages", pa.list_(pa.float64()), nullable=False),
+        *_PROFILE,
     ]
 )
 
@@ -276,6 +285,7 @@ SFT = pa.schema(
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
+        *_PROFILE,
     ]
 )
 

@@ -200,6 +200,7 @@ def _sampled(
         update={
             "out": run.at(f"evaluation/policy-{name}"),
             "sample": recipe.sample.model_copy(update={"k": 1}),
+            "profiles": {},
             "evaluate": None if rival.start is not None else asked,
         }
     )

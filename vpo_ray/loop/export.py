@@ -15,6 +15,7 @@ from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer
 from vpo_ray.files.folder import Folder
 from vpo_ray.files.record_files import json_line
 from vpo_ray.files.text_files import decode, lines
+from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.prompts.policy_prompt import SLOT, control_tokens, neutralise, read_prompt
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.records import Row
@@ -140,7 +141,7 @@ def sft_lines(rows: Iterable[Row], task_prompt: str, format: str, tokens: tuple[
         tokens: control tokens to break up in every text.
     """
     line, _ = FORMATS[format]
-    return [line(_user(row["query"], task_prompt, tokens), _assistant(row["prompt"], tokens)) for row in rows]
+    return [line(_user(row, task_prompt, tokens), _assistant(row["prompt"], tokens)) for row in rows]
 
 
 def preference_lines(
@@ -150,7 +151,7 @@ def preference_lines(
     _, line = FORMATS[format]
     return [
         line(
-            _user(row["query"], task_prompt, tokens),
+            _user(row, task_prompt, tokens),
             _assistant(row["chosen"], tokens),
             _assistant(row["rejected"], tokens),
         )
@@ -158,8 +159,8 @@ def preference_lines(
     ]
 
 
-def _user(query: str, task_prompt: str, tokens: tuple[str, ...]) -> Message:
-    return {"role": "user", "content": task_prompt.replace(SLOT, neutralise(query, tokens))}
+def _user(row: Row, task_prompt: str, tokens: tuple[str, ...]) -> Message:
+    return {"role": "user", "content": task_prompt.replace(SLOT, neutralise(asked_of(row), tokens))}
 
 
 def _assistant(text: str, tokens: tuple[str, ...]) -> Message:

@@ -15,7 +15,7 @@ from vpo_ray.storage.run_dir import GROUPED, RunDir
 
 _COLUMNS = (
     "candidate_id", "query_id", "query", "image", "k", "prompt", "verdict", "answers", "dimensions", "score",
-    "more_rewards", "error", "error_stage",
+    "more_rewards", "error", "error_stage", "profile", "conditions",
 )  # fmt: skip
 
 

@@ -139,6 +139,7 @@ def _train(recipe: Recipe, run: RunDir, phase: Phase, start: Start, rows: list[R
         reference=start.reference,
         sampler=start.sampler if phase == "rl" else None,
         run_name=recipe.name,
+        profiles={name: profile.model_dump(mode="json") for name, profile in recipe.profiles.items()},
         placement_timeout_s=recipe.limits.placement_timeout_s,
     )
     return train(spec, rows).out

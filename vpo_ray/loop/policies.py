@@ -6,13 +6,16 @@ so that candidates have the same ids wherever the policy was trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vpo_ray.prompts.conditions import Conditions, asked_of
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import EVOLVED, Recipe
 from vpo_ray.records import Row, candidate_id, content_id
 from vpo_ray.stages.chains import Models, rows_of_stage
+from vpo_ray.stages.profiles import under
 from vpo_ray.stages.sample import identity_key
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_rows
@@ -57,11 +60,32 @@ def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
             raise LoopError(f"{run.at('evolutions')} has no SFT target: run `vpo evolve` first")
         return rows
     if recipe.sft.data is not None:
-        return list(sft_rows(recipe.sft.data))
+        return list(_with_profiles(recipe, sft_rows(recipe.sft.data, profile=recipe.sft.profile_column)))
     rows = list(draft_rows(run))
     if not rows:
         raise LoopError(f"{run.at('drafts')} holds nothing to train on: run `vpo draft` first")
     return rows
+
+
+def _with_profiles(recipe: Recipe, rows: Iterable[Row]) -> Iterator[Row]:
+    """SFT rows with the conditions of the profiles that they name.
+
+    Raises:
+        LoopError: there is no such profile, or a prompt does not meet it.
+    """
+    for number, row in enumerate(rows, start=1):
+        name = row.get("profile")
+        if name is not None:
+            if name not in recipe.profiles:
+                known = ", ".join(recipe.profiles)
+                raise LoopError(f"sft.data: row {number} names the profile {name!r}; there are {known}")
+            row = {**row, **under(name, row["query"], recipe.profiles, recipe.seed, row["prompt"])}
+            if unmet := Conditions.stored(row["conditions"]).unmet(row["prompt"]):
+                raise LoopError(
+                    f"sft.data: the prompt of row {number} does not meet its profile {name} "
+                    f"({'; '.join(unmet)}): correct it, or take the profile's name from the row"
+                )
+        yield row
 
 
 def policy_id(recipe: Recipe, run: RunDir) -> str:
@@ -77,6 +101,8 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
     if recipe.sft is not None:
         rows = training_rows(recipe, run)
         parts += [recipe.fingerprint("sft"), [[row["query"], row["prompt"]] for row in rows]]
+        if told := [[asked_of(row), row["prompt"]] for row in rows if row.get("conditions")]:
+            parts.append({"asked": told})
         learnt, _ = distinct(rows)
         if len({row["query_id"] for row in learnt}) < len(learnt):
             parts.append("every prompt of a query")  # earlier versions learnt one of them
@@ -85,10 +111,11 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
 
 def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
     """Raises LoopError where the run has candidates that this policy would not be asked for."""
-    row = next(rows_of_stage(run, "sample", ["candidate_id", "query_id", "k", "policy"]), None)
+    columns = ["candidate_id", "query_id", "k", "policy", "conditions"]
+    row = next(rows_of_stage(run, "sample", columns), None)
     if row is None or row["policy"] is None:
         return
-    key = identity_key(recipe.sample, recipe.seed)
+    key = identity_key(recipe.sample, recipe.seed, row["conditions"])
     if row["candidate_id"] != candidate_id(row["query_id"], row["k"], identity, key):
         raise LoopError(
             f"{run.at('candidates')} was sampled from another policy than this recipe's: its SFT data or "

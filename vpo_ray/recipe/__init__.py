@@ -25,6 +25,7 @@ from vpo_ray.recipe.evolution import Evolve, evolution_presets, with_fitness_of_
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_presets, preset_formula, reward_of
 from vpo_ray.recipe.plugins import pins, plugins_of
+from vpo_ray.recipe.profiles import Profile, check_profiles
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
 from vpo_ray.recipe.serve import Feedback, Refine, Serve
@@ -75,6 +76,7 @@ __all__ = [
     "Policy",
     "Pool",
     "Preference",
+    "Profile",
     "Queries",
     "Recipe",
     "RecipeError",
@@ -138,6 +140,7 @@ class Recipe(Section):
     policy: Policy
     draft: Draft | None = None
     evolve: Evolve | None = None
+    profiles: dict[str, Profile] = {}
     sft: Sft | None = None
     sample: Sample
     judge: Judge
@@ -298,6 +301,13 @@ class Recipe(Section):
                 "limits.max_cost has no effect: no endpoint that this recipe asks has a prompt_price or a "
                 "completion_price, and render.endpoint no video_price or second_price"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _asks_under_profiles(self) -> Recipe:
+        check_profiles(self.profiles)
+        if self.sft is not None and self.sft.profile_column is not None and not self.profiles:
+            raise ValueError("sft.profile_column has no effect without profiles")
         return self
 
     @property

@@ -28,7 +28,7 @@ OPERATIONAL_PATHS = frozenset({("render", "endpoint", "base_url"), ("evaluate",)
 # Mappings whose keys are no keys of ours: one that has such a name is not operational for that.
 FREE = frozenset({
     "request", "call_options", "scheduler_options", "cache_options", "dimensions", "chat_template_kwargs",
-    "options", "terms", "gates", "least", "fitness", "thresholds",
+    "options", "terms", "gates", "least", "fitness", "thresholds", "profiles",
 })  # fmt: skip
 
 # Arguments of vLLM's engine that say where and how fast it runs: memory, parallelism, scheduling, caches,

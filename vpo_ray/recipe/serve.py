@@ -13,6 +13,7 @@ from vpo_ray.recipe.endpoint import refuse_keys
 from vpo_ray.recipe.evaluation import limit_of
 from vpo_ray.recipe.evolution import Evolve
 from vpo_ray.recipe.formula import Formula
+from vpo_ray.recipe.profiles import CaptionFields
 from vpo_ray.recipe.text import Engine, Judge, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
@@ -231,6 +232,13 @@ class Serve(Section):
     max_n: Positive = 8
     max_messages: Positive = 64
     max_queries: Positive = Field(default=16, description="queries of one /v1/optimize request")
+    tell_wishes: bool | None = Field(
+        default=None,
+        description="tell the policy of a request's wishes; unset: where it learnt profiles in training",
+    )
+    caption_fields: CaptionFields | None = Field(
+        default=None, description="of a request's format: json; those of the profiles when unset"
+    )
     history: Literal["edits", "last", "refuse"] = Field(
         default="edits",
         description="earlier user messages: the later ones edit the first, only the last counts, or 400",

@@ -172,7 +172,16 @@ class Sft(Training):
         None,
         description="SFT data: rows as in queries.path, with `query` and `prompt`; or `evolved`: see evolve",
     )
+    profile_column: str | None = Field(
+        None, description="of sft.data, with the name of the profile that a row's prompt is an example of"
+    )
     evaluate: EvaluateSft = EvaluateSft()
+
+    @model_validator(mode="after")
+    def _reads_its_profiles(self) -> Sft:
+        if self.data in (None, EVOLVED):
+            refuse_unused(self, "profile_column", "without a file in sft.data")
+        return self
 
 
 class Dpo(Training):

@@ -21,6 +21,7 @@ from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.refine_schema import Refinements
 from vpo_ray.serve.refinements import RefinementJobs
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
+from vpo_ray.train.model_files import marker
 
 # Light replicas that mostly wait; the engine's queue is the limit.
 INGRESS_REQUESTS = 4096
@@ -54,6 +55,7 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
         StorageError: a URI that cannot be read.
         AdapterError: an adapter's settings cannot be used.
     """
+    settings = as_learnt(checkpoint, settings)
     place, control = _checked(checkpoint)
     main = build_llm_deployment(llm_config(place, settings), deployment_cls=PolicyServer)
     canary = None
@@ -63,6 +65,21 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
         canary = build_llm_deployment(config, name_prefix="Canary:", deployment_cls=PolicyServer)
         control = tuple(dict.fromkeys((*control, *more)))
     return ingress_app(main, canary, settings, control)
+
+
+def as_learnt(checkpoint: str, settings: Serve) -> Serve:
+    """The settings with what the recipe leaves to the checkpoint: whether its policy is told of wishes, and
+    the fields of captions in JSON. With a canary, both have to have learnt them.
+
+    Raises:
+        StorageError: a URI that cannot be read.
+    """
+    folders = [checkpoint, *([settings.canary.checkpoint] if settings.canary is not None else [])]
+    learnt = [(marker(folder) or {}).get("profiles") or {} for folder in folders]
+    tell = all(learnt) if settings.tell_wishes is None else settings.tell_wishes
+    captions = [profile["fields"] for profile in learnt[0].values() if profile["format"] == "json"]
+    fields = settings.caption_fields or next(iter(captions), None)
+    return settings.model_copy(update={"tell_wishes": tell, "caption_fields": fields})
 
 
 def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...]) -> Application:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from ray.serve.handle import DeploymentHandle
 
 from vpo_ray.flags import Flag, join_flags
+from vpo_ray.prompts.answers import response_format
+from vpo_ray.prompts.conditions import conditioned
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.answers import chunks_in, delta_texts, texts_of
 from vpo_ray.serve.errors import ApiError
@@ -99,10 +101,15 @@ class Optimiser:
             kept = {"fallback": False, "skipped": result.prompt is not None}
             return _finished(result.model_copy(update=kept), query, clock)
         asked = self._asked(fields, wishes.effort)
-        prompts, facts = await self._written(query, asked, request_id, clock)
+        told, schema = query, wishes.conditions.schema()
+        if self.settings.tell_wishes:
+            told = conditioned(query, wishes.conditions)
+        if schema is not None:
+            asked["response_format"] = response_format(schema)
+        prompts, facts = await self._written(told, asked, request_id, clock, wishes)
         if wishes.of_prompts and prompts and all(map(wishes.unmet, prompts)):
             again = {**asked, "seed": _next_seed(fields["seed"])}
-            more, spent = await self._written(query, again, request_id, clock)
+            more, spent = await self._written(told, again, request_id, clock, wishes)
             prompts = list(dict.fromkeys([*prompts, *more]))
             facts |= {"usage": _sum(facts.get("usage"), spent.get("usage"))}
         if prompts:
@@ -114,18 +121,19 @@ class Optimiser:
         return _finished(result.model_copy(update=facts), query, clock)
 
     async def _written(
-        self, query: str, asked: Mapping[str, Any], request_id: str, clock: _Clock
+        self, message: str, asked: Mapping[str, Any], request_id: str, clock: _Clock, wishes: Wishes
     ) -> tuple[list[str], dict[str, Any]]:
         """The policy's prompts, each once, and usage and fingerprint. No prompt where it fails and the recipe
         has a fallback."""
         reply: dict[str, Any] = {"choices": []}
         try:
             with clock.part("optimiser"):
-                reply = await self.policy.answer(query, asked, request_id)
+                reply = await self.policy.answer(message, asked, request_id)
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
-        return [text for text in dict.fromkeys(texts_of(reply)) if text], _facts(reply)
+        prompts = dict.fromkeys(wishes.conditions.shaped(text) for text in texts_of(reply))
+        return [text for text in prompts if text], _facts(reply)
 
     async def stream(
         self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()

@@ -9,31 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vpo_ray.flags import split_flags
-from vpo_ray.prompts.scripts import LANGUAGES
+from vpo_ray.prompts.conditions import CAPTION_FIELDS
 from vpo_ray.recipe import Serve
+from vpo_ray.recipe.profiles import LanguageCode
 from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.request import NO_IMAGES, RequestBody, Text, check_model, check_query, read_json
 from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
-
-def _language(code: str) -> str:
-    if code not in LANGUAGES:
-        raise ValueError(f"no language whose script is known here: give one of {' '.join(sorted(LANGUAGES))}")
-    return code
-
-
-_CODES: dict[str, Any] = {"enum": sorted(LANGUAGES)}
 Terms = Annotated[list[Annotated[Text, Field(min_length=1, max_length=200)]], Field(max_length=16)]
 
 
 class OptimizeRequest(RequestBody):
     """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`.
 
-    `keep`, `avoid`, `language`, `max_words`, `skip_if_words` and `effort` are wishes (`serve.wishes`). With
-    effort `videos` the answer is a job that looks for the best prompt with at most `budget` videos.
+    `keep`, `avoid`, `language`, `max_words`, `format`, `skip_if_words` and `effort` are wishes
+    (`serve.wishes`). With effort `videos` the answer is a job that looks for the best prompt with at most
+    `budget` videos.
     """
 
     model_config = ConfigDict(
@@ -49,8 +43,9 @@ class OptimizeRequest(RequestBody):
     stream: bool = False
     keep: Terms | None = None
     avoid: Terms | None = None
-    language: Annotated[str, AfterValidator(_language), Field(json_schema_extra=_CODES)] | None = None
+    language: LanguageCode | None = None
     max_words: Annotated[int, Field(ge=1)] | None = None
+    format: Literal["text", "json"] | None = None
     skip_if_words: Annotated[int, Field(ge=1)] | None = None
     effort: Effort | Literal["videos"] | None = None
     budget: Annotated[int, Field(ge=2)] | None = None
@@ -182,6 +177,7 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
         "medium" if request.effort is None or request.effort == "videos" else request.effort,
         tuple(request.avoid or ()),
         request.language,
+        tuple(settings.caption_fields or CAPTION_FIELDS) if request.format == "json" else (),
     )
     budget = _budget(request, settings)
     return Asked(texts, found, fields, request.queries is None, request.stream, wishes, budget)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -117,22 +118,29 @@ def table_of_stage(run: RunDir, stage: str) -> Table | None:
 
 
 def _to_candidates(recipe: Recipe, models: Models) -> Expand:
-    return partial(_candidates, settings=recipe.sample, policy=models.policy_id, seed=recipe.seed)
+    return partial(
+        _candidates,
+        settings=recipe.sample,
+        policy=models.policy_id,
+        seed=recipe.seed,
+        profiles=recipe.profiles,
+    )
 
 
-def _candidates(queries: list[Row], settings: Sample, policy: str, seed: int) -> list[Row]:
-    return [row for query in queries for row in candidates(query, settings, policy, seed)]
+def _candidates(queries: list[Row], settings: Sample, **more: Any) -> list[Row]:
+    return [row for query in queries for row in candidates(query, settings, **more)]
 
 
 def _to_drafts(recipe: Recipe, models: Models) -> Expand:
     assert recipe.draft is not None
     examples = list(sft_rows(recipe.draft.examples, "draft.examples"))
     key = draft_key(recipe.draft, recipe.judge, examples)
-    return partial(_drafts, key=key, model=draft_model(recipe)[1].model, seed=recipe.seed)
+    model = draft_model(recipe)[1].model
+    return partial(_drafts, key=key, model=model, seed=recipe.seed, profiles=recipe.profiles)
 
 
-def _drafts(queries: list[Row], key: str, model: str, seed: int) -> list[Row]:
-    return [draft_row(query, key, model, seed) for query in queries]
+def _drafts(queries: list[Row], **more: Any) -> list[Row]:
+    return [draft_row(query, **more) for query in queries]
 
 
 def _to_labels(recipe: Recipe, models: Models) -> Expand:

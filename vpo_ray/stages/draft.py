@@ -7,31 +7,38 @@ prompt is judged again. A row carries the whole trail; `target` is what the poli
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat
 from vpo_ray.files.input_files import InputError
+from vpo_ray.prompts.conditions import Conditions
 from vpo_ray.prompts.policy_prompt import read_prompt
-from vpo_ray.recipe import Draft, Judge, Recipe, engine_arguments
+from vpo_ray.recipe import Draft, Judge, Profile, Recipe, engine_arguments
 from vpo_ray.records import Row, content_id, seed_of
 from vpo_ray.stages.facts import Fact, content_fact, of_chat, of_judge_prompts, of_prompt
 from vpo_ray.stages.few_shot import FewShot
-from vpo_ray.stages.judge import Judgement, Judging, form_fault, parse_prompt
+from vpo_ray.stages.judge import Judgement, Judging, form_fault, parse_prompt, unmet_judgement
+from vpo_ray.stages.profiles import profiled
 from vpo_ray.stages.spec import Making, draft_model
 from vpo_ray.stages.tally import Tally, by_reason
 from vpo_ray.storage.sft_data import sft_rows
 
 
-def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
+def draft_row(
+    query: Row, key: str, model: str, seed: int, profiles: Mapping[str, Profile] | None = None
+) -> Row:
     """The DRAFT row of one Query row, before anything is written.
 
     Args:
         key: what the drafts are made with (see `draft_key`).
         seed: the recipe's seed.
+        profiles: the recipe's, of which the query may have one.
     """
-    identity = content_id("draft", query["query_id"], key, model, seed)
+    asked = profiled(query, profiles or {}, seed)
+    told = [Conditions.stored(asked["conditions"]).text()] if asked.get("conditions") else []
+    identity = content_id("draft", query["query_id"], key, model, seed, *told)
     return {
         "draft_id": identity,
         "query_id": query["query_id"],
@@ -40,6 +47,7 @@ def draft_row(query: Row, key: str, model: str, seed: int) -> Row:
         "unsafe": query["unsafe"],
         "seed": seed_of("draft", identity),
         "model": model,
+        **asked,
     }
 
 
@@ -80,11 +88,13 @@ class Drafter:
         return row["prompt"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        prompt = parse_prompt((await self.few_shot.ask(row, chat)).text)
+        conditions = Conditions.stored(row["conditions"])
+        prompt = parse_prompt((await self.few_shot.ask(row, chat, conditions)).text, conditions)
         # What can be counted, the LLM is not asked about.
         fault = form_fault(prompt, self.judging.settings.word_limit)
         known = Judgement("imprecise", f"The prompt has the wrong form: {fault}.") if fault else None
-        review = await self.judging.review(row["query"], prompt, row["draft_id"], chat, known)
+        known = known or unmet_judgement(conditions.unmet(prompt))
+        review = await self.judging.review(row["query"], prompt, row["draft_id"], chat, known, conditions)
         shown = [example["query_id"] for example in self.few_shot.shown(row)]
         row = {**row, "examples": shown, "prompt": prompt, **review}
         return {**row, **_outcome(row)}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from vpo_ray.engines.chat import Answer, Chat, Sampling
 from vpo_ray.prompts.answers import object_schema, string_schema
+from vpo_ray.prompts.conditions import NONE, Conditions
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Draft, EvaluatedPolicy
@@ -33,13 +34,15 @@ class FewShot:
     ) -> None:
         self.settings, self.examples = settings, examples
         self.template = read_prompt(template)
-        self.schema = object_schema({"prompt": string_schema(max_chars)})
+        self.max_chars = max_chars
 
-    async def ask(self, row: Row, chat: Chat) -> Answer:
+    async def ask(self, row: Row, chat: Chat, conditions: Conditions = NONE) -> Answer:
         block = "\n\n".join(fill(_EXAMPLE, query=e["query"], prompt=e["prompt"]) for e in self.shown(row))
         text = fill(self.template, {"examples": block}, query=row["query"])
         sampling = Sampling(self.settings.temperature, self.settings.max_tokens, row["seed"])
-        return await chat.complete([{"role": "user", "content": text}], sampling, self.schema)
+        text += f"\n\n{conditions.text()}" if conditions else ""
+        schema = object_schema({"prompt": conditions.schema() or string_schema(self.max_chars)})
+        return await chat.complete([{"role": "user", "content": text}], sampling, schema)
 
     def shown(self, row: Row) -> list[Row]:
         """Some examples, by the row's seed; never the answer to the query itself."""

@@ -60,6 +60,8 @@ def group_of_query(
         "prompts": [row["prompt"] for row, _ in known],
         "rewards": rewards,
         "advantages": values,
+        "profile": first.get("profile"),
+        "conditions": first.get("conditions"),
     }
 
 

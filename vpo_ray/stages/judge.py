@@ -8,15 +8,17 @@ never a silent "no".
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from vpo_ray.engines.chat import Chat, Sampling
 from vpo_ray.prompts.answers import AnswerError, object_schema, parse_object, string_schema
+from vpo_ray.prompts.conditions import NONE, Conditions, kinds
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Judge, Recipe
@@ -26,6 +28,11 @@ from vpo_ray.stages.spec import Making
 from vpo_ray.stages.tally import Tally, by_reason
 
 Ask = Callable[[str, dict[str, Any]], Awaitable[str]]
+
+_NO_FAULT = (
+    "The prompt was also asked to meet the conditions below, which are checked elsewhere. What they ask for, "
+    "such as another language, few words or JSON, is no fault of it."
+)
 
 # How an answer begins that talks about the prompt in place of being it (VPO, figure 7: no "The
 # video opens"; the rest is what chat models put in front).
@@ -66,23 +73,33 @@ class Judging:
         return row["prompt"] is not None and row["verdict"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        return {**row, **await self.review(row["query"], row["prompt"], row["candidate_id"], chat)}
+        first = unmet_judgement(row["unmet"] or [])
+        conditions = Conditions.stored(row["conditions"])
+        asked = row["query"], row["prompt"], row["candidate_id"]
+        return {**row, **await self.review(*asked, chat, first, conditions)}
 
     async def review(
-        self, query: str, prompt: str, identity: str, chat: Chat, first: Judgement | None = None
+        self,
+        query: str,
+        prompt: str,
+        identity: str,
+        chat: Chat,
+        first: Judgement | None = None,
+        conditions: Conditions = NONE,
     ) -> Row:
         """The judge's columns for a prompt.
 
         Args:
             identity: with a question it makes that question's seed, so a rerun asks the same.
             first: what is known of the prompt already; the LLM is not asked for it then.
+            conditions: what the prompt was asked to meet, and a refined one has to.
 
         Raises:
             AnswerError: an answer is no verdict, or no refined prompt.
             ChatError: the LLM gives no answer.
         """
         ask = partial(self._ask, chat, identity)
-        first = first or await self._critique(query, prompt, ask)
+        first = first or await self._critique(query, prompt, ask, conditions)
         row: Row = {
             "verdict": first.verdict,
             "critique": first.critique,
@@ -91,11 +108,13 @@ class Judging:
         }
         if first.verdict == "aligned" or not self.settings.refine:
             return row
-        refined = await self._refine(query, prompt, first, ask)
+        refined = await self._refine(query, prompt, first, ask, conditions)
         fault = refined_fault(refined, prompt, self.settings.word_limit)
+        if fault is None and (unmet := conditions.unmet(refined)):
+            fault = f"unmet: {kinds(unmet)}"
         if fault is not None:
             return {**row, "refined_prompt": refined, "refined_fault": fault}
-        second = await self._critique(query, refined, ask)
+        second = await self._critique(query, refined, ask, conditions)
         return {
             **row,
             "refined_prompt": refined,
@@ -105,7 +124,7 @@ class Judging:
             "refined_added": second.added,
         }
 
-    async def _critique(self, query: str, prompt: str, ask: Ask) -> Judgement:
+    async def _critique(self, query: str, prompt: str, ask: Ask, conditions: Conditions) -> Judgement:
         limits = self.settings
         details = {**_TEXTS, "items": string_schema(limits.detail_max_chars), "maxItems": limits.max_details}
         schema = {
@@ -114,16 +133,22 @@ class Judging:
             "missing": details,
             "added": details,
         }
-        return parse_judgement(await ask(fill(self.critique_prompt, query=query, prompt=prompt), schema))
+        text = fill(self.critique_prompt, query=query, prompt=prompt)
+        text += f"\n\n{_NO_FAULT}\n{conditions.text()}" if conditions else ""
+        return parse_judgement(await ask(text, schema))
 
-    async def _refine(self, query: str, prompt: str, found: Judgement, ask: Ask) -> str:
+    async def _refine(
+        self, query: str, prompt: str, found: Judgement, ask: Ask, conditions: Conditions
+    ) -> str:
         lines = [
             found.critique,
             *(f"missing: {detail}" for detail in found.missing),
             *(f"added: {detail}" for detail in found.added),
         ]
         text = fill(self.refine_prompt, query=query, prompt=prompt, critique="\n".join(lines))
-        return parse_prompt(await ask(text, {"prompt": string_schema(self.settings.prompt_max_chars)}))
+        text += f"\n\n{conditions.text()}" if conditions else ""
+        kind = conditions.schema() or string_schema(self.settings.prompt_max_chars)
+        return parse_prompt(await ask(text, {"prompt": kind}), conditions)
 
     async def _ask(self, chat: Chat, identity: str, text: str, properties: dict[str, Any]) -> str:
         sampling = Sampling(
@@ -150,9 +175,18 @@ def parse_judgement(text: str) -> Judgement:
     )
 
 
-def parse_prompt(text: str) -> str:
-    """The text `prompt` of an answer. Raises AnswerError where there is none."""
-    value = parse_object(text, {"prompt": {"type": "string"}}).get("prompt")
+def unmet_judgement(unmet: Sequence[str]) -> Judgement | None:
+    """The judgement on a prompt that does not meet its conditions, which no LLM is asked about."""
+    return Judgement("imprecise", f"The prompt does not meet: {'; '.join(unmet)}.") if unmet else None
+
+
+def parse_prompt(text: str, conditions: Conditions = NONE) -> str:
+    """The text `prompt` of an answer, or the object that conditions ask for as one. Raises AnswerError where
+    there is none."""
+    kind = conditions.schema() or {"type": "string"}
+    value = parse_object(text, {"prompt": kind}).get("prompt")
+    if isinstance(value, dict) and set(value) == set(conditions.fields):
+        return conditions.shaped(json.dumps(value, ensure_ascii=False))
     if not isinstance(value, str):
         raise AnswerError(f"the answer has no text `prompt`: {text[:200]!r}")
     return value.strip()

@@ -162,4 +162,6 @@ def _pair(
         "margin": margin,
         "chosen_id": chosen["candidate_id"],
         "rejected_id": rejected["candidate_id"],
+        "profile": chosen.get("profile"),
+        "conditions": chosen.get("conditions"),
     }

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vpo_ray.files.input_files import InputError, find_files
 from vpo_ray.files.record_files import READERS, Unreadable, records
+from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.records import Row, normalise, query_id, table
 from vpo_ray.storage.run_dir import RunDir
 
@@ -32,28 +33,34 @@ CHAT = pa.schema(
 )
 
 
-def sft_rows(path: str, key: str = "sft.data") -> Iterator[Row]:
+# Of the same file where a row was drafted under a profile.
+CHAT_OF_PROFILES = CHAT.append(pa.field("profile", pa.string())).append(pa.field("conditions", pa.string()))
+
+
+def sft_rows(path: str, key: str = "sft.data", profile: str | None = None) -> Iterator[Row]:
     """Examples with `query` and `prompt` from a file or folder, in any format that queries may have.
 
     Args:
         path: see `input_files`; a file of unknown kind is read as JSONL.
         key: the recipe's key that names the file, for messages.
+        profile: the column with the name of a row's profile, which becomes its `profile`.
 
     Raises:
         InputError: no such file, another kind, or a row without both texts (named by its number).
     """
     for file in find_files(path, key, COLUMNAR, any_kind=True):
         kind = file.kind if file.kind in COLUMNAR else ".jsonl"
-        for number, values in enumerate(records(file, ["query", "prompt"], key, kind), start=1):
+        wanted = ["query", "prompt", *([] if profile is None else [profile])]
+        for number, values in enumerate(records(file, wanted, key, kind), start=1):
             where = f"{key} {file}: row {number}"
             if isinstance(values, Unreadable) and values.reason != "no such column":
                 raise InputError(f"{where} cannot be read: {values.reason}")
-            texts = (
-                [normalise(text) for text in values if _is_text(text)] if isinstance(values, tuple) else []
-            )
-            if len(texts) != 2:
+            texts = values[:2] if isinstance(values, tuple) else ()
+            if len(texts) != 2 or not all(map(_is_text, texts)):
                 raise InputError(f"{where} needs a text `query` and a text `prompt`")
-            yield {"query_id": query_id(texts[0]), "query": texts[0], "prompt": texts[1]}
+            query, prompt = map(normalise, texts)
+            named = {} if profile is None else {"profile": values[2] or None}
+            yield {"query_id": query_id(query), "query": query, "prompt": prompt, **named}
 
 
 def _is_text(value: Any) -> bool:
@@ -72,11 +79,13 @@ def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
 
 def draft_rows(run: RunDir) -> Iterator[Row]:
     """The run's drafts that have a target, as SFT rows in the order of their ids."""
-    columns = ["draft_id", "query_id", "query", "target", "error"]
+    columns = ["draft_id", "query_id", "query", "profile", "conditions", "target", "error"]
     rows = sorted(run.table("drafts").rows(columns), key=lambda row: row["query_id"])
     for row in rows:
         if row["target"] is not None and row["error"] is None:
-            yield {"query_id": row["query_id"], "query": row["query"], "prompt": normalise(row["target"])}
+            asked = {name: row[name] for name in ("profile", "conditions") if row[name] is not None}
+            texts = {"query": row["query"], "prompt": normalise(row["target"])}
+            yield {"query_id": row["query_id"], **texts, **asked}
 
 
 def evolved_rows(run: RunDir) -> Iterator[Row]:
@@ -93,13 +102,14 @@ def write_chat(run: RunDir, examples: Iterable[Row]) -> int:
         {
             **row,
             "messages": [
-                {"role": "user", "content": row["query"]},
+                {"role": "user", "content": asked_of(row)},
                 {"role": "assistant", "content": row["prompt"]},
             ],
         }
         for row in examples
     ]
+    schema = CHAT_OF_PROFILES if any(row.get("profile") for row in rows) else CHAT
     sink = pa.BufferOutputStream()
-    pq.write_table(table(rows, CHAT), sink, compression="zstd")
+    pq.write_table(table(rows, schema), sink, compression="zstd")
     run.write(CHAT_FILE, sink.getvalue().to_pybytes())
     return len(rows)

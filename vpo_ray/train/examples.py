@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
 from vpo_ray.records import Row, sft_id
 
@@ -77,7 +78,7 @@ def tokenise(
         fault = "duplicate" if identity in examples else _fault(phase, texts)
         if fault is None:
             try:
-                prompt = _array(prompt_ids(tokenizer, row["query"]))
+                prompt = _array(prompt_ids(tokenizer, asked_of(row)))
             except PromptError:
                 fault = "changed by the chat template"
         if fault is None:

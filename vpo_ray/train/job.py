@@ -11,6 +11,7 @@ from typing import Any
 
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder, join
+from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.recipe import result_keys
 from vpo_ray.records import GROUP, PAIR, SFT, Row, content_id
 from vpo_ray.storage import run_lock
@@ -112,6 +113,7 @@ def job_id(spec: PhaseSpec, rows: list[Row]) -> str:
         spec.task_prompt,
         spec.seed,
         [[row.get(name) for name in (key, "query", *columns)] for row in rows],
+        *([[asked_of(row) for row in rows]] if any(row.get("conditions") for row in rows) else []),
     )
 
 
@@ -137,6 +139,7 @@ def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
         "rows": len(examples),
         "held_out": len(held_out),
         "dropped": dict(dropped),
+        **({"profiles": dict(spec.profiles)} if spec.profiles else {}),
     }
     end = end_of_turn(tokenizer, task_prompt)
     return Job(

@@ -35,6 +35,7 @@ class PhaseSpec:
     run_name: what trackers call the run, followed by the phase.
     seed: of the order of the data.
     fingerprint: of the recipe; written to the model card and `vpo.json`.
+    profiles: the recipe's, dumped, under which queries were asked; written to `vpo.json`.
     """
 
     phase: Phase
@@ -51,6 +52,7 @@ class PhaseSpec:
     reference: str | None = None
     sampler: str | None = None
     run_name: str = "vpo_ray"
+    profiles: Mapping[str, Any] = field(default_factory=dict)
     placement_timeout_s: float = Limits().placement_timeout_s
 
 
