@@ -1,7 +1,11 @@
 """The playground in a real browser: a query is typed, an answer appears, and text stays text."""
 
+import dataclasses
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,12 @@ import httpx
 import pytest
 from tiny_endpoint import CHROMIUM, TINY
 
-from vpo_ray.recipe import load
+from vpo_ray.prompts.scripts import LANGUAGES
+from vpo_ray.recipe import Serve, load
 from vpo_ray.serve.keys import make_key
-from vpo_ray.serve.playground import FOLDER, POLICY
+from vpo_ray.serve.optimize_schema import OptimizeRequest, parse_optimize
+from vpo_ray.serve.playground import FOLDER, POLICY, page
+from vpo_ray.serve.wishes import Wishes
 from vpo_ray.storage.feedback_tables import FeedbackTables
 
 ATTACK = """<script>document.title='owned'</script><img src=x onerror="document.title='owned'">"""
@@ -23,6 +30,65 @@ def test_the_page_names_nothing_from_elsewhere() -> None:
         for way in ("http", "innerHTML", "outerHTML", "insertAdjacent", "eval(", "onclick", "style="):
             assert way not in text
     assert "unsafe" not in POLICY
+
+
+class Fields(HTMLParser):
+    """The page's fields for wishes: kind and choices by name."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.kinds: dict[str, str | None] = {}
+        self.choices: dict[str, list[str]] = {}
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if name := given.get("data-wish"):
+            self.kinds[name] = given.get("data-kind")
+        elif tag == "option":
+            self.choices.setdefault(list(self.kinds)[-1], []).append(given["value"] or "")
+
+
+def test_the_page_offers_the_wishes_that_a_request_may_have() -> None:
+    fields = Fields(page(Serve()).body.decode())
+    schema = OptimizeRequest.model_json_schema()["properties"]
+    kinds = {"integer": "number", "array": "list", "string": None}
+    offered = {name: kinds[schema[name]["anyOf"][0]["type"]] for name in fields.kinds}
+    assert fields.kinds == offered
+    assert offered.keys() == {f.name for f in dataclasses.fields(Wishes)} - {"fields"} | {"format"}
+    assert sorted(fields.choices["language"]) == ["", *sorted(LANGUAGES)]
+    for name, values in fields.choices.items():
+        for value in filter(None, values):
+            parse_optimize(json.dumps({"query": "q", name: value}).encode(), ranking())
+
+
+def ranking() -> Serve:
+    rerank = {"model": "m", "endpoint": {"base_url": "http://here/v1"}}
+    return Serve.model_validate({"best_of": {"n": 2, "rerank": rerank}})
+
+
+def test_effort_is_offered_where_candidates_are_ranked() -> None:
+    assert b'data-ranks="False"' in page(Serve()).body
+    assert b'data-ranks="True"' in page(ranking()).body
+
+
+def test_what_is_typed_becomes_the_wishes_of_a_request(tmp_path: Path) -> None:
+    """In the page's own code, by the Node.js that Playwright brings along."""
+    import playwright
+
+    typed = [
+        *(["language", None, "zh"], ["max_words", "number", "40"], ["skip_if_words", "number", " "]),
+        *(["format", None, ""], ["keep", "list", " ACME cola, red ，红球,, red"], ["avoid", "list", " , "]),
+    ]
+    (tmp_path / "wishes.mjs").write_text((FOLDER / "wishes.js").read_text("utf-8"), "utf-8")
+    asked = f"console.log(JSON.stringify(wishesOf({json.dumps(typed)})))"
+    (tmp_path / "ask.mjs").write_text(f'import {{ wishesOf }} from "./wishes.mjs";\n{asked}', "utf-8")
+    node = Path(playwright.__file__).parent / "driver/node"
+    done = subprocess.run([node, tmp_path / "ask.mjs"], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    made = json.loads(done.stdout)
+    assert made == {"language": "zh", "max_words": 40, "keep": ["ACME cola", "red", "红球"]}
+    assert parse_optimize(json.dumps({"query": "q", **made}).encode(), Serve()).wishes.language == "zh"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +190,25 @@ def test_a_query_is_typed_and_its_prompt_appears(brief: str, browser: Any, width
     assert page.locator("#key").is_hidden()
     assert page.locator("#opinion").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_wishes_are_folded_out_and_sent(brief: str, browser: Any) -> None:
+    page, problems = opened(browser, brief.removesuffix("/v1") + "/", 390)
+    assert page.locator("[data-wish=keep]").is_hidden()
+    page.locator("#wishes summary").click()
+    page.locator("[data-wish=language]").select_option("th")
+    page.locator("[data-wish=max_words]").fill("9")
+    assert page.locator("#wished").inner_text() == "(2)"
+    assert page.locator("#effort").is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.locator("#query").fill("a cat")
+    page.locator("#query").press("Control+Enter")
+    until(lambda: page.locator("#actions").is_visible())
+    assert "not met: language: th" in page.locator("#facts").inner_text()
     assert problems == []
     page.close()
 

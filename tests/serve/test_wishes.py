@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vpo_ray.prompts.conditions import CAPTION_FIELDS
 from vpo_ray.recipe import Serve
 from vpo_ray.recipe.serve import BestOf
 from vpo_ray.serve.errors import ApiError
@@ -167,3 +169,39 @@ def test_requests_have_wishes() -> None:
         with pytest.raises(ApiError) as refused:
             parsed(**bad)
         assert refused.value.status == 422
+
+
+def test_a_request_may_ask_for_json() -> None:
+    def parsed(settings: Serve, **body: Any) -> Wishes:
+        return parse_optimize(json.dumps({"query": "q", **body}).encode(), settings).wishes
+
+    assert parsed(Serve(), format="json").fields == CAPTION_FIELDS
+    assert parsed(Serve(caption_fields=["what"]), format="json").fields == ("what",)
+    assert parsed(Serve(), format="text") == NO_WISHES
+    with pytest.raises(ApiError, match="'text' or 'json'"):
+        parsed(Serve(), format="xml")
+    caption = '{"what": "a ball", "where": "a roof"}'
+    policy = Policy(["A ball."], ['{"where": "a\\nroof",  "what": "a ball"}'])
+    result = asked(policy, Wishes(max_words=4, fields=("what", "where")))
+    assert (result.prompt, result.unmet, policy.seeds) == (caption, [], [5, 6])
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_the_engine_is_told_and_writes_json(endpoint: Callable[..., str]) -> None:
+    """Random weights, which never begin with a brace by themselves."""
+
+    def answer(where: str, **body: Any) -> Any:
+        asked = {"query": "a cat", "seed": 3, **body}
+        return httpx.post(f"{where}/optimize", json=asked, timeout=120).raise_for_status().json()
+
+    plain = endpoint("untold", max_tokens=120, caption_fields=["a"])
+    told = endpoint("told", max_tokens=120, caption_fields=["a"], tell_wishes=True)
+    tokens = [answer(where, max_words=4000)["usage"]["prompt_tokens"] for where in (plain, told)]
+    assert tokens[0] == answer(plain)["usage"]["prompt_tokens"] == answer(told)["usage"]["prompt_tokens"]
+    assert tokens[1] > tokens[0] + 10
+    for where in (plain, told):
+        found = answer(where, format="json")
+        assert found["prompt"].startswith("{")
+        if not found["unmet"]:
+            assert set(json.loads(found["prompt"])) == {"a"}

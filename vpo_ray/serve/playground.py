@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastapi.responses import Response
 
+from vpo_ray.prompts.conditions import LANGUAGE_NAMES
 from vpo_ray.recipe import Serve
 
 FOLDER = Path(__file__).parent / "page"
@@ -28,10 +29,15 @@ def page(settings: Serve) -> Response:
     """The page, with facts about the endpoint in its root element."""
     html = (FOLDER / "index.html").read_text("utf-8")
     facts = f'data-keys="{settings.keys is not None}" data-max-n="{settings.max_n}"'
-    facts += f' data-videos="{settings.videos is not None}"'
+    facts += f' data-videos="{settings.videos is not None}" data-ranks="{settings.best_of is not None}"'
     if settings.feedback is not None and settings.feedback.notice:
         facts += f' data-notice="{escape(settings.feedback.notice)}"'
     text = html.replace('<html lang="en">', f'<html lang="en" {facts}>')
+    named = sorted(LANGUAGE_NAMES.items(), key=lambda item: item[1])
+    text = text.replace(
+        "<!-- languages -->",
+        "".join(f'<option value="{code}">{escape(name)}</option>' for code, name in named),
+    )
     return Response(text, media_type=TYPES[".html"], headers=HEADERS)
 
 

@@ -2,6 +2,7 @@
 // held in memory alone. Text only ever enters the page as text nodes.
 import { filmed, optimised, say } from "./api.js";
 import { difference } from "./difference.js";
+import { wishesOf } from "./wishes.js";
 
 const $ = (id) => document.getElementById(id);
 const endpoint = document.documentElement.dataset;
@@ -55,11 +56,20 @@ function ready(text) {
   $("stop").hidden = running === null;
 }
 
+const wishes = () =>
+  wishesOf([...document.querySelectorAll("[data-wish]")].map((field) =>
+    [field.dataset.wish, field.dataset.kind, field.value]));
+
+function countWishes() {
+  const count = Object.keys(wishes()).length;
+  $("wished").textContent = count ? `(${count})` : "";
+}
+
 function optimise(query) {
   if (!query.trim()) return;
   return working("writing…", async (signal) => {
     const seed = $("seed").value === "" ? null : Number($("seed").value);
-    const request = { query, n: 1 + Number($("n").value), ...(seed === null ? {} : { seed }) };
+    const request = { query, n: 1 + Number($("n").value), ...(seed === null ? {} : { seed }), ...wishes() };
     let begun = false;
     const result = await optimised(request, key(), signal, (delta) => {
       if (!begun) begin(query);
@@ -322,3 +332,8 @@ $("notice").hidden = !endpoint.notice;
 $("film").hidden = $("film-edited").hidden = !films;
 $("key").closest("label").hidden = endpoint.keys !== "True";
 $("n").max = Number(endpoint.maxN) - 1;
+$("effort").hidden = endpoint.ranks !== "True";
+$("wishes").addEventListener("input", countWishes);
+// A browser keeps what was typed when the page is loaded again, and cannot point at a wrong number that is folded in.
+$("wishes").addEventListener("invalid", () => { $("wishes").open = true; }, true);
+countWishes();
