@@ -66,6 +66,34 @@ def pairs(folder: Path) -> set[tuple[str, str, str]]:
     return {(row["query"], row["chosen"], row["rejected"]) for row in rows}
 
 
+def test_pairs_are_asked_under_the_wishes_of_their_request(tmp_path: Path) -> None:
+    tables = FeedbackTables(str(tmp_path / "store"))
+    short = '{"max_words": 3}'
+    tables.answers.append(
+        [
+            answer("a", "red ball", "A red ball.", "A ball rolls on.", conditions=short),
+            answer("b", "red ball", "Something red.", conditions=short),
+            answer("c", "red ball", "A red ball rests on moss."),
+            answer("d", "red ball", "Red and round it rolls.", conditions=short),
+        ]
+    )
+    tables.opinions.append(
+        [
+            opinion("1", "a", rating="up"),
+            opinion("2", "b", rating="down"),
+            opinion("3", "c", rating="down"),
+            opinion("4", "a", edited="A red ball rolls along."),
+            opinion("5", "a", chosen=1),
+            opinion("6", "d", rating="up"),
+        ]
+    )
+    figures = collect(tables.uri, str(tmp_path / "live"))
+    (pair,) = Table(str(tmp_path / "live/pairs"), PAIR, "pair_id").rows()
+    assert (pair["chosen"], pair["rejected"]) == ("A red ball.", "Something red.")
+    assert pair["conditions"] == short
+    assert figures["left_out"] == {"better prompt that does not meet the wishes of its request": 3}
+
+
 def test_pairs_come_from_edits_choices_and_thumbs(store: FeedbackTables, tmp_path: Path) -> None:
     figures = collect(store.uri, str(tmp_path / "live"))
     assert pairs(tmp_path / "live") == {

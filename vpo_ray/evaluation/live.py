@@ -13,6 +13,7 @@ from typing import Any
 
 from vpo_ray.evaluation.statistics import share_interval
 from vpo_ray.files.folder import Folder
+from vpo_ray.prompts.conditions import Conditions
 from vpo_ray.records import PAIR, Row, content_id, normalise, pair_id, query_id
 from vpo_ray.storage.feedback_tables import FeedbackTables
 from vpo_ray.storage.tables import Table
@@ -72,9 +73,16 @@ def _pairs(
     answers: Mapping[str, Row], opinions: Mapping[str, list[Row]], left_out: Counter[str]
 ) -> Iterator[Row]:
     """An edited prompt over ours, a chosen candidate over the others, and a liked prompt over a disliked one
-    of the same query."""
-    liked: dict[str, dict[str, Row]] = defaultdict(dict)
-    disliked: dict[str, dict[str, Row]] = defaultdict(dict)
+    of the same query, where they were asked for under the same conditions and the better one meets them."""
+    liked: dict[tuple[str, str | None], dict[str, Row]] = defaultdict(dict)
+    disliked: dict[tuple[str, str | None], dict[str, Row]] = defaultdict(dict)
+
+    def met(answer: Row, better: str) -> bool:
+        unmet = Conditions.stored(answer["conditions"]).unmet(better)
+        if unmet:
+            left_out["better prompt that does not meet the wishes of its request"] += 1
+        return not unmet
+
     for name, said in sorted(opinions.items()):
         answer = answers[name]
         if answer["query"] is None:
@@ -85,23 +93,27 @@ def _pairs(
         if votes == {"up", "down"}:
             left_out["answer that was liked and disliked"] += 1
         elif votes:
-            (liked if votes == {"up"} else disliked)[answer["query_hash"]][answer["prompt"]] = answer
+            asked = answer["query_hash"], answer["conditions"]
+            (liked if votes == {"up"} else disliked)[asked][answer["prompt"]] = answer
         for row in said:
             edited = (row["edited"] or "").strip()
             if edited and edited != answer["prompt"]:
-                yield _pair(answer, edited, answer["prompt"], row["opinion_id"], name)
+                if met(answer, edited):
+                    yield _pair(answer, edited, answer["prompt"], row["opinion_id"], name)
             elif edited:
                 left_out["edited prompt that is the same"] += 1
             chosen = row["chosen"]
             if chosen is not None and chosen >= len(candidates):
                 left_out["chosen candidate that is none of the answer"] += 1
-            elif chosen is not None:
+            elif chosen is not None and met(answer, candidates[chosen]):
                 for other in dict.fromkeys(candidates):
                     if other != candidates[chosen]:
                         yield _pair(answer, candidates[chosen], other, row["opinion_id"], name)
-    for query, better in sorted(liked.items()):
+    for asked, better in sorted(liked.items(), key=str):
         for prompt, answer in sorted(better.items()):
-            for other, worse in sorted(disliked.get(query, {}).items()):
+            if not met(answer, prompt):
+                continue
+            for other, worse in sorted(disliked.get(asked, {}).items()):
                 if other != prompt:
                     yield _pair(answer, prompt, other, answer["answer_id"], worse["answer_id"])
 
@@ -119,6 +131,7 @@ def _pair(answer: Row, chosen: str, rejected: str, chosen_by: str, rejected_by: 
         "margin": None,
         "chosen_id": ids[0],
         "rejected_id": ids[1],
+        "conditions": answer["conditions"],
     }
 
 

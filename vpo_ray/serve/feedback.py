@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from vpo_ray.files.folder import StorageError
+from vpo_ray.prompts.conditions import NONE, Conditions
 from vpo_ray.recipe import Feedback, Serve
 from vpo_ray.records import Row, content_id
 from vpo_ray.serve.answer_ids import AnswerIds
@@ -66,8 +67,8 @@ class FeedbackDesk:
         """Whether the owner of a key allows that its queries and answers are kept and learnt from."""
         return self.settings.anyone if key == ANYONE else key.feedback
 
-    def note(self, key: Key, query: str, answer: Optimization) -> Optimization:
-        """Keep an answer of an optimised query; returns it with its id."""
+    def note(self, key: Key, query: str, answer: Optimization, conditions: Conditions = NONE) -> Optimization:
+        """Keep an answer of an optimised query, with what its request wished; returns it with its id."""
         if answer.prompt is None or answer.fallback or not self.allows(key):
             return answer
         id = self.ids.make(key.name, query, answer)
@@ -78,6 +79,7 @@ class FeedbackDesk:
             "checkpoint": answer.system_fingerprint or answer.model,
             "query_hash": content_id("query", query),
             "query": query if self.settings.queries == "plain" else None,
+            "conditions": conditions.dump(),
             "prompt": answer.prompt,
             "alternatives": answer.alternatives,
             "safety": answer.safety.outcome,

@@ -47,6 +47,7 @@ from vpo_ray.serve.refinements import RefineDesk
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.stream import Parts
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
+from vpo_ray.serve.wishes import NO_WISHES, Wishes
 from vpo_ray.storage.videos import VideoStore
 
 logger = logging.getLogger("ray.serve")
@@ -430,11 +431,13 @@ class Ingress:
         query, flags = asked.queries[index], asked.flags[index]
         result = await self.optimiser(query, asked.fields, request_id, flags, asked.wishes)
         self.metrics.optimised(result, key.name)
-        return self._noted(asked.queries[index], result, key)
+        return self._noted(query, result, key, asked.wishes)
 
-    def _noted(self, query: str, result: Optimization, key: Key) -> Optimization:
+    def _noted(self, query: str, result: Optimization, key: Key, wishes: Wishes = NO_WISHES) -> Optimization:
         """The answer with its id, where the endpoint keeps it."""
-        return result if self.feedback is None else self.feedback.note(key, query, result)
+        if self.feedback is None:
+            return result
+        return self.feedback.note(key, query, result, wishes.conditions)
 
     async def _entry(
         self, asked: Asked, index: int, key: Key, request_id: str
