@@ -240,7 +240,9 @@ def test_a_caption_is_refined_as_one() -> None:
     row, chat = judged("json", "A ball.", ["format: no"], {"prompt": caption}, ALIGNED)
     assert row["refined_prompt"] == '{"subject": "a golden ball", "scene": "a meadow"}'
     assert row["refined_verdict"] == "aligned"
-    assert chat.schemas[0]["properties"]["prompt"]["required"] == ["subject", "scene"]
+    asked = chat.schemas[0]["properties"]["prompt"]
+    assert asked["required"] == ["subject", "scene"]
+    assert asked["properties"]["scene"]["maxLength"] == 1000, "half of judge.prompt_max_chars"
 
 
 def test_an_aligned_prompt_is_judged_with_its_conditions_in_sight() -> None:

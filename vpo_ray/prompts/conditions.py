@@ -14,7 +14,7 @@ from typing import Any
 from unicodedata import normalize
 
 from vpo_ray.keywords import KeywordList
-from vpo_ray.prompts.answers import Schema, object_schema, schema_fault
+from vpo_ray.prompts.answers import Schema, object_schema, schema_fault, string_schema
 
 # Fields of a caption in JSON, where a recipe names none.
 CAPTION_FIELDS = ("subject", "scene", "motion", "camera", "style")
@@ -108,9 +108,15 @@ class Conditions:
             found.append(f"max_words: {count}")
         return found
 
-    def schema(self) -> Schema | None:
-        """The JSON schema of the prompt; None where it is no JSON."""
-        return _schema(self.fields) if self.fields else None
+    def schema(self, max_chars: int | None = None) -> Schema | None:
+        """The JSON schema of the prompt, whose texts have at most so many characters together; None where it
+        is no JSON."""
+        if not self.fields:
+            return None
+        if max_chars is None:
+            return _schema(self.fields)
+        most = max(1, max_chars // len(self.fields))
+        return object_schema({name: string_schema(most) for name in self.fields})
 
     def shaped(self, prompt: str) -> str:
         """A prompt in the one form in which it is learnt, judged and rendered: JSON on one line, its keys in

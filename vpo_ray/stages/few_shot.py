@@ -41,7 +41,7 @@ class FewShot:
         text = fill(self.template, {"examples": block}, query=row["query"])
         sampling = Sampling(self.settings.temperature, self.settings.max_tokens, row["seed"])
         text += f"\n\n{conditions.text()}" if conditions else ""
-        schema = object_schema({"prompt": conditions.schema() or string_schema(self.max_chars)})
+        schema = object_schema({"prompt": conditions.schema(self.max_chars) or string_schema(self.max_chars)})
         return await chat.complete([{"role": "user", "content": text}], sampling, schema)
 
     def shown(self, row: Row) -> list[Row]:

@@ -147,7 +147,8 @@ class Judging:
         ]
         text = fill(self.refine_prompt, query=query, prompt=prompt, critique="\n".join(lines))
         text += f"\n\n{conditions.text()}" if conditions else ""
-        kind = conditions.schema() or string_schema(self.settings.prompt_max_chars)
+        most = self.settings.prompt_max_chars
+        kind = conditions.schema(most) or string_schema(most)
         return parse_prompt(await ask(text, {"prompt": kind}), conditions)
 
     async def _ask(self, chat: Chat, identity: str, text: str, properties: dict[str, Any]) -> str:
