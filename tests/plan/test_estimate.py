@@ -283,6 +283,30 @@ def test_adaptive_rendering_is_at_most_all_of_it(tiny: dict[str, Any], tmp_path:
     assert stage(plan(recipe(tiny, sample__k=4), ledger=str(past)), "render").rows == 200
 
 
+def test_previews_come_before_few_full_renders(tiny: dict[str, Any], tmp_path: Path) -> None:
+    looks = {"render__preview": "{steps: 1, frames: 5, probe: 10}", "sample__k": 4}
+    made = plan(recipe(tiny, **looks))
+    assert (stage(made, "preview").rows, stage(made, "preview").seconds.value) == (400, None)
+    in_full = 10 * 4 + 90 * 2
+    assert [stage(made, name).rows for name in ("render", "score")] == [in_full, in_full + 400]
+    assert not stage(made, "render").expected
+    assert "preview" in show.text(made)
+    assert any("probe's 10 queries and 2 prompts of the others" in note for note in made.notes)
+    past = ledger(tmp_path / "past", render=90.0)
+    made = plan(recipe(tiny, **looks), ledger=str(past))
+    look = stage(made, "preview")
+    assert (look.rows, look.seconds.sure) == (200, "scaled"), "half of the candidates were aligned"
+    assert look.seconds.value == pytest.approx(90 / 3 * 5 / 9)
+    assert stage(made, "render").rows == 200, "no more than previews"
+    assert made.hours >= 200 * look.seconds.value / 3600
+    stages = RunDir(past).read_json("ledger.json")["stages"]
+    RunDir(past).write_json("ledger.json", {"stages": stages | {"preview": {"seconds_per_row": 7.0}}})
+    again = stage(plan(recipe(tiny, **looks), ledger=str(past)), "preview")
+    assert (again.seconds.value, again.seconds.sure) == (7.0, "measured")
+    all_probe = plan(recipe(tiny, **{**looks, "render__preview": "{steps: 1, probe: 1000}"}))
+    assert stage(all_probe, "render").rows == 400
+
+
 def test_labels_of_a_live_cluster(tiny: dict[str, Any]) -> None:
     labels = {f"{name}__pool__labels": "{vpo-group: generate}" for name in ("sample", "render", "reward")}
     labels |= {"dpo__labels": "{vpo-group: train}", "judge__pool__num_gpus": 0, "sft__workers": 2}

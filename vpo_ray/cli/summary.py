@@ -6,6 +6,7 @@ import shlex
 import textwrap
 
 from vpo_ray.loop.ledger import alarms, funnel
+from vpo_ray.stages.preview import told
 from vpo_ray.storage.run_dir import RunDir
 
 WIDTH = 96
@@ -17,6 +18,8 @@ def run_summary(run: RunDir, most: int | None = None) -> str:
     ledger = run.read_json("ledger.json")
     lines = ["", " → ".join(f"{count} {name}" for name, count in funnel(ledger).items())]
     lines += [f"warning: {alarm}" for alarm in alarms(ledger)]
+    if probe := ledger["stages"].get("preview", {}).get("probe"):
+        lines.append(f"the probe of render.preview: {told(probe)}")
     pair = ledger["stages"].get("pair", {})
     if "videos" in pair and pair["kinds"].get("video"):
         rates = ", ".join(f"{found['per_video_pair']} ({name})" for name, found in pair["videos"].items())

@@ -73,7 +73,8 @@ def videos(
     Raises:
         PlacementError, GenerationError: see `pipeline.generate`.
     """
-    settings = render.model_copy(update={"store": recipe.render.store or run.at("videos"), "strategy": "all"})
+    store = recipe.render.store or run.at("videos")
+    settings = render.model_copy(update={"store": store, "strategy": "all", "preview": None})
     own = seeded(recipe, seed).model_copy(
         update={
             "gate": None,

@@ -138,7 +138,8 @@ class Evolving:
         """The recipe of the run directory in which prompts are judged, rendered and scored."""
         recipe = self.recipe
         judge = {"refine": False, "refine_prompt": "builtin:refine"}
-        render = {"store": recipe.render.store or self.run.at("videos"), "strategy": "all"}
+        store = recipe.render.store or self.run.at("videos")
+        render = {"store": store, "strategy": "all", "preview": None}
         return recipe.model_copy(
             update={
                 "out": self.run.at(EVOLUTION_SCORED),

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any
 
 from vpo_ray.loop.evolved import evolution_entry
+from vpo_ray.loop.previewed import previews_entry
 from vpo_ray.loop.unpaired import PairCount
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
@@ -53,6 +54,10 @@ def build_ledger(run: RunDir, recipe: Recipe) -> Ledger:
                 entered = stages[stage.name]["out"]
     if agreement.signs and "score" in stages:
         stages["score"]["agreement"] = agreement.result()
+    if recipe.render.preview is not None and not given:
+        at = list(stages).index("render")
+        before, after = list(stages.items())[:at], list(stages.items())[at:]
+        stages = dict([*before, ("preview", previews_entry(run, recipe)), *after])
     if recipe.evolve is not None and not given:
         stages["evolve"] = evolution_entry(run, stages["curate"]["splits"].get("sft", 0))
     made = {"group": _grouping(run)} if recipe.rl is not None else {"pair": _pairing(run, pairs)}
@@ -116,7 +121,7 @@ def alarms(ledger: Ledger) -> list[str]:
 
 def funnel(ledger: Ledger) -> dict[str, int]:
     """What became of the queries whose prompts evolved, where there are any, and of those that were sampled:
-    candidates, aligned ones, videos, pairs or groups."""
+    candidates, aligned ones, previews where the recipe has them, videos, pairs or groups."""
     stages = ledger["stages"]
     evolved = stages.get("evolve", {})
     learnt = (
@@ -127,6 +132,7 @@ def funnel(ledger: Ledger) -> dict[str, int]:
         "queries": stages["curate"]["splits"].get("dpo", 0),
         "candidates": stages["sample"]["out"],
         "aligned": stages["judge"]["verdicts"].get("aligned", 0),
+        **({"previews": stages["preview"]["out"]} if "preview" in stages else {}),
         "videos": stages["render"]["videos"],
         **learnt,
     }

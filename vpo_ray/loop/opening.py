@@ -19,6 +19,7 @@ from vpo_ray.files.folder import StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.recipe import Recipe, differences, parse_stored, plugins
 from vpo_ray.records import Shard
+from vpo_ray.stages.preview import MEASURED
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.run_lock import check, driving
 from vpo_ray.storage.run_state import working
@@ -54,7 +55,8 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
         # Parsed, so that a key which is newer than the run counts with its default.
         stored = parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
         changed = differences(stored.dump(), recipe.dump())
-        if changed and not _pairs_anew(run, stored, recipe, changed):
+        anew = _previews_anew(run, changed) or _pairs_anew(run, stored, recipe, changed)
+        if changed and not anew:
             # One that is not here has no version to compare.
             absent = plugins.plugin_problems(plugins.plugins_of(recipe))
             changed += [f"{key}: {why}" for key, why in absent.items()]
@@ -82,9 +84,21 @@ def _pairs_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str])
     return True
 
 
+def _previews_anew(run: RunDir, changed: list[str]) -> bool:
+    """Whether a recipe differs only in its previews, and none was chosen by previews of the old kind."""
+    if not changed or not all(line.startswith("render.preview") for line in changed):
+        return False
+    measured = run.read_json(MEASURED) if run.exists(MEASURED) else {}
+    if measured.get("chosen"):
+        return False
+    logger.info("candidates are previewed anew in %s: %s", run.uri, "; ".join(changed))
+    return True
+
+
 def _differs_in_pairing(stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
-    # Adaptive rendering makes the videos that the pairs take, and no others.
-    rendered_all = all(one.render.strategy == "all" for one in (stored, recipe))
+    # Adaptive rendering makes the videos that the pairs take, and previews those of few candidates.
+    whole = ("all", None)
+    rendered_all = all((one.render.strategy, one.render.preview) == whole for one in (stored, recipe))
     return rendered_all and all(line.split(".")[0].split(":")[0] in _PAIRING for line in changed)
 
 

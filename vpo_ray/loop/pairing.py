@@ -12,6 +12,7 @@ from vpo_ray.recipe import Recipe
 from vpo_ray.records import PAIR, Row
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.pair import pairs_of_query
+from vpo_ray.stages.preview import videos_by_previews
 from vpo_ray.storage.run_dir import PAIRED, ROUND, RunDir
 from vpo_ray.storage.tables import Table
 
@@ -58,7 +59,10 @@ def _pairs(
         for name in ("verdict", "error_stage"):
             values = (row[name] for row in candidates if row[name] is not None)
             seen.update(f"candidates with {name} {value}" for value in values)
-        videos.update(videos_by_strategy(candidates, recipe.pair, formula))
+        if recipe.render.preview is not None:
+            videos.update(videos_by_previews(candidates))
+        else:
+            videos.update(videos_by_strategy(candidates, recipe.pair, formula))
         yield from pairs_of_query(candidates, recipe.pair, reasons, formula)
     if recipe.evolve is not None and recipe.evolve.pairs and not run.exists(ROUND):
         for candidates in evolved_candidates(run, COLUMNS):

@@ -84,12 +84,11 @@ def _of_query(recipe: Recipe, query: str, budget: int) -> Recipe:
     settings = (recipe.evolve or Evolve.model_validate({})).model_dump(exclude={"llm"})
     llm = recipe.evolve.llm if recipe.evolve is not None else None
     asked = Evolve.model_validate({**settings, "llm": llm, "budget": budget})
+    store = recipe.render.store or RunDir(recipe.out).at("videos")
     own = recipe.model_copy(
         update={
             "evolve": asked,
-            "render": recipe.render.model_copy(
-                update={"store": recipe.render.store or RunDir(recipe.out).at("videos"), "strategy": "all"}
-            ),
+            "render": recipe.render.model_copy(update={"store": store, "strategy": "all", "preview": None}),
             "sft": None,
             "dpo": None,
             "rl": None,

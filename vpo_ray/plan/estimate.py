@@ -12,6 +12,7 @@ from vpo_ray.plan.balance import balance, makespan
 from vpo_ray.plan.check import PlanError, absent_measures, hub_ids, problems_of, refuse_problems
 from vpo_ray.plan.cluster import Cluster, Replica, place
 from vpo_ray.plan.figures import Figure, Ledger, bytes_per_video, count_rows, published_seconds, read_ledger
+from vpo_ray.plan.previews import full_renders, preview_seconds
 from vpo_ray.recipe import EVOLVED, ChatModel, Engine, Pool, Recipe, Render, Training
 from vpo_ray.recipe.published import Published, downloads
 from vpo_ray.records import SPLITS
@@ -25,7 +26,7 @@ MEASURE = "not known: run a few queries (--set queries.limit=20 --out PROBE), th
 
 @dataclass
 class StagePlan:
-    """One stage of the stream, one before it (labelling, drafting, evolution), or one training phase.
+    """One stage of the stream, one beside it (labelling, drafting, evolution, previews), or a training phase.
 
     rows: at most, unless `expected`; None where not known. seconds: replica-seconds a row. size:
     replicas, smallest and largest. key: the recipe's, of its pool. balanced: replicas on the cluster that
@@ -66,7 +67,7 @@ class Plan:
 
     recipe: Recipe
     queries: Counter[str] | None  # rows read, by split or dropped
-    before: list[StagePlan]  # labelling, drafting and evolution, where the recipe has them
+    before: list[StagePlan]  # labelling, drafting, evolution and previews, where the recipe has them
     stages: list[StagePlan]
     training: list[StagePlan]
     video_bytes: Figure
@@ -87,8 +88,11 @@ class Plan:
 
     @property
     def video_cost(self) -> float:
-        """What a service takes for them, by the recipe's prices."""
-        return (self.videos.rows or 0) * self.recipe.render.endpoint.cost
+        """What a service takes for them, and for previews, by the recipe's prices."""
+        render = self.recipe.render
+        previews = sum(stage.rows or 0 for stage in self.before if stage.name == "preview")
+        cheap = render.previewed().endpoint.cost if previews else 0.0
+        return (self.videos.rows or 0) * render.endpoint.cost + previews * cheap
 
     @property
     def unknown(self) -> list[str]:
@@ -147,7 +151,7 @@ def plan(
     gpu_type = cluster.gpu_type if cluster else recipe.render.pool.accelerator_type
     stages = list(_stages(recipe, found, past, gpu_type))
     training = list(_training(recipe, found, past))
-    before = list(_before(recipe, counts, past))
+    before = [*_before(recipe, counts, past), *_previews(recipe, found, past, gpu_type)]
     made = Plan(
         recipe, found, before, stages, training, bytes_per_video(recipe), cluster, price, missing=missing
     )
@@ -166,6 +170,12 @@ def plan(
         )
     if recipe.render.strategy == "adaptive":
         made.notes.append(_adaptive_note(made.videos))
+    if recipe.render.preview is not None:
+        made.notes.append(
+            "render.preview: all candidates are previewed; in full at most all of the probe's "
+            f"{recipe.render.preview.probe} queries and {recipe.render.preview.keep} prompts of the others, "
+            "where previews agree with full renders"
+        )
     if cluster is not None:
         refuse(made, cluster)
         _balance(made, cluster)
@@ -223,14 +233,16 @@ def _before(recipe: Recipe, counts: Counter[str] | None, past: Ledger | None) ->
 def _stages(
     recipe: Recipe, counts: Counter[str] | None, past: Ledger | None, gpu_type: str | None
 ) -> Iterator[StagePlan]:
-    """The stages of the stream, with the rows that evolution gives them."""
+    """The stages of the stream, with the rows that evolution and previews give them."""
     queries = _of(counts, "dpo")
     rows, expected = None if queries is None else queries * recipe.sample.k, True
-    evolved = _evolved(recipe, _of(counts, "sft") or 0)
+    beside = Counter(_evolved(recipe, _of(counts, "sft") or 0))
+    if queries is not None and recipe.render.preview is not None:
+        beside["score"] += _candidates_to_render(recipe, queries, past)[0]
     for stage in spec.stages("generation"):
         if stage.name == "render" and queries is not None:
             rows, expected = _videos(recipe, queries, past)
-        more = evolved.get(stage.name, 0)
+        more = beside[stage.name]
         all_rows = None if rows is None else rows + more
         made = _planned(stage, recipe, all_rows, expected and not more, past)
         if made.seconds.value is None and stage.name == "render":
@@ -262,14 +274,33 @@ def _planned(
 
 def _videos(recipe: Recipe, queries: int, past: Ledger | None) -> tuple[int, bool]:
     """Videos to render, and whether that is more than an upper bound."""
+    if recipe.render.preview is not None:
+        return full_renders(recipe, queries, _candidates_to_render(recipe, queries, past)[0]), False
     candidates = queries * recipe.sample.k
     if past and recipe.render.strategy == "adaptive":
         each = past.videos_a_query("adaptive")
         if each is not None:
             return min(candidates, math.ceil(queries * each)), True
+    bound, expected = _candidates_to_render(recipe, queries, past)
+    return bound, expected and recipe.render.strategy == "all"
+
+
+def _candidates_to_render(recipe: Recipe, queries: int, past: Ledger | None) -> tuple[int, bool]:
+    """Aligned candidates, and whether that is more than an upper bound."""
+    candidates = queries * recipe.sample.k
     aligned = past.share("aligned", "judge", "verdicts") if past else None
-    bound = candidates if aligned is None else math.ceil(candidates * aligned)
-    return bound, aligned is not None and recipe.render.strategy == "all"
+    return (candidates if aligned is None else math.ceil(candidates * aligned)), aligned is not None
+
+
+def _previews(
+    recipe: Recipe, counts: Counter[str] | None, past: Ledger | None, gpu_type: str | None
+) -> Iterator[StagePlan]:
+    """Previews, which the pool of the render stage makes before it renders in full."""
+    if recipe.render.preview is None:
+        return
+    rows = None if counts is None else _candidates_to_render(recipe, counts["dpo"], past)[0]
+    pool, seconds = recipe.render.pool, preview_seconds(recipe, past, gpu_type)
+    yield StagePlan("preview", rows, False, seconds, pool_replica(pool), pool.size, "render.pool")
 
 
 def _adaptive_note(render: StagePlan) -> str:

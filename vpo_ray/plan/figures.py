@@ -67,6 +67,13 @@ class Ledger:
         note = f", with other settings then: {'; '.join(other)}" if other else ""
         return Figure(value, f"measured, {self.uri}{note}", "other settings" if other else "measured")
 
+    def preview_seconds(self) -> Figure | None:
+        """Replica-seconds of rendering a preview, where a run with these settings made some."""
+        value = self.stages.get("preview", {}).get("seconds_per_row")
+        if not value or any(line.startswith("render.") for line in self.changed):
+            return None
+        return Figure(value, f"measured, {self.uri}", "measured")
+
     def share(self, part: str, stage: str, kind: str) -> float | None:
         """Which share of the rows that left a stage counts as `part`, e.g. verdicts: aligned."""
         entry = self.stages.get(stage, {})

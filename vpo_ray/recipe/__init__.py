@@ -25,6 +25,7 @@ from vpo_ray.recipe.evolution import Evolve, evolution_presets, with_fitness_of_
 from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_presets, preset_formula, reward_of
 from vpo_ray.recipe.plugins import pins, plugins_of
+from vpo_ray.recipe.preview import Preview
 from vpo_ray.recipe.profiles import Profile, check_profiles
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
@@ -76,6 +77,7 @@ __all__ = [
     "Policy",
     "Pool",
     "Preference",
+    "Preview",
     "Profile",
     "Queries",
     "Recipe",
@@ -270,11 +272,17 @@ class Recipe(Section):
         relative = pair.by == "formula" and self.formula is not None and self.formula.normalise != "none"
         whole = {"pair.choice: all": pair.choice == "all", "pair.ranks": pair.ranks is not None,
                  "formula.normalise": relative}  # fmt: skip
-        if self.render.strategy == "adaptive" and any(whole.values()):
-            named = " and ".join(key for key, given in whole.items() if given)
+        named = " and ".join(key for key, given in whole.items() if given)
+        if self.render.strategy == "adaptive" and named:
             raise ValueError(
                 f"render.strategy: adaptive renders no more videos than a pair takes, and {named} looks at "
                 "all of a query: write strategy: all"
+            )
+        named = "rl" if self.rl is not None else named
+        if self.render.preview is not None and named:
+            raise ValueError(
+                f"render.preview renders few candidates of a query in full, and {named} looks at all of "
+                "them: leave preview out"
             )
         return self
 
@@ -422,7 +430,7 @@ def serve_of(recipe: Recipe) -> Serve:
     if videos is None:
         return recipe.serve
     filled: dict[str, Any] = {
-        "render": videos.render or recipe.render,
+        "render": videos.render or recipe.render.model_copy(update={"preview": None}),
         "reward": videos.reward or recipe.reward,
     }
     if videos.refine is not None:

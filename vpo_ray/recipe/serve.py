@@ -192,6 +192,12 @@ class Videos(Section):
         default=None, description="let a request's effort be videos: the best prompt that a budget finds"
     )
 
+    @model_validator(mode="after")
+    def _rendered_in_full(self) -> Videos:
+        if self.render is not None:
+            refuse_unused(self.render, "preview", "in serve.videos, which are all rendered in full")
+        return self
+
 
 class Feedback(Section):
     """Answers and what users say of them (`/v1/feedback`), kept in a store, for `vpo collect`.

@@ -24,6 +24,7 @@ from vpo_ray.recipe.base import (
 from vpo_ray.recipe.endpoint import Endpoint, VideoEndpoint, refuse_keys
 from vpo_ray.recipe.formula import pair_presets
 from vpo_ray.recipe.plugins import Kind, Modelled, find_usable
+from vpo_ray.recipe.preview import Preview
 
 _VIDEO_PRESETS = Path(__file__).parents[1] / "data" / "video_presets.yaml"
 
@@ -98,6 +99,7 @@ class Render(Modelled):
     strategy: Literal["all", "adaptive"] = Field(
         "all", description="adaptive: no more videos of a query than its pair takes, in rounds"
     )
+    preview: Preview | None = None
     batch_size: Positive = 1
     time_limit_s: Annotated[float, Field(gt=0)] = 1800
     store: Place | None = Field(None, description="folder or URI of the video store; <out>/videos when unset")
@@ -137,6 +139,45 @@ class Render(Modelled):
         return self
 
     @model_validator(mode="after")
+    def _previews_are_cheaper(self) -> Render:
+        preview = self.preview
+        if preview is None:
+            return self
+        if self.strategy == "adaptive":
+            raise ValueError(
+                "preview does not go together with strategy: adaptive: both say which candidates are worth a "
+                "video. Write strategy: all, or leave preview out"
+            )
+        if self.kind == "openai":
+            if local := ", ".join(f"preview.{name}" for name in preview.looks()):
+                raise ValueError(f"{local}: no effect with kind: openai, whose words are in preview.request")
+            if {**self.endpoint.request, **preview.request} == self.endpoint.request:
+                raise ValueError("preview.request says nothing that differs from endpoint.request")
+            return self
+        if preview.request:
+            raise ValueError(f"preview.request has no effect with kind: {self.kind}")
+        looks = preview.looks()
+        if all(value == getattr(self, name) for name, value in looks.items()):
+            raise ValueError("preview says nothing that differs: give it fewer steps or frames, or a size")
+        for name in ("steps", "frames", "height", "width"):
+            if looks.get(name, 0) > getattr(self, name):
+                raise ValueError(
+                    f"preview.{name}: {looks[name]} is more than {name}: {getattr(self, name)} of the full "
+                    "render, and a preview is to be cheaper"
+                )
+        return self
+
+    def previewed(self) -> Render:
+        """The settings of previews. Raises ValueError where there are none."""
+        if self.preview is None:
+            raise ValueError("render.preview is not given")
+        changed: dict[str, Any] = {**self.preview.looks(), "preview": None}
+        if self.kind == "openai":
+            request = {**self.endpoint.request, **self.preview.request}
+            changed["endpoint"] = self.endpoint.model_copy(update={"request": request})
+        return self.model_copy(update=changed)
+
+    @model_validator(mode="after")
     def _one_gpu_a_rank(self) -> Render:
         if self.context_parallel == 1:
             return self
@@ -153,8 +194,8 @@ class Render(Modelled):
 
 
 # Keys that a video service leaves to us. What it makes a video with is in `endpoint.request`.
-_OF_SERVICES = frozenset({"kind", "model", "version", "endpoint", "strategy", "batch_size", "time_limit_s",
-                          "store", "pool"})  # fmt: skip
+_OF_SERVICES = frozenset({"kind", "model", "version", "endpoint", "strategy", "preview", "batch_size",
+                          "time_limit_s", "store", "pool"})  # fmt: skip
 
 
 class Checklist(Section):

@@ -15,6 +15,7 @@ from vpo_ray.recipe import Recipe
 from vpo_ray.report.chart import charts
 from vpo_ray.report.gallery import cards
 from vpo_ray.report.page import render_page
+from vpo_ray.stages.preview import told
 from vpo_ray.storage.run_dir import RunDir
 
 PAGE = "report/index.html"
@@ -25,6 +26,7 @@ _LABELS = {
     "queries": "queries to sample",
     "candidates": "candidate prompts",
     "aligned": "judged aligned",
+    "previews": "previews",
     "videos": "distinct videos",
     "pairs": "preference pairs",
     "groups": "groups of candidates",
@@ -50,6 +52,7 @@ def build_report(run: RunDir, recipe: Recipe) -> str:
         versions=_json(run, "versions.json", {}),
         stages=ledger["stages"],
         funnel=_funnel(funnel(ledger)),
+        probe=told(probe) if (probe := ledger["stages"].get("preview", {}).get("probe")) else None,
         alarms=alarms(ledger),
         imbalances=reconcile(ledger),
         reasons=_reasons(ledger["stages"]),

@@ -39,13 +39,13 @@ def decide(
         By candidate id: None to let it into the render stage, or the reason why it is not needed.
         A candidate that has to wait for others is absent, and so is a finished one.
     """
-    prompts, twins = _renderable(candidates)
+    prompts, twins = renderable_prompts(candidates)
     taken = {id(row) for row in (*prompts, *twins)}
     decisions: dict[str, str | None] = {
         row["candidate_id"]: None for row in candidates if id(row) not in taken and not is_below(row)
     }
     decisions |= {row["candidate_id"]: TWIN for row in twins if _is_open(row)}
-    reason = _none_needed(candidates, prompts, settings, formula)
+    reason = why_no_video(candidates, prompts, settings, formula)
     for position, row in enumerate(prompts):
         before = prompts[:position]
         if not _is_open(row):
@@ -77,8 +77,8 @@ def videos_by_strategy(
 
     Where the adaptive strategy made them, it is exact as well: the others were not needed.
     """
-    prompts, _ = _renderable(candidates)
-    if _none_needed(candidates, prompts, settings, formula):
+    prompts, _ = renderable_prompts(candidates)
+    if why_no_video(candidates, prompts, settings, formula):
         return {"all": len(prompts), "adaptive": 0}
     needed = 2
     while needed < len(prompts) and not _enough(prompts[:needed], settings, formula):
@@ -86,8 +86,9 @@ def videos_by_strategy(
     return {"all": len(prompts), "adaptive": needed}
 
 
-def _renderable(candidates: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The first candidate of every prompt that is or was to be rendered, and those that repeat one."""
+def renderable_prompts(candidates: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The first candidate of every prompt that is or was to be rendered, in the order of k, and those that
+    repeat one."""
     first: dict[str, Row] = {}
     twins = []
     for row in sorted(candidates, key=lambda row: row["k"]):
@@ -98,7 +99,7 @@ def _renderable(candidates: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return list(first.values()), twins
 
 
-def _none_needed(
+def why_no_video(
     candidates: Sequence[Row], prompts: Sequence[Row], settings: Pair, formula: Formula | None
 ) -> str | None:
     """Why no video of this query is needed, as far as its texts tell."""

@@ -114,13 +114,13 @@ class RunDir(Folder):
         return (type(self), (self.uri, self.shard))
 
     def root(self) -> tuple[RunDir, str]:
-        """The outermost run directory that this one is a round, an evolution or an evaluation of, and its
-        path in it; itself and "" for a run of its own."""
+        """The outermost run directory that this one is a round, an evolution, an evaluation or the previews
+        of, and its path in it; itself and "" for a run of its own."""
         run, place = RunDir(self.uri), ""
         while run.exists(ROUND):
             path, sign, options = run.uri.partition("?") if "://" in run.uri else (run.uri, "", "")
             *above, kind, name = path.split("/")
-            if kind not in ("rounds", "evolution", "evaluation"):
+            if kind not in ("rounds", "evolution", "evaluation", "preview"):
                 break
             run = RunDir(f"{'/'.join(above)}{sign}{options}")
             place = f"{kind}/{name}/{place}".rstrip("/")

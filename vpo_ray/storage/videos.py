@@ -39,6 +39,7 @@ OPERATIONAL = frozenset(
         "revision",
         "lora",
         "strategy",
+        "preview",
         "batch_size",
         "context_parallel",
         "long_prompts",

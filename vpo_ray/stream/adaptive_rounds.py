@@ -1,4 +1,5 @@
-"""AdaptiveRounds: the driver's side of adaptive rendering (`stages/adaptive.py` decides).
+"""AdaptiveRounds: the driver's side of rendering some of a query's candidates. Which of them is decided by
+`stages/adaptive.py`, or by `stages/preview.py`.
 
 A round is one pass of the stream's render and score stages over the candidates that are to be
 rendered now. Between two rounds the tables say what comes next; candidates that turn out not to be
@@ -10,8 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 _RESULTS = ["candidate_id", "query_id", "video_key", "answers", "dimensions", "score", "more_rewards",
             "skipped", "error", "error_stage"]  # fmt: skip
 _ROWS_PER_PART = 1000
+# What to do with the candidates of a query; see `adaptive.decide`.
+Decide = Callable[[Sequence[Row]], dict[str, str | None]]
 
 
 @dataclass
@@ -47,11 +51,20 @@ class AdaptiveRounds:
     Args:
         stages: `render`, and `score` where it belongs to the same pass.
         retry_errors: take candidates that failed in these stages once more, where they are needed.
+        decide_query: which candidates of a query are rendered; `adaptive.decide` when unset.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDir, stages: Sequence[str], retry_errors: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        stages: Sequence[str],
+        retry_errors: bool,
+        decide_query: Decide | None = None,
+    ) -> None:
         self._recipe, self._run, self._retry = recipe, run, retry_errors
-        self._formula = recipe.formula and recipe.formula.at(run.round_number())
+        formula = recipe.formula and recipe.formula.at(run.round_number())
+        self._decide = decide_query or partial(decide, settings=recipe.pair, formula=formula)
         self._scores = "score" in stages
         self._targets = [run.table("renders"), *([run.table("feedback")] if self._scores else [])]
         self._entered = id_set()
@@ -81,9 +94,9 @@ class AdaptiveRounds:
 
     def _not_needed(self, found: _Round) -> Iterator[Row]:
         """The rows to store as skipped, from a walk through all queries that fills `found`."""
-        verdicts = _Queries(self._run.table("verdicts"))
-        renders = _Queries(self._run.table("renders"), _RESULTS)
-        feedback = _Queries(self._run.table("feedback"), _RESULTS)
+        verdicts = QueryRows(self._run.table("verdicts"))
+        renders = QueryRows(self._run.table("renders"), _RESULTS)
+        feedback = QueryRows(self._run.table("feedback"), _RESULTS)
         for query in verdicts:
             rendered, finished = renders.rows(query), feedback.rows(query)
             found.waits_for_scores |= any(candidate not in finished for candidate in rendered)
@@ -104,7 +117,7 @@ class AdaptiveRounds:
             if result is not None and not self._is_again(candidate, row, result):
                 row = {**row, **result}
             known.append(row)
-        for candidate, reason in decide(known, self._recipe.pair, self._formula).items():
+        for candidate, reason in self._decide(known).items():
             stored = results.get(candidate)
             # What was skipped stays so, and what failed, while it is not needed.
             if stored is None or (reason is None and self._may_enter(candidate, verdicts, stored)):
@@ -123,7 +136,7 @@ class AdaptiveRounds:
         return bool(isin_sorted(np.array([candidate], self._entered.dtype), self._entered)[0])
 
 
-class _Queries:
+class QueryRows:
     """A table's rows by query, kept as Arrow until they are asked for.
 
     Args:

@@ -35,6 +35,7 @@ from vpo_ray.stream.last_words import with_causes
 from vpo_ray.stream.meter import Meter
 from vpo_ray.stream.passes import Pass
 from vpo_ray.stream.placement import cluster_state, pool_shapes, problems, require, watched
+from vpo_ray.stream.previews import PreviewError, Previews
 from vpo_ray.stream.progress import spilled_so_far
 from vpo_ray.stream.ray_compat import spare_driver
 from vpo_ray.stream.spending import endpoint_cost
@@ -98,20 +99,39 @@ def generate(
         whole.table(stage).clear_merged()
     spilled = spilled_so_far()
     call = _Call(whole.stages, stop)
-    if recipe.render.strategy == "adaptive" and "render" in whole.stages:
+    if "render" in whole.stages and (recipe.render.strategy == "adaptive" or recipe.render.preview):
         # What is rendered depends on all texts of a query, and then on the scores of its videos.
         at = whole.stages.index("render")
         texts, videos = (replace(whole, stages=part) for part in (whole.stages[:at], whole.stages[at:]))
+        if recipe.render.preview and "score" not in videos.stages:
+            raise GenerationError(
+                "with render.preview, scores of previews decide what is rendered: run `vpo generate`, which "
+                "renders and scores"
+            )
         if texts.stages:
             call.finish(texts)
-        rounds = AdaptiveRounds(recipe, run, videos.stages, retry_errors)
-        while (render_ids := rounds.next()) is not None:
-            call.finish(replace(videos, retry_errors=False, render_ids=render_ids))
+        if recipe.render.preview:
+            _finish_previews(call, videos, stop)
+        else:
+            rounds = AdaptiveRounds(recipe, run, videos.stages, retry_errors)
+            while (render_ids := rounds.next()) is not None:
+                call.finish(replace(videos, retry_errors=False, render_ids=render_ids))
     else:
         call.finish(whole)
     if spilled := spilled_so_far() - spilled:
         logger.warning("the object store spilled %.2f GB to disk: see docs/operations.md", spilled / 1e9)
     return call.counts
+
+
+def _finish_previews(call: _Call, videos: Pass, stop: threading.Event | None) -> None:
+    """Go through the passes of previews, counted as `preview`, and of the full renders that they choose."""
+    looks = _Call(videos.stages, stop)
+    try:
+        for each in Previews(videos).passes():
+            (looks if each.run.uri != videos.run.uri else call).finish(each)
+    except PreviewError as error:
+        raise GenerationError(str(error)) from None
+    call.counts["preview"] = looks.counts["render"]
 
 
 @dataclass(frozen=True)
@@ -225,6 +245,7 @@ def _stream(this: Pass) -> _Stream | None:
 def _title(this: Pass) -> str:
     """What a user calls the pass."""
     name = this.stages[0] if len(this.stages) == 1 else "generate"
+    name = "previews" if this.run.root()[1].rpartition("/")[0].endswith("preview") else name
     return f"{name}, shard {this.run.shard}" if this.run.shard else name
 
 
