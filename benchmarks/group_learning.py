@@ -70,15 +70,21 @@ def trained(given: argparse.Namespace) -> Iterable[tuple[str, Path, int]]:
     scored = {row["query_id"]: 0 for row in rows.rows()}
     for row in rows.rows():
         scored[row["query_id"]] += row["score"] is not None
-    for item in given.rl or ["rl={}"]:
-        name, _, text = item.partition("=")
-        yield name, offline(given, name, yaml.safe_load(text)), sum(scored.values())
+    for name, changes in settings(given).items():
+        yield name, offline(given, name, changes), sum(scored.values())
+    own = next(iter(settings(given).values()))
     if given.part and not given.tuning:
         queries = sorted(scored)[: round(given.part * len(scored))]
-        yield "rl_part", offline(given, "rl_part", {}, queries), sum(scored[query] for query in queries)
+        yield "rl_part", offline(given, "rl_part", own, queries), sum(scored[query] for query in queries)
     if given.rounds:
-        out = in_rounds(given)
+        out = in_rounds(given, own)
         yield "rl_rounds", out / "rounds/2", videos(out) + videos(out / "rounds/2")
+
+
+def settings(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each arm changes in SETTINGS; the first one's are those of rl_part and rl_rounds too."""
+    parts = [item.partition("=") for item in given.rl or ["rl={}"]]
+    return {name: yaml.safe_load(text) for name, _, text in parts}
 
 
 def offline(
@@ -97,7 +103,7 @@ def offline(
     return out
 
 
-def in_rounds(given: argparse.Namespace) -> Path:
+def in_rounds(given: argparse.Namespace, changes: dict[str, Any]) -> Path:
     """Two rounds of half the run's queries; videos that the run has are taken from it."""
     out, half = given.out / "rl_rounds", len(set(RunDir(str(given.run)).table("queries").keys())) // 2
     if not out.exists():
@@ -105,7 +111,7 @@ def in_rounds(given: argparse.Namespace) -> Path:
         for path in (path for name in _SAMPLED for path in out.glob(name)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     more = [f"queries.limit={half}", f"render.store={given.run}/videos"]
-    vpo_ray.run(rl_recipe(given, out, {}, more), rounds=2)
+    vpo_ray.run(rl_recipe(given, out, changes, more), rounds=2)
     return out
 
 
@@ -115,8 +121,8 @@ def rl_recipe(
     """The recipe with `rl` in the place of `dpo` and its pairs."""
     own = vpo_ray.load_recipe(given.recipe, given.set)
     assert own.dpo is not None
-    settings = own.dpo.model_dump(mode="json", include=set(SHARED)) | SETTINGS | changes
-    sets = ["dpo=null", "pair={}", f"rl={json.dumps(settings)}", "evaluate.policies=[query, sft, rl]"]
+    section = own.dpo.model_dump(mode="json", include=set(SHARED)) | SETTINGS | changes
+    sets = ["dpo=null", "pair={}", f"rl={json.dumps(section)}", "evaluate.policies=[query, sft, rl]"]
     return vpo_ray.load_recipe(given.recipe, [*given.set, *sets, *more, f"out={out}"])
 
 
@@ -124,8 +130,8 @@ def evaluation(given: argparse.Namespace, arms: list[tuple[str, Path, int]]) -> 
     """The recipe whose evaluation compares DPO and SFT with every arm; in a directory of its own."""
     out = arms[0][1]
     policies: dict[str, Any] = {"dpo": {"kind": "checkpoint", "path": f"{given.run}/checkpoints/dpo"}}
-    policies |= {} if given.tuning else {"sft": {"kind": "sft"}}
     policies |= {name: {"kind": "checkpoint", "path": f"{at}/checkpoints/rl"} for name, at, _ in arms}
+    policies |= {} if given.tuning else {"sft": {"kind": "sft"}}
     own = vpo_ray.load_recipe(given.recipe, given.set)
     assert own.evaluate is not None
     path = own.evaluate.sets["held_out"].path
@@ -133,7 +139,7 @@ def evaluation(given: argparse.Namespace, arms: list[tuple[str, Path, int]]) -> 
         path = str(given.out / "tuning.jsonl")
         Path(path).write_text("".join(untouched(own, given.run)), "utf-8")
     sets = {"held_out": {"path": str(path), "size": given.queries}}
-    recipe = rl_recipe(given, out, yaml.safe_load(given.rl[0].partition("=")[2]) if given.rl else {})
+    recipe = rl_recipe(given, out, settings(given)[arms[0][0]])
     asked = recipe.evaluate
     assert asked is not None
     update = type(asked).model_validate(asked.model_dump() | {"policies": policies, "sets": sets})
