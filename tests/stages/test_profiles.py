@@ -235,6 +235,31 @@ def test_a_judge_that_does_not_refine_gives_no_verdict_on_it() -> None:
     assert (row["verdict"], row["refined_prompt"], chat.asked) == ("imprecise", None, [])
 
 
+def test_what_meets_a_profile_wins_over_what_does_not() -> None:
+    """Without a correction by the judge too; one that it has comes first."""
+    best, met, long = (
+        candidate("short", candidate_id=name, k=k, prompt=prompt, unmet=unmet, verdict=verdict)
+        for k, (name, prompt, unmet, verdict) in enumerate(
+            [
+                ("a", "A golden ball.", [], "aligned"),
+                ("b", "Gold.", [], "imprecise"),
+                ("c", "A golden ball rolls on.", ["max_words: 5"], "imprecise"),
+            ]
+        )
+    )
+    (pair,) = pairs_of_query([best, met, long], Pair(), Counter())
+    assert (pair["chosen"], pair["rejected"], pair["kind"]) == ("A golden ball.", long["prompt"], "text")
+    assert (pair["chosen_id"], pair["rejected_id"], pair["profile"]) == ("a", "c", "short")
+    assert pairs_of_query([met, long], Pair(), Counter()) == []
+    refined = {**long, "refined_prompt": "Gold rolls.", "refined_verdict": "aligned"}
+    chosen = [
+        pair["chosen"] for pair in pairs_of_query([best, met, refined], Pair(text_per_query=9), Counter())
+    ]
+    assert chosen == ["Gold rolls.", "A golden ball."]
+    bare = [{**row, "unmet": None} for row in (best, met, long)]
+    assert pairs_of_query(bare, Pair(), Counter()) == []
+
+
 def test_a_caption_is_refined_as_one() -> None:
     caption = {"scene": "a meadow", "subject": "a golden ball"}
     row, chat = judged("json", "A ball.", ["format: no"], {"prompt": caption}, ALIGNED)

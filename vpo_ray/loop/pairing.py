@@ -19,7 +19,7 @@ from vpo_ray.storage.tables import Table
 COLUMNS = (
     "candidate_id", "query_id", "query", "image", "k", "prompt", "verdict", "refined_prompt", "refined_fault",
     "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error", "error_stage", "profile",
-    "conditions",
+    "conditions", "unmet",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Pair: finished candidates of one query become preference pairs. Pure functions.
 
 Two kinds. A text pair sets a refined prompt that was judged aligned over the misaligned original
-(VPO 3.3, prompt level). A video pair sets a prompt over another of the same query whose video the
+(VPO 3.3, prompt level), or, of a query with a profile, an aligned prompt over one that does not meet the
+profile. A video pair sets a prompt over another of the same query whose video the
 reward model, or the recipe's formula over several, scored lower by more than a margin (VPO 3.3, video level;
 the dominance rule is in its released code only).
 """
@@ -67,7 +68,7 @@ def by_reward(row: Row, name: str | None) -> Row:
 def _text_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> Iterator[Row]:
     refined = [row for row in rows if row["refined_prompt"] is not None and row["error"] is None]
     # One of several misaligned candidates is taken by content, as a shuffle would, not by index.
-    for row in sorted(refined, key=lambda row: share_of("text pair", row["candidate_id"])):
+    for row in sorted(refined, key=_by_content):
         if row["refined_fault"] is not None:
             reasons[f"refined prompt: {row['refined_fault']}"] += 1
         elif row["refined_verdict"] != "aligned":
@@ -78,6 +79,20 @@ def _text_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> I
             reasons[why] += 1
         else:
             yield _pair("text", row, row, row["refined_prompt"], row["prompt"], None)
+    yield from _profile_pairs(rows, settings)
+
+
+def _by_content(row: Row) -> float:
+    return share_of("text pair", row["candidate_id"])
+
+
+def _profile_pairs(rows: Sequence[Row], settings: Pair) -> Iterator[Row]:
+    """What meets the query's profile over what does not, both as the policy wrote them."""
+    wrote = [row for row in rows if row.get("unmet") is not None and row["error"] is None]
+    missed = sorted((row for row in wrote if row["unmet"]), key=_by_content)
+    for row in sorted(wrote, key=_by_content):
+        if row["verdict"] == "aligned" and not row["unmet"] and not _too_long(row["prompt"], settings):
+            yield from (_pair("text", row, other, row["prompt"], other["prompt"], None) for other in missed)
 
 
 def _video_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> Iterator[Row]:
