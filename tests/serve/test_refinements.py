@@ -12,12 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from endpoint_server import EndpointServer, Reply, Request, completion, failure
+from starlette.requests import Request as WebRequest
 from tiny_endpoint import TINY
 
 from vpo_ray.recipe import RecipeError, Serve, load, serve_of
 from vpo_ray.serve import refinements
 from vpo_ray.serve.app import ingress_app
 from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.keys import Key, make_key
 from vpo_ray.serve.optimize_schema import parse_optimize
 from vpo_ray.serve.refine_schema import Refinement, StoredRefinement, refinement_files
@@ -370,6 +372,66 @@ def test_an_endpoint_that_cannot_have_it_says_why(tmp_path: Path, tiny_models: P
 
 
 # Through the endpoint
+
+
+# Serve wraps the class in one that wants a replica around it.
+PLAIN = next(base for base in Ingress.__mro__ if "_admitted" in base.__dict__)
+
+
+class Alone(PLAIN):
+    """The class without Serve around it, which would await its end."""
+
+    def __del__(self) -> None:
+        """Nothing is kept here."""
+
+
+class Handle:
+    """Stands for the handle of the owner of the jobs, which is in this process."""
+
+    def __init__(self, jobs: RefinementJobs) -> None:
+        self.submit = Replica(jobs.submit)
+
+
+@pytest.mark.engine
+def test_the_routes_take_a_query_and_give_its_job_to_who_asked(
+    tmp_path: Path, tiny_models: Path, serve_endpoint: Start
+) -> None:
+    (mine, line), (other, other_line) = make_key("mine"), make_key("other")
+    (tmp_path / "keys").write_text(f"{line} requests_per_minute=6\n{other_line}\n")
+    keys = f"serve.keys={tmp_path / 'keys'}"
+    settings = settings_for(tmp_path, tiny_models, serve_endpoint(answer), keys)
+
+    async def ask() -> None:
+        jobs = jobs_for(settings)
+        ingress = Alone(None, None, None, settings, (), Handle(jobs))
+
+        async def call(route: str, key: str, body: Any = None, *rest: str) -> tuple[int, Any]:
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+            headers = [(b"authorization", f"Bearer {key}".encode())]
+            scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}
+            reply = await getattr(ingress, route)(WebRequest(scope, receive), *rest)
+            return reply.status_code, json.loads(reply.body)
+
+        body = {"query": "a fox", "effort": "videos"}
+        status, made = await call("optimize", mine, body)
+        assert (status, made["object"], made["prompt"], made["budget"]) == (202, "refinement", None, 4)
+        # Four of its six are taken; an equal query costs one, another four.
+        assert (await call("optimize", mine, body))[1]["id"] == made["id"]
+        status, told = await call("optimize", mine, {**body, "query": "a dog"})
+        assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")
+        status, told = await call("refinement", other, None, made["id"])
+        assert (status, told["error"]["code"]) == (404, "refinement_not_found")
+        await done(jobs, made["id"])
+        status, found = await call("refinement", mine, None, made["id"])
+        assert (status, found["status"], found["videos"]) == (200, "completed", 4)
+        assert not {"owners", "asks", "results"} & found.keys()
+        status, late = await call("optimize", other, body)
+        assert (status, late["prompt"]) == (202, found["prompt"])
+        assert (await call("refinement", other, None, made["id"]))[0] == 200
+
+    asyncio.run(ask())
 
 
 @pytest.mark.ray
