@@ -96,9 +96,12 @@ def say(value: Any) -> None:
 
 def candidates(queries: int, k: int, seed: int) -> list[Row]:
     """Judged candidates, as the stage before rendering leaves them."""
-    rng, rows = np.random.default_rng(seed), list[Row]()
-    for _ in range(queries):
+    rng, rows, seen = np.random.default_rng(seed), list[Row](), set[str]()
+    while len(seen) < queries:
         asked = query(complete({}, rng), rng, unsafe=0)
+        if asked.text in seen:
+            continue
+        seen.add(asked.text)
         for number in range(k):
             row = dict.fromkeys(FEEDBACK.names)
             name = query_id(asked.text)
