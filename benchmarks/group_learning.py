@@ -2,12 +2,10 @@
 
     make demo
     python benchmarks/group_learning.py                  # from the run that the demo left
-    python benchmarks/group_learning.py --rounds         # and two rounds with half the queries each
     python benchmarks/group_learning.py --tuning --out runs/tuning --rl 'wide={clip: 0.5}'
 
 Arms start from the run's SFT policy. `dpo` is the run's own; `rl` learns from the same table of feedback, of
 all candidates where DPO takes pairs; `rl_part` from that of `--part` of the queries. Neither renders a video.
-`rl_rounds` samples half the queries, learns, and samples them again: about as many videos as the run has.
 All are evaluated on the same held-out queries. `--tuning` trains an arm for each `--rl` and evaluates on
 queries that are neither held out nor trained on, so that settings are not chosen by what they are measured
 with. The last line is one JSON object; run again, it goes on where it stopped.
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -31,13 +28,11 @@ import vpo_ray
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import RunDir
 
-# What of the recipe's dpo section rl has too; and what tuning found, on other queries than the held-out ones.
+# What of the recipe's dpo section rl has too; and its own: DPO's learning rate, and about as many responses.
 SHARED = ("max_length", "dtype", "autocast", "zero_stage", "use_gpu", "resources_per_worker")
 SETTINGS = {"epochs": 1, "lr": 2e-5, "global_batch": 2, "micro_batch": 2, "clip_high": 0.28}
 SHOWN = ("ci_low", "ci_high", "n", "win", "loss", "p")
 METRICS = ("truth", "truth.look", "reward", "verdict.aligned")
-# What a run makes of its queries before it learns from feedback; a round of other queries makes its own.
-_SAMPLED = ("queries", "dropped", "candidates", "verdicts", "renders", "feedback", "rl", "groups", "curated*")
 
 
 def main() -> None:
@@ -49,7 +44,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/group_learning"))
     parser.add_argument("--queries", type=int, default=80, help="of the evaluation (%(default)s)")
     parser.add_argument("--part", type=float, default=0.6, help="of the queries, for rl_part; 0: without")
-    parser.add_argument("--rounds", action="store_true", help="two rounds of rl, half the queries each")
     parser.add_argument("--tuning", action="store_true", help="evaluate on queries that are not held out")
     parser.add_argument(
         "--rl", action="append", default=[], metavar="NAME={KEY: VALUE}", help="other settings"
@@ -76,13 +70,10 @@ def trained(given: argparse.Namespace) -> Iterable[tuple[str, Path, int]]:
     if given.part and not given.tuning:
         queries = sorted(scored)[: round(given.part * len(scored))]
         yield "rl_part", offline(given, "rl_part", own, queries), sum(scored[query] for query in queries)
-    if given.rounds:
-        out = in_rounds(given, own)
-        yield "rl_rounds", out / "rounds/2", videos(out) + videos(out / "rounds/2")
 
 
 def settings(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What each arm changes in SETTINGS; the first one's are those of rl_part and rl_rounds too."""
+    """What each arm changes in SETTINGS; the first one's are those of rl_part too."""
     parts = [item.partition("=") for item in given.rl or ["rl={}"]]
     return {name: yaml.safe_load(text) for name, _, text in parts}
 
@@ -103,27 +94,13 @@ def offline(
     return out
 
 
-def in_rounds(given: argparse.Namespace, changes: dict[str, Any]) -> Path:
-    """Two rounds of half the run's queries; videos that the run has are taken from it."""
-    out, half = given.out / "rl_rounds", len(set(RunDir(str(given.run)).table("queries").keys())) // 2
-    if not out.exists():
-        fork(vpo_ray.load_recipe(given.recipe, [f"out={given.run}", *given.set]), out)
-        for path in (path for name in _SAMPLED for path in out.glob(name)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    more = [f"queries.limit={half}", f"render.store={given.run}/videos"]
-    vpo_ray.run(rl_recipe(given, out, changes, more), rounds=2)
-    return out
-
-
-def rl_recipe(
-    given: argparse.Namespace, out: Path, changes: dict[str, Any], more: Iterable[str] = ()
-) -> Recipe:
+def rl_recipe(given: argparse.Namespace, out: Path, changes: dict[str, Any]) -> Recipe:
     """The recipe with `rl` in the place of `dpo` and its pairs."""
     own = vpo_ray.load_recipe(given.recipe, given.set)
     assert own.dpo is not None
     section = own.dpo.model_dump(mode="json", include=set(SHARED)) | SETTINGS | changes
     sets = ["dpo=null", "pair={}", f"rl={json.dumps(section)}", "evaluate.policies=[query, sft, rl]"]
-    return vpo_ray.load_recipe(given.recipe, [*given.set, *sets, *more, f"out={out}"])
+    return vpo_ray.load_recipe(given.recipe, [*given.set, *sets, f"out={out}"])
 
 
 def evaluation(given: argparse.Namespace, arms: list[tuple[str, Path, int]]) -> Recipe:
