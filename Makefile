@@ -38,11 +38,11 @@ types: $(READY)
 fast: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
 
-# Tests with real engines, one after the other, in one shuffled order, so that a failure comes from the
+# Tests with real engines, two files at a time, in one shuffled order, so that a failure comes from the
 # change and not from the order: `make engines ENGINE_SEED=7` takes another, 0 the written one.
 ENGINE_SEED ?= 255101
 engines: $(READY)
-	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25 --seed $(ENGINE_SEED)
+	$(BIN)/pytest -m "(engine or ray) and not slow" -n 2 --dist loadfile -v --durations=25 --seed $(ENGINE_SEED)
 
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.
 slow: $(READY)
