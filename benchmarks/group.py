@@ -104,7 +104,7 @@ def run_ours(chosen: ChosenGroups) -> dict[str, Any]:
         packing.pack = partial(packing.pack, share=False)
     worker = make_worker(chosen, "rl", Rl(**settings_of(chosen)), make_groups(chosen)[0])
     started = clocks()
-    worker.compute_reference(chosen.variant)
+    worker.reference = worker.compute_reference(chosen.variant)
     worker.sampled = worker.reference
     lines, times = timed_steps(worker, chosen.steps)
     return {

@@ -103,7 +103,7 @@ def run_ours(chosen: Chosen) -> dict[str, Any]:
     worker = make_dpo_worker(chosen, chosen.batch * chosen.steps)
     # The reference is computed once for all epochs; here one epoch pays for it in full.
     started = clocks()
-    worker.compute_reference(chosen.variant)
+    worker.reference = worker.compute_reference(chosen.variant)
     lines, times = timed_steps(worker, chosen.steps)
     speed = chosen.figures("pairs", started, times)
     return {
@@ -218,7 +218,7 @@ def _zero_rank(rank: int, workers: int, chosen: Chosen) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     micro = chosen.batch // workers
     worker = make_dpo_worker(chosen, 2 * chosen.batch, rank, workers, zero_stage=3, micro_batch=micro)
-    worker.compute_reference(chosen.variant)
+    worker.reference = worker.compute_reference(chosen.variant)
     losses = [worker.step(step)["loss"] for step in range(2)]
     optimizer = worker.engine.optimizer
     held = [p.ds_tensor if p.ds_tensor is not None else p for p in worker.engine.module.parameters()]

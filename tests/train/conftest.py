@@ -81,7 +81,7 @@ def make_worker(
             policy = PackedPolicy(loaded, autocasts(chosen.autocast, torch.device("cpu")))
             worker = Worker(job, zero.start_engine(policy, chosen, config), 0, 1, torch.device("cpu"))
         if phase != "sft":
-            worker.compute_reference("test")
+            worker.reference = worker.compute_reference("test")
         if phase == "rl":
             worker.sampled = worker.reference
         return worker
