@@ -49,6 +49,7 @@ OTHER: dict[str, Any] = {
     "cache_options": {"threshold": 0.1},
     "offload": "model",
     "strategy": "adaptive",
+    "preview": {"steps": 4},
     "batch_size": 4,
     "time_limit_s": 5,
     "store": "s3://videos",
