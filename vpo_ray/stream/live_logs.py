@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from typing import Any
 from vpo_ray.records import Row
 from vpo_ray.stream.last_words import without_secrets
 
+logger = logging.getLogger(__name__)
+
+NO_LOG = "no log can be had"
 # Seconds in which a cluster has to answer.
 WAIT_S = 10
 # The phases whose workers Ray Train starts; a run has one at a time.
@@ -78,11 +82,16 @@ def stage_of(class_name: str) -> str:
 
 
 def _written(actor: Any, lines: int, where: Any) -> str:
+    """What a process wrote, or why nobody can tell: its node's agent may only be starting."""
     from ray.util.state import get_log
 
-    texts = (
-        "".join(get_log(actor_id=actor.actor_id, suffix=suffix, tail=lines, errors="replace", **where))
-        for suffix in ("out", "err")
-    )
+    try:
+        texts = [
+            "".join(get_log(actor_id=actor.actor_id, suffix=suffix, tail=lines, errors="replace", **where))
+            for suffix in ("out", "err")
+        ]
+    except Exception as error:
+        logger.debug("no log of actor %s", actor.actor_id, exc_info=True)
+        return f"({NO_LOG}: {error})"
     kept = [line for text in texts for line in text.splitlines() if not line.startswith(":")]
     return without_secrets("\n".join(kept[-lines:]))
