@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from vpo_ray.records import Row
@@ -13,7 +14,7 @@ from vpo_ray.stream.last_words import without_secrets
 
 logger = logging.getLogger(__name__)
 
-NO_LOG = "no log can be had"
+TAIL_BYTES = 1 << 18  # of a log that is read here
 # Seconds in which a cluster has to answer.
 WAIT_S = 10
 # The phases whose workers Ray Train starts; a run has one at a time.
@@ -82,16 +83,38 @@ def stage_of(class_name: str) -> str:
 
 
 def _written(actor: Any, lines: int, where: Any) -> str:
-    """What a process wrote, or why nobody can tell: its node's agent may only be starting."""
-    from ray.util.state import get_log
+    """What a process wrote: read here where it runs here, else asked of its node's agent. Why nobody can tell
+    where that does not answer: it may be starting, or another cluster of its machine has its port."""
+    texts = _here(actor)
+    if not texts:
+        from ray.util.state import get_log
 
-    try:
-        texts = [
-            "".join(get_log(actor_id=actor.actor_id, suffix=suffix, tail=lines, errors="replace", **where))
-            for suffix in ("out", "err")
-        ]
-    except Exception as error:
-        logger.debug("no log of actor %s", actor.actor_id, exc_info=True)
-        return f"({NO_LOG}: {error})"
+        try:
+            texts = [
+                "".join(
+                    get_log(actor_id=actor.actor_id, suffix=suffix, tail=lines, errors="replace", **where)
+                )
+                for suffix in ("out", "err")
+            ]
+        except Exception as error:
+            logger.debug("no log of actor %s", actor.actor_id, exc_info=True)
+            return f"(no log can be had: {error})"
     kept = [line for text in texts for line in text.splitlines() if not line.startswith(":")]
     return without_secrets("\n".join(kept[-lines:]))
+
+
+def _here(actor: Any) -> list[str]:
+    """The ends of the files that an actor's process of this machine writes to; none where it has none."""
+    texts = []
+    try:
+        process = Path(f"/proc/{int(actor.pid)}")
+        if str(actor.class_name) in process.joinpath("cmdline").read_bytes().decode(errors="replace"):
+            for stream in ("1", "2"):
+                log = process.joinpath("fd", stream).resolve()
+                if log.is_file() and log.name.startswith("worker-"):
+                    with log.open("rb") as file:
+                        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+                        texts.append(file.read().decode(errors="replace"))
+    except (OSError, TypeError, ValueError):  # it is elsewhere, another user's, or has ended
+        return []
+    return texts
