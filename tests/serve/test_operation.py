@@ -245,4 +245,4 @@ def test_prometheus_has_callers_outcomes_and_tokens(brief: str) -> None:
     for text in ('outcome="200"', 'outcome="422"', 'key="anyone"', 'variant="main"', 'variant="canary"'):
         until(lambda text=text: exported(text), 40)
     for name in ("seconds_bucket", "tokens", "running"):
-        assert exported(f"vpo_serve_{name}"), name
+        until(lambda name=name: exported(f"vpo_serve_{name}"), 40)
