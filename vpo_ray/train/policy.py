@@ -74,7 +74,7 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, norms = ctx.saved_tensors
         narrow = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if bias is not None else None
         chunks = zip(*(t.split(ctx.rows) for t in (hidden, targets, norms, grad, d_hidden)), strict=True)
         for n, (h, t, norm, g, d) in enumerate(chunks):
@@ -85,7 +85,9 @@ class _LogProbs(torch.autograd.Function):
             d_logits.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             d_logits = d_logits.to(h.dtype)
             torch.mm(d_logits, narrow, out=d)
-            if d_weight is not None and h.dtype == weight.dtype:
+            if ctx.needs_input_grad[1] and d_weight is None:
+                d_weight = (d_logits.T @ h).to(weight.dtype)
+            elif d_weight is not None and h.dtype == weight.dtype:
                 d_weight.addmm_(d_logits.T, h)
             elif d_weight is not None:
                 d_weight += d_logits.T @ h

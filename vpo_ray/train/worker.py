@@ -138,7 +138,7 @@ class Worker(RankState):
             sums += torch.cat([loss.detach().double()[None], metrics])
         dist.all_reduce(sums)
         self._stop_if(bad, step, "loss")
-        norm = zero.step(self.engine)
+        norm = zero.step(self.engine, settings)
         self._stop_if([] if math.isfinite(norm) else [job.examples[r].id for r in rows], step, "gradient")
         seconds = time.perf_counter() - started
         line: Row = {"step": step + 1, "epoch": (step + 1) * settings.epochs / job.steps}

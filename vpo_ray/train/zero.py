@@ -179,6 +179,8 @@ def start_engine(policy: Any, settings: Training, config: dict[str, Any]) -> Any
         offloaded = settings.offload.optimizer != "none"
         adam = _cpu_adam() if offloaded else partial(torch.optim.AdamW, fused=True)
         optimizer = adam(parameters, lr=settings.lr, betas=settings.adam_betas, eps=1e-8)
+    if is_plain(settings):
+        config = {**config, "gradient_clipping": 0.0}  # see `step`
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=optimizer,
@@ -186,7 +188,14 @@ def start_engine(policy: Any, settings: Training, config: dict[str, Any]) -> Any
         config=config,
         dist_init_required=False,
     )
+    if is_plain(settings) and engine.world_size == 1:
+        engine.enable_backward_allreduce = False  # alone it would copy all gradients, and copy them back
     return engine
+
+
+def is_plain(settings: Training) -> bool:
+    """Whether the optimizer updates the weights itself: without ZeRO, in float32."""
+    return settings.zero_stage == 0 and settings.dtype == "float32"
 
 
 def _cpu_adam() -> Any:
@@ -266,13 +275,17 @@ def bit_sums(engine: Any) -> Any:
     return torch.stack(sums).cpu()
 
 
-def step(engine: Any) -> float:
+def step(engine: Any, settings: Training) -> float:
     """Clip, update the weights, clear the gradients. Returns the global gradient norm before clipping."""
     import torch
 
-    plain = engine.optimizer is engine.basic_optimizer
-    if plain:  # without ZeRO in float32, DeepSpeed clips but keeps no norm
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).item()
+    if not is_plain(settings):
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # DeepSpeed would compute the norm for itself, and not tell: it is computed once, here.
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if settings.clip_grad_norm and norm > settings.clip_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_grad_norm, norm)
     engine.step()
-    return norm if plain else float(engine.get_global_grad_norm())
+    return norm.item()
