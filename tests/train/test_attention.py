@@ -121,6 +121,25 @@ def test_every_kernel_gives_the_same(make_worker: Any, flash_calls: list[int], m
         torch.testing.assert_close(found[kernel], found[attention.sdpa], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("most", [0, 512])
+def test_bfloat16_gradients_on_a_cpu_are_those_of_float32_but_for_rounding(
+    monkeypatch: Any, most: int
+) -> None:
+    monkeypatch.setattr(attention, "NARROW_FROM", most)
+    prompt = np.arange(5)
+    packed = pack([Example("a", prompt, (np.arange(7), np.arange(3))), Example("b", prompt[:4], (prompt,))])
+    torch.manual_seed(3)
+    given = [torch.randn(packed.ids.shape[1], heads, 8).bfloat16() for heads in (4, 2, 2)]
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = [t.to(dtype, copy=True).requires_grad_() for t in given]
+        attention.on_cpu(torch.nn.Identity(), *tensors, packed, {}).float().square().sum().backward()
+        assert all(t.grad.dtype == dtype for t in tensors)
+        found[dtype] = [t.grad.float() for t in tensors]
+    for narrow, wide in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        assert (narrow - wide).norm() < 0.02 * wide.norm()
+
+
 def test_dropout_needs_sdpa_and_a_cpu_has_a_kernel_of_its_own():
     query = torch.zeros(3, 2, 8)
     assert attention.kernel_for(query, 0.0) is attention.on_cpu

@@ -195,7 +195,7 @@ def run_loop(
     """Everything, in order; see the module's first line.
 
     Args:
-        example: serve one query at the end.
+        example: serve one query at the end, unless the recipe says no (`serve.example`).
         report: called last, while the run directory is still this driver's.
         beside: entered while the last phase trains.
     """
@@ -232,7 +232,7 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool, besi
         _say(recipe.learns, run)
         with beside(run, start):
             policy = _learn(recipe, run, start)
-        if example and not run.exists("example.json"):
+        if example and recipe.serve.example and not run.exists("example.json"):
             _say("serve one query", run)
             write_example(recipe, run, policy)
     did["wall_seconds"] = round(time.monotonic() - began, 1)

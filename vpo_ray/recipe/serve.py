@@ -268,6 +268,7 @@ class Serve(Section):
     )
     log_queries: Literal["no", "hash", "yes"] = "no"
     playground: bool = True
+    example: bool = Field(default=True, description="`vpo run` ends with an answer to one of its queries")
     compare: Source | None = Field(
         default=None, description="folder of `vpo compare page`, shown to anyone at /compare/"
     )
