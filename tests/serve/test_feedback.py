@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import Feedback, Serve
 from vpo_ray.serve import feedback
 from vpo_ray.serve.answer_ids import AnswerIds, SecretMissing
@@ -156,7 +157,6 @@ def test_bad_bodies_are_refused(tmp_path: Path, body: bytes, status: int) -> Non
 
 
 def test_rows_wait_while_the_store_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vpo_ray.files.folder import StorageError
     from vpo_ray.storage.tables import Table
 
     write, calls = Table.append, []
@@ -174,7 +174,6 @@ def test_rows_wait_while_the_store_fails(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_waits_is_written_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vpo_ray.files.folder import StorageError
     from vpo_ray.storage.tables import Table
 
     monkeypatch.setattr(feedback, "FLUSH_S", 600)
@@ -194,6 +193,55 @@ def test_what_waits_is_written_at_the_end(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Table, "append", failing)
     asyncio.run(ended(tmp_path / "failing"))  # it does not wait for a store that fails
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_what_a_replica_still_holds_is_forgotten_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from vpo_ray.storage.tables import Table
+
+    monkeypatch.setattr(feedback, "FLUSH_S", 600)
+    tables, write = FeedbackTables(str(tmp_path)), Table.append
+
+    def overtaken(self: Table, rows: Any) -> str:
+        # The marks were read; now someone forgets, and looks for rows before these are written.
+        monkeypatch.setattr(Table, "append", write)
+        tables.forget(key="studio")
+        return write(self, rows)
+
+    async def ended() -> None:
+        desk = FeedbackDesk(Feedback(store=str(tmp_path)))
+        desk.take(STUDIO, said(desk.note(STUDIO, "red ball", answered()).id, rating="up"))
+        desk.note(OTHER, "red ball", answered())
+        if when == "before":
+            tables.forget(key="studio")
+        else:
+            monkeypatch.setattr(Table, "append", overtaken)
+        await asyncio.wait_for(desk.close(), 10)
+
+    asyncio.run(ended())
+    assert [row["key"] for row in tables.answers.rows()] == ["other"]
+    assert tables.opinions.count() == 0
+    assert "studio" not in "".join(path.name for path in tmp_path.rglob("*"))
+
+
+def test_what_comes_later_is_kept_again(tmp_path: Path) -> None:
+    tables = FeedbackTables(str(tmp_path))
+    with_desk(tmp_path, lambda desk: desk.note(STUDIO, "red ball", answered()))
+    (row,) = tables.answers.rows()
+    assert tables.forget(key="studio") == 1
+    later = row | {"answer_id": "later", "time": row["time"] + 60}
+    tables.append(tables.answers, [row, later])
+    assert [row["answer_id"] for row in tables.answers.rows()] == ["later"]
+
+
+def test_a_broken_mark_keeps_rows_waiting(tmp_path: Path) -> None:
+    (tmp_path / "forgotten").mkdir()
+    (tmp_path / "forgotten" / "abc.json").write_text("{")
+    tables = FeedbackTables(str(tmp_path))
+    with pytest.raises(StorageError, match=r"forgotten/abc.json is no mark of `vpo forget` that can be read"):
+        tables.append(tables.answers, [])
 
 
 def test_a_secret_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

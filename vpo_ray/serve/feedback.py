@@ -61,7 +61,7 @@ class FeedbackDesk:
     def __init__(self, settings: Feedback) -> None:
         self.settings, self.ids = settings, AnswerIds(settings.secret_env)
         tables = FeedbackTables(settings.store)
-        self.answers, self.opinions = _Appender(tables.answers), _Appender(tables.opinions)
+        self.answers, self.opinions = (_Appender(tables, t) for t in (tables.answers, tables.opinions))
 
     def allows(self, key: Key) -> bool:
         """Whether the owner of a key allows that its queries and answers are kept and learnt from."""
@@ -120,10 +120,11 @@ class FeedbackDesk:
 
 
 class _Appender:
-    """Appends rows to a table in the background, some at a time."""
+    """Appends rows to a table of a store in the background, some at a time."""
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.rows = table, {}  # type: tuple[Table, dict[str, Row]]
+    def __init__(self, tables: FeedbackTables, table: Table) -> None:
+        self.tables, self.table = tables, table
+        self.rows: dict[str, Row] = {}
         self.task: asyncio.Task[None] | None = None
         self.dropped, self.closing = 0, asyncio.Event()
 
@@ -150,7 +151,7 @@ class _Appender:
                 await self._pause()
             some = dict(list(self.rows.items())[: 10 * FLUSH_ROWS])
             try:
-                await asyncio.to_thread(self.table.append, list(some.values()))
+                await asyncio.to_thread(self.tables.append, self.table, list(some.values()))
             except StorageError as error:
                 logger.error("%d rows of feedback wait for %s: %s", len(self.rows), self.table.uri, error)
                 if self.closing.is_set():

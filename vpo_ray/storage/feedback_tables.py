@@ -1,17 +1,19 @@
 """What an endpoint keeps where its recipe says so: its answers, and what users said of them.
 
-Both are tables in one folder or object store, to which replicas append. `forget` takes rows out again.
+Both are tables in one folder or object store, to which replicas append. `forget` takes rows out again, and
+leaves a mark in `forgotten/`, so that a replica drops what it has not appended yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from vpo_ray.files.folder import join
-from vpo_ray.records import Row
+from vpo_ray.files.folder import Folder, StorageError, join
+from vpo_ray.records import Row, content_id
 from vpo_ray.storage.tables import Table
 
 # One row an answer of each key: equal answers to one query have one id.
@@ -44,6 +46,12 @@ OPINION = pa.schema(
     ]
 )
 
+# Seconds by which clocks of replicas may be ahead of the clock of `forget`, and for which a mark is kept:
+# longer than a replica holds rows while its store fails.
+SKEW_S, MARK_S = 10.0, 30 * 86400.0
+
+Goes = Callable[[Row], bool]
+
 
 @dataclass(frozen=True)
 class FeedbackTables:
@@ -59,13 +67,31 @@ class FeedbackTables:
     def opinions(self) -> Table:
         return Table(join(self.uri, "opinions"), OPINION, "opinion_id")
 
+    def append(self, table: Table, rows: Sequence[Row]) -> None:
+        """Append rows to one of the two tables, but those that `forget` was asked for after they were made,
+        also where it is asked meanwhile.
+
+        Raises:
+            StorageError: the store cannot be read or written.
+        """
+        goes = _marked(self._marks())
+        rows = [row for row in rows if not goes(row)]
+        if not rows:
+            return
+        part = table.append(rows)
+        # A mark is written before rows are looked for: one that is not seen here finds this part.
+        goes = _marked(self._marks())
+        if any(map(goes, rows)):
+            _without(table, goes, [part])
+
     def forget(
         self, key: str | None = None, answer_id: str | None = None, before: float | None = None
     ) -> int:
         """Take out the rows of a key, of an answer, or that are older than a time (seconds since 1970).
 
-        Rows that are appended meanwhile stay. Killed on its way, it has deleted a part of them; the same call
-        deletes the rest. Versions of files that an object store keeps are its owner's to expire.
+        What replicas still hold of the key or the answer is not appended any more; what comes from
+        `SKEW_S` seconds after the call on is kept. Killed on its way, it has deleted a part of the rows; the
+        same call deletes the rest. Versions of files that an object store keeps are its owner's to expire.
 
         Returns:
             How many rows are gone, of both tables.
@@ -78,12 +104,51 @@ class FeedbackTables:
                 or (before is not None and row["time"] < before)
             )
 
-        return _without(self.answers, goes) + _without(self.opinions, goes)
+        now = time.time()
+        for name, made in self._marks().items():
+            if made < now - MARK_S:
+                self._forgotten.delete(f"{name}.json")
+        for column, value in (("key", key), ("answer_id", answer_id)):
+            if value is not None:
+                self._forgotten.write_json(f"{_mark(column, value)}.json", {"time": now})
+        return sum(_without(table, goes, table.parts()) for table in (self.answers, self.opinions))
+
+    @property
+    def _forgotten(self) -> Folder:
+        return Folder(join(self.uri, "forgotten"))
+
+    def _marks(self) -> dict[str, float]:
+        """When each mark was made, by its name."""
+        marks = {}
+        for file in self._forgotten.files(".json"):
+            try:
+                marks[file.removesuffix(".json")] = float(self._forgotten.read_json(file)["time"])
+            except FileNotFoundError:
+                continue  # deleted since it was listed
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise StorageError(
+                    f"{self._forgotten.at(file)} is no mark of `vpo forget` that can be read: {error}"
+                ) from error
+        return marks
 
 
-def _without(table: Table, goes: Callable[[Row], bool]) -> int:
+def _mark(column: str, value: str) -> str:
+    """The name of a mark, which does not tell whose rows are gone."""
+    return content_id("forgotten", column, value)
+
+
+def _marked(marks: Mapping[str, float]) -> Goes:
+    def goes(row: Row) -> bool:
+        names = (_mark(column, row[column]) for column in ("key", "answer_id"))
+        return any(row["time"] < marks.get(name, float("-inf")) + SKEW_S for name in names)
+
+    return goes
+
+
+def _without(table: Table, goes: Goes, parts: Sequence[str]) -> int:
+    """Take rows out of parts of a table; returns how many."""
     gone = 0
-    for part in table.parts():
+    for part in parts:
         rows = [row for batch in table.batches(parts=[part]) for row in batch.to_pylist()]
         kept = [row for row in rows if not goes(row)]
         if len(kept) == len(rows):
