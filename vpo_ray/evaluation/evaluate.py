@@ -25,9 +25,11 @@ from vpo_ray.evaluation.samples import COMPARISON, SAMPLE
 from vpo_ray.evaluation.sets import read_set, refuse_trained, set_hash
 from vpo_ray.evaluation.vbench_files import import_vbench
 from vpo_ray.keywords import KeywordList
+from vpo_ray.prompts.conditions import Conditions
 from vpo_ray.recipe import Evaluation, Formula, Recipe, Render, Reward, sources
 from vpo_ray.records import Row, content_id
 from vpo_ray.stages.formula import raw_values, weigh
+from vpo_ray.stages.profiles import asked_alone, profiled
 from vpo_ray.storage.run_dir import LATEST, RunDir
 from vpo_ray.storage.run_lock import driving
 from vpo_ray.storage.run_state import working
@@ -94,8 +96,13 @@ class _Evaluating:
         policies = given.policies or default_policies(recipe)
         self.settings = given.model_copy(update={"policies": policies})
         self.recipe, self.run, self.retry_errors = recipe, run, retry_errors
+        under = asked_alone(recipe.profiles, self.settings.profile)
         self.sets = {name: read_set(name, entry, run) for name, entry in self.settings.sets.items()}
-        self.queries = {row["query_id"]: row for rows in self.sets.values() for row in rows}
+        self.queries = {
+            row["query_id"]: {**row, **profiled(row, under, recipe.seed)}
+            for rows in self.sets.values()
+            for row in rows
+        }
         self.rivals = rivals(recipe, run, self.settings, list(self.queries.values()))
         if any(rival.settings.kind in _TRAINED for rival in self.rivals):
             for name, rows in self.sets.items():
@@ -182,7 +189,7 @@ class _Evaluating:
         answer: Row,
         judged: Mapping[str, Row],
         rendered: Mapping[str, Row] | None,
-        measures: Callable[[str, str], dict[str, float | None]],
+        measures: Callable[..., dict[str, float | None]],
     ) -> Row:
         error = {name: answer[name] for name in ("error", "error_stage")}
         prompt = answer["prompt"]
@@ -195,7 +202,8 @@ class _Evaluating:
             )
         identity = grid.prompt_id((query["query_id"], prompt))
         judgement = judged[identity]
-        values = measures(query["query"], prompt)
+        conditions = Conditions.stored(self.queries[query["query_id"]].get("conditions"))
+        values = measures(query["query"], prompt, conditions=conditions)
         row: Row = {
             "prompt": prompt,
             "verdict": judgement["verdict"],

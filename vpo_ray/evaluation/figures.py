@@ -42,7 +42,7 @@ NOTHING_OUTSIDE = (
 # They describe a prompt, and do not say whether it is a good one.
 _DESCRIPTIONS = frozenset({
     "errors", "prompt.words", "prompt.characters", "prompt.language_kept", "prompt.required_kept",
-    "prompt.unsafe_words",
+    "prompt.unsafe_words", "prompt.profile_met",
 })  # fmt: skip
 _TRAINING_ORDER = {"base": 0, "sft": 1, "dpo": 2, "rl": 2}
 _DIGITS = 12

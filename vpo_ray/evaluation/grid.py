@@ -20,6 +20,7 @@ from vpo_ray.loop.streams import through
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evaluation, Recipe, Render, Reward
 from vpo_ray.records import Row, content_id
+from vpo_ray.stages.profiles import asked_alone
 from vpo_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,15 @@ def verdicts(
         update={"refine": False, "refine_prompt": "builtin:refine"}
     )
     own = recipe.model_copy(update={"judge": judge, "evaluate": None})
-    name = content_id(own.fingerprint("judge"), read_prompt(judge.critique_prompt), recipe.seed, digits=16)
+    under = asked_alone(recipe.profiles, settings.profile)
+    profile = {name: profile.model_dump(mode="json") for name, profile in under.items()}
+    parts = [own.fingerprint("judge"), read_prompt(judge.critique_prompt), recipe.seed]
+    name = content_id(*parts, *([profile] if profile else []), digits=16)
     own = own.model_copy(update={"out": run.at(f"evaluation/judged-{name}")})
     columns = ["candidate_id", "verdict", "critique", "error", "error_stage"]
     logger.info("evaluate: verdicts on %d prompts", len(prompts))
-    folder = through(own, run, ("judge",), _rows(prompts), retry_errors)
+    rows = ({**row, **_conditions(prompts[row["query_id"], row["prompt"]])} for row in _rows(prompts))
+    folder = through(own, run, ("judge",), rows, retry_errors)
     return {row["candidate_id"]: row for row in folder.table("verdicts").rows(columns)}
 
 
@@ -89,6 +94,11 @@ def videos(
     rows = ({**row, "verdict": "aligned"} for row in _rows(prompts))
     folder = through(own, run, ("render", "score"), rows, retry_errors)
     return {row["candidate_id"]: row for row in folder.table("feedback").rows()}
+
+
+def _conditions(query: Row) -> Row:
+    """What the judge is told that a prompt was asked to meet; whether it does is a measure, no verdict."""
+    return {name: query[name] for name in ("profile", "conditions") if name in query}
 
 
 def _rows(prompts: Mapping[Key, Row]) -> Iterable[Row]:

@@ -19,6 +19,7 @@ from vpo_ray.loop.streams import through
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, EvaluatedPolicy, Evaluation, Recipe, locate, result_keys
 from vpo_ray.records import Row, content_id, query_id, seed_of
+from vpo_ray.stages.profiles import asked_alone
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import sft_rows
 from vpo_ray.stream.pipeline import Models
@@ -196,11 +197,16 @@ def _sampled(
     time, seed = which
     name = rival.identity if which == (1, 0) else content_id(rival.identity, *which, digits=16)
     asked = Evaluation.model_validate({"policies": {rival.name: rival.settings}})
+    profiles = asked_alone(recipe.profiles, None if recipe.evaluate is None else recipe.evaluate.profile)
+    if profiles:
+        name = content_id(
+            name, {key: value.model_dump(mode="json") for key, value in profiles.items()}, digits=16
+        )
     own = seeded(recipe, seed).model_copy(
         update={
             "out": run.at(f"evaluation/policy-{name}"),
             "sample": recipe.sample.model_copy(update={"k": 1}),
-            "profiles": {},
+            "profiles": profiles,
             "evaluate": None if rival.start is not None else asked,
         }
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vpo_ray.keywords import KeywordList
 from vpo_ray.loop.streams import answers_of
+from vpo_ray.prompts.conditions import NONE, Conditions
 from vpo_ray.prompts.words import word_count
 from vpo_ray.recipe import Judge, Recipe
 from vpo_ray.recipe.result_keys import result_keys
@@ -18,14 +19,19 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_measures(
-    query: str, prompt: str, required: KeywordList | None = None, unsafe_words: KeywordList | None = None
+    query: str,
+    prompt: str,
+    required: KeywordList | None = None,
+    unsafe_words: KeywordList | None = None,
+    conditions: Conditions = NONE,
 ) -> dict[str, float | None]:
     """Measures by name; None for one that this query does not allow to tell.
 
     `prompt.words` as `queries.rules` counts them, and `prompt.characters`; 1 or 0 for `prompt.language_kept`
     (None where the query or the prompt is too short to tell its language), and with a list for
     `prompt.required_kept` (1: the prompt has each of the list's words that its query has; None where that has
-    none) and `prompt.unsafe_words` (1: it has one of them).
+    none) and `prompt.unsafe_words` (1: it has one of them); with conditions for
+    `prompt.profile_met` (1: the prompt meets them all).
     """
     asked, written = language_of(query), language_of(prompt)
     found: dict[str, float | None] = {
@@ -39,6 +45,8 @@ def prompt_measures(
         found["prompt.required_kept"] = float(kept) if words else None
     if unsafe_words is not None:
         found["prompt.unsafe_words"] = float(unsafe_words.find(prompt) is not None)
+    if conditions:
+        found["prompt.profile_met"] = float(not conditions.unmet(prompt))
     return found
 
 

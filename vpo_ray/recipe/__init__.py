@@ -26,7 +26,7 @@ from vpo_ray.recipe.file import RecipeError, read_tree, set_key
 from vpo_ray.recipe.formula import Formula, FormulaGate, FormulaTerm, pair_presets, preset_formula, reward_of
 from vpo_ray.recipe.plugins import pins, plugins_of
 from vpo_ray.recipe.preview import Preview
-from vpo_ray.recipe.profiles import Profile, check_profiles
+from vpo_ray.recipe.profiles import Profile, check_evaluated, check_profiles
 from vpo_ray.recipe.queries import Diversity, NearDuplicates, Queries, Rules, Splits
 from vpo_ray.recipe.result_keys import OPERATIONAL, differences, engine_arguments, result_keys
 from vpo_ray.recipe.serve import Feedback, Refine, Serve
@@ -316,6 +316,8 @@ class Recipe(Section):
         check_profiles(self.profiles)
         if self.sft is not None and self.sft.profile_column is not None and not self.profiles:
             raise ValueError("sft.profile_column has no effect without profiles")
+        if self.evaluate is not None and self.evaluate.profile is not None:
+            check_evaluated(self.evaluate.profile, self.evaluate.seeds, self.profiles)
         return self
 
     @property

@@ -144,6 +144,9 @@ class Evaluation(Section):
     seeds: Positive = Field(1, description="videos of a query, each with another seed")
     videos: bool = Field(True, description="render and score; without, prompts alone are evaluated")
     render_unsafe: bool = False
+    profile: str | None = Field(
+        None, description="of `profiles`: policies that write are asked under it, whatever its share"
+    )
     judge: Judge | None = Field(None, description="the training's judge when unset, which the report marks")
     rewards: dict[str, Reward] = Field({}, description="measures of videos beside the training's rewards")
     transfer: dict[str, Render] = Field({}, description="further video models, by name")

@@ -95,6 +95,15 @@ def check_profiles(profiles: Mapping[str, Profile]) -> None:
         raise ValueError("profiles: those of format: json name different fields; a policy learns one set")
 
 
+def check_evaluated(name: str, seeds: int, profiles: Mapping[str, Profile]) -> None:
+    """Raises ValueError where an evaluation cannot ask under a profile."""
+    if name not in profiles:
+        known = ", ".join(profiles) or "none"
+        raise ValueError(f"evaluate.profile: no profile {name!r}; profiles has {known}")
+    if seeds > 1 and profiles[name].keep_words:
+        raise ValueError("evaluate.seeds: 1 with a profile that has keep_words, which each seed chooses anew")
+
+
 def caption_fields(profiles: Mapping[str, Profile]) -> list[str] | None:
     """The fields of the profiles' captions; None where none is in JSON."""
     return next((list(p.fields) for p in profiles.values() if p.format == "json"), None)

@@ -153,7 +153,7 @@ def _labels(queries: list[Row]) -> list[Row]:
 
 def _to_rewrites(recipe: Recipe, models: Models) -> Expand:
     once = recipe.sample.model_copy(update={"k": 1})
-    return partial(_candidates, settings=once, policy=models.policy_id, seed=recipe.seed)
+    return _to_candidates(recipe.model_copy(update={"sample": once}), models)
 
 
 def _to_themselves(recipe: Recipe, models: Models) -> Expand:

@@ -42,6 +42,11 @@ def under(
     return {"profile": name, "conditions": profile.conditions(words).dump()}
 
 
+def asked_alone(profiles: Mapping[str, Profile], name: str | None) -> dict[str, Profile]:
+    """A profile for every query; none without a name."""
+    return {} if name is None else {name: profiles[name].model_copy(update={"share": 1.0})}
+
+
 def kept_words(query: str, count: int, seed: int, within: str | None = None) -> tuple[str, ...]:
     """At most so many words of a query, chosen by content, in their order; see LEAST_LETTERS.
 

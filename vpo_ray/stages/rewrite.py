@@ -11,6 +11,7 @@ from functools import partial
 
 from vpo_ray.engines.chat import Answer, Chat, Sampling
 from vpo_ray.files.input_files import InputError
+from vpo_ray.prompts.conditions import Conditions, conditioned
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.prompts.thoughts import UnclosedThought, without_thoughts
@@ -53,17 +54,19 @@ class Rewriter:
     async def __call__(self, row: Row, chat: Chat) -> Row:
         """Raises ChatError where there is no answer (Refusal where it was declined), AnswerError for one
         without a prompt."""
+        conditions = Conditions.stored(row["conditions"])
         try:
             if self.few_shot is not None:
-                answer = await self.few_shot.ask(row, chat)
-                prompt = parse_prompt(answer.text)
+                answer = await self.few_shot.ask(row, chat, conditions)
+                prompt = parse_prompt(answer.text, conditions)
             else:
-                answer = await self._ask(row, chat)
+                answer = await self._ask(row, chat, conditions)
                 prompt = without_thoughts(answer.text).strip()
         except UnclosedThought as error:
             return failed(row, self.name, f"UnclosedThought: {error}")
         if not prompt:
             return failed(row, self.name, "the policy's answer is empty")
+        prompt = conditions.shaped(prompt)
         return {
             **row,
             "prompt": prompt,
@@ -72,11 +75,11 @@ class Rewriter:
             "completion_tokens": answer.completion_tokens,
         }
 
-    async def _ask(self, row: Row, chat: Chat) -> Answer:
-        query = row["query"]
+    async def _ask(self, row: Row, chat: Chat, conditions: Conditions) -> Answer:
+        query = conditioned(row["query"], conditions)
         text = query if self.template is None else fill(self.template, query=query)
         sampling = Sampling(self.policy.temperature, self.policy.max_tokens, row["seed"])
-        return await chat.complete([{"role": "user", "content": text}], sampling)
+        return await chat.complete([{"role": "user", "content": text}], sampling, conditions.schema())
 
 
 def make(making: Making) -> Callable[[], Rewriter]:
