@@ -284,6 +284,7 @@ SFT = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("query", pa.string(), nullable=False),
+        _IMAGE,
         pa.field("prompt", pa.string(), nullable=False),
         *_PROFILE,
     ]

@@ -47,13 +47,19 @@ def test_a_model_sees_images_or_ignores_them(tiny: dict[str, Any], image_video: 
     check_recipe(recipe(tiny, **images, policy__images="ignore", judge__images="ignore"))
 
 
-def test_a_policy_that_sees_images_is_not_trained(
-    tiny: dict[str, Any], image_video: str, tiny_models: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["idefics3", "qwen2_vl"])
+def test_a_policy_that_sees_images_is_trained_where_packing_fits_it(
+    tiny: dict[str, Any], image_video: str, tiny_models: Path, tmp_path: Path, kind: str
 ) -> None:
     seeing = tmp_path / "seeing"
     shutil.copytree(tiny_models / "policy", seeing)
     config = json.loads((seeing / "config.json").read_text())
-    (seeing / "config.json").write_text(json.dumps({**config, "vision_config": {"hidden_size": 8}}))
+    more = {"model_type": kind, "vision_config": {"hidden_size": 8}}
+    (seeing / "config.json").write_text(json.dumps({**config, **more}))
     images = {"queries__image_column": "image", "render__model": image_video, "judge__images": "ignore"}
+    if kind == "idefics3":
+        check_recipe(recipe(tiny, **images, policy__model=seeing))
+        return
     (found,) = problems(tiny, **images, policy__model=seeing)
-    assert "a policy that sees images is sampled, and not trained" in found
+    assert found.startswith("policy.model: ")
+    assert "is of the type qwen2_vl, which is sampled with images and not trained with them" in found

@@ -42,8 +42,10 @@ def make_worker(
     from vpo_ray.engines.chat.tokenizer import load_tokenizer
     from vpo_ray.train import zero
     from vpo_ray.train.examples import end_of_turn, tokenise
+    from vpo_ray.train.images import ImagePrompts
     from vpo_ray.train.phase import Job
     from vpo_ray.train.policy import PackedPolicy, autocasts
+    from vpo_ray.train.vision import ImageFeatures
     from vpo_ray.train.worker import Worker
 
     def make(
@@ -53,11 +55,14 @@ def make_worker(
         seed: int = 0,
         held_out: int = 0,
         model: str | Path = tiny_models / "policy",
+        images: str | None = None,
     ) -> Worker:
         model = str(model)
         torch.manual_seed(seed)
         tokenizer = load_tokenizer(model, TASK_PROMPT)
-        examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length)
+        names = [row["image"] for row in rows if images is not None and row.get("image") is not None]
+        prompts = ImagePrompts(model, tokenizer, str(images), names) if names else None
+        examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length, prompts)
         job = Job(
             phase=phase,
             settings=chosen,
@@ -73,13 +78,17 @@ def make_worker(
             fingerprint="",
             id="test",
             facts={},
+            images=images,
+            shown=prompts and prompts.images,
         )
         config = zero.deepspeed_config(chosen, 1)
         with monkeypatch.context() as patch:
             patch.setenv("LOCAL_RANK", "0")
             loaded = zero.load_model(model, chosen, config, None, False)
-            policy = PackedPolicy(loaded, autocasts(chosen.autocast, torch.device("cpu")))
-            worker = Worker(job, zero.start_engine(policy, chosen, config), 0, 1, torch.device("cpu"))
+            device = torch.device("cpu")
+            features = prompts and ImageFeatures(prompts.images, loaded, device)
+            policy = PackedPolicy(loaded, autocasts(chosen.autocast, device), features)
+            worker = Worker(job, zero.start_engine(policy, chosen, config), 0, 1, device)
         if phase != "sft":
             worker.reference = worker.compute_reference("test")
         if phase == "rl":

@@ -64,7 +64,9 @@ ROWS = 23
 OFTEN_SAVED = TWO_WORKERS.model_copy(update={"save_steps": 2})
 
 
-def run(folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any = None) -> TrainResult:
+def run(
+    folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any = None, images: str | None = None
+) -> TrainResult:
     """A whole phase on the running Ray cluster; it leaves `folder/policy`."""
     spec = PhaseSpec(
         phase=phase,
@@ -75,6 +77,7 @@ def run(folder: Path, model: Path, chosen: Train, phase: Any = "dpo", rows: Any 
         run_uri=str(folder),
         seed=5,
         fingerprint="0123456789abcdef",
+        images=images,
     )
     return train(spec, pairs(ROWS) if rows is None else rows)
 

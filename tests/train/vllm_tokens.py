@@ -1,13 +1,15 @@
 """Greedy tokens from vLLM in a process of its own: `python vllm_tokens.py REQUESTS`.
 
-REQUESTS is JSON: a list of {model, adapter (or null), prompt (token ids)}; the answer is on the last
-line of stdout, a list of token ids for each.
+REQUESTS is JSON: a list of {model, adapter (or null), prompt (token ids)}, with the path of an `image` where
+one is shown; the answer is on the last line of stdout, a list of token ids for each. With an image those of the
+prompt come first.
 """
 
 import json
 import sys
 
 if __name__ == "__main__":
+    from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -28,11 +30,14 @@ if __name__ == "__main__":
                 max_num_batched_tokens=1024,
             )
         adapter = request["adapter"]
+        image = request.get("image")
+        shown = {"multi_modal_data": {"image": Image.open(image).convert("RGB")}} if image else {}
         [answer] = engines[name].generate(
-            {"prompt_token_ids": request["prompt"]},
+            {"prompt_token_ids": request["prompt"], **shown},
             SamplingParams(temperature=0, max_tokens=6),
             lora_request=LoRARequest("adapter", number, adapter) if adapter else None,
             use_tqdm=False,
         )
-        answers.append(list(answer.outputs[0].token_ids))
+        read = answer.prompt_token_ids if image else []
+        answers.append([*read, *answer.outputs[0].token_ids])
     sys.stdout.write(json.dumps(answers) + "\n")

@@ -27,6 +27,7 @@ from vpo_ray.recipe import Recipe, locate
 from vpo_ray.records import Row
 from vpo_ray.stages import spec
 from vpo_ray.stages.curate import wants_workers
+from vpo_ray.storage.images import shown_images
 from vpo_ray.storage.run_dir import CURATED, ROUND, SFT_DROPPED, RunDir
 from vpo_ray.storage.run_state import note
 from vpo_ray.storage.sft_data import distinct, draft_rows, write_chat
@@ -141,6 +142,7 @@ def _train(recipe: Recipe, run: RunDir, phase: Phase, start: Start, rows: list[R
         run_name=recipe.name,
         profiles={name: profile.model_dump(mode="json") for name, profile in recipe.profiles.items()},
         placement_timeout_s=recipe.limits.placement_timeout_s,
+        images=shown_images(recipe, run, recipe.policy.images),
     )
     return train(spec, rows).out
 

@@ -17,6 +17,7 @@ from vpo_ray.records import Row, candidate_id, content_id
 from vpo_ray.stages.chains import Models, rows_of_stage
 from vpo_ray.stages.profiles import under
 from vpo_ray.stages.sample import identity_key
+from vpo_ray.storage.images import shown_images
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_rows
 
@@ -103,6 +104,8 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
         parts += [recipe.fingerprint("sft"), [[row["query"], row["prompt"]] for row in rows]]
         if told := [[asked_of(row), row["prompt"]] for row in rows if row.get("conditions")]:
             parts.append({"asked": told})
+        if shown_images(recipe, run, policy.images) and any(row.get("image") for row in rows):
+            parts.append({"images": [row.get("image") for row in rows]})
         learnt, _ = distinct(rows)
         if len({row["query_id"] for row in learnt}) < len(learnt):
             parts.append("every prompt of a query")  # earlier versions learnt one of them

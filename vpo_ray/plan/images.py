@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from vpo_ray.prompts.image_places import why_untrained
 from vpo_ray.recipe import ChatModel, Recipe, Render
 
 # A pipeline that takes an image or none.
@@ -33,11 +35,10 @@ def image_problems(recipe: Recipe, llms: Mapping[str, ChatModel]) -> Iterator[st
     policy = recipe.policy
     if policy.images == "show":
         yield from _blind("policy", policy.model)
-        if not _is_blind(policy.model) and (recipe.sft is not None or recipe.learning is not None):
-            yield (
-                "policy.images: a policy that sees images is sampled, and not trained: leave out sft, dpo "
-                "and rl, or write policy.images: ignore with a policy that reads text"
-            )
+        config = _config(policy.model)
+        if config and not _is_blind(policy.model) and (recipe.sft is not None or recipe.learning is not None):
+            why = why_untrained(policy.model, config.get("model_type"))
+            yield from [f"policy.model: {why}"] if why else []
     for key, llm in llms.items():
         if llm.images == "show" and llm.backend == "vllm":
             yield from _blind(key, llm.model)
@@ -53,11 +54,17 @@ def _blind(key: str, model: str) -> Iterator[str]:
 
 def _is_blind(model: str) -> bool:
     """Whether a model here says that it has no eyes."""
+    config = _config(model)
+    return config is not None and not any(config.get(key) for key in _EYES)
+
+
+def _config(model: str) -> dict[str, Any] | None:
+    """The configuration of a model here."""
     try:
         config = json.loads(Path(model, "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False  # said elsewhere, or not here
-    return isinstance(config, dict) and not any(config.get(key) for key in _EYES)
+        return None  # said elsewhere, or not here
+    return config if isinstance(config, dict) else None
 
 
 def _render(key: str, render: Render, has_images: bool) -> Iterator[str]:

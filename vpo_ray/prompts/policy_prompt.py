@@ -140,15 +140,18 @@ def is_folded(chat_template: Any) -> bool:
     return isinstance(chat_template, str) and chat_template.startswith(_MARK)
 
 
-def prompt_ids(tokenizer: Any, query: str) -> list[int]:
+def prompt_ids(tokenizer: Any, query: str, before: str = "") -> list[int]:
     """Token ids of the policy's prompt for a query, up to where the answer begins.
+
+    Args:
+        before: see `chat_ids`.
 
     Raises:
         PromptError: the tokenizer's chat template holds no task prompt.
     """
     if not is_folded(tokenizer.chat_template):
         raise PromptError("the tokenizer's chat template holds no task prompt: load it with load_tokenizer()")
-    return chat_ids(tokenizer, [{"role": "user", "content": query}])
+    return chat_ids(tokenizer, [{"role": "user", "content": query}], before)
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], before: str = "") -> list[int]:
@@ -156,7 +159,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], before: str 
     broken up, so that only the template opens turns.
 
     Args:
-        before: what stands before the last user's text, such as a model's place of an image.
+        before: what stands before the last user's text, such as an image: see `image_places`.
 
     Raises:
         PromptError: the template leaves out or changes what the last user message says.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.files.image_files import image_hash, image_name
+from vpo_ray.recipe import Recipe
+from vpo_ray.recipe.text import Images
 from vpo_ray.storage.run_dir import RunDir
 
 
@@ -53,3 +55,9 @@ class ImageStore:
 def images_of(run: RunDir) -> ImageStore:
     """The images of a run; its rounds, evolutions and evaluations have the same."""
     return ImageStore(run.root()[0].at("images"))
+
+
+def shown_images(recipe: Recipe, run: RunDir, images: Images) -> str | None:
+    """URI of the images that a model is shown, whose section says `images`; None where there are none."""
+    none = recipe.queries.image_column is None or images == "ignore"
+    return None if none else images_of(run).folder.uri

@@ -34,7 +34,8 @@ CHAT = pa.schema(
 
 
 # Of the same file where a row was drafted under a profile.
-CHAT_OF_PROFILES = CHAT.append(pa.field("profile", pa.string())).append(pa.field("conditions", pa.string()))
+_ASKED = ("profile", "conditions")
+CHAT_OF_PROFILES = pa.schema([*CHAT, *(pa.field(name, pa.string()) for name in _ASKED)])
 
 
 def sft_rows(path: str, key: str = "sft.data", profile: str | None = None) -> Iterator[Row]:
@@ -79,28 +80,30 @@ def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
 
 def draft_rows(run: RunDir) -> Iterator[Row]:
     """The run's drafts that have a target, as SFT rows in the order of their ids."""
-    columns = ["draft_id", "query_id", "query", "profile", "conditions", "target", "error"]
+    columns = ["draft_id", "query_id", "query", "image", "profile", "conditions", "target", "error"]
     rows = sorted(run.table("drafts").rows(columns), key=lambda row: row["query_id"])
     for row in rows:
         if row["target"] is not None and row["error"] is None:
-            asked = {name: row[name] for name in ("profile", "conditions") if row[name] is not None}
+            asked = {name: row[name] for name in ("image", *_ASKED) if row[name] is not None}
             texts = {"query": row["query"], "prompt": normalise(row["target"])}
             yield {"query_id": row["query_id"], **texts, **asked}
 
 
 def evolved_rows(run: RunDir) -> Iterator[Row]:
     """The targets of the run's evolved prompts, as SFT rows in the order of their ids."""
-    columns = ["prompt_id", "query_id", "query", "prompt", "target"]
+    columns = ["prompt_id", "query_id", "query", "image", "prompt", "target"]
     targets = run.table("evolutions").rows(columns, pc.field("target"))
     for row in sorted(targets, key=lambda row: str(row["query_id"])):
-        yield {"query_id": row["query_id"], "query": row["query"], "prompt": normalise(row["prompt"])}
+        image = {} if row["image"] is None else {"image": row["image"]}
+        texts = {"query": row["query"], "prompt": normalise(row["prompt"])}
+        yield {"query_id": row["query_id"], **texts, **image}
 
 
 def write_chat(run: RunDir, examples: Iterable[Row]) -> int:
     """Write CHAT_FILE from SFT rows; returns how many it has."""
     rows = [
         {
-            **row,
+            **{name: value for name, value in row.items() if name != "image"},
             "messages": [
                 {"role": "user", "content": asked_of(row)},
                 {"role": "assistant", "content": row["prompt"]},

@@ -15,7 +15,7 @@ from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, locate
 from vpo_ray.recipe.text import Images
 from vpo_ray.stages.spec import Making, StageSpec
-from vpo_ray.storage.images import images_of
+from vpo_ray.storage.images import images_of, shown_images
 from vpo_ray.stream.actor_pools import Outcome, batch_pool
 from vpo_ray.stream.passes import EndpointModel, Pass, VllmModel
 from vpo_ray.stream.spending import RunAccount
@@ -55,9 +55,8 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
 
 def _shown(this: Pass, images: Images, told: str) -> ShownImages | None:
     """The images that a model is shown, if queries have any."""
-    if this.recipe.queries.image_column is None or images == "ignore":
-        return None
-    return ShownImages(images_of(this.run).folder.uri, told)
+    uri = shown_images(this.recipe, this.run, images)
+    return None if uri is None else ShownImages(uri, told)
 
 
 def _policy(this: Pass) -> VllmModel:

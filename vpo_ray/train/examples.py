@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
 from vpo_ray.records import Row, sft_id
+
+if TYPE_CHECKING:
+    from vpo_ray.train.images import ImagePrompts
 
 Phase = Literal["sft", "dpo", "rl"]
 
@@ -35,8 +38,8 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: int32 arrays; the length of a response counts its end-of-turn token. For RL each
-    response has an advantage."""
+    """One row as token ids: int32 arrays; the length of a response counts its end-of-turn token. A prompt's
+    ids below 0 are features of an image (see `images`). For RL each response has an advantage."""
 
     id: str
     prompt: np.ndarray
@@ -59,12 +62,20 @@ def row_id(phase: Phase, row: Row) -> str:
 
 
 def tokenise(
-    phase: Phase, rows: Iterable[Row], tokenizer: Any, task_prompt: str, max_length: int
+    phase: Phase,
+    rows: Iterable[Row],
+    tokenizer: Any,
+    task_prompt: str,
+    max_length: int,
+    images: ImagePrompts | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Examples in the order of their ids, and the number of dropped rows by reason.
 
-    A prompt and its longest response must fit in `max_length` tokens. Neither is ever cut: a response
-    without its end, or a prompt without its query, teaches the wrong thing.
+    A prompt and its longest response must fit in `max_length` tokens, those of an image included. Neither is
+    ever cut: a response without its end, or a prompt without its query, teaches the wrong thing.
+
+    Args:
+        images: of the rows, where the policy is shown them.
 
     Raises:
         TrainError: a row lacks a column, or no row is left.
@@ -78,7 +89,7 @@ def tokenise(
         fault = "duplicate" if identity in examples else _fault(phase, texts)
         if fault is None:
             try:
-                prompt = _array(prompt_ids(tokenizer, asked_of(row)))
+                prompt = _array(_prompt(row, tokenizer, images))
             except PromptError:
                 fault = "changed by the chat template"
         if fault is None:
@@ -95,6 +106,12 @@ def tokenise(
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the table is empty"
         raise TrainError(f"no row is left to train {phase} on: {reasons}")
     return [examples[name] for name in sorted(examples)], dropped
+
+
+def _prompt(row: Row, tokenizer: Any, images: ImagePrompts | None) -> list[int]:
+    if images is None or row.get("image") is None:
+        return prompt_ids(tokenizer, asked_of(row))
+    return images.prompt(asked_of(row), row["image"])
 
 
 def _responses(phase: Phase, row: Row) -> list[str]:

@@ -25,6 +25,7 @@ from vpo_ray.stream.progress import Steps, beside_driver
 from vpo_ray.stream.status import Status
 from vpo_ray.train.examples import COLUMNS, TrainError, end_of_turn, row_id, tokenise
 from vpo_ray.train.held_out import hold_out
+from vpo_ray.train.images import ImagePrompts
 from vpo_ray.train.model_files import identity, marker, refuse_adapter
 from vpo_ray.train.phase import Job, PhaseSpec
 from vpo_ray.train.track import check_trackers
@@ -64,6 +65,7 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
         TrainError: no usable row, a conflict with the deepspeed section, a tracker that is not
             installed, a model that cannot be trained or exported, a loss that is not finite.
         PromptError: the tokenizer has no chat template.
+        StorageError: an image of a row is not there, or damaged.
     """
     from vpo_ray.train.rehearsal import rehearse
     from vpo_ray.train.zero import deepspeed_config
@@ -114,7 +116,13 @@ def job_id(spec: PhaseSpec, rows: list[Row]) -> str:
         spec.seed,
         [[row.get(name) for name in (key, "query", *columns)] for row in rows],
         *([[asked_of(row) for row in rows]] if any(row.get("conditions") for row in rows) else []),
+        *([["images", images]] if any(images := _shown(spec, rows)) else []),
     )
+
+
+def _shown(spec: PhaseSpec, rows: list[Row]) -> list[str | None]:
+    """The name of the image that the policy is shown with each row."""
+    return [row.get("image") if spec.images is not None else None for row in rows]
 
 
 def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
@@ -124,7 +132,11 @@ def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
     tokenizer = load_tokenizer(
         local, task_prompt, spec.revision, spec.trust_remote_code, spec.chat_template_kwargs
     )
-    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, spec.settings.max_length)
+    images = None
+    if names := list(filter(None, _shown(spec, rows))):
+        how = spec.revision, spec.trust_remote_code
+        images = ImagePrompts(local, tokenizer, str(spec.images), names, *how)
+    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, spec.settings.max_length, images)
     for reason, count in dropped.items():
         log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
     groups = {row_id(phase, row): str(row.get("query_id") or row["query"]) for row in rows}
@@ -143,8 +155,9 @@ def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
     }
     end = end_of_turn(tokenizer, task_prompt)
     return Job(
-        **vars(spec), id=id, examples=examples, held_out=held_out, tokenizer=tokenizer, end=end, facts=facts
-    )
+        **vars(spec), id=id, examples=examples, held_out=held_out, tokenizer=tokenizer, end=end, facts=facts,
+        shown=images.images if images is not None else None,
+    )  # fmt: skip
 
 
 def _fit(job: Job) -> None:

@@ -14,13 +14,15 @@ from vpo_ray.train.examples import TrainError
 
 
 def attach(model: Any, lora: TrainLora) -> Any:
-    """The model with adapters, everything else frozen.
+    """The model with adapters, everything else frozen; what is set apart (see `vision`) takes none.
 
     Raises:
         TrainError: `target_modules` names no layer, or the output embedding.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from vpo_ray.train.vision import apart_pattern
 
     config = LoraConfig(
         r=lora.r,
@@ -35,6 +37,8 @@ def attach(model: Any, lora: TrainLora) -> Any:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise TrainError(f"lora.target_modules {lora.target_modules!r}: {error}") from error
+    # Those who load the adapter onto the whole model find more layers of these names.
+    config.exclude_modules = apart_pattern(model)
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
         raise TrainError(
             "lora.target_modules: the output embedding (lm_head) takes no adapter, leave it out: its "
@@ -58,11 +62,13 @@ def save_adapter(adapted: Any, weights: dict[str, Any], base: str, folder: Path)
 def merged(base: str, revision: str | None, trust: bool, dtype: Any, adapter: Path) -> Any:
     """The base model with the adapter added to its weights, on the CPU; see `merge`."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        base, revision=revision, trust_remote_code=trust, dtype=dtype
-    )
+    from vpo_ray.train.vision import auto_class
+
+    given: Any = {"revision": revision, "trust_remote_code": trust}
+    kind = auto_class(AutoConfig.from_pretrained(base, **given))
+    model = kind.from_pretrained(base, **given, dtype=dtype)
     return merge(PeftModel.from_pretrained(model, str(adapter)))
 
 

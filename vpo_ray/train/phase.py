@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the driver needs no torch for a phase that is done
     import numpy as np
     import torch
 
+    from vpo_ray.train.images import JobImages
     from vpo_ray.train.track import Trackers
 
 
@@ -36,6 +37,7 @@ class PhaseSpec:
     seed: of the order of the data.
     fingerprint: of the recipe; written to the model card and `vpo.json`.
     profiles: the recipe's, dumped, under which queries were asked; written to `vpo.json`.
+    images: URI of the images of queries, where the policy is shown them.
     """
 
     phase: Phase
@@ -53,6 +55,7 @@ class PhaseSpec:
     sampler: str | None = None
     run_name: str = "vpo_ray"
     profiles: Mapping[str, Any] = field(default_factory=dict)
+    images: str | None = None
     placement_timeout_s: float = Limits().placement_timeout_s
 
 
@@ -62,6 +65,7 @@ class Job(PhaseSpec):
 
     id: of everything that determines the result. end: token ids that end a response.
     facts: what `vpo.json` says of the data. held_out: examples that are evaluated, never trained on.
+    shown: the images of prompts, where any has one.
     """
 
     id: str
@@ -70,6 +74,7 @@ class Job(PhaseSpec):
     end: list[int]
     facts: Row
     held_out: list[Example] = field(default_factory=list)
+    shown: JobImages | None = None
 
     @property
     def steps(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vpo_ray.train.examples import Example, TrainError
 from vpo_ray.train.packing import Pack, pack
+from vpo_ray.train.vision import ImageFeatures
 
 # Float32 elements of a chunk of logits, and of the probabilities kept for the backward pass; beyond the
 # second number they are recomputed. 256 MiB each.
@@ -102,11 +103,12 @@ class PackedPolicy(nn.Module):
 
     Args:
         autocast: products of matrices in bfloat16, whatever the weights are.
+        images: features of the images that prompts show, where any does.
     """
 
-    def __init__(self, model: Any, autocast: bool = False) -> None:
+    def __init__(self, model: Any, autocast: bool = False, images: ImageFeatures | None = None) -> None:
         super().__init__()
-        self.autocast = autocast
+        self.autocast, self.images = autocast, images
         model.set_output_embeddings(ResponseHead.of(model.get_output_embeddings()))
         model.config.use_cache = False
         self.model = model
@@ -120,11 +122,15 @@ class PackedPolicy(nn.Module):
         return torch.autocast(device, torch.bfloat16, enabled=self.autocast)
 
     def _forward(self, pack: Pack, plain: bool) -> Tensor:
+        ids = {"input_ids": pack.ids}
         if plain:
-            logits = self.model(input_ids=pack.ids, use_cache=False).logits[0, pack.predict].float()
+            given = ids if self.images is None else self.images.whole(pack.ids)
+            logits = self.model(**given, use_cache=False).logits[0, pack.predict].float()
             return logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+        # Under ZeRO-3 all ranks must do the same: also where this pack has no image.
+        given = ids if self.images is None else {"inputs_embeds": self.images.embedded(pack.ids)}
         decoder = self.model.get_decoder()
-        hidden = decoder(input_ids=pack.ids, position_ids=pack.positions, layout=pack, use_cache=False)[0]
+        hidden = decoder(**given, position_ids=pack.positions, layout=pack, use_cache=False)[0]
         return self.model.get_output_embeddings()(hidden[0, pack.predict], pack.targets)
 
 

@@ -18,9 +18,11 @@ from typing import Any
 
 from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer
 from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.prompts.image_places import TRAINED_PLACES
 from vpo_ray.prompts.policy_prompt import chat_ids
 from vpo_ray.storage.model_cache import fetch
 from vpo_ray.train.examples import TrainError
+from vpo_ray.train.images import image_tokens, load_processor
 from vpo_ray.train.lora import attach, merge
 from vpo_ray.train.phase import Job
 from vpo_ray.train.portable import for_older_readers
@@ -49,6 +51,8 @@ def rehearse(job: Job) -> None:
             )
             whole = lora is None or lora.merge
             _read_back(folder, job, generation, skeleton.config if whole else None)
+            if whole and skeleton.config.model_type in TRAINED_PLACES:
+                _read_processor_back(folder, job, TRAINED_PLACES[skeleton.config.model_type])
 
 
 def rehearse_texts(
@@ -102,15 +106,18 @@ def _explained(model: str) -> Iterator[None]:
 def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
     """The model without weights, with the generation config that it loads with."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from vpo_ray.train.vision import auto_class, set_apart
 
     local = fetch(model, weights=False)
     config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust)
     try:
         with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            made = auto_class(config).from_config(config, trust_remote_code=trust)
     except ValueError as error:
         raise TrainError(f"{model} is not a causal language model: {error}") from error
+    set_apart(made)
     own = _generation_of(model, local, revision)
     if own is not None:
         made.generation_config = own
@@ -164,6 +171,14 @@ def _read_back(folder: Path, job: Any, generation: Any, config: Any) -> None:
                 f"{job.model}: its tokenizer is not the same after it is saved and loaded: {name} differs. "
                 "Load and save it once with transformers, and see what its folder lacks"
             )
+
+
+def _read_processor_back(folder: Path, job: Job, place: str) -> None:
+    how = job.revision, job.trust_remote_code
+    processors = load_processor(fetch(job.model, weights=False), *how), load_processor(str(folder), *how)
+    before, after = (image_tokens(processor, place, (640, 480)).tolist() for processor in processors)
+    if before != after:
+        raise TrainError(f"{job.model}: the processor of its images is not the same after it is saved")
 
 
 def _rope(config: Any) -> Any:

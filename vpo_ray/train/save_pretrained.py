@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vpo_ray.prompts.image_places import TRAINED_PLACES
 from vpo_ray.records import Row
 from vpo_ray.storage.model_cache import fetch
 from vpo_ray.train.model_files import MARKER, publish
 from vpo_ray.train.portable import for_older_readers
+
+# Of the processor of a model that sees.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 if TYPE_CHECKING:
     from vpo_ray.train.phase import Job
@@ -86,6 +90,8 @@ def write_policy(
         # save_pretrained refuses a generation config for what loading only warns about.
         model.generation_config = type(generation)()
         model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+        if model.config.model_type in TRAINED_PLACES:
+            copy_processor(job.model, job.revision, folder)
     write_generation(generation, folder)
     job.tokenizer.save_pretrained(folder)
     for_older_readers(folder)
@@ -102,6 +108,19 @@ def generation_config(model: Any, end: list[int]) -> Any:
     stops = [stops] if isinstance(stops, int) else list(stops)
     generation.eos_token_id = list(dict.fromkeys([end[-1], *stops]))
     return generation
+
+
+def copy_processor(model: str, revision: str | None, folder: Path) -> None:
+    """Copy what says how a model's images become tokens; the chat template is the tokenizer's."""
+    from transformers.utils import cached_file
+
+    local = fetch(model, weights=False)
+    for name in PROCESSOR_FILES:
+        found = cached_file(local, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            tree = json.loads(Path(found).read_text("utf-8"))
+            tree.pop("chat_template", None)
+            (folder / name).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def write_generation(generation: Any, folder: Path) -> None:

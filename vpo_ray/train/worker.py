@@ -37,6 +37,7 @@ from vpo_ray.train.policy import PackedPolicy, autocasts, check_packing
 from vpo_ray.train.rehearsal import check_room
 from vpo_ray.train.save_pretrained import export_policy
 from vpo_ray.train.track import Trackers, values_of
+from vpo_ray.train.vision import ImageFeatures
 from vpo_ray.versions import check_code
 
 log = logging.getLogger(__name__)
@@ -368,7 +369,8 @@ def _work(job: Job, status: Any) -> None:
         torch.manual_seed(job.seed)
         settings = zero.deepspeed_config(job.settings, workers)
         loaded = zero.load_model(fetch(model), job.settings, settings, job.revision, job.trust_remote_code)
-        engine = zero.start_engine(PackedPolicy(loaded, autocast), job.settings, settings)
+        images = None if job.shown is None else ImageFeatures(job.shown, loaded, device)
+        engine = zero.start_engine(PackedPolicy(loaded, autocast, images), job.settings, settings)
         return Worker(job, engine, rank, workers, device, status=status)
 
     names = {
@@ -388,12 +390,10 @@ def _work(job: Job, status: Any) -> None:
         lora = job.settings.lora
         check_room(job.out, zero.bytes_of(worker.engine, trained_only=lora is not None and not lora.merge))
     worker.engine.eval()
-    check_packing(
-        worker.engine,
-        max(job.rows, key=lambda e: e.tokens),
-        device,
-        PACKING_TOLERANCE[products],
-    )
+    longest = max(job.rows, key=lambda e: e.tokens)
+    seeing = max((e for e in job.rows if (e.prompt < 0).any()), key=lambda e: e.tokens, default=longest)
+    for example in (longest, *([seeing] if seeing is not longest else [])):
+        check_packing(worker.engine, example, device, PACKING_TOLERANCE[products])
     if job.model in names and found[job.model] is None:
         found[job.model] = worker.compute_reference(names[job.model])
     worker.reference, worker.sampled = (
@@ -406,7 +406,8 @@ def reference_name(job: Job, weights: str, products: str) -> str:
     """Name of stored reference log-probabilities: a function of the weights, of the rows, and of the dtype
     that products of matrices are computed in."""
     data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.rows]
-    return f"{content_id('reference', weights, products, data)}.npy"
+    images = [] if job.shown is None else [list(job.shown.names)]
+    return f"{content_id('reference', weights, products, data, *images)}.npy"
 
 
 def stored_reference(job: Job, name: str, rank: int) -> np.ndarray | None:

@@ -122,24 +122,27 @@ def load_model(
 
     Under ZeRO-3 its parameters are partitioned as they load, so that no worker ever holds a full copy.
 
+    What a vision-language model sees with is set apart (see `vision`).
+
     Raises:
         TrainError: the folder is not a causal language model, or cannot take these adapters.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations import HfDeepSpeedConfig
 
-    from vpo_ray.train import attention
+    from vpo_ray.train import attention, vision
 
     attention.register_attention()
     keep = HfDeepSpeedConfig(config) if settings.zero_stage == 3 else None
+    given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        kind = AutoConfig.from_pretrained(model, **given)
+        loaded, info = vision.auto_class(kind).from_pretrained(
             model,
-            revision=revision,
-            trust_remote_code=trust,
+            **given,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=attention.NAME,
+            attn_implementation=vision.attention_of(kind, attention.NAME),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them below
         )
@@ -153,6 +156,7 @@ def load_model(
             f"{model}: the weights are not those of its config.json: {len(wrong)} are missing or of another "
             f"shape, such as {wrong[0]}; training would start from noise"
         )
+    vision.set_apart(loaded)
     if settings.activation_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded if settings.lora is None else attach(loaded, settings.lora)
@@ -240,6 +244,8 @@ def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str
     """
     import deepspeed
 
+    from vpo_ray.train.vision import frozen_weights
+
     gathered = {}
     for name, tensor in engine.module.model.state_dict(keep_vars=True).items():
         if trained_only and not tensor.requires_grad:
@@ -247,12 +253,17 @@ def full_weights(engine: Any, rank: int, trained_only: bool = False) -> dict[str
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if rank == 0:
                 gathered[name] = tensor.detach().cpu().clone()
+    if rank == 0 and not trained_only:
+        gathered |= {name: part.cpu() for name, part in frozen_weights(engine.module.model).items()}
     return gathered
 
 
 def bytes_of(engine: Any, trained_only: bool = False) -> int:
     """Bytes of the policy's weights (or the trained ones) over all workers."""
-    return sum(
+    from vpo_ray.train.vision import frozen_weights
+
+    frozen = 0 if trained_only else sum(part.nbytes for part in frozen_weights(engine.module.model).values())
+    return frozen + sum(
         getattr(p, "ds_numel", p.numel()) * p.element_size()
         for p in engine.module.parameters()
         if p.requires_grad or not trained_only

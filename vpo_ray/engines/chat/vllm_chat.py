@@ -11,6 +11,7 @@ from vpo_ray.engines.chat import Answer, ChatError, Message, Sampling
 from vpo_ray.engines.chat.adapter import Adapter
 from vpo_ray.files.image_files import decode_image, of_data_uri
 from vpo_ray.prompts.answers import find_object
+from vpo_ray.prompts.image_places import image_lines
 from vpo_ray.prompts.policy_prompt import PromptError, chat_ids
 from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
 
@@ -46,7 +47,8 @@ class VllmChat:
                 "the model's name, and it reads the text alone"
             )
         try:
-            ids = chat_ids(self.tokenizer, texts, "".join(f"{self._place}\n" for _ in images))
+            before = image_lines(self._place, len(images)) if self._place else ""
+            ids = chat_ids(self.tokenizer, texts, before)
         except PromptError as error:
             raise ChatError(str(error)) from error
         if len(ids) + sampling.max_tokens > self.max_model_len:
