@@ -62,7 +62,8 @@ def make_worker(
         tokenizer = load_tokenizer(model, TASK_PROMPT)
         names = [row["image"] for row in rows if images is not None and row.get("image") is not None]
         prompts = ImagePrompts(model, tokenizer, str(images), names) if names else None
-        examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length, prompts)
+        shown = prompts and prompts.prompt
+        examples, _ = tokenise(phase, rows, tokenizer, TASK_PROMPT, chosen.max_length, shown)
         job = Job(
             phase=phase,
             settings=chosen,

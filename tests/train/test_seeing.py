@@ -117,13 +117,13 @@ def test_an_images_tokens_count_and_are_never_cut(vlm: Path, store: ImageStore) 
     tokenizer = load_tokenizer(str(vlm), TASK_PROMPT)
     rows = shown_pairs(store)
     prompts = ImagePrompts(str(vlm), tokenizer, store.folder.uri, [r["image"] for r in rows if r["image"]])
-    examples, _ = tokenise("dpo", rows, tokenizer, TASK_PROMPT, 1024, prompts)
+    examples, _ = tokenise("dpo", rows, tokenizer, TASK_PROMPT, 1024, prompts.prompt)
     without, _ = tokenise("dpo", rows, tokenizer, TASK_PROMPT, 1024)
     longer = [len(a.prompt) - len(b.prompt) for a, b in zip(examples, without, strict=True)]
     assert longer[0] == longer[1] > longer[3] > 10
     assert longer[2] == 0
     most = max(len(e.prompt) + max(map(len, e.responses)) for e in without)
-    _, dropped = tokenise("dpo", rows, tokenizer, TASK_PROMPT, most, prompts)
+    _, dropped = tokenise("dpo", rows, tokenizer, TASK_PROMPT, most, prompts.prompt)
     assert dropped[f"longer than {most} tokens"] >= 1
 
 

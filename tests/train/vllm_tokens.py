@@ -1,8 +1,8 @@
 """Greedy tokens from vLLM in a process of its own: `python vllm_tokens.py REQUESTS`.
 
 REQUESTS is JSON: a list of {model, adapter (or null), prompt (token ids)}, with the path of an `image` where
-one is shown; the answer is on the last line of stdout, a list of token ids for each. With an image those of the
-prompt come first.
+one is shown; the answer is on the last line of stdout, a list of token ids for each. With an image it begins
+with those of the prompt.
 """
 
 import json

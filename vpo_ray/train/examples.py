@@ -8,18 +8,15 @@ worker is started.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens, neutralise, own_template, prompt_ids
 from vpo_ray.records import Row, sft_id
-
-if TYPE_CHECKING:
-    from vpo_ray.train.images import ImagePrompts
 
 Phase = Literal["sft", "dpo", "rl"]
 
@@ -67,7 +64,7 @@ def tokenise(
     tokenizer: Any,
     task_prompt: str,
     max_length: int,
-    images: ImagePrompts | None = None,
+    shown: Callable[[str, str], list[int]] | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Examples in the order of their ids, and the number of dropped rows by reason.
 
@@ -75,7 +72,7 @@ def tokenise(
     ever cut: a response without its end, or a prompt without its query, teaches the wrong thing.
 
     Args:
-        images: of the rows, where the policy is shown them.
+        shown: the tokens of the prompt for a query and its image, where the policy is shown images.
 
     Raises:
         TrainError: a row lacks a column, or no row is left.
@@ -89,7 +86,7 @@ def tokenise(
         fault = "duplicate" if identity in examples else _fault(phase, texts)
         if fault is None:
             try:
-                prompt = _array(_prompt(row, tokenizer, images))
+                prompt = _array(_prompt(row, tokenizer, shown))
             except PromptError:
                 fault = "changed by the chat template"
         if fault is None:
@@ -108,10 +105,10 @@ def tokenise(
     return [examples[name] for name in sorted(examples)], dropped
 
 
-def _prompt(row: Row, tokenizer: Any, images: ImagePrompts | None) -> list[int]:
-    if images is None or row.get("image") is None:
+def _prompt(row: Row, tokenizer: Any, shown: Callable[[str, str], list[int]] | None) -> list[int]:
+    if shown is None or row.get("image") is None:
         return prompt_ids(tokenizer, asked_of(row))
-    return images.prompt(asked_of(row), row["image"])
+    return shown(asked_of(row), row["image"])
 
 
 def _responses(phase: Phase, row: Row) -> list[str]:

@@ -136,7 +136,8 @@ def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
     if names := list(filter(None, _shown(spec, rows))):
         how = spec.revision, spec.trust_remote_code
         images = ImagePrompts(local, tokenizer, str(spec.images), names, *how)
-    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, spec.settings.max_length, images)
+    shown = None if images is None else images.prompt
+    examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, spec.settings.max_length, shown)
     for reason, count in dropped.items():
         log.warning("%s: %d of %d rows dropped: %s", phase, count, len(rows), reason)
     groups = {row_id(phase, row): str(row.get("query_id") or row["query"]) for row in rows}

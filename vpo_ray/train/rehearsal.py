@@ -108,7 +108,7 @@ def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from vpo_ray.train.vision import auto_class, set_apart
+    from vpo_ray.train.vision import auto_class, freeze_vision
 
     local = fetch(model, weights=False)
     config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust)
@@ -117,7 +117,7 @@ def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
             made = auto_class(config).from_config(config, trust_remote_code=trust)
     except ValueError as error:
         raise TrainError(f"{model} is not a causal language model: {error}") from error
-    set_apart(made)
+    freeze_vision(made)
     own = _generation_of(model, local, revision)
     if own is not None:
         made.generation_config = own

@@ -37,7 +37,7 @@ def attention_of(config: Any, name: str) -> str | dict[str, str]:
     return {"text_config": name} if config.model_type in TRAINED_PLACES else name
 
 
-def set_apart(model: Any) -> None:
+def freeze_vision(model: Any) -> None:
     """Take all but the language model and the head of a vision-language model from its registered parts. They
     are its attributes still, so that its own methods find them. Does nothing to other models.
 

@@ -156,7 +156,7 @@ def load_model(
             f"{model}: the weights are not those of its config.json: {len(wrong)} are missing or of another "
             f"shape, such as {wrong[0]}; training would start from noise"
         )
-    vision.set_apart(loaded)
+    vision.freeze_vision(loaded)
     if settings.activation_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded if settings.lora is None else attach(loaded, settings.lora)
