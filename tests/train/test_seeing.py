@@ -125,6 +125,10 @@ def test_an_images_tokens_count_and_are_never_cut(vlm: Path, store: ImageStore) 
     most = max(len(e.prompt) + max(map(len, e.responses)) for e in without)
     _, dropped = tokenise("dpo", rows, tokenizer, TASK_PROMPT, most, prompts.prompt)
     assert dropped[f"longer than {most} tokens"] >= 1
+    smaller = {"size": {"longest_edge": 56}}  # as in vLLM's mm_processor_kwargs
+    fewer = ImagePrompts(str(vlm), tokenizer, store.folder.uri, [str(rows[0]["image"])], arguments=smaller)
+    assert fewer.images.starts.tolist() == [0, 4]
+    assert prompts.images.starts[-1] == 20 + 20 + 12
 
 
 def test_an_image_that_is_not_there_or_no_image_is_told(vlm: Path, store: ImageStore) -> None:

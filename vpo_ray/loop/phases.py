@@ -143,6 +143,7 @@ def _train(recipe: Recipe, run: RunDir, phase: Phase, start: Start, rows: list[R
         profiles={name: profile.model_dump(mode="json") for name, profile in recipe.profiles.items()},
         placement_timeout_s=recipe.limits.placement_timeout_s,
         images=shown_images(recipe, run, recipe.policy.images),
+        image_arguments=recipe.sample.engine.engine_kwargs.get("mm_processor_kwargs") or {},
     )
     return train(spec, rows).out
 

@@ -34,21 +34,22 @@ class JobImages:
     """The images of a job's prompts. Picklable.
 
     names: in the store at `uri`. starts: int64 [images + 1]; image i has the features starts[i] to
-    starts[i + 1] - 1. processor: the checkpoint's. place: what stands for an image in a text, `token` its id,
-    which is also that of a feature.
+    starts[i + 1] - 1. processor: the checkpoint's, and `arguments` of its calls. place: what stands for an
+    image in a text, `token` its id, which is also that of a feature.
     """
 
     uri: str
     names: tuple[str, ...]
     starts: np.ndarray
     processor: Any
+    arguments: Mapping[str, Any]
     place: str
     token: int
 
     def inputs(self, image: int) -> dict[str, Tensor]:
         """What the model takes of an image beside its tokens. Raises StorageError."""
         picture = decode_image(ImageStore(self.uri).read(self.names[image]))
-        return _processed(self.processor, self.place, picture)[1]
+        return _processed(self.processor, self.place, picture, self.arguments)[1]
 
 
 class ImagePrompts:
@@ -59,6 +60,7 @@ class ImagePrompts:
         tokenizer: the policy's, with its task prompt.
         uri: of the store of images.
         names: of all images of the job.
+        arguments: of the processor, as vLLM's `mm_processor_kwargs`.
 
     Raises:
         TrainError: a model that is not trained with images, or one whose processor or tokenizer lacks what it
@@ -74,6 +76,7 @@ class ImagePrompts:
         names: Sequence[str],
         revision: str | None = None,
         trust_remote_code: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         from transformers import AutoConfig
 
@@ -89,10 +92,11 @@ class ImagePrompts:
         ordered = sorted(set(names))
         sizes = _sizes(uri, ordered)
         # Which tokens stand for an image follows from its size.
-        blank = {size: image_tokens(processor, place, size) for size in sorted(set(sizes))}
+        given = dict(arguments or {})
+        blank = {size: image_tokens(processor, place, size, given) for size in sorted(set(sizes))}
         counts = [int((blank[size] == token).sum()) for size in sizes]
         starts = np.cumsum([0, *counts], dtype=np.int64)
-        self.images = JobImages(uri, tuple(ordered), starts, processor, place, token)
+        self.images = JobImages(uri, tuple(ordered), starts, processor, given, place, token)
         self._tokens: Mapping[str, np.ndarray] = {
             name: _numbered(blank[size], token, start)
             for name, size, start in zip(ordered, sizes, starts[:-1].tolist(), strict=True)
@@ -135,16 +139,20 @@ def load_processor(model: str, revision: str | None, trust_remote_code: bool) ->
         raise TrainError(f"{model}: the processor of its images does not load: {error}") from error
 
 
-def image_tokens(processor: Any, place: str, size: tuple[int, int]) -> np.ndarray:
+def image_tokens(
+    processor: Any, place: str, size: tuple[int, int], arguments: Mapping[str, Any]
+) -> np.ndarray:
     """The tokens that stand for an image of so many pixels, int64 [n]."""
     from PIL import Image
 
-    return _processed(processor, place, Image.new("RGB", size))[0]
+    return _processed(processor, place, Image.new("RGB", size), arguments)[0]
 
 
-def _processed(processor: Any, place: str, picture: Any) -> tuple[np.ndarray, dict[str, Tensor]]:
+def _processed(
+    processor: Any, place: str, picture: Any, arguments: Mapping[str, Any]
+) -> tuple[np.ndarray, dict[str, Tensor]]:
     """The tokens of an image, and what the model takes beside them."""
-    given = {"add_special_tokens": False, "return_tensors": "pt"}
+    given = {**arguments, "add_special_tokens": False, "return_tensors": "pt"}
     found = dict(processor(text=place, images=[picture], **given))
     return found["input_ids"][0].numpy(), {k: v for k, v in found.items() if k not in _OF_TEXT}
 

@@ -116,7 +116,7 @@ def job_id(spec: PhaseSpec, rows: list[Row]) -> str:
         spec.seed,
         [[row.get(name) for name in (key, "query", *columns)] for row in rows],
         *([[asked_of(row) for row in rows]] if any(row.get("conditions") for row in rows) else []),
-        *([["images", images]] if any(images := _shown(spec, rows)) else []),
+        *([["images", images, dict(spec.image_arguments)]] if any(images := _shown(spec, rows)) else []),
     )
 
 
@@ -134,7 +134,7 @@ def _prepare(spec: PhaseSpec, rows: list[Row], id: str) -> Job:
     )
     images = None
     if names := list(filter(None, _shown(spec, rows))):
-        how = spec.revision, spec.trust_remote_code
+        how = spec.revision, spec.trust_remote_code, spec.image_arguments
         images = ImagePrompts(local, tokenizer, str(spec.images), names, *how)
     shown = None if images is None else images.prompt
     examples, dropped = tokenise(phase, rows, tokenizer, task_prompt, spec.settings.max_length, shown)

@@ -37,7 +37,8 @@ class PhaseSpec:
     seed: of the order of the data.
     fingerprint: of the recipe; written to the model card and `vpo.json`.
     profiles: the recipe's, dumped, under which queries were asked; written to `vpo.json`.
-    images: URI of the images of queries, where the policy is shown them.
+    images: URI of the images of queries, where the policy is shown them; `image_arguments` of the processor
+        that they are sampled with.
     """
 
     phase: Phase
@@ -56,6 +57,7 @@ class PhaseSpec:
     run_name: str = "vpo_ray"
     profiles: Mapping[str, Any] = field(default_factory=dict)
     images: str | None = None
+    image_arguments: Mapping[str, Any] = field(default_factory=dict)
     placement_timeout_s: float = Limits().placement_timeout_s
 
 

@@ -176,7 +176,7 @@ def _read_back(folder: Path, job: Any, generation: Any, config: Any) -> None:
 def _read_processor_back(folder: Path, job: Job, place: str) -> None:
     how = job.revision, job.trust_remote_code
     processors = load_processor(fetch(job.model, weights=False), *how), load_processor(str(folder), *how)
-    before, after = (image_tokens(processor, place, (640, 480)).tolist() for processor in processors)
+    before, after = (image_tokens(processor, place, (640, 480), {}).tolist() for processor in processors)
     if before != after:
         raise TrainError(f"{job.model}: the processor of its images is not the same after it is saved")
 

@@ -406,7 +406,7 @@ def reference_name(job: Job, weights: str, products: str) -> str:
     """Name of stored reference log-probabilities: a function of the weights, of the rows, and of the dtype
     that products of matrices are computed in."""
     data = [[e.id, e.prompt.tolist(), [r.tolist() for r in e.responses]] for e in job.rows]
-    images = [] if job.shown is None else [list(job.shown.names)]
+    images = [] if job.shown is None else [[list(job.shown.names), dict(job.shown.arguments)]]
     return f"{content_id('reference', weights, products, data, *images)}.npy"
 
 
