@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from vpo_ray.records import query_id
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.sample import candidates
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.sft_data import distinct, sft_rows
+from vpo_ray.storage.sft_data import distinct, draft_rows, sft_rows, write_chat
 from vpo_ray.train.examples import tokenise
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
@@ -123,6 +124,38 @@ def test_a_run_whose_candidates_are_of_another_policy_is_refused(
     identity = policies.policy_id(recipe, run)
     run.table("candidates").replace(candidates(query, recipe.sample, identity, recipe.seed))
     phases.train_sft(recipe, run)
+
+
+@pytest.mark.parametrize("images", ["show", "ignore"])
+def test_what_was_drafted_for_an_image_is_learnt_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str
+) -> None:
+    from vpo_ray import train
+
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        train, "train", lambda spec, rows: asked.append((spec, rows)) or SimpleNamespace(out="")
+    )
+    draft = {"draft": {"examples": str(written(tmp_path / "shots.jsonl", DOUBLED))}, "sft.data": None}
+    options = {"size": {"longest_edge": 512}}
+    more = {"queries.image_column": "image", "policy.images": images,
+            "sample.engine.engine_kwargs": {"mm_processor_kwargs": options}}  # fmt: skip
+    given = {"out": str(tmp_path / "run"), **draft, **more}
+    recipe = load(TINY, [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    run = opening.open_run(recipe)
+    for name in ("a.png", "b.png", None):
+        row = {"query_id": f"q {name}", "query": "a cat", "image": name, "unsafe": None, "seed": 1}
+        run.table("drafts").append([{**row, "draft_id": f"{name}", "target": "A cat.", "prompt": "A cat."}])
+    phases.train_sft(recipe, run)
+    [(spec, rows)] = asked
+    assert sorted(str(row["image"]) for row in rows) == ["None", "a.png", "b.png"]
+    assert spec.images == (run.at("images") if images == "show" else None)
+    assert spec.image_arguments == options
+    assert write_chat(run, draft_rows(run)) == 3
+    other = run.table("drafts").rows()
+    known = policies.policy_id(recipe, run)
+    run.table("drafts").replace([{**row, "image": "b.png"} for row in other])
+    assert (policies.policy_id(recipe, run) == known) is (images == "ignore")
 
 
 def test_a_table_of_an_earlier_version_is_read_and_filled_up(
