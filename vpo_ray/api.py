@@ -135,12 +135,19 @@ def train(recipe: Recipe, phase: str | None = None, *, verbose: bool = False) ->
 
 
 def refine(
-    recipe: Recipe, query: str, *, budget: int = 8, retry_errors: bool = False, verbose: bool = False
+    recipe: Recipe,
+    query: str,
+    *,
+    image: str | None = None,
+    budget: int = 8,
+    retry_errors: bool = False,
+    verbose: bool = False,
 ) -> Refined:
     """The best prompt of one query that so many videos find: its prompts evolve against the recipe's rewards,
     as the `evolve` section says. Asked again, it is read from the run directory.
 
     Args:
+        image: path or URI of the query's image, for a model that makes videos from images.
         budget: videos at most, the query's own among them.
 
     Returns:
@@ -153,7 +160,7 @@ def refine(
     from vpo_ray.plan import check_recipe
 
     check_recipe(recipe)
-    return refine(recipe, query, budget, retry_errors, verbose)
+    return refine(recipe, query, budget, retry_errors, verbose, image)
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vpo_ray.evaluation.sets import (
     ASPECTS,
@@ -21,8 +22,10 @@ from vpo_ray.evaluation.sets import (
     sample_queries,
     set_hash,
 )
+from vpo_ray.files.image_files import image_hash, image_name
 from vpo_ray.recipe import EvaluatedSet
 from vpo_ray.records import Row, query_id
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import ROUND, RunDir
 
 
@@ -287,3 +290,36 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         prompts_of_file(prompts_file(tmp_path, [made[0], {"query": "q1", "prompt": " "}]), queries)
     with pytest.raises(SetError, match="No such file"):
         prompts_of_file(str(tmp_path / "absent.jsonl"), queries)
+
+
+def test_a_file_may_name_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (6, 4), colour).save(tmp_path / f"data/{colour}.png")
+    (tmp_path / "data/cut.png").write_bytes(b"\x89PNG")
+    values: list[Any] = ["red.png", "blue.png", None, " ", "gone.png", "cut.png", 5]
+    file = tmp_path / "data/queries.jsonl"
+    file.write_text(
+        "".join(json.dumps({"query": "a kite", "image": value, "topic": "t"}) + "\n" for value in values)
+    )
+    settings = EvaluatedSet(path=str(file), image_column="image", category="topic")
+    run = RunDir(tmp_path / "run")
+    rows = read_set("mine", settings, run)
+    assert len(rows) == 3, "with either image, and without"
+    shown = {row["image"]: row["query_id"] for row in rows if "image" in row}
+    assert {name: images_of(run).read(name) for name in shown} == {
+        image_name(data): data
+        for data in ((tmp_path / f"data/{c}.png").read_bytes() for c in ("red", "blue"))
+    }
+    assert all(query_id("a kite", image_hash(name)) == found for name, found in shown.items())
+    assert {row["category"] for row in rows} == {"t"}
+    for why in ("1 × no such image", "1 × broken image", "1 × no path of an image"):
+        assert why in caplog.text
+    # A plan counts rows without looking; a file of prompts tells queries by their words.
+    assert len(read_set("mine", settings, None)) >= 3
+    (tmp_path / "prompts.jsonl").write_text('{"query": "a kite", "prompt": "A kite climbs."}')
+    prompts = prompts_of_file(str(tmp_path / "prompts.jsonl"), rows)
+    assert prompts == dict.fromkeys([row["query_id"] for row in rows], "A kite climbs.")
+    (tmp_path / "q.txt").write_text("a kite\n")
+    with pytest.raises(SetError, match="a text file has no columns, see image_column"):
+        read_set("mine", EvaluatedSet(path=str(tmp_path / "q.txt"), image_column="image"), run)

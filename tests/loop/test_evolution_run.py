@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 from endpoint_server import EndpointServer, Reply, Request, completion, failure
+from PIL import Image
 
 import vpo_ray
 from vpo_ray import cli
+from vpo_ray.files.image_files import image_name
 from vpo_ray.loop.evolution import Evolving, evolve_prompts
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.loop.opening import open_run
@@ -25,6 +27,7 @@ from vpo_ray.records import Row, query_id
 from vpo_ray.storage.run_dir import EVOLUTION_ASKED, EVOLUTION_SCORED, RunDir
 from vpo_ray.storage.sft_data import evolved_rows
 from vpo_ray.storage.videos import VideoStore
+from vpo_ray.world import tiny
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -227,3 +230,57 @@ def test_killed_in_every_round_and_learnt(tmp_path: Path, tiny_models: Path, ser
     learnt = {(row["query"], row["prompt"]) for row in RunDir(killed).table("sft").rows()}
     assert learnt == {(row["query"], row["prompt"]) for row in rows(whole) if row["target"]}
     assert (killed / "checkpoints/sft/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_one_query_with_its_image(
+    tmp_path: Path,
+    tiny_models: Path,
+    ray_cluster: None,
+    serve_endpoint: Serve,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is tried of a query with an image: on an image-to-video model, before LLMs that see."""
+
+    def seen(request: Request) -> Reply:
+        content = request["messages"][0]["content"]
+        shown.append(content[0]["image_url"]["url"])
+        request["messages"][0]["content"] = content[-1]["text"]
+        return answer(request)
+
+    shown: list[str] = []
+    server = serve_endpoint(seen)
+    tiny.make_image_video(tmp_path / "image_video")
+    size = ("render.frames=9", "render.height=32", "render.width=48", "evolve.rounds=1")
+    recipe = recipe_for(tmp_path, tiny_models, server, f"render.model={tmp_path / 'image_video'}", *size)
+    monkeypatch.setattr("vpo_ray.plan.check_recipe", lambda recipe: None)  # it would make the reward first
+    found = {}
+    for colour in ("red", "blue"):
+        Image.new("RGB", (60, 40), colour).save(tmp_path / f"{colour}.png")
+        found[colour] = vpo_ray.refine(recipe, "a fox", image=str(tmp_path / f"{colour}.png"), budget=2)
+    red, blue = found["red"], found["blue"]
+    assert red.folder != blue.folder
+    assert (red.videos, blue.videos) == (2, 2)
+    assert red.trace[0]["video_uri"] != blue.trace[0]["video_uri"]
+    names = {row["image"] for row in red.trace}
+    assert names == {image_name((tmp_path / "red.png").read_bytes())}
+    assert len(set(shown)) == 2
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.dump()))
+    asked = ["refine", "a fox", "--recipe", str(path), "--budget", "2", "--json"]
+    requests = len(server.requests)
+    assert cli.main([*asked, "--image", str(tmp_path / "red.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["image"] in names
+    assert len(server.requests) == requests, "it is read"
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    for more, told in (
+        ([], "give the query's (vpo refine --image FILE)"),
+        (["--image", str(tmp_path / "gone.png")], "No such file"),
+        (["--image", str(tmp_path / "cut.png")], "no PNG, JPEG or WebP"),
+    ):
+        assert cli.main([*asked, *more]) == 1
+        assert told in capsys.readouterr().err
+    plain = recipe_for(tmp_path / "plain", tiny_models, server)
+    with pytest.raises(LoopError, match="makes videos from text alone; leave the image out"):
+        vpo_ray.refine(plain, "a fox", image=str(tmp_path / "red.png"), budget=2)

@@ -63,3 +63,20 @@ def test_a_policy_that_sees_images_is_trained_where_packing_fits_it(
     (found,) = problems(tiny, **images, policy__model=seeing)
     assert found.startswith("policy.model: ")
     assert "is of the type qwen2_vl, which is sampled with images and not trained with them" in found
+
+
+def test_a_set_of_an_evaluation_has_what_the_video_model_takes(
+    tiny: dict[str, Any], image_video: str, tmp_path: Path
+) -> None:
+    (tmp_path / "set.jsonl").write_text('{"query": "a cat", "image": "cat.png"}\n')
+    path = {"path": str(tmp_path / "set.jsonl")}
+    images = {"queries__image_column": "image", "render__model": image_video, **BLIND}
+    (found,) = problems(tiny, **images, evaluate={"sets": {"mine": path}, "policies": ["query"]})
+    assert "evaluate.sets.mine: render.model needs an image of every query" in found
+    seen = {"sets": {"mine": {**path, "image_column": "image"}}, "policies": ["query"]}
+    check_recipe(recipe(tiny, **images, evaluate=seen))
+    (found,) = problems(tiny, **BLIND, evaluate=seen)
+    assert "evaluate.sets.mine.image_column: render.model makes videos from text alone" in found
+    policy, judge = problems(tiny, evaluate={**seen, "videos": False})
+    assert "policy.model cannot see images" in policy
+    assert "judge.model cannot see images" in judge

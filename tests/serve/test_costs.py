@@ -33,7 +33,7 @@ class Jobs:
     def __init__(self) -> None:
         self.submit = self
 
-    async def remote(self, query: str, seed: int, owner: str, prompt: str | None) -> str:
+    async def remote(self, query: str, seed: int, owner: str, prompt: str | None, image: str | None) -> str:
         return "{}"
 
 

@@ -72,6 +72,21 @@ def test_effort_is_offered_where_candidates_are_ranked() -> None:
     assert b'data-ranks="True"' in page(ranking()).body
 
 
+def test_a_picture_is_offered_where_it_is_taken(tmp_path: Path) -> None:
+    service: Any = {"store": str(tmp_path), "render": {"kind": "openai", "model": "m"}}
+    for settings, sees, animates in (
+        (Serve(), False, False),
+        (Serve(images="show"), True, False),
+        (Serve.model_validate({"videos": service}), False, False),
+        (
+            Serve.model_validate({"videos": {"store": str(tmp_path), "render": {"model": "hub/x"}}}),
+            False,
+            True,
+        ),
+    ):
+        assert f'data-sees="{sees}" data-animates="{animates}"' in page(settings).body.decode()
+
+
 def test_what_is_typed_becomes_the_wishes_of_a_request(tmp_path: Path) -> None:
     """In the page's own code, by the Node.js that Playwright brings along."""
     import playwright

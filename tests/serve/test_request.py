@@ -25,7 +25,7 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def test_what_is_not_asked_comes_from_the_recipe() -> None:
-    query, fields = parse_request(body(), SETTINGS)
+    query, fields, _ = parse_request(body(), SETTINGS)
     assert query == "a cat"
     assert (fields["temperature"], fields["top_p"]) == (0.5, 0.8)
     assert (fields["max_tokens"], fields["n"], fields["stream"]) == (64, 1, False)
@@ -33,7 +33,7 @@ def test_what_is_not_asked_comes_from_the_recipe() -> None:
 
 def test_what_is_asked_is_kept_zero_too() -> None:
     asked = {"temperature": 0, "top_p": 0.5, "max_completion_tokens": 7, "n": 2, "seed": 3, "stop": ["."]}
-    _, fields = parse_request(body(**asked), SETTINGS)
+    _, fields, _ = parse_request(body(**asked), SETTINGS)
     assert (fields["temperature"], fields["top_p"], fields["max_tokens"]) == (0, 0.5, 7)
     assert (fields["n"], fields["seed"], fields["stop"]) == (2, 3, ["."])
 

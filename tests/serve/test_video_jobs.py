@@ -126,8 +126,8 @@ def test_a_bad_request_for_a_video(raw: bytes, status: int) -> None:
     with pytest.raises(ApiError) as refused:
         parse_video(raw, SETTINGS)
     assert refused.value.status == status
-    assert parse_video(b'{"prompt": "a cat", "seed": 3}', SETTINGS) == ("a cat", None, 3)
-    assert parse_video(b'{"query": "a cat", "prompt": "A cat."}', SETTINGS) == ("a cat", "A cat.", 0)
+    assert parse_video(b'{"prompt": "a cat", "seed": 3}', SETTINGS) == ("a cat", None, 3, None)
+    assert parse_video(b'{"query": "a cat", "prompt": "A cat."}', SETTINGS) == ("a cat", "A cat.", 0, None)
 
 
 def test_the_recipes_own_models_make_the_videos(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What policies that are LLMs write: few-shot ones as drafts are written, others on the query alone."""
 
 import asyncio
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from endpoint_server import EndpointServer, Reply, Request, completion, failure
+from PIL import Image
 
 from vpo_ray.engines.chat import Answer, Message, Sampling
 from vpo_ray.loop.ledger import build_ledger, reconcile
@@ -20,6 +22,7 @@ from vpo_ray.stages.chains import CHAINS
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.made_with import facts
 from vpo_ray.stages.rewrite import Rewriter, as_candidate
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.pipeline import Models, generate
 from vpo_ray.stream.spending import endpoint_cost
@@ -140,7 +143,9 @@ def test_a_policy_behind_an_endpoint_writes_once_and_pays(
     tmp_path: Path, ray_cluster: None, serve_endpoint: Serve
 ) -> None:
     def answer(request: Request) -> Reply:
-        query = request["messages"][0]["content"]
+        content = request["messages"][0]["content"]
+        # With an image, its part and the query: as a client of our own endpoint sends it.
+        query = content if isinstance(content, str) else content[1]["text"]
         return failure(403, "our content policy") if "gore" in query else completion(f"A film: {query}")
 
     server = serve_endpoint(answer)
@@ -149,14 +154,22 @@ def test_a_policy_behind_an_endpoint_writes_once_and_pays(
     recipe = recipe_with({"kind": "endpoint", "llm": llm}, f"out={tmp_path / 'run'}")
     run = RunDir(recipe.out)
     queries = ["a cat", "a dog", "a bird", "gore"]
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(file, "PNG")
+    images = {"a bird": images_of(run).put(file.getvalue())}
     run.table("unwritten").append(
-        [{"query_id": query_id(q), "query": q, "split": "eval", "unsafe": None} for q in queries]
+        [
+            {"query_id": query_id(q), "query": q, "image": images.get(q), "split": "eval", "unsafe": None}
+            for q in queries
+        ]
     )
     for _ in range(2):
         generate(recipe, run, Models("", "p"), ("rewrite",))
     assert len(server.requests) == 4, "a second call asks nothing"
     rows = {row["query"]: row for row in run.table("rewrites").rows()}
     assert rows["a cat"]["prompt"] == "A film: a cat"
+    assert rows["a bird"]["prompt"] == "A film: a bird"
+    assert sum(isinstance(request["messages"][0]["content"], list) for request in server.requests) == 1
     assert rows["gore"]["prompt"] is None
     assert (rows["gore"]["error"].split(":")[0], rows["gore"]["error_stage"]) == ("Refusal", "rewrite")
     ledger = build_ledger(run, recipe)

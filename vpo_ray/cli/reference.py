@@ -113,8 +113,8 @@ def _type(entry: Mapping[str, Any]) -> str:
     if "$ref" in entry:
         name = entry["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
-    if "anyOf" in entry:
-        kinds = dict.fromkeys(_type(one) for one in entry["anyOf"])
+    if branches := entry.get("anyOf", entry.get("oneOf")):
+        kinds = dict.fromkeys(map(_type, branches))
         return " or ".join(kind for kind in kinds if kind != "null")
     if "enum" in entry or "const" in entry:
         values = entry.get("enum", [entry.get("const")])

@@ -25,6 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="videos at most, the query's own among them (%(default)s)",
     )
+    parser.add_argument("--image", metavar="FILE", help="path or URI of the query's image")
     parser.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the recipe's `out`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--retry-errors", action="store_true", help="take prompts that failed once more")
@@ -38,6 +39,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     found = api.refine(
         recipe,
         arguments.query,
+        image=arguments.image,
         budget=arguments.budget,
         retry_errors=arguments.retry_errors,
         verbose=arguments.verbose,
@@ -59,6 +61,7 @@ def _as_json(found: Refined) -> dict[str, Any]:
                "video_uri", "target", "error")  # fmt: skip
     return {
         "query": found.query,
+        "image": found.trace[0]["image"],
         "prompt": found.prompt,
         "fault": found.fault,
         "ended": found.ended,

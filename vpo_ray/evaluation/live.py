@@ -57,10 +57,11 @@ def collect(store: str, folder: str) -> dict[str, Any]:
 
 
 def _queries(answers: Mapping[str, Row]) -> Iterator[Row]:
-    """Each query once, with whether the gate found it unsafe."""
+    """Each query once, with whether the gate found it unsafe. Images are not kept, so one that had an image
+    is left out."""
     found: dict[str, Row] = {}
     for name, row in sorted(answers.items()):
-        if row["query"] is not None:
+        if row["query"] is not None and row["image"] is None:
             unsafe = row["safety"] != "pass"
             entry = found.setdefault(
                 row["query_hash"], {"query": row["query"], "unsafe": False, "answer_id": name}
@@ -87,6 +88,9 @@ def _pairs(
         answer = answers[name]
         if answer["query"] is None:
             left_out["opinion on a query of which only a hash is kept"] += len(said)
+            continue
+        if answer["image"] is not None:
+            left_out["opinion on a query with an image, which is not kept"] += len(said)
             continue
         candidates = [answer["prompt"], *answer["alternatives"]]
         votes = {row["rating"] for row in said if row["rating"]}

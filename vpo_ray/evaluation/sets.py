@@ -18,14 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vpo_ray.files.image_files import image_hash
+from vpo_ray.files.image_files import ImageError, image_hash
 from vpo_ray.files.input_files import READ_ERRORS, InputFile, find_files, why_unreadable
 from vpo_ray.files.record_files import READERS, Unreadable, records
 from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.recipe import EvaluatedSet, Queries
 from vpo_ray.records import Row, content_id, normalise, query_id, share_of
-from vpo_ray.stages.curate.read import text_of
+from vpo_ray.stages.curate.images import QueryImages
+from vpo_ray.stages.curate.read import path_of_image, text_of
 from vpo_ray.stages.curate.rules import KEPT, REASONS, visible
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import ROUND, RunDir
 from vpo_ray.storage.sft_data import sft_rows
 
@@ -64,13 +66,14 @@ def read_set(name: str, settings: EvaluatedSet, run: RunDir | None) -> list[Row]
 
     Args:
         name: its key in `evaluate.sets`.
-        run: where an eval split comes from.
+        run: where an eval split comes from, and images are stored. Without it images are not looked at, and
+            their paths stand for them.
 
     Returns:
         Rows with `query_id`, `query`, `unsafe` (None: not labelled) and `category` (None: the set has none).
-        Those of a run's own queries have `image` where the query has one. Those of VBench also have
+        Those of a file or of a run's own queries have `image` where the query has one. Those of VBench have
         `prompt_en` (the text as it is published), `dimension` (a list) and `auxiliary_info` (a dict, by
-        dimension).
+        dimension) too.
 
     Raises:
         SetError: a file that is not what it should be, no query, or fewer than `size`.
@@ -78,7 +81,10 @@ def read_set(name: str, settings: EvaluatedSet, run: RunDir | None) -> list[Row]
     """
     key = f"evaluate.sets.{name}.path"
     try:
-        read = list(_KINDS[settings.kind](key, settings) if settings.kind in _KINDS else _eval_split(run))
+        if settings.kind == "file":
+            read = list(_file(key, settings, run))
+        else:
+            read = list(_KINDS[settings.kind](key, settings) if settings.kind in _KINDS else _eval_split(run))
     except ValueError as error:
         raise SetError(f"set {name}: {error}") from error
     rows = _once(read)
@@ -145,7 +151,8 @@ def refuse_trained(name: str, rows: Iterable[Row], run: RunDir) -> None:
 
 def prompts_of_file(path: str, queries: Sequence[Row], key: str = "path") -> dict[str, str]:
     """Prompts that were made elsewhere, by query id: rows with `query` and `prompt`, in any format that
-    queries may have. Rows of other queries are skipped, and counted in the log.
+    queries may have. Rows of other queries are skipped, and counted in the log. A query with an image has the
+    prompt of its words.
 
     Args:
         queries: rows with `query_id` and `query`; each needs its prompt.
@@ -155,7 +162,9 @@ def prompts_of_file(path: str, queries: Sequence[Row], key: str = "path") -> dic
         SetError: no such file, a row without both texts (named by its number), a query without a prompt, or
             one with two different ones.
     """
-    wanted = {row["query_id"]: row["query"] for row in queries}
+    # A file tells queries by their words: queries of the same words and several images have one prompt.
+    of_words = {row["query_id"]: query_id(row["query"]) for row in queries}
+    wanted = {of_words[row["query_id"]]: row["query"] for row in queries}
     prompts: dict[str, str] = {}
     twice: dict[str, str] = {}
     others = set()
@@ -179,7 +188,7 @@ def prompts_of_file(path: str, queries: Sequence[Row], key: str = "path") -> dic
         )
     if others:
         logger.info("%s %s: %d queries are in no set, their prompts are not used", key, path, len(others))
-    return prompts
+    return {one: prompts[words] for one, words in of_words.items()}
 
 
 def _shown(queries: Sequence[str]) -> str:
@@ -214,27 +223,67 @@ def _eval_split(run: RunDir | None) -> Iterator[Row]:
     )
 
 
-def _file(key: str, settings: EvaluatedSet) -> Iterator[Row]:
-    """Rows that curation would drop before its rules are dropped here too, and counted in the log."""
+def _file(key: str, settings: EvaluatedSet, run: RunDir | None) -> Iterator[Row]:
+    """Rows that curation would drop before its rules are dropped here too, and counted in the log. So is one
+    whose image is not there."""
     as_curated = Queries.model_validate({"path": settings.path, "column": settings.column})
-    columns = [settings.column, *([settings.category] if settings.category else [])]
-    rows, dropped = [], Counter[str]()
-    for file in find_files(settings.path or "", key, READERS):
-        if file.kind == ".txt" and settings.category:
-            raise SetError(f"{key} {file}: a text file has no columns, see category")
+    named = {"category": settings.category, "image_column": settings.image_column}
+    columns = [settings.column, *(column for column in named.values() if column is not None)]
+    rows, dropped = list[Row](), Counter[str]()
+    files = find_files(settings.path or "", key, READERS)
+    pictures: list[tuple[int, int, str]] = []  # of a row: its number, its file's, the path
+    for position, file in enumerate(files):
+        if file.kind == ".txt" and columns[1:]:
+            absent = next(name for name, column in named.items() if column is not None)
+            raise SetError(f"{key} {file}: a text file has no columns, see {absent}")
         for values in records(file, columns, key):
-            value, *category = values if isinstance(values, tuple) else (values,)
+            value, *more = values if isinstance(values, tuple) else (values,)
             text, reason = text_of(value, as_curated)
-            if reason == KEPT:
-                rows.append(_row(text, category=_category(category[0] if category else None)))
-            else:
+            if reason != KEPT:
                 dropped[REASONS[reason]] += 1
+                continue
+            found = dict(
+                zip([name for name, column in named.items() if column is not None], more, strict=False)
+            )
+            try:
+                path = path_of_image(found.get("image_column"))
+            except ValueError:
+                dropped["no path of an image"] += 1
+                continue
+            if path is not None:
+                pictures.append((len(rows), position, path))
+            rows.append(_row(text, category=_category(found.get("category"))))
+    rows = _with_images(rows, pictures, files, key.replace(".path", ".image_column"), run, dropped)
     why = ", ".join(f"{count} × {reason}" for reason, count in sorted(dropped.items()))
     if dropped and rows:
         logger.warning("%s %s: rows without a query are dropped: %s", key, settings.path, why)
     yield from _some(
         rows, f"{key} {settings.path}: no row has a query in {settings.column!r} ({why or 'no rows'})"
     )
+
+
+def _with_images(
+    rows: list[Row],
+    pictures: Sequence[tuple[int, int, str]],
+    files: Sequence[InputFile],
+    key: str,
+    run: RunDir | None,
+    dropped: Counter[str],
+) -> list[Row]:
+    """The rows with their images in the run's `images/`, without those whose image is not taken."""
+    asked = [(position, path) for _, position, path in pictures]
+    taken: Sequence[str | ImageError] = [path for _, path in asked]
+    if run is not None and asked:
+        taken = QueryImages(files, images_of(run).folder.uri, key).take(asked)
+    found = {number: image for (number, *_), image in zip(pictures, taken, strict=True)}
+    kept = []
+    for number, row in enumerate(rows):
+        image = found.get(number)
+        if isinstance(image, ImageError):
+            dropped[image.reason] += 1
+        else:
+            kept.append(row if image is None else _row(row["query"], category=row["category"], image=image))
+    return kept
 
 
 def _category(value: Any) -> str | None:
@@ -322,7 +371,7 @@ def _t2vsafetybench(key: str, settings: EvaluatedSet) -> Iterator[Row]:
         yield from _some(rows, f"{key} {file} is empty: expected a prompt a line")
 
 
-_KINDS = {"file": _file, "vbench": _vbench, "monetbench": _monetbench, "t2vsafetybench": _t2vsafetybench}
+_KINDS = {"vbench": _vbench, "monetbench": _monetbench, "t2vsafetybench": _t2vsafetybench}
 
 
 def _names(files: Sequence[InputFile]) -> str:

@@ -92,12 +92,12 @@ def of_data_uri(uri: str) -> bytes:
     try:
         return base64.b64decode(uri[found.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(BROKEN, f"the image's data: URI is no base64: {error}") from error
+        raise ImageError(BROKEN, f"the image is no base64: {error}") from error
 
 
 def _opened(data: bytes) -> tuple[str, Image]:
     """PIL's name of the format, and the loaded picture."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if len(data) > MAX_BYTES:
         raise ImageError(TOO_LARGE, f"{len(data)} bytes, an image has at most {MAX_BYTES}")
@@ -113,7 +113,9 @@ def _opened(data: bytes) -> tuple[str, Image]:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(TOO_LARGE, str(error)) from error
+        raise ImageError(TOO_LARGE, f"an image has at most {MAX_PIXELS} pixels: {error}") from error
+    except UnidentifiedImageError:  # its message has an address of memory
+        raise ImageError(BROKEN, "no PNG, JPEG or WebP that can be read") from None
     except Exception as error:
         raise ImageError(BROKEN, f"no PNG, JPEG or WebP that can be read: {error}") from error
     return kind, picture

@@ -10,7 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vpo_ray.engines.video.image_need import image_need
 from vpo_ray.files.folder import join
+from vpo_ray.files.image_files import MAX_BYTES, ImageError, image_hash, image_name
+from vpo_ray.files.input_files import READ_ERRORS, file_at, why_unreadable
 from vpo_ray.loop.evolution import Evolving
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.policies import LoopError
@@ -18,6 +21,7 @@ from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Evolve, Recipe
 from vpo_ray.records import Row, content_id, normalise, query_id
 from vpo_ray.stages.evolution import NONE_BETTER, videos_of
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import CURATED, RunDir
 from vpo_ray.stream.connection import connect
 
@@ -49,27 +53,39 @@ class Refined:
 
 
 def refine(
-    recipe: Recipe, query: str, budget: int, retry_errors: bool = False, verbose: bool = False
+    recipe: Recipe,
+    query: str,
+    budget: int,
+    retry_errors: bool = False,
+    verbose: bool = False,
+    image: str | None = None,
 ) -> Refined:
     """Evolve the prompts of one query, or read what was found for it before.
 
     Args:
         budget: videos at most, the query's own among them.
+        image: path or URI of the query's image.
         retry_errors: take prompts that failed once more.
         verbose: see `connection.connect`.
 
     Raises:
-        LoopError: the query is empty, or no prompt of it passes; the message counts why.
+        LoopError: the query is empty, its image cannot be read or is none that the video model takes, or no
+            prompt of it passes; the message counts why.
         PlacementError, GenerationError, OtherRecipeError: see `streams.through`.
     """
     text = normalise(query)
     if not text:
         raise LoopError("the query is empty")
-    own = _of_query(recipe, text, budget)
+    name, data = (None, b"") if image is None else _read(image)
+    _check_need(recipe, image)
+    digest = None if name is None else image_hash(name)
+    own = _of_query(recipe, text, budget, digest)
     with opened(own) as run, accounted(own, run):
         if not run.exists(CURATED):
-            row = {"query_id": query_id(text), "query": text, "source": "refine", "split": "sft"}
-            run.table("queries").append([row])
+            if name is not None:
+                images_of(run).keep(name, data)
+            identity = {"query_id": query_id(text, digest), "query": text, "image": name}
+            run.table("queries").append([{**identity, "source": "refine", "split": "sft"}])
             run.write_json(CURATED, {"queries": 1, "dropped": 0})
         evolving = Evolving(own, run)
         if retry_errors or not evolving.is_done():
@@ -79,8 +95,33 @@ def refine(
         return _found(text, run, list(evolving.rows()))
 
 
-def _of_query(recipe: Recipe, query: str, budget: int) -> Recipe:
-    """The recipe of the query's run directory."""
+def _read(image: str) -> tuple[str, bytes]:
+    """Name and bytes of an image. Raises LoopError."""
+    try:
+        with file_at(image).open() as stream:
+            data = stream.read(MAX_BYTES + 1)
+        return image_name(data), data
+    except ImageError as error:
+        raise LoopError(f"image {image}: {error}") from None
+    except READ_ERRORS as error:
+        raise LoopError(f"image {image}: {why_unreadable(error)}") from error
+
+
+def _check_need(recipe: Recipe, image: str | None) -> None:
+    """Raises LoopError where the video model takes no image and there is one, or the other way round."""
+    need, model = image_need(recipe.render.located()), recipe.render.model or recipe.render.kind
+    if image is not None and need == "none":
+        raise LoopError(f"image {image}: {model} makes videos from text alone; leave the image out")
+    if image is None and need == "required":
+        raise LoopError(f"{model} makes videos from images: give the query's (vpo refine --image FILE)")
+
+
+def _of_query(recipe: Recipe, query: str, budget: int, image: str | None) -> Recipe:
+    """The recipe of the query's run directory.
+
+    Args:
+        image: the hash of the query's image.
+    """
     settings = (recipe.evolve or Evolve.model_validate({})).model_dump(exclude={"llm"})
     llm = recipe.evolve.llm if recipe.evolve is not None else None
     asked = Evolve.model_validate({**settings, "llm": llm, "budget": budget})
@@ -96,7 +137,7 @@ def _of_query(recipe: Recipe, query: str, budget: int) -> Recipe:
         }
     )
     words = [read_prompt(name) for name in (asked.prompt, recipe.judge.critique_prompt)]
-    identity = content_id("refined", query_id(query), own.fingerprint(*_SECTIONS), words)
+    identity = content_id("refined", query_id(query, image), own.fingerprint(*_SECTIONS), words)
     return own.model_copy(update={"out": join(RunDir(recipe.out).uri, f"refined/{identity}")})
 
 

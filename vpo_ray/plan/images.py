@@ -7,15 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.engines.chat.eyes import has_eyes
+from vpo_ray.engines.video.image_need import image_need, pipeline_of
 from vpo_ray.prompts.image_places import why_untrained
-from vpo_ray.recipe import ChatModel, Recipe, Render
-
-# A pipeline that takes an image or none.
-_EITHER = ("LTXConditionPipeline",)
-
-
-# Keys of a model's configuration that tell of eyes.
-_EYES = ("vision_config", "img_processor", "visual", "vision_tower", "mm_vision_tower")
+from vpo_ray.recipe import ChatModel, EvaluatedSet, Recipe, Render
 
 
 def image_problems(recipe: Recipe, llms: Mapping[str, ChatModel]) -> Iterator[str]:
@@ -30,9 +25,20 @@ def image_problems(recipe: Recipe, llms: Mapping[str, ChatModel]) -> Iterator[st
         renders |= {f"evaluate.transfer.{name}": one for name, one in recipe.evaluate.transfer.items()}
     for key, render in renders.items():
         yield from _render(key, render, has_images)
-    if not has_images:
-        return
+        if recipe.evaluate is not None and recipe.evaluate.videos:
+            yield from (
+                line for name, entry in _files(recipe).items() for line in _set(name, entry, key, render)
+            )
     policy = recipe.policy
+    if not has_images:
+        if any(entry.image_column is not None for entry in _files(recipe).values()):
+            seeing = {
+                key: llm.model for key, llm in llms.items() if llm.backend == "vllm" and llm.images == "show"
+            }
+            seeing |= {"policy": policy.model} if policy.images == "show" else {}
+            for key, model in sorted(seeing.items(), reverse=True):
+                yield from _blind(key, model)
+        return
     if policy.images == "show":
         yield from _blind("policy", policy.model)
         config = _config(policy.model)
@@ -42,6 +48,12 @@ def image_problems(recipe: Recipe, llms: Mapping[str, ChatModel]) -> Iterator[st
     for key, llm in llms.items():
         if llm.images == "show" and llm.backend == "vllm":
             yield from _blind(key, llm.model)
+
+
+def _files(recipe: Recipe) -> dict[str, EvaluatedSet]:
+    """The sets of an evaluation that are files of the user's, by their keys."""
+    sets = recipe.evaluate.sets if recipe.evaluate is not None else {}
+    return {f"evaluate.sets.{name}": entry for name, entry in sets.items() if entry.kind == "file"}
 
 
 def _blind(key: str, model: str) -> Iterator[str]:
@@ -55,7 +67,7 @@ def _blind(key: str, model: str) -> Iterator[str]:
 def _is_blind(model: str) -> bool:
     """Whether a model here says that it has no eyes."""
     config = _config(model)
-    return config is not None and not any(config.get(key) for key in _EYES)
+    return config is not None and not has_eyes(config)
 
 
 def _config(model: str) -> dict[str, Any] | None:
@@ -67,32 +79,25 @@ def _config(model: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+def _set(name: str, entry: EvaluatedSet, key: str, render: Render) -> Iterator[str]:
+    need, has_images = image_need(render), entry.image_column is not None
+    if has_images and need == "none":
+        yield f"{name}.image_column: {key}.model makes videos from text alone; leave it out"
+    if need == "required" and not has_images:
+        yield f"{name}: {key}.model needs an image of every query: name their column with image_column"
+
+
 def _render(key: str, render: Render, has_images: bool) -> Iterator[str]:
     if render.kind == "openai" and has_images:
         yield f"{key}.kind: openai sends no image to a service; leave out queries.image_column"
-    pipeline = _pipeline(render)
-    if pipeline is None or pipeline in _EITHER:
-        return
-    needs = "ImageToVideo" in pipeline
-    if has_images and not needs:
+    need, pipeline = image_need(render), pipeline_of(render)
+    if has_images and need == "none" and pipeline is not None:
         yield (
             f"{key}.model: {render.model} is a {pipeline}, which takes no image, and queries.image_column "
             "gives queries one: name an image-to-video checkpoint, or leave out queries.image_column"
         )
-    if needs and not has_images:
+    if need == "required" and not has_images:
         yield (
             f"{key}.model: {render.model} is a {pipeline}, which needs an image of every query: name their "
             "column with queries.image_column, or a text-to-video checkpoint"
         )
-
-
-def _pipeline(render: Render) -> str | None:
-    """The pipeline's class that a checkpoint here names."""
-    if render.kind != "diffusers":
-        return None
-    try:
-        index = json.loads(Path(render.model, "model_index.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None  # said elsewhere, or not here
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    return name if isinstance(name, str) else None

@@ -166,11 +166,10 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], before: str 
     """
     tokens = control_tokens(tokenizer)
     safe = [{**message, "content": neutralise(message["content"], tokens)} for message in messages]
+    users = [message for message in safe if message["role"] == "user"]
+    asked = users[-1] if users else {"content": ""}
+    asked["content"] = before + asked["content"]
     text = tokenizer.apply_chat_template(safe, add_generation_prompt=True, tokenize=False)
-    asked = next((message["content"] for message in reversed(safe) if message["role"] == "user"), "")
-    if asked.strip() not in text:
+    if asked["content"].strip() not in text:
         raise PromptError("the chat template leaves out or changes a part of this text")
-    if before:
-        head, said, tail = text.rpartition(asked.strip())
-        text = f"{head}{before}{said}{tail}"
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -412,8 +412,8 @@ def parse_stored(tree: Mapping[str, Any], where: str) -> Recipe:
 def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
     """The `serve` section of a recipe, or its defaults, with `serve.key=value` overrides.
 
-    What serving takes from other sections (the video and the reward model behind `/v1/videos`) is
-    filled in from the recipe.
+    What serving takes from other sections (the video and the reward model behind `/v1/videos`, and whether
+    the policy is shown images) is filled in from the recipe.
     """
     if path is not None:
         return serve_of(load(path, overrides))
@@ -427,10 +427,12 @@ def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
 
 
 def serve_of(recipe: Recipe) -> Serve:
-    """The recipe's `serve` section, with the models of `/v1/videos` filled in; see `load_serve`."""
-    videos = recipe.serve.videos
+    """The recipe's `serve` section, with what it takes from others filled in; see `load_serve`."""
+    settings, videos = recipe.serve, recipe.serve.videos
+    if settings.images is None and recipe.policy.images == "ignore":
+        settings = settings.model_copy(update={"images": "ignore"})
     if videos is None:
-        return recipe.serve
+        return settings
     filled: dict[str, Any] = {
         "render": videos.render or recipe.render.model_copy(update={"preview": None}),
         "reward": videos.reward or recipe.reward,
@@ -439,7 +441,7 @@ def serve_of(recipe: Recipe) -> Serve:
         own = {name: getattr(recipe, name) for name in ("evolve", "judge", "more_rewards")}
         unset = {name: value for name, value in own.items() if getattr(videos.refine, name) is None}
         filled["refine"] = videos.refine.model_copy(update=unset)
-    return recipe.serve.model_copy(update={"videos": videos.model_copy(update=filled)})
+    return settings.model_copy(update={"videos": videos.model_copy(update=filled)})
 
 
 def _explain(error: Mapping[str, Any]) -> str:

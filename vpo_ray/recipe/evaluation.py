@@ -95,6 +95,7 @@ class EvaluatedSet(Section):
     category: Annotated[str | None, Field(description="column of a file with the category of each query")] = (
         None
     )
+    image_column: Annotated[str | None, Field(description="of a file, as queries.image_column")] = None
     size: Positive | None = None
 
     @model_validator(mode="after")
@@ -102,7 +103,7 @@ class EvaluatedSet(Section):
         if (self.path is None) != (self.kind == "eval_split"):
             raise ValueError(f"a set of kind {self.kind} {'has no' if self.path else 'needs a'} path")
         if self.kind != "file":
-            refuse_unused(self, "column category", f"with kind: {self.kind}")
+            refuse_unused(self, "column category image_column", f"with kind: {self.kind}")
         return self
 
 

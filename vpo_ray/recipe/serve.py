@@ -14,7 +14,7 @@ from vpo_ray.recipe.evaluation import limit_of
 from vpo_ray.recipe.evolution import Evolve
 from vpo_ray.recipe.formula import Formula
 from vpo_ray.recipe.profiles import CaptionFields
-from vpo_ray.recipe.text import Engine, Judge, TemplateArguments
+from vpo_ray.recipe.text import Engine, Images, Judge, TemplateArguments
 from vpo_ray.recipe.video import Endpoint, Render, Reward
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -64,6 +64,7 @@ class Service(Section):
     model: str
     endpoint: Endpoint = Endpoint(timeout_s=10, retries=1)
     chat_template_kwargs: TemplateArguments = {}
+    images: Images = Field("show", description="of requests; ignore: it reads the text alone")
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +137,8 @@ class BestOf(Section):
     @model_validator(mode="after")
     def _has_rankers(self) -> BestOf:
         _no_chat(self.rerank, "rerank")
+        if self.rerank is not None:
+            refuse_unused(self.rerank, "images", "for rerank, which reads text alone")
         asked = [name for name in ("judge", "rerank") if getattr(self, name) is not None]
         if not asked or (len(asked) == 2 and self.formula is None):
             raise ValueError("name what ranks: either `judge` or `rerank`, or both with a `formula`")
@@ -244,6 +247,10 @@ class Serve(Section):
     )
     caption_fields: CaptionFields | None = Field(
         default=None, description="of a request's format: json; those of the profiles when unset"
+    )
+    images: Images | None = Field(
+        default=None,
+        description="of requests; unset: shown to a policy that sees, unless policy.images is ignore",
     )
     history: Literal["edits", "last", "refuse"] = Field(
         default="edits",

@@ -39,10 +39,14 @@ class AnswerIds:
             )
         self._secret = secret.encode("utf-8", "surrogateescape")
 
-    def make(self, key: str, query: str, answer: Optimization) -> str:
-        """The id of an answer to a key's query."""
+    def make(self, key: str, query: str, answer: Optimization, image: str | None = None) -> str:
+        """The id of an answer to a key's query.
+
+        Args:
+            image: the hash of the query's image, if it has one.
+        """
         parts = (answer.system_fingerprint or answer.model, query, answer.prompt, answer.alternatives)
-        name = content_id("answer", key, *parts, digits=_DIGITS)
+        name = content_id("answer", key, *parts, *([] if image is None else [image]), digits=_DIGITS)
         return f"{name}.{self._signed(name, key)}"
 
     def check(self, key: str, given: str) -> str | None:

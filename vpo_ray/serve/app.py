@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.deployment import Application
 from ray.serve.llm import build_llm_deployment
 
+from vpo_ray.engines.chat.eyes import checkpoint_has_eyes
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens
@@ -54,9 +55,10 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
         PromptError: no such folder, no checkpoint in it, or no task prompt in its chat template.
         StorageError: a URI that cannot be read.
         AdapterError: an adapter's settings cannot be used.
+        RecipeError: serve.images is `show`, and a checkpoint cannot see.
     """
-    settings = as_learnt(checkpoint, settings)
     place, control = _checked(checkpoint)
+    settings = as_seen(checkpoint, as_learnt(checkpoint, settings))
     main = build_llm_deployment(llm_config(place, settings), deployment_cls=PolicyServer)
     canary = None
     if settings.canary is not None:
@@ -80,6 +82,26 @@ def as_learnt(checkpoint: str, settings: Serve) -> Serve:
     captions = [profile["fields"] for profile in learnt[0].values() if profile["format"] == "json"]
     fields = settings.caption_fields or next(iter(captions), None)
     return settings.model_copy(update={"tell_wishes": tell, "caption_fields": fields})
+
+
+def as_seen(checkpoint: str, settings: Serve) -> Serve:
+    """The settings, which then say whether the policy is shown images. Where nothing is said it is, if its
+    checkpoint sees, and with a canary both do.
+
+    Raises:
+        RecipeError: images are to be shown to a checkpoint that cannot see.
+        AdapterError, StorageError, OSError: its configuration cannot be read.
+    """
+    if settings.images == "ignore":
+        return settings
+    folders = [checkpoint, *([settings.canary.checkpoint] if settings.canary is not None else [])]
+    blind = next((folder for folder in folders if not checkpoint_has_eyes(folder)), None)
+    if blind is not None and settings.images == "show":
+        raise RecipeError(
+            f"serve.images: show, and {blind} cannot see: its config.json has no vision_config; serve a "
+            "vision-language model, or leave serve.images out"
+        )
+    return settings.model_copy(update={"images": "show" if blind is None else "ignore"})
 
 
 def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...]) -> Application:

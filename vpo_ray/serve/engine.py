@@ -20,8 +20,12 @@ from ray.serve.llm import LLMConfig, ModelLoadingConfig
 
 from vpo_ray.engines.chat.adapter import Adapter, adapter_of
 from vpo_ray.engines.chat.cpu_memory import cpu_cache
+from vpo_ray.engines.chat.eyes import checkpoint_has_eyes
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.engines.chat.vllm_chat import place_of_image
+from vpo_ray.files.image_files import decode_image
 from vpo_ray.lifetime import bind_worker
+from vpo_ray.prompts.image_places import image_lines
 from vpo_ray.prompts.policy_prompt import prompt_ids
 from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.recipe import Serve
@@ -80,8 +84,18 @@ class PolicyServer(VllmServer):
         return {"code": 500, "message": "the engine gave no answer"}
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[str | EngineRefusal]:
-        """Server-sent events where `stream` is set, and one JSON answer otherwise."""
-        request = chat_request({**body, **self.thoughts.asked})
+        """Server-sent events where `stream` is set, and one JSON answer otherwise.
+
+        Args:
+            body: of a chat completion with one message; it is shown with `image`, the bytes of an image that
+                has been decoded before, where that is there.
+        """
+        place = place_of_image(self.model_config) if "image" in body else None
+        if "image" in body and place is None:
+            yield {"code": 400, "message": "vLLM shows this policy no images", "param": None}
+            return
+        shown = body if place is None else await _shown(body, place)
+        request = chat_request({**shown, **self.thoughts.asked})
         begun: set[int] = set()
         try:
             async for part in await self.chat(request):
@@ -119,6 +133,17 @@ class PolicyServer(VllmServer):
 PROBE = {"role": "user", "content": "a"}
 
 
+async def _shown(body: dict[str, Any], place: str) -> dict[str, Any]:
+    """A body with its image as a part of its one message, where sampling has it, and as the picture that
+    sampling makes of it."""
+    (asked,) = body["messages"]
+    picture = await asyncio.to_thread(decode_image, body["image"])
+    text = image_lines(place) + asked["content"]
+    parts = [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": text}]
+    rest = {name: value for name, value in body.items() if name != "image"}
+    return {**rest, "messages": [{**asked, "content": parts}]}
+
+
 def fingerprint(checkpoint: str | Path) -> str:
     """A fingerprint of the files of a checkpoint's folder or URI: path, sizes and modification times."""
     if "://" in str(checkpoint):
@@ -130,12 +155,15 @@ def fingerprint(checkpoint: str | Path) -> str:
 
 def _bring(config: LLMConfig) -> None:
     """Fit a replica's configuration to this node: its copies in the place of the URIs of checkpoint, adapter
-    and base model, and of its memory what the cache may have."""
+    and base model, and of its memory what the cache may have. A model that sees has a processor, whose own
+    chat template vLLM would take: it is given the one with the task prompt."""
     loading, kwargs = config.model_loading_config, config.engine_kwargs
     loading.model_source = fetch_for_engine(loading.model_source)
     kwargs["tokenizer"] = fetch_for_engine(kwargs["tokenizer"])
     for adapter in kwargs.get("lora_modules", ()):
         adapter.path = fetch_for_engine(adapter.path)
+    if checkpoint_has_eyes(loading.model_source):
+        kwargs["chat_template"] = load_tokenizer(kwargs["tokenizer"]).chat_template
     kwargs.update(cpu_cache(kwargs))
     forget_engine_config(config)  # which Ray has made of the URIs
 

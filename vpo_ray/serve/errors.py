@@ -34,10 +34,12 @@ class ApiError(ValueError):
 
 
 def explained(error: ValidationError, status: int) -> ApiError:
-    """The first fault of an invalid body, by the client's own field names."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    """A fault of an invalid body, by the client's own field names: the deepest, as a value that is none of a
+    union's branches has one in each, and of several the first."""
+    faults = error.errors(include_url=False, include_input=False)
+    first = max(faults, key=lambda fault: len(fault["loc"]))
     # A union names its branches in the location; a client knows fields and indices only.
     parts = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]
-    where = ".".join(p for p in parts if p not in ("str", "TextPart", "ImagePart"))
+    where = ".".join(p for p in parts if p not in ("str", "TextPart", "ImagePart", "ImageUrl"))
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(status, f"{where or 'the body'}: {message}", where or None)

@@ -67,17 +67,29 @@ class FeedbackDesk:
         """Whether the owner of a key allows that its queries and answers are kept and learnt from."""
         return self.settings.anyone if key == ANYONE else key.feedback
 
-    def note(self, key: Key, query: str, answer: Optimization, conditions: Conditions = NONE) -> Optimization:
-        """Keep an answer of an optimised query, with what its request wished; returns it with its id."""
+    def note(
+        self,
+        key: Key,
+        query: str,
+        answer: Optimization,
+        conditions: Conditions = NONE,
+        image: str | None = None,
+    ) -> Optimization:
+        """Keep an answer of an optimised query, with what its request wished; returns it with its id.
+
+        Args:
+            image: the hash of the query's image, if it has one.
+        """
         if answer.prompt is None or answer.fallback or not self.allows(key):
             return answer
-        id = self.ids.make(key.name, query, answer)
+        id = self.ids.make(key.name, query, answer, image)
         row: Row = {
             "answer_id": id.partition(".")[0],
             "key": key.name,
             "time": time.time(),
             "checkpoint": answer.system_fingerprint or answer.model,
-            "query_hash": content_id("query", query),
+            "query_hash": content_id("query", query, *([] if image is None else [image])),
+            "image": image,
             "query": query if self.settings.queries == "plain" else None,
             "conditions": conditions.dump(),
             "prompt": answer.prompt,
@@ -168,3 +180,15 @@ class _Appender:
 def feedback_desk(settings: Serve) -> FeedbackDesk | None:
     """The desk of an endpoint that has one."""
     return FeedbackDesk(settings.feedback) if settings.feedback is not None else None
+
+
+def noted(
+    desk: FeedbackDesk | None,
+    key: Key,
+    query: str,
+    answer: Optimization,
+    conditions: Conditions = NONE,
+    image: str | None = None,
+) -> Optimization:
+    """The answer with its id, where the endpoint keeps it; see `FeedbackDesk.note`."""
+    return answer if desk is None else desk.note(key, query, answer, conditions, image)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from vpo_ray.recipe import Serve
 from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import ApiError
 
 logger = logging.getLogger("ray.serve")
+
+LARGE_BODY = 2**18
+
+T = TypeVar("T")
 
 
 def refused(error: ApiError) -> JSONResponse:
@@ -63,6 +69,13 @@ async def read_body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise _too_large(limit)
     return bytes(body)
+
+
+async def parsed(parse: Callable[[bytes, Serve], T], body: bytes, settings: Serve) -> T:
+    """A body as `parse` reads it. A large one, which has an image, is read beside the event loop."""
+    if len(body) <= LARGE_BODY:
+        return parse(body, settings)
+    return await asyncio.to_thread(parse, body, settings)
 
 
 def _too_large(limit: int) -> ApiError:

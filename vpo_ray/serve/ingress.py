@@ -24,14 +24,24 @@ from ray.serve.handle import DeploymentHandle
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Serve
 from vpo_ray.serve import playground
-from vpo_ray.serve.answers import completion, completion_events, delta_texts, event, texts_of, usage_in
+from vpo_ray.serve.answers import event
+from vpo_ray.serve.chats import ChatDesk
 from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import ApiError
-from vpo_ray.serve.feedback import FeedbackRequest, feedback_desk
-from vpo_ray.serve.http import Events, application, internal, read_body, refused
+from vpo_ray.serve.feedback import FeedbackRequest, feedback_desk, noted
+from vpo_ray.serve.http import Events, application, internal, parsed, read_body, refused
+from vpo_ray.serve.images import (
+    GivenImage,
+    ImageReader,
+    digest_of,
+    films_images,
+    image_room,
+    keep_image,
+    takes_images,
+)
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
 from vpo_ray.serve.limits import Admission, CallerLimits, Take
-from vpo_ray.serve.optimiser import build_optimiser, refusal
+from vpo_ray.serve.optimiser import build_optimiser
 from vpo_ray.serve.optimize_schema import (
     Asked,
     Optimization,
@@ -45,9 +55,7 @@ from vpo_ray.serve.policy import PolicyFailed, failure, overloaded
 from vpo_ray.serve.refine_schema import Refinement
 from vpo_ray.serve.refinements import RefineDesk
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
-from vpo_ray.serve.stream import Parts
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
-from vpo_ray.serve.wishes import NO_WISHES, Wishes
 from vpo_ray.storage.videos import VideoStore
 
 logger = logging.getLogger("ray.serve")
@@ -123,6 +131,7 @@ class Ingress:
             least=settings.best_of.n if settings.best_of else 1,
         )
         self.feedback = feedback_desk(settings)
+        self.chats, self.images = ChatDesk(self.optimiser, self.feedback), ImageReader()
         self.refining = RefineDesk(settings, refinements) if refinements is not None else None
         self.running = 0
         self.created = int(time.time())
@@ -190,13 +199,13 @@ class Ingress:
         """OpenAI's chat completion: the last user message is the query, and the answer its prompt."""
 
         async def answer(key: Key, take: Take) -> Response:
-            body = await read_body(request, max_body_bytes(self.settings))
-            query, fields = parse_request(body, self.settings)
+            room = image_room(takes_images(self.settings))
+            body = await read_body(request, max_body_bytes(self.settings) + room)
+            query, fields, attached = await parsed(parse_request, body, self.settings)
             take(self.optimiser.candidates(fields) if self.optimiser.needs_whole_prompts else fields["n"])
-            self._note(query, key)
-            if self.optimiser.needs_whole_prompts:
-                return await self._chat_checked(query, fields, key, _id(request))
-            return await self._chat_direct(query, fields, key, _id(request))
+            image = await self.images.read(attached)
+            self._note(query, key, image)
+            return await self.chats.answer(query, fields, image, key, _id(request))
 
         return await self._admitted(request, "chat", "optimize", answer)
 
@@ -209,20 +218,27 @@ class Ingress:
         """The prompt of a query or of several, with what was decided on the way; events where it streams."""
 
         async def answer(key: Key, take: Take) -> Response:
-            limit = max_body_bytes(self.settings, self.settings.max_queries)
-            asked = parse_optimize(await read_body(request, limit), self.settings)
+            room = image_room(takes_images(self.settings) or films_images(self.settings))
+            limit = max_body_bytes(self.settings, self.settings.max_queries) + room
+            body = await read_body(request, limit)
+            asked = await parsed(parse_optimize, body, self.settings)
             if asked.budget is not None and self.refining is not None:
-                self._note(asked.queries[0], key)
-                return await self.refining.ask(asked, key, take)
+                # Its place in the key's limits depends on the job, which is named by the image too.
+                image = await self.images.read(asked.images[0])
+                self._note(asked.queries[0], key, image)
+                return await self.refining.ask(asked, key, take, image)
             take(len(asked.queries) * self.optimiser.candidates(asked.fields, asked.wishes.effort))
-            for query in asked.queries:
-                self._note(query, key)
+            images = [await self.images.read(attached) for attached in asked.images]
+            for query, image in zip(asked.queries, images, strict=True):
+                self._note(query, key, image)
             if asked.stream:
-                return Events(self._events(asked, key, _id(request)))
+                return Events(self._events(asked, images[0], key, _id(request)))
             if asked.single:
-                return _json(await self._optimised(asked, 0, key, _id(request)))
-            indices = range(len(asked.queries))
-            work = (self._entry(asked, index, key, f"{_id(request)}-{index}") for index in indices)
+                return _json(await self._optimised(asked, 0, images[0], key, _id(request)))
+            work = (
+                self._entry(asked, index, image, key, f"{_id(request)}-{index}")
+                for index, image in enumerate(images)
+            )
             data = list(await asyncio.gather(*work))
             return _json(OptimizationList(data=data, model=self.settings.model_name))
 
@@ -260,12 +276,15 @@ class Ingress:
 
         async def answer(key: Key, take: Take) -> Response:
             jobs, _ = self._videos()
-            body = await read_body(request, max_body_bytes(self.settings))
-            query, prompt, seed = parse_video(body, self.settings)
+            room = image_room(films_images(self.settings))
+            body = await read_body(request, max_body_bytes(self.settings) + room)
+            query, prompt, seed, attached = await parsed(parse_video, body, self.settings)
             fields = engine_fields(self.settings, 1, seed, None)
             take(self.optimiser.candidates(fields) if prompt is None else 1)
-            self._note(query, key)
-            job = await jobs.submit.remote(query, seed, key.name, prompt)
+            image = await self.images.read(attached)
+            self._note(query, key, image)
+            name = await keep_image(self.settings, image)
+            job = await jobs.submit.remote(query, seed, key.name, prompt, name)
             if job is None:
                 raise overloaded(self.settings.overload_status)
             return Response(job, 202, media_type="application/json")
@@ -357,105 +376,34 @@ class Ingress:
             raise ApiError(403, message, code="scope_missing")
         return key
 
-    async def _chat_direct(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
-        """The engine's own answer, passed on as it arrives."""
-        checked = await self.optimiser.check_query(query)
-        result = self.optimiser.result(checked)
-        if checked.refused:
-            self.metrics.optimised(result, key.name)
-            raise refusal(result.safety)
-        try:
-            if fields["stream"]:
-                parts = await self.policy.stream(query, fields, request_id)
-                opening = await self._opening(parts)
-                return Events(self._passed(opening, parts, key), source=parts)
-            answer = await self.policy.answer(query, fields, request_id)
-            if self.settings.fallback and not any(texts_of(answer)):
-                raise PolicyFailed("the prompt is empty")
-        except PolicyFailed:
-            if not self.settings.fallback:
-                raise
-            return self._chat_answer(await self.optimiser.fall_back(checked), fields, key, request_id)
-        self.metrics.optimised(result, key.name)
-        self.metrics.tokens(answer.get("usage") or {}, key.name)
-        return JSONResponse(answer)
-
-    async def _opening(self, parts: Parts) -> list[str]:
-        """The events up to the first text, where the raw query would be sent instead of none.
-
-        Raises:
-            PolicyFailed: there is no text.
-        """
-        opening: list[str] = []
-        if not self.settings.fallback:
-            return opening
-        try:
-            async for part in parts:
-                opening.append(part)
-                if any(delta_texts(part)):
-                    return opening
-            raise PolicyFailed("the prompt is empty")
-        except BaseException:
-            await parts.aclose()
-            raise
-
-    async def _passed(self, opening: list[str], parts: Parts, key: Key) -> AsyncIterator[str]:
-        def counted(part: str) -> str:
-            if usage := usage_in(part):
-                self.metrics.tokens(usage, key.name)
-            return part
-
-        for part in opening:
-            yield counted(part)
-        async for part in parts:
-            yield counted(part)
-
-    async def _chat_checked(self, query: str, fields: dict[str, Any], key: Key, request_id: str) -> Response:
-        """An answer that is checked as a whole before any of it is sent."""
-        result = await self.optimiser(query, fields, request_id)
-        return self._chat_answer(self._noted(query, result, key), fields, key, request_id)
-
-    def _chat_answer(
-        self, result: Optimization, fields: dict[str, Any], key: Key, request_id: str
-    ) -> Response:
-        self.metrics.optimised(result, key.name)
-        if result.safety.outcome == "refused":
-            raise refusal(result.safety)
-        whole = completion(result, request_id)
-        if not fields["stream"]:
-            return JSONResponse(whole)
-        with_usage = fields.get("stream_options", {}).get("include_usage", False)
-        return Events(completion_events(whole, with_usage))
-
-    async def _optimised(self, asked: Asked, index: int, key: Key, request_id: str) -> Optimization:
+    async def _optimised(
+        self, asked: Asked, index: int, image: GivenImage | None, key: Key, request_id: str
+    ) -> Optimization:
         query, flags = asked.queries[index], asked.flags[index]
-        result = await self.optimiser(query, asked.fields, request_id, flags, asked.wishes)
+        result = await self.optimiser(query, asked.fields, request_id, flags, asked.wishes, image)
         self.metrics.optimised(result, key.name)
-        return self._noted(query, result, key, asked.wishes)
-
-    def _noted(self, query: str, result: Optimization, key: Key, wishes: Wishes = NO_WISHES) -> Optimization:
-        """The answer with its id, where the endpoint keeps it."""
-        if self.feedback is None:
-            return result
-        return self.feedback.note(key, query, result, wishes.conditions)
+        return noted(self.feedback, key, query, result, asked.wishes.conditions, digest_of(image))
 
     async def _entry(
-        self, asked: Asked, index: int, key: Key, request_id: str
+        self, asked: Asked, index: int, image: GivenImage | None, key: Key, request_id: str
     ) -> Optimization | dict[str, Any]:
         """The answer to one of several queries, or its error."""
         try:
-            return await self._optimised(asked, index, key, request_id)
+            return await self._optimised(asked, index, image, key, request_id)
         except ApiError as error:
             return error.body()
         except PolicyFailed as error:
             return failure(error).body()
 
-    async def _events(self, asked: Asked, key: Key, request_id: str) -> AsyncIterator[str]:
+    async def _events(
+        self, asked: Asked, image: GivenImage | None, key: Key, request_id: str
+    ) -> AsyncIterator[str]:
         """`prompt` events with the text as it is written, then one `result` or `error`."""
         try:
             # Several candidates, or ones that are checked or ranked first, are sent at the end.
             if self.optimiser.streams(asked.fields["n"], asked.wishes):
-                stream = self.optimiser.stream(asked.queries[0], asked.fields, request_id, asked.flags[0])
+                query, flags = asked.queries[0], asked.flags[0]
+                stream = self.optimiser.stream(query, asked.fields, request_id, flags, image)
                 async with aclosing(stream):
                     async for part in stream:
                         if isinstance(part, str):
@@ -463,9 +411,9 @@ class Ingress:
                         else:
                             result = part
                 self.metrics.optimised(result, key.name)
-                result = self._noted(asked.queries[0], result, key)
+                result = noted(self.feedback, key, query, result, image=digest_of(image))
             else:
-                result = await self._optimised(asked, 0, key, request_id)
+                result = await self._optimised(asked, 0, image, key, request_id)
             yield event("result", result.model_dump())
         except ApiError as error:
             yield event("error", error.body())
@@ -474,12 +422,14 @@ class Ingress:
         except Exception as error:  # noqa: BLE001  a stream always ends with a result or an error
             yield event("error", json.loads(bytes(internal(error).body)))
 
-    def _note(self, query: str, key: Key) -> None:
-        """Log a query, as `log_queries` says."""
+    def _note(self, query: str, key: Key, image: GivenImage | None = None) -> None:
+        """Log a query, as `log_queries` says; of its image the name alone."""
+        shown = "" if image is None else f" of the image {image.name}"
         if self.settings.log_queries == "yes":
-            logger.info("key %s asks %r", key.name, query)
+            logger.info("key %s asks %r%s", key.name, query, shown)
         elif self.settings.log_queries == "hash":
-            logger.info("key %s asks sha256:%s", key.name, hashlib.sha256(query.encode()).hexdigest())
+            digest = hashlib.sha256(query.encode()).hexdigest()
+            logger.info("key %s asks sha256:%s%s", key.name, digest, shown)
 
     def _run(self, change: int) -> None:
         self.running += change

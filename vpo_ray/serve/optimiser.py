@@ -19,6 +19,7 @@ from vpo_ray.prompts.conditions import conditioned
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.answers import chunks_in, delta_texts, texts_of
 from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.images import GivenImage
 from vpo_ray.serve.metrics import ServeMetrics
 from vpo_ray.serve.optimize_schema import GeneratorFlag, Latency, Optimization, SafetyOutcome, TokenUsage
 from vpo_ray.serve.policy import PolicyClient, PolicyFailed
@@ -43,12 +44,14 @@ def build_optimiser(
 
 @dataclass(frozen=True)
 class Checked:
-    """A query that the gate has seen: its text, the generator flags that were in it, the gate's verdict."""
+    """A query that the gate has seen: its text, the generator flags that were in it, its image, the gate's
+    verdict."""
 
     query: str
     flags: Sequence[GeneratorFlag]
     verdict: SafetyVerdict
     safety: SafetyOutcome
+    image: GivenImage | None = None
 
     @property
     def refused(self) -> bool:
@@ -79,12 +82,14 @@ class Optimiser:
         request_id: str,
         flags: Sequence[GeneratorFlag] = (),
         wishes: Wishes = NO_WISHES,
+        image: GivenImage | None = None,
     ) -> Optimization:
         """Optimise one query. What the gate refuses is an answer, not an error.
 
         Args:
             flags: generator flags of the query. The policy does not see them, the gate does.
             wishes: of the request; where no prompt meets them, the policy is asked once more.
+            image: of the query, for a policy that sees.
 
         Raises:
             ApiError: the engine refuses the query (400), or is overloaded.
@@ -92,7 +97,7 @@ class Optimiser:
         """
         clock = _Clock()
         with clock.part("gate"):
-            checked = await self.check_query(query, flags)
+            checked = await self.check_query(query, flags, image)
         if checked.refused:
             return _finished(self.result(checked), query, clock)
         if wishes.skips(query):
@@ -106,10 +111,10 @@ class Optimiser:
             told = conditioned(query, wishes.conditions)
         if schema is not None:
             asked["response_format"] = response_format(schema)
-        prompts, facts = await self._written(told, asked, request_id, clock, wishes)
+        prompts, facts = await self._written(told, asked, request_id, clock, wishes, image)
         if wishes.of_prompts and prompts and all(map(wishes.unmet, prompts)):
             again = {**asked, "seed": _next_seed(fields["seed"])}
-            more, spent = await self._written(told, again, request_id, clock, wishes)
+            more, spent = await self._written(told, again, request_id, clock, wishes, image)
             prompts = list(dict.fromkeys([*prompts, *more]))
             facts |= {"usage": _sum(facts.get("usage"), spent.get("usage"))}
         if prompts:
@@ -121,14 +126,20 @@ class Optimiser:
         return _finished(result.model_copy(update=facts), query, clock)
 
     async def _written(
-        self, message: str, asked: Mapping[str, Any], request_id: str, clock: _Clock, wishes: Wishes
+        self,
+        message: str,
+        asked: Mapping[str, Any],
+        request_id: str,
+        clock: _Clock,
+        wishes: Wishes,
+        image: GivenImage | None,
     ) -> tuple[list[str], dict[str, Any]]:
         """The policy's prompts, each once, and usage and fingerprint. No prompt where it fails and the recipe
         has a fallback."""
         reply: dict[str, Any] = {"choices": []}
         try:
             with clock.part("optimiser"):
-                reply = await self.policy.answer(message, asked, request_id)
+                reply = await self.policy.answer(message, asked, request_id, image)
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
@@ -136,13 +147,18 @@ class Optimiser:
         return [text for text in prompts if text], _facts(reply)
 
     async def stream(
-        self, query: str, fields: Mapping[str, Any], request_id: str, flags: Sequence[GeneratorFlag] = ()
+        self,
+        query: str,
+        fields: Mapping[str, Any],
+        request_id: str,
+        flags: Sequence[GeneratorFlag] = (),
+        image: GivenImage | None = None,
     ) -> AsyncGenerator[str | Optimization, None]:
         """The prompt in pieces, as the policy writes it, then the whole result. For a gate that does not
         check prompts, and one candidate. Raises what `__call__` raises."""
         clock = _Clock()
         with clock.part("gate"):
-            checked = await self.check_query(query, flags)
+            checked = await self.check_query(query, flags, image)
         if checked.refused:
             yield _finished(self.result(checked), query, clock)
             return
@@ -151,7 +167,7 @@ class Optimiser:
         try:
             began = time.perf_counter()
             asked = {**fields, "stream_options": {"include_usage": True}}
-            async with aclosing(await self.policy.stream(query, asked, request_id)) as parts:
+            async with aclosing(await self.policy.stream(query, asked, request_id, image)) as parts:
                 async for part in parts:
                     for chunk in chunks_in(part):
                         facts |= _facts(chunk)
@@ -172,28 +188,32 @@ class Optimiser:
         given = {"safety": checked.safety, "flags": list(checked.flags), **values}
         return Optimization(model=self.settings.model_name, **given)
 
-    async def check_query(self, query: str, flags: Sequence[GeneratorFlag] = ()) -> Checked:
+    async def check_query(
+        self, query: str, flags: Sequence[GeneratorFlag] = (), image: GivenImage | None = None
+    ) -> Checked:
         """What the gate says of a query before the policy sees it."""
         if not self.gate.checks_query:
-            return Checked(query, flags, CLEAR, SafetyOutcome())
-        verdict = await self.gate.check(_with_flags(query, flags))
+            return Checked(query, flags, CLEAR, SafetyOutcome(), image)
+        verdict = await self.gate.check(_with_flags(query, flags), image)
         safety = SafetyOutcome(checked=["query"])
         if verdict.flagged and (verdict.unavailable or self.gate.settings.query == "refuse"):
             safety = _refused(safety, "query", verdict)
-        return Checked(query, flags, verdict, safety)
+        return Checked(query, flags, verdict, safety, image)
 
     async def fall_back(self, checked: Checked) -> Optimization:
         """The raw query as the answer, unless the gate refuses to let it out."""
         verdict = checked.verdict
         if self.gate.settings.prompt and not verdict.flagged:
-            verdict = await self.gate.check(_with_flags(checked.query, checked.flags))
+            verdict = await self.gate.check(_with_flags(checked.query, checked.flags), checked.image)
         if verdict.flagged:
             return self.result(checked, safety=_refused(checked.safety, "query", verdict))
         return self.result(checked, prompt=checked.query, fallback=True)
 
-    async def as_it_is(self, query: str, flags: Sequence[GeneratorFlag] = ()) -> Optimization:
+    async def as_it_is(
+        self, query: str, flags: Sequence[GeneratorFlag] = (), image: GivenImage | None = None
+    ) -> Optimization:
         """A text that is not to be optimised, as the answer, unless the gate refuses it."""
-        checked = await self.check_query(query, flags)
+        checked = await self.check_query(query, flags, image)
         if checked.refused:
             return self.result(checked)
         return (await self.fall_back(checked)).model_copy(update={"fallback": False})
@@ -211,7 +231,7 @@ class Optimiser:
         safety = checked.safety
         if self.gate.settings.prompt:
             with clock.part("gate"):
-                verdicts = await self.gate.check_all(prompts)
+                verdicts = await self.gate.check_all(prompts, checked.image)
             safety = safety.model_copy(update={"checked": [*safety.checked, "prompt"]})
             prompts = [prompt for prompt, v in zip(prompts, verdicts, strict=True) if not v.flagged]
             if not prompts:
@@ -219,7 +239,7 @@ class Optimiser:
         ranking = None
         if ranker is not None:
             with clock.part("ranking"):
-                ranking = await ranker.rank(checked.query, prompts)
+                ranking = await ranker.rank(checked.query, prompts, checked.image)
             prompts = prompts if ranking is None else [rank.prompt for rank in ranking]
         if checked.verdict.flagged:
             reason = f"query: {checked.verdict.reason}"

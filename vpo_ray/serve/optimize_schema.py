@@ -6,7 +6,7 @@ other candidates. Nothing here needs Ray or an engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,14 +16,20 @@ from vpo_ray.prompts.conditions import CAPTION_FIELDS
 from vpo_ray.recipe import Serve
 from vpo_ray.recipe.profiles import LanguageCode
 from vpo_ray.serve.errors import ApiError, explained
-from vpo_ray.serve.request import NO_IMAGES, RequestBody, Text, check_model, check_query, read_json
+from vpo_ray.serve.images import AttachedImage, check_film, no_images, takes_images
+from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
+Image64 = Annotated[str, Field(min_length=1)]
+IMAGE = "PNG, JPEG or WebP: a data: URI, or its base64"
 Terms = Annotated[list[Annotated[Text, Field(min_length=1, max_length=200)]], Field(max_length=16)]
 
 
 class OptimizeRequest(RequestBody):
     """One query, or several. `n` asks for candidates: the best is `prompt`, others `alternatives`.
+
+    Where the policy sees, `image` is the query's picture, and `images` those of several queries, null for one
+    that has none; 32 MiB together. With effort `videos` the videos begin with it.
 
     `keep`, `avoid`, `language`, `max_words`, `format`, `skip_if_words` and `effort` are wishes
     (`serve.wishes`). With effort `videos` the answer is a job that looks for the best prompt with at most
@@ -36,6 +42,8 @@ class OptimizeRequest(RequestBody):
 
     query: Annotated[Text, Field(min_length=1)] | None = None
     queries: Annotated[list[Text], Field(min_length=1)] | None = None
+    image: Annotated[Image64 | None, Field(description=IMAGE)] = None
+    images: Annotated[list[Image64 | None] | None, Field(description="of each query, as `image`")] = None
     model: str | None = None
     n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -56,6 +64,10 @@ class OptimizeRequest(RequestBody):
             raise ValueError("give either `query` or `queries`")
         if self.stream and self.queries is not None:
             raise ValueError("`stream` takes one `query`")
+        if self.image is not None and self.query is None:
+            raise ValueError("`image` goes with `query`; give `images`, one for each of `queries`")
+        if self.images is not None and len(self.images) != len(self.queries or []):
+            raise ValueError("`images` has one for each of `queries`, or null for one without an image")
         return self
 
 
@@ -129,7 +141,8 @@ class OptimizationList(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """A validated request: its queries without generator flags, the flags, and the engine's fields."""
+    """A validated request: its queries without generator flags, the flags, the engine's fields, and an image
+    or None for each query."""
 
     queries: list[str]
     flags: list[list[GeneratorFlag]]
@@ -139,6 +152,7 @@ class Asked:
     wishes: Wishes = NO_WISHES
     # Videos at most, of effort `videos`.
     budget: int | None = None
+    images: list[AttachedImage | None] = field(default_factory=list)
 
 
 def parse_optimize(body: bytes, settings: Serve) -> Asked:
@@ -149,8 +163,10 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
             where nothing is ranked, 404 for an unknown model, 413 for too long a query or too many of them.
     """
     value = read_json(body)
-    if isinstance(value, dict) and {"image", "images", "image_url"} & value.keys():
-        raise ApiError(400, NO_IMAGES, "image", "images_not_supported")
+    if isinstance(value, dict) and value.get("image_url") is not None:
+        if not takes_images(settings):
+            raise no_images("image_url")
+        raise ApiError(422, "image_url: of a chat alone; give the image itself as `image`", "image_url")
     try:
         request = OptimizeRequest.model_validate(value)
     except ValidationError as error:
@@ -180,11 +196,28 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
         tuple(settings.caption_fields or CAPTION_FIELDS) if request.format == "json" else (),
     )
     budget = _budget(request, settings)
-    return Asked(texts, found, fields, request.queries is None, request.stream, wishes, budget)
+    images = _attached(request, settings)
+    return Asked(texts, found, fields, request.queries is None, request.stream, wishes, budget, images)
+
+
+def _attached(request: OptimizeRequest, settings: Serve) -> list[AttachedImage | None]:
+    """An image or None for each query. Raises ApiError (400) where the policy, or with effort `videos` the
+    video model, does not take them."""
+    given = request.image is not None or any(request.images or [])
+    if request.effort == "videos":
+        check_film(settings, given)
+    elif given and not takes_images(settings):
+        raise no_images("image" if request.queries is None else "images")
+    if request.queries is None:
+        return [None if request.image is None else AttachedImage(request.image, "image")]
+    return [
+        None if text is None else AttachedImage(text, f"images.{index}")
+        for index, text in enumerate(request.images or [None] * len(request.queries))
+    ]
 
 
 # What a request with effort `videos` may say.
-_OF_VIDEOS = frozenset({"query", "model", "effort", "budget"})
+_OF_VIDEOS = frozenset({"query", "image", "model", "effort", "budget"})
 
 
 def _budget(request: OptimizeRequest, settings: Serve) -> int | None:

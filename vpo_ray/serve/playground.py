@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from vpo_ray.prompts.conditions import LANGUAGE_NAMES
 from vpo_ray.recipe import Serve
+from vpo_ray.serve.images import films_images, takes_images
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
@@ -30,6 +31,7 @@ def page(settings: Serve) -> Response:
     html = (FOLDER / "index.html").read_text("utf-8")
     facts = f'data-keys="{settings.keys is not None}" data-max-n="{settings.max_n}"'
     facts += f' data-videos="{settings.videos is not None}" data-ranks="{settings.best_of is not None}"'
+    facts += f' data-sees="{takes_images(settings)}" data-animates="{films_images(settings)}"'
     if settings.feedback is not None and settings.feedback.notice:
         facts += f' data-notice="{escape(settings.feedback.notice)}"'
     text = html.replace('<html lang="en">', f'<html lang="en" {facts}>')

@@ -22,6 +22,7 @@ from vpo_ray.prompts.thoughts import UnclosedThought
 from vpo_ray.recipe import Serve
 from vpo_ray.records import share_of
 from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.images import GivenImage, digest_of, takes_images
 from vpo_ray.serve.metrics import ServeMetrics
 from vpo_ray.serve.spoken import SpokenParts, spoken
 from vpo_ray.serve.stream import Parts
@@ -68,16 +69,18 @@ class PolicyClient:
         self.settings, self.control, self.metrics = settings, control, metrics
         self.answered = -math.inf  # the time of the engine's last answer, by time.monotonic()
 
-    async def answer(self, query: str, fields: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+    async def answer(
+        self, query: str, fields: Mapping[str, Any], request_id: str, image: GivenImage | None = None
+    ) -> dict[str, Any]:
         """A whole chat completion.
 
         Raises:
             ApiError: the engine refuses the request (too long for the model), or is overloaded.
             PolicyFailed: no answer.
         """
-        handle = self._handle(query)
+        handle = self._handle(query, image)
         whole = {name: value for name, value in fields.items() if name != "stream_options"}
-        body = {**self._body(query, whole, request_id), "stream": False}
+        body = {**self._body(query, whole, request_id, image), "stream": False}
 
         async def once() -> dict[str, Any]:
             reply = await _cancelled_with(handle.answer.remote(body))
@@ -91,7 +94,9 @@ class PolicyClient:
         except UnclosedThought:
             raise PolicyFailed(ALL_THOUGHT) from None
 
-    async def stream(self, query: str, fields: Mapping[str, Any], request_id: str) -> Parts:
+    async def stream(
+        self, query: str, fields: Mapping[str, Any], request_id: str, image: GivenImage | None = None
+    ) -> Parts:
         """A chat completion in parts, to be closed by the caller. Returns once the first part has arrived.
 
         A failure after the first part ends the stream with an error event.
@@ -99,8 +104,8 @@ class PolicyClient:
         Raises:
             ApiError, PolicyFailed: see `answer`.
         """
-        handle = self._handle(query).options(stream=True)
-        body = {**self._body(query, fields, request_id), "stream": True}
+        handle = self._handle(query, image).options(stream=True)
+        body = {**self._body(query, fields, request_id, image), "stream": True}
         deadline = asyncio.get_running_loop().time() + self.settings.timeout_s
 
         async def once() -> tuple[str, Any, SpokenParts]:
@@ -156,19 +161,25 @@ class PolicyClient:
             raise self._late() from error
         raise AssertionError("unreachable")
 
-    def _handle(self, query: str) -> DeploymentHandle:
-        canary = self._canary if takes_canary(query, self._share) else None
+    def _handle(self, query: str, image: GivenImage | None) -> DeploymentHandle:
+        canary = self._canary if takes_canary(query, self._share, digest_of(image)) else None
         self.metrics.variant("main" if canary is None else "canary")
         return canary or self._main
 
-    def _body(self, query: str, fields: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+    def _body(
+        self, query: str, fields: Mapping[str, Any], request_id: str, image: GivenImage | None
+    ) -> dict[str, Any]:
+        """What a replica is asked: a chat completion's body, and the bytes of the image beside it, where the
+        policy is shown any."""
         message = {"role": "user", "content": neutralise(query, self.control)}
-        return {**fields, "messages": [message], "request_id": request_id}
+        shown = {} if image is None or not takes_images(self.settings) else {"image": image.data}
+        return {**fields, "messages": [message], "request_id": request_id, **shown}
 
 
-def takes_canary(query: str, share: float) -> bool:
-    """Whether the canary answers a query. It is a function of the query; a larger share keeps its queries."""
-    return share_of("canary", query) < share
+def takes_canary(query: str, share: float, image: str | None = None) -> bool:
+    """Whether the canary answers a query. It is a function of the query and of its image's hash; a larger
+    share keeps its queries."""
+    return share_of("canary", query, *([] if image is None else [image])) < share
 
 
 async def _cancelled_with(response: Any, result: Awaitable[Any] | None = None) -> Any:

@@ -11,6 +11,7 @@ from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Formula
 from vpo_ray.recipe.serve import BestOf
+from vpo_ray.serve.images import GivenImage
 from vpo_ray.serve.optimize_schema import Rank
 from vpo_ray.serve.services import ServiceClient, ServiceError
 from vpo_ray.stages.formula import weigh
@@ -66,10 +67,20 @@ class Ranker:
             if service is not None
         }
 
-    async def rank(self, query: str, prompts: Sequence[str]) -> list[Rank] | None:
-        """The candidates, best first; None when the ranker fails, and they stay unranked."""
+    async def rank(
+        self, query: str, prompts: Sequence[str], image: GivenImage | None = None
+    ) -> list[Rank] | None:
+        """The candidates, best first; None when the ranker fails, and they stay unranked.
+
+        Args:
+            image: of the query. The judge is shown it; a reranker reads text alone.
+        """
+        asked = {}
+        if "judge" in self.clients:
+            asked["judge"] = self._judge_all(query, prompts, image)
+        if "rerank" in self.clients:
+            asked["rerank"] = self._rerank_all(query, prompts)
         try:
-            asked = {name: getattr(self, f"_{name}_all")(query, prompts) for name in self.clients}
             found = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
         except ServiceError as error:
             logger.error("the candidates stay unranked: %s", error)
@@ -79,13 +90,12 @@ class Ranker:
         [ranks] = found.values()
         return sorted(ranks, key=lambda rank: -rank.score)
 
-    async def _judge_all(self, query: str, prompts: Sequence[str]) -> list[Rank]:
-        return list(await asyncio.gather(*(self._judge(query, prompt) for prompt in prompts)))
+    async def _judge_all(self, query: str, prompts: Sequence[str], image: GivenImage | None) -> list[Rank]:
+        return list(await asyncio.gather(*(self._judge(query, prompt, image) for prompt in prompts)))
 
-    async def _judge(self, query: str, prompt: str) -> Rank:
-        answer = await self.clients["judge"].chat(
-            fill(self.prompt, query=query, prompt=prompt), SCHEMA, "score"
-        )
+    async def _judge(self, query: str, prompt: str, image: GivenImage | None) -> Rank:
+        question = fill(self.prompt, query=query, prompt=prompt)
+        answer = await self.clients["judge"].chat(question, SCHEMA, "score", image)
         return Rank(
             prompt=prompt, score=answer["score"], reason=str(answer.get("critique", ""))[:CRITIQUE_CHARS]
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from vpo_ray.files.folder import Folder
+from vpo_ray.files.image_files import image_hash
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import RecipeError, Serve, result_keys
 from vpo_ray.records import Row, content_id, query_id
@@ -36,6 +37,8 @@ class Refinement(JobState):
     object: Literal["refinement"] = "refinement"
     model: str
     query: str
+    # SHA-256 and kind of the query's picture.
+    image: str | None = None
     flags: list[GeneratorFlag] = Field(default=[])
     budget: int
     prompt: str | None = None
@@ -107,9 +110,14 @@ class Refinements:
         words = [read_prompt(name) for name in (evolve_prompt(settings), refine.judge.critique_prompt)]
         self.settings = content_id("refinements", result_keys(dumped), words)
 
-    def name(self, query: str, flags: Sequence[GeneratorFlag], budget: int) -> str:
-        """The id of a query's job."""
-        parts = [query_id(query), [flag.model_dump() for flag in flags], budget]
+    def name(self, query: str, flags: Sequence[GeneratorFlag], budget: int, image: str | None = None) -> str:
+        """The id of a query's job.
+
+        Args:
+            image: the name of the query's image.
+        """
+        digest = None if image is None else image_hash(image)
+        parts = [query_id(query, digest), [flag.model_dump() for flag in flags], budget]
         return f"refine{content_id('refinement', self.settings, *parts)}"
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from fastapi.responses import Response
 from ray.serve.handle import DeploymentHandle
 
-from vpo_ray.engines.chat import ChatError, Metered
+from vpo_ray.engines.chat import Chat, ChatError, Metered
+from vpo_ray.engines.chat.images import ShownImages
 from vpo_ray.engines.chat.openai_chat import Answers, OpenAIChat
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError
@@ -26,6 +27,7 @@ from vpo_ray.prompts.answers import AnswerError
 from vpo_ray.recipe import ChatModel, Evolve, Serve
 from vpo_ray.records import FEEDBACK, OFFSPRING, Row, failed, query_id
 from vpo_ray.serve.errors import ApiError
+from vpo_ray.serve.images import GivenImage, digest_of, film_images, keep_image, stored_image
 from vpo_ray.serve.job_files import JobRunner, tried
 from vpo_ray.serve.keys import Key
 from vpo_ray.serve.limits import Take
@@ -91,17 +93,29 @@ class RefinementJobs(JobRunner[StoredRefinement]):
         self.writer = self.judge if self.evolve.llm is None else _chat(self.evolve.llm, "evolve.llm", store)
         self.writer_model = (self.evolve.llm or judge).model
         self.video_price = settings.videos.render.endpoint.cost if settings.videos.render else 0.0
+        self.images = ShownImages(film_images(settings).folder.uri)
         self.max_waiting = refine.max_waiting
         self.tasks = set()
         self.live: dict[str, StoredRefinement] = {}
         self.entering = asyncio.Lock()
         self._go_on()
 
-    async def submit(self, query: str, flags: list[dict[str, str]], budget: int, owner: str) -> str | None:
+    async def submit(
+        self,
+        query: str,
+        flags: list[dict[str, str]],
+        budget: int,
+        owner: str,
+        image: str | None = None,
+    ) -> str | None:
         """Take a query, and return its job as JSON: that of an earlier caller, or a new one; None when too
-        many are waiting. One that failed is tried again, and what was made of it stays."""
+        many are waiting. One that failed is tried again, and what was made of it stays.
+
+        Args:
+            image: the name of the query's image in `images.film_images`.
+        """
         found = [GeneratorFlag(**flag) for flag in flags]
-        name = self.names.name(query, found, budget)
+        name = self.names.name(query, found, budget, image)
         async with self.entering:
             job = self.live.get(name) or await asyncio.to_thread(self.jobs.read, name)
             if job is None or (job.status == "failed" and name not in self.live):
@@ -115,6 +129,7 @@ class RefinementJobs(JobRunner[StoredRefinement]):
                         id=name,
                         model=self.settings.model_name,
                         query=query,
+                        image=image,
                         flags=found,
                         budget=budget,
                         created_at=int(time.time()),
@@ -147,9 +162,10 @@ class RefinementJobs(JobRunner[StoredRefinement]):
             raise ApiError(503, message, code="llm_failed") from error
 
     async def _search(self, job: StoredRefinement) -> None:
-        if job.id != self.names.name(job.query, job.flags, job.budget):
+        if job.id != self.names.name(job.query, job.flags, job.budget, job.image):
             raise ApiError(409, SETTINGS_CHANGED, code="settings_changed")
-        checked = await self.optimiser.check_query(job.query, job.flags)
+        image = await stored_image(self.settings, job.image)
+        checked = await self.optimiser.check_query(job.query, job.flags, image)
         job.safety = checked.safety
         if checked.refused:
             raise _refusal(job)
@@ -157,8 +173,9 @@ class RefinementJobs(JobRunner[StoredRefinement]):
         settings = self.evolve.model_copy(update={"budget": job.budget})
         # As `/v1/videos` has it, which finds the videos again by query, prompt and seed 0.
         query: Row = {
-            "query_id": f"{query_id(job.query)}-0",
+            "query_id": f"{query_id(job.query, digest_of(image))}-0",
             "query": job.query,
+            "image": job.image,
             "unsafe": checked.verdict.flagged or None,
         }
         while True:
@@ -170,7 +187,7 @@ class RefinementJobs(JobRunner[StoredRefinement]):
             job.videos, job.trace = videos_of(entries), [traced(row) for row in rows]
             await asyncio.to_thread(self.jobs.write, job)
             if waiting := [entry for entry in entries if waits(entry)]:
-                results = await asyncio.gather(*(self._result(job, entry) for entry in waiting))
+                results = await asyncio.gather(*(self._result(job, entry, image) for entry in waiting))
                 job.results |= {entry["prompt_id"]: r for entry, r in zip(waiting, results, strict=True)}
             elif why_ended(entries, settings) is None:
                 ask = next_ask(entries, settings, self.writer_model, SEED)
@@ -183,33 +200,40 @@ class RefinementJobs(JobRunner[StoredRefinement]):
         """What the LLM writes of one round."""
         row = {**dict.fromkeys(OFFSPRING.names), **ask}
         chat = Metered(self.writer)
+        model = self.evolve.llm or self.judging.settings
         try:
-            return await self.evolver(row, chat)
+            return await self.evolver(row, await self._shown(chat, model, job))
         except (ChatError, AnswerError) as error:
             return failed(row, "evolve", f"{type(error).__name__}: {error}")
         finally:
             job.cost += chat.usage.cost
 
-    async def _result(self, job: StoredRefinement, entry: Row) -> Row:
+    async def _shown(self, chat: Chat, model: ChatModel, job: StoredRefinement) -> Chat:
+        """A chat about the job's query, with its image where the model is shown any."""
+        if job.image is None or model.images == "ignore":
+            return chat
+        return await asyncio.to_thread(self.images.beside, chat, job.image)
+
+    async def _result(self, job: StoredRefinement, entry: Row, image: GivenImage | None) -> Row:
         """What becomes of one prompt: judged, checked by the gate, rendered and scored."""
         row: Row = {**dict.fromkeys(FEEDBACK.names), **candidate_row(entry)}
         if row["verdict"] is None:
-            row = await self._judged(job, row)
+            row = await self._judged(job, row, image)
         if row["verdict"] == "aligned" and row["error"] is None:
             row = await self._scored(job, row)
         return {name: row[name] for name in _KEPT}
 
-    async def _judged(self, job: StoredRefinement, row: Row) -> Row:
+    async def _judged(self, job: StoredRefinement, row: Row, image: GivenImage | None) -> Row:
         chat = Metered(self.judge)
         try:
-            row = await self.judging(row, chat)
+            row = await self.judging(row, await self._shown(chat, self.judging.settings, job))
         except (ChatError, AnswerError) as error:
             return failed(row, "judge", f"{type(error).__name__}: {error}")
         finally:
             job.cost += chat.usage.cost
         gate = self.optimiser.gate
         if gate.settings.prompt and row["verdict"] == "aligned":
-            [verdict] = await gate.check_all([row["prompt"]])
+            [verdict] = await gate.check_all([row["prompt"]], image)
             if verdict.flagged:
                 return {**row, "verdict": "unsafe", "critique": f"safety gate: {verdict.reason}"}
         return row
@@ -273,7 +297,7 @@ class RefineDesk:
         self.settings, self.handle = settings, jobs
         self.names, self.jobs = Refinements(settings), refinement_files(settings.videos.store)
 
-    async def ask(self, asked: Asked, key: Key, take: Take) -> Response:
+    async def ask(self, asked: Asked, key: Key, take: Take, image: GivenImage | None = None) -> Response:
         """202 with the job. It takes its videos from the key's limits, and one prompt where an earlier one
         has the answer, or is at work on it.
 
@@ -285,11 +309,12 @@ class RefineDesk:
             raise ApiError(403, message, "effort", "scope_missing")
         assert asked.budget is not None
         [query], [flags] = asked.queries, asked.flags
-        name = self.names.name(query, flags, asked.budget)
+        name = self.names.name(query, flags, asked.budget, image.name if image is not None else None)
         known = await asyncio.to_thread(self.jobs.read, name)
         take(asked.budget if known is None or known.status == "failed" else 1)
         given: list[Mapping[str, Any]] = [flag.model_dump() for flag in flags]
-        job = await self.handle.submit.remote(query, given, asked.budget, key.name)
+        kept = await keep_image(self.settings, image)
+        job = await self.handle.submit.remote(query, given, asked.budget, key.name, kept)
         if job is None:
             raise overloaded(self.settings.overload_status)
         return Response(job, 202, media_type="application/json")

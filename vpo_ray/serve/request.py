@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError, explained
+from vpo_ray.serve.images import NOT_FETCHED, AttachedImage, no_images, takes_images
 
 # JSON may spell one character as two escapes of six bytes; the rest of a body is small.
 BYTES_PER_CHAR, BODY_ROOM = 12, 65536
-
-
-NO_IMAGES = "this endpoint's policy sees no images: send the query as text alone"
 
 
 class RequestBody(BaseModel):
@@ -40,15 +38,37 @@ class TextPart(RequestBody):
     text: str
 
 
+class ImageUrl(RequestBody):
+    """`url` is a `data:` URI; nothing is fetched."""
+
+    url: str
+
+
 class ImagePart(RequestBody):
-    """Read so that it can be refused with what is wrong: the policies served here read text."""
+    """The image of a query, where the policy sees; one a request."""
 
     type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _kind_of_part(value: Any) -> str | None:
+    name = value.get("type") if isinstance(value, dict) else None
+    return {"text": "TextPart", "image_url": "ImagePart"}.get(name) if isinstance(name, str) else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("TextPart")] | Annotated[ImagePart, Tag("ImagePart")],
+    Discriminator(
+        _kind_of_part,
+        custom_error_type="part",
+        custom_error_message="a part of a message has the type text or image_url",
+    ),
+]
 
 
 class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart | ImagePart] | None = None
+    content: str | list[Part] | None = None
 
 
 class StreamOptions(RequestBody):
@@ -85,14 +105,14 @@ def read_json(body: bytes) -> Any:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
 
-def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
-    """The query of a chat completion request, and the engine's fields of it (all but `messages`).
+def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any], AttachedImage | None]:
+    """The query of a chat completion request, the engine's fields of it (all but `messages`), and its image.
 
     The query is the text of the user's messages (see `_query`); a system message is not used, since
     the task prompt lives in the checkpoint's chat template.
 
     Raises:
-        ApiError: 400 for an invalid body, 404 for an unknown model, 413 for
+        ApiError: 400 for an invalid body, or images that are not taken, 404 for an unknown model, 413 for
             a query that is too long.
     """
     try:
@@ -100,11 +120,8 @@ def parse_request(body: bytes, settings: Serve) -> tuple[str, dict[str, Any]]:
     except ValidationError as error:
         raise explained(error, 400) from None
     check_model(request.model, settings)
-    for index, message in enumerate(request.messages):
-        if isinstance(message.content, list) and any(isinstance(p, ImagePart) for p in message.content):
-            param = f"messages.{index}.content"
-            raise ApiError(400, f"{param}: {NO_IMAGES}", param, "images_not_supported")
-    return _query(request.messages, settings), _engine_fields(request, settings)
+    image = _image(request.messages, settings)
+    return _query(request.messages, settings), _engine_fields(request, settings), image
 
 
 def check_model(model: str | None, settings: Serve) -> None:
@@ -151,6 +168,35 @@ def _query(messages: list[ChatMessage], settings: Serve) -> str:
         query = "\n".join([first, *(f"Edit: {edit}" for edit in edits)])
     check_query(query, settings, "messages")
     return query
+
+
+def _image(messages: list[ChatMessage], settings: Serve) -> AttachedImage | None:
+    """The image of the query: of any user message, or, where only the last one counts, of that.
+
+    Raises:
+        ApiError: 400 where the policy sees none, and for two images, one that is not the user's, or an
+            address.
+    """
+    found: list[AttachedImage] = []
+    last = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+    for index, message in enumerate(messages):
+        for number, part in enumerate(message.content if isinstance(message.content, list) else []):
+            if not isinstance(part, ImagePart):
+                continue
+            param = f"messages.{index}.content.{number}"
+            if not takes_images(settings):
+                raise no_images(param)
+            if message.role != "user":
+                raise ApiError(400, f"{param}: an image belongs into a message of role `user`", param)
+            if part.image_url.url[:5].lower() != "data:":
+                told = f"{param}: {part.image_url.url[:60]!r} {NOT_FETCHED}"
+                raise ApiError(400, told, param, "invalid_image_url")
+            if index == last or settings.history != "last":
+                found.append(AttachedImage(part.image_url.url, param))
+    if len(found) > 1:
+        told = f"the messages have {len(found)} images, a query has one"
+        raise ApiError(400, told, found[1].param, "too_many_images")
+    return found[0] if found else None
 
 
 def _text(message: ChatMessage) -> str:

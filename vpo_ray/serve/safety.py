@@ -16,6 +16,7 @@ from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.prompts.material import fill
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe.serve import Safety, Service
+from vpo_ray.serve.images import GivenImage
 from vpo_ray.serve.services import Declined, ServiceClient, ServiceError
 
 logger = logging.getLogger("ray.serve")
@@ -45,8 +46,9 @@ CLEAR = SafetyVerdict()
 
 
 class Checker(Protocol):
-    async def check(self, text: str) -> str | None:
-        """Why the text is unsafe, or None. Raises ServiceError when the checker fails."""
+    async def check(self, text: str, image: GivenImage | None) -> str | None:
+        """Why the text is unsafe with the query's image, or None. Raises ServiceError when the checker
+        fails."""
         ...
 
 
@@ -63,7 +65,7 @@ class Keywords:
         except KeywordFileError as error:
             raise SafetyFileError(f"safety.keywords: {error}") from error
 
-    async def check(self, text: str) -> str | None:
+    async def check(self, text: str, image: GivenImage | None) -> str | None:
         found = self.words.find(text)
         return None if found is None else f"keyword {found!r}"
 
@@ -74,8 +76,10 @@ class Moderation:
     def __init__(self, service: Service) -> None:
         self.client = ServiceClient(service, "safety.moderation")
 
-    async def check(self, text: str) -> str | None:
-        reply = await self.client.ask("/moderations", {"input": text})
+    async def check(self, text: str, image: GivenImage | None) -> str | None:
+        shown = self.client.shown(image)
+        asked = [*shown, {"type": "text", "text": text}] if shown else text
+        reply = await self.client.ask("/moderations", {"input": asked})
         results = reply.get("results") if isinstance(reply, dict) else None
         if not isinstance(results, list) or not results:
             raise ServiceError("safety.moderation: no results")
@@ -106,8 +110,8 @@ class SafetyJudge:
         self.client = ServiceClient(service, "safety.judge")
         self.prompt = read_prompt(prompt)
 
-    async def check(self, text: str) -> str | None:
-        answer = await self.client.chat(fill(self.prompt, text=text), SCHEMA, "unsafe")
+    async def check(self, text: str, image: GivenImage | None) -> str | None:
+        answer = await self.client.chat(fill(self.prompt, text=text), SCHEMA, "unsafe", image)
         if not answer["unsafe"]:
             return None
         return f"judged unsafe: {str(answer.get('reason') or 'no reason given')[:REASON_CHARS]}"
@@ -134,12 +138,16 @@ class Gate:
     def checks_query(self) -> bool:
         return self.settings.query != "off"
 
-    async def check(self, text: str) -> SafetyVerdict:
-        """The verdict of the checkers; one that fails counts as `safety.on_error` says."""
+    async def check(self, text: str, image: GivenImage | None = None) -> SafetyVerdict:
+        """The verdict of the checkers; one that fails counts as `safety.on_error` says.
+
+        Args:
+            image: of the query; shown to the checkers that see.
+        """
         failed = False
         for checker in self.checkers:
             try:
-                reason = await checker.check(text)
+                reason = await checker.check(text, image)
             except Declined as error:
                 # The service's own filter refused the text, which is a verdict.
                 return SafetyVerdict(str(error))
@@ -153,5 +161,5 @@ class Gate:
             return SafetyVerdict(UNAVAILABLE, unavailable=True)
         return CLEAR
 
-    async def check_all(self, texts: Sequence[str]) -> list[SafetyVerdict]:
-        return await asyncio.gather(*(self.check(text) for text in texts))
+    async def check_all(self, texts: Sequence[str], image: GivenImage | None = None) -> list[SafetyVerdict]:
+        return await asyncio.gather(*(self.check(text, image) for text in texts))

@@ -11,9 +11,11 @@ import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
+from vpo_ray.engines.chat.images import TOLD
+from vpo_ray.engines.endpoint.client import IMAGE_TOKENS, EndpointClient, EndpointError, RequestError
 from vpo_ray.prompts.answers import find_object, object_schema, schema_fault
 from vpo_ray.recipe.serve import Service
+from vpo_ray.serve.images import GivenImage
 
 MAX_ANSWER_TOKENS = 512
 
@@ -50,18 +52,30 @@ class ServiceClient:
         """A route's answer, a JSON value. Raises ServiceError."""
         return await self._in_time(self._client.ask(path, request))
 
-    async def chat(self, text: str, properties: dict[str, Any], needed: str) -> dict[str, Any]:
+    def shown(self, image: GivenImage | None) -> list[dict[str, Any]]:
+        """The parts of a message that show an image; none where the service reads text alone."""
+        return [] if image is None or self.service.images == "ignore" else [image.part]
+
+    async def chat(
+        self, text: str, properties: dict[str, Any], needed: str, image: GivenImage | None = None
+    ) -> dict[str, Any]:
         """The model's answer to a question, a JSON object. Only the `needed` property is sure to be there and
-        of its type. Raises ServiceError."""
+        of its type. Raises ServiceError.
+
+        Args:
+            image: of the query that the question is about.
+        """
         schema = object_schema(properties)
+        shown = self.shown(image)
+        content = [*shown, *({"type": "text", "text": one} for one in (TOLD, text))] if shown else text
         request: dict[str, Any] = {
-            "messages": [{"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": content}],
             "temperature": 0,
             "max_tokens": MAX_ANSWER_TOKENS,
         }
         if self.service.chat_template_kwargs:
             request["chat_template_kwargs"] = self.service.chat_template_kwargs
-        tokens = len(text.encode()) // 4 + MAX_ANSWER_TOKENS
+        tokens = len(text.encode()) // 4 + IMAGE_TOKENS * len(shown) + MAX_ANSWER_TOKENS
         reply = await self._in_time(self._client.create(request, tokens, schema))
         if reply.refusal:
             raise Declined(f"{self.where} declined to answer")

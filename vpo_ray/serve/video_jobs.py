@@ -10,19 +10,20 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ray.serve.handle import DeploymentHandle
 
-from vpo_ray.files.folder import Folder
+from vpo_ray.files.folder import Folder, join
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
 from vpo_ray.serve.errors import ApiError, explained
+from vpo_ray.serve.images import AttachedImage, check_film, digest_of, stored_image
 from vpo_ray.serve.job_files import JobFiles, JobRunner, JobState, tried
 from vpo_ray.serve.optimiser import build_optimiser
-from vpo_ray.serve.optimize_schema import SafetyOutcome, engine_fields, separate
+from vpo_ray.serve.optimize_schema import IMAGE, Image64, SafetyOutcome, engine_fields, separate
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 
 
@@ -30,11 +31,13 @@ class VideoRequest(RequestBody):
     """A request for a video. OpenAI's field `prompt` may hold the query too. The seed is the video's.
 
     With both, `prompt` is rendered as it is: an answer's prompt, an edited one, or the query itself. Videos
-    of one query and seed begin with the same noise.
+    of one query and seed begin with the same noise. `image` is the query's picture, where videos are made
+    from images.
     """
 
     query: Text | None = None
     prompt: Annotated[Text, Field(max_length=8000)] | None = None
+    image: Annotated[Image64 | None, Field(description=IMAGE)] = None
     model: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -63,6 +66,8 @@ class VideoJob(JobState):
     object: Literal["video"] = "video"
     model: str
     query: str
+    # SHA-256 and kind of the query's picture.
+    image: str | None = None
     seed: int
     prompt: str | None = None
     safety: SafetyOutcome = SafetyOutcome()
@@ -80,11 +85,17 @@ class StoredJob(VideoJob):
         return VideoJob(**self.model_dump(exclude={"owner", "as_is"}))
 
 
-def parse_video(body: bytes, settings: Serve) -> tuple[str, str | None, int]:
-    """Query, the prompt to render as it is (None: optimise the query), and seed.
+class AskedVideo(NamedTuple):
+    """A validated request. Without a prompt to render as it is, the query is optimised."""
 
-    Raises ApiError as `parse_optimize` does.
-    """
+    query: str
+    prompt: str | None
+    seed: int
+    image: AttachedImage | None
+
+
+def parse_video(body: bytes, settings: Serve) -> AskedVideo:
+    """Raises ApiError as `parse_optimize` does, and 400 for an image, or none, as the video model has it."""
     try:
         request = VideoRequest.model_validate(read_json(body))
     except ValidationError as error:
@@ -96,7 +107,9 @@ def parse_video(body: bytes, settings: Serve) -> tuple[str, str | None, int]:
     check_query(query, settings, "query")
     if prompt is not None and not prompt.strip():
         raise ApiError(400, "the prompt is empty", "prompt", "empty_query")
-    return query, prompt, request.seed
+    check_film(settings, request.image is not None)
+    image = None if request.image is None else AttachedImage(request.image, "image")
+    return AskedVideo(query, prompt, request.seed, image)
 
 
 class JobFolder(JobFiles[StoredJob]):
@@ -113,7 +126,7 @@ class VideoRenderer:
         from vpo_ray.stages.render import Renderer
 
         bind_worker()
-        self.renderer = Renderer(settings, store, seed=0)
+        self.renderer = Renderer(settings, store, seed=0, images=join(store, "images"))
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return (await asyncio.to_thread(self.renderer, [row]))[0]
@@ -126,7 +139,7 @@ class VideoScorer:
         from vpo_ray.stages.score import Scorer
 
         bind_worker()
-        self.scorer = Scorer(settings, store, more)
+        self.scorer = Scorer(settings, store, more, images=join(store, "images"))
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return (await asyncio.to_thread(self.scorer, [row]))[0]
@@ -158,14 +171,21 @@ class VideoJobs(JobRunner[StoredJob]):
         self.tasks = set()
         self._go_on()
 
-    async def submit(self, query: str, seed: int, owner: str, prompt: str | None = None) -> str | None:
-        """Take a job and return it as JSON; None when too many are waiting. A given prompt is final."""
+    async def submit(
+        self, query: str, seed: int, owner: str, prompt: str | None = None, image: str | None = None
+    ) -> str | None:
+        """Take a job and return it as JSON; None when too many are waiting. A given prompt is final.
+
+        Args:
+            image: the name of the query's image in `images.film_images`.
+        """
         if len(self.tasks) >= self.max_waiting:
             return None
         job = StoredJob(
             id=f"video{uuid.uuid4().hex}",
             model=self.settings.model_name,
             query=query,
+            image=image,
             seed=seed,
             prompt=prompt,
             created_at=int(time.time()),
@@ -179,14 +199,15 @@ class VideoJobs(JobRunner[StoredJob]):
         return job.shown().model_dump_json()
 
     async def _make(self, job: StoredJob) -> None:
+        image = await stored_image(self.settings, job.image)
         # The video model's settings are the recipe's: flags in the query are dropped.
         if job.as_is:
             text, flags = separate(job.prompt or "")
-            result = await self.optimiser.as_it_is(text, flags)
+            result = await self.optimiser.as_it_is(text, flags, image)
         else:
             fields = engine_fields(self.settings, 1, job.seed, None)
             query, flags = separate(job.query)
-            result = await self.optimiser(query, fields, job.id, flags)
+            result = await self.optimiser(query, fields, job.id, flags, image=image)
         job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
         if result.safety.outcome == "refused":
             raise ApiError(400, f"refused by the safety gate: {result.safety.reason}", code="content_filter")
@@ -194,8 +215,9 @@ class VideoJobs(JobRunner[StoredJob]):
         await asyncio.to_thread(self.jobs.write, job)
         # The seed of a video follows from the query's id; here the caller's seed is part of the id.
         row: dict[str, Any] = {
-            "query_id": f"{query_id(job.query)}-{job.seed}",
+            "query_id": f"{query_id(job.query, digest_of(image))}-{job.seed}",
             "query": job.query,
+            "image": job.image,
             "prompt": job.prompt,
         }
         row = await tried(lambda: self.renderer.remote({**row, "verdict": "aligned", "error": None}))

@@ -170,6 +170,12 @@ def rewriter(recipe: Recipe) -> tuple[str, ChatModel]:
     return draft_model(recipe) if policy.llm is None else (f"evaluate.policies.{name}.llm", policy.llm)
 
 
+def asks_with_query(recipe: Recipe) -> bool:
+    """Whether that LLM is asked with the query itself, without words around it."""
+    _, policy = rewriting_policy(recipe)
+    return policy.kind == "endpoint" and policy.prompt is None
+
+
 def prefers(recipe: Recipe) -> bool:
     """Whether the recipe asks an LLM for one kind of preference."""
     settings = recipe.evaluate

@@ -25,6 +25,7 @@ ANSWER = pa.schema(
         pa.field("checkpoint", pa.string()),
         pa.field("query_hash", pa.string(), nullable=False),
         pa.field("query", pa.string()),  # null where only hashes are kept
+        pa.field("image", pa.string()),  # the hash of the query's image
         pa.field("conditions", pa.string()),  # of the request's wishes, see `prompts.conditions`
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("alternatives", pa.list_(pa.string()), nullable=False),

@@ -30,9 +30,13 @@ class ImageStore:
             StorageError: it cannot be written.
         """
         name = image_name(data)
+        self.keep(name, data)
+        return name
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Store an image that has been decoded already, under its name. Raises StorageError."""
         if not self.folder.exists(name):
             self.folder.write(name, data)
-        return name
 
     def read(self, name: str) -> bytes:
         """The bytes of an image, which are those that its name says.

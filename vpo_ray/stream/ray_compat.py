@@ -249,6 +249,11 @@ def _vllm_server() -> Any:
             return self._llm_config
 
         @property
+        def model_config(self) -> Any:
+            """vLLM's ModelConfig. The engine must have started."""
+            return self.engine._engine_client.model_config
+
+        @property
         def engine_died(self) -> bool:
             return bool(self.engine._engine_client.errored)
 

@@ -14,8 +14,8 @@ from vpo_ray.engines.chat.images import TOLD, ShownImages
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import ChatModel, locate
 from vpo_ray.recipe.text import Images
-from vpo_ray.stages.spec import Making, StageSpec
-from vpo_ray.storage.images import images_of, shown_images
+from vpo_ray.stages.spec import Making, StageSpec, asks_with_query
+from vpo_ray.storage.images import images_of
 from vpo_ray.stream.actor_pools import Outcome, batch_pool
 from vpo_ray.stream.passes import EndpointModel, Pass, VllmModel
 from vpo_ray.stream.spending import RunAccount
@@ -42,7 +42,9 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
         shown = _shown(this, recipe.policy.images, "")
         return _vllm_pool(stream, make, outcome, replicas, replace(_policy(this), images=shown))
     model: ChatModel = spec.of(recipe)
-    shown = _shown(this, model.images, TOLD)
+    # An endpoint that is asked with the query alone is a policy as ours is.
+    alone = spec.name == "rewrite" and asks_with_query(recipe)
+    shown = _shown(this, model.images, "" if alone else TOLD)
     if model.backend != "vllm":
         from vpo_ray.stream.endpoint_pool import endpoint_pool
 
@@ -54,9 +56,10 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
 
 
 def _shown(this: Pass, images: Images, told: str) -> ShownImages | None:
-    """The images that a model is shown, if queries have any."""
-    uri = shown_images(this.recipe, this.run, images)
-    return None if uri is None else ShownImages(uri, told)
+    """The images that a model is shown, of the rows that have one."""
+    if images == "ignore":
+        return None
+    return ShownImages(images_of(this.run).folder.uri, told)
 
 
 def _policy(this: Pass) -> VllmModel:

@@ -31,7 +31,7 @@ class VllmChat:
         self.tokenizer = tokenizer
         self._marks, self._special = marks_among(tokenizer)
         self.max_model_len: int = wrapper._vllm_config.model_config.max_model_len
-        self._place = _place_of_image(wrapper._vllm_config.model_config)
+        self._place = place_of_image(wrapper._vllm_config.model_config)
         self._ids = itertools.count()
 
     async def complete(
@@ -88,8 +88,9 @@ class VllmChat:
         return opened_thought(self.tokenizer.decode(list(prompt[-TAIL:]))) + text
 
 
-def _place_of_image(config: Any) -> str | None:
-    """What stands for an image in this model's prompts; None for one that cannot see."""
+def place_of_image(config: Any) -> str | None:
+    """What stands for an image in the prompts of a model, by its vLLM ModelConfig; None for one that cannot
+    see."""
     if not config.is_multimodal_model:
         return None
     from vllm.model_executor.models import ModelRegistry

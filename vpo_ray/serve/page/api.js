@@ -46,10 +46,20 @@ export async function say(id, opinion, key) {
   await call("v1/feedback", key, { id, ...opinion });
 }
 
+// A file as a data: URI.
+export function uriOf(file) {
+  return new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.onerror = () => failed(new Error(`${file.name} cannot be read`));
+    reader.readAsDataURL(file);
+  });
+}
+
 // The URL of the video of a prompt as it is. Videos of one query and seed begin with the same noise.
-export async function filmed(query, prompt, seed, key, signal, told) {
+export async function filmed(asked, key, signal, told) {
   const states = { queued: "in the queue…", in_progress: "rendering…" };
-  let job = await (await call("v1/videos", key, { query, prompt, seed }, signal)).json();
+  let job = await (await call("v1/videos", key, asked, signal)).json();
   while (job.status in states) {
     told(states[job.status]);
     await new Promise((wake) => setTimeout(wake, 1000));

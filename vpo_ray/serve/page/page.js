@@ -1,15 +1,18 @@
 // The playground: a query in, the prompt beside it, and what can be done with it. Answers of the session are
 // held in memory alone. Text only ever enters the page as text nodes.
-import { filmed, optimised, say } from "./api.js";
+import { filmed, optimised, say, uriOf } from "./api.js";
 import { difference } from "./difference.js";
 import { wishesOf } from "./wishes.js";
 
 const $ = (id) => document.getElementById(id);
 const endpoint = document.documentElement.dataset;
 const films = endpoint.videos === "True";
+// Whether the policy is shown a picture, and whether videos begin with it.
+const sees = endpoint.sees === "True";
+const animates = endpoint.animates === "True";
 const MOST_ANSWERS = 50;
 
-// Newest first: { query, seed, result, texts, tab, films: Map of prompt to { url, told } }.
+// Newest first: { query, picture, seed, result, texts, tab, films: Map of prompt to { url, told } }.
 const answers = [];
 let shown = null;
 let running = null;
@@ -69,7 +72,9 @@ function optimise(query) {
   if (!query.trim()) return;
   return working("writing…", async (signal) => {
     const seed = $("seed").value === "" ? null : Number($("seed").value);
-    const request = { query, n: 1 + Number($("n").value), ...(seed === null ? {} : { seed }), ...wishes() };
+    const [picture] = sees || animates ? $("image").files : [];
+    const image = picture && sees ? { image: await uriOf(picture) } : {};
+    const request = { query, ...image, n: 1 + Number($("n").value), ...(seed === null ? {} : { seed }), ...wishes() };
     let begun = false;
     const result = await optimised(request, key(), signal, (delta) => {
       if (!begun) begin(query);
@@ -77,7 +82,7 @@ function optimise(query) {
       $("prompt").append(delta);
     });
     const texts = [result.prompt, ...result.alternatives].filter((text) => text !== null);
-    answers.unshift({ query, seed, result, texts, tab: 0, films: new Map() });
+    answers.unshift({ query, picture, seed, result, texts, tab: 0, films: new Map() });
     answers.splice(MOST_ANSWERS).forEach(forget);
     show(answers[0]);
   });
@@ -111,7 +116,7 @@ function show(answer) {
   $("safety").textContent = safety.checked.length
     ? `Safety: ${safety.outcome}${safety.reason ? ` — ${safety.reason}` : ""}`
     : "Safety: not checked here";
-  $("facts").textContent = facts(result).join(" · ");
+  $("facts").textContent = facts(answer).join(" · ");
   const ranking = result.ranking ?? [];
   $("ranking").replaceChildren(
     ...ranking.map((rank) => element("li", `${rank.score}: ${rank.prompt}${rank.reason ? `\n${rank.reason}` : ""}`)),
@@ -121,8 +126,9 @@ function show(answer) {
   list();
 }
 
-function facts(result) {
+function facts({ result, picture }) {
   const told = [`${result.latency.total.toFixed(2)} s`];
+  if (picture) told.push(`with ${picture.name}`);
   if (result.usage.completion_tokens) told.push(`${result.usage.completion_tokens} tokens`);
   if (result.fallback) told.push("the optimiser failed: this is your own query");
   if (result.skipped) told.push("left as it is");
@@ -239,7 +245,9 @@ function film(prompt) {
       };
       try {
         told("in the queue…");
-        const url = await filmed(answer.query, text, answer.seed ?? 0, key(), signal, told);
+        const image = answer.picture && animates ? { image: await uriOf(answer.picture) } : {};
+        const asked = { query: answer.query, prompt: text, ...image, seed: answer.seed ?? 0 };
+        const url = await filmed(asked, key(), signal, told);
         answer.films.get(text).url = url;
         if (shown === answer) showFilms(prompt);
       } catch (error) {
@@ -330,6 +338,7 @@ together($("film-video"), $("raw-video"));
 $("notice").textContent = endpoint.notice ?? "";
 $("notice").hidden = !endpoint.notice;
 $("film").hidden = $("film-edited").hidden = !films;
+$("picture").hidden = !(sees || animates);
 $("key").closest("label").hidden = endpoint.keys !== "True";
 $("n").max = Number(endpoint.maxN) - 1;
 $("effort").hidden = endpoint.ranks !== "True";

@@ -28,10 +28,12 @@ class QueryImages:
     Args:
         files: the files of queries; a relative path of an image is one from its file's folder.
         store: URI of the store.
+        key: the recipe's key of their column, for messages.
     """
 
     files: Sequence[InputFile]
     store: str
+    key: str = "queries.image_column"
 
     def take(self, rows: Sequence[tuple[int, str]]) -> list[str | ImageError]:
         """The name of each image in the store, or why it is not taken.
@@ -50,7 +52,7 @@ class QueryImages:
     def _take(self, store: ImageStore, position: int, path: str) -> str | ImageError:
         try:
             file = image_beside(self.files[position], path)
-            return store.put(_read(file))
+            return store.put(_read(file, self.key))
         except ImageError as error:
             return error
 
@@ -71,7 +73,7 @@ def image_beside(file: InputFile, path: str) -> InputFile:
     return InputFile(posixpath.join(posixpath.dirname(file.path), path), file.root)
 
 
-def _read(file: InputFile) -> bytes:
+def _read(file: InputFile, key: str) -> bytes:
     try:
         with file.open() as stream:
             return stream.read(MAX_BYTES + 1)
@@ -80,4 +82,4 @@ def _read(file: InputFile) -> bytes:
         named = isinstance(error, OSError) and error.errno in _NO_NAME
         if named or isinstance(error, _ABSENT) or str(file).startswith("http"):
             raise ImageError(MISSING, f"{file}: {why_unreadable(error)}") from error
-        raise InputError(f"queries.image_column: {file}: {why_unreadable(error)}") from error
+        raise InputError(f"{key}: {file}: {why_unreadable(error)}") from error

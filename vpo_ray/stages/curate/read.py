@@ -88,7 +88,7 @@ def _accept(values: Any, settings: Queries) -> tuple[str | None, int, bool | Non
     unsafe = image = None
     if reason == KEPT:
         try:
-            image = _path(named)
+            image = path_of_image(named)
         except ValueError:
             value, reason = named, reason_code("no path of an image")
     if reason == KEPT:
@@ -122,7 +122,7 @@ def text_of(value: Any, settings: Queries) -> tuple[str, int]:
     return text, KEPT
 
 
-def _path(value: Any) -> str | None:
+def path_of_image(value: Any) -> str | None:
     """The path or URI of an image, None where a row has none. Raises ValueError for another value."""
     if value is None:
         return None
