@@ -29,7 +29,7 @@ class Policy:
     def __init__(self, *replies: list[str]) -> None:
         self.replies, self.seeds = list(replies), []  # type: tuple[list[list[str]], list[Any]]
 
-    async def answer(self, query: str, fields: Any, request_id: str) -> dict[str, Any]:
+    async def answer(self, query: str, fields: Any, request_id: str, image: None) -> dict[str, Any]:
         self.seeds.append(fields["seed"])
         choices = [{"message": {"content": text}} for text in self.replies.pop(0)]
         return {"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 5}}
@@ -82,7 +82,7 @@ def test_words_are_counted_in_any_script() -> None:
 class Writer:
     """Writes as many prompts as it is asked for, each longer than the one before."""
 
-    async def answer(self, query: str, fields: Any, request_id: str) -> dict[str, Any]:
+    async def answer(self, query: str, fields: Any, request_id: str, image: None) -> dict[str, Any]:
         texts = [" ".join(["a red ball"] * (number + 1)) for number in range(fields["n"])]
         return {"choices": [{"message": {"content": text}} for text in texts]}
 
