@@ -6,18 +6,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vpo_ray import cli
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.files.image_files import image_hash
 from vpo_ray.loop import opening, phases, policies
 from vpo_ray.loop.export import export
 from vpo_ray.loop.ledger import build_ledger, reconcile
-from vpo_ray.recipe import Draft, Judge, Recipe, load
+from vpo_ray.recipe import Draft, Judge, Recipe, RecipeError, load
 from vpo_ray.records import query_id
 from vpo_ray.stages.draft import Drafter
 from vpo_ray.stages.sample import candidates
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.sft_data import distinct, draft_rows, sft_rows, write_chat
+from vpo_ray.storage.sft_data import CHAT_FILE, distinct, draft_rows, sft_rows, write_chat
 from vpo_ray.train.examples import tokenise
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
@@ -152,10 +155,35 @@ def test_what_was_drafted_for_an_image_is_learnt_with_it(
     assert spec.images == (run.at("images") if images == "show" else None)
     assert spec.image_arguments == options
     assert write_chat(run, draft_rows(run)) == 3
+    named = {row["image"] for row in sft_rows(run.at(CHAT_FILE), image="image")}
+    assert named == {"images/a.png", "images/b.png", None}
     other = run.table("drafts").rows()
     known = policies.policy_id(recipe, run)
     run.table("drafts").replace([{**row, "image": "b.png"} for row in other])
     assert (policies.policy_id(recipe, run) == known) is (images == "ignore")
+
+
+def test_a_file_gives_prompts_for_queries_with_an_image(
+    tmp_path: Path, trained: list[dict[str, Any]]
+) -> None:
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "red.png")
+    rows = [{"query": "a cat", "prompt": "A cat.", "image": image} for image in ("red.png", "", "no.png")]
+    path = tmp_path / "seen.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows[:2])))
+    given = [f"out={tmp_path / 'run'}", f"sft.data={path}", "sft.image_column=image"]
+    recipe = load(TINY, [*given, "queries.image_column=image"])
+    run = opening.open_run(recipe)
+    phases.train_sft(recipe, run)
+    name = images_of(run).put((tmp_path / "red.png").read_bytes())
+    learnt = {(row["query_id"], row["image"]) for row in run.table("sft").rows()}
+    assert learnt == {(query_id("a cat"), None), (query_id("a cat", image_hash(name)), name)}
+    assert [row["image"] for row in trained[0]["rows"]].count(name) == 1
+
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(policies.LoopError, match=r"row 3: no such image: .*no\.png"):
+        phases.train_sft(recipe, run)
+    with pytest.raises(RecipeError, match=r"sft.image_column has no effect without queries.image_column"):
+        load(TINY, given)
 
 
 def test_a_table_of_an_earlier_version_is_read_and_filled_up(

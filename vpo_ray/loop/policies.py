@@ -6,20 +6,23 @@ so that candidates have the same ids wherever the policy was trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from vpo_ray.files.image_files import ImageError, image_hash
 from vpo_ray.prompts.conditions import Conditions, asked_of
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import EVOLVED, Recipe
-from vpo_ray.records import Row, candidate_id, content_id
+from vpo_ray.records import Row, candidate_id, content_id, query_id
 from vpo_ray.stages.chains import Models, rows_of_stage
+from vpo_ray.stages.curate.images import QueryImages
 from vpo_ray.stages.profiles import under
 from vpo_ray.stages.sample import identity_key
-from vpo_ray.storage.images import shown_images
+from vpo_ray.storage.images import images_of, shown_images
 from vpo_ray.storage.run_dir import RunDir
-from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_rows
+from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_files, sft_rows
 
 
 class LoopError(RuntimeError):
@@ -61,11 +64,49 @@ def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
             raise LoopError(f"{run.at('evolutions')} has no SFT target: run `vpo evolve` first")
         return rows
     if recipe.sft.data is not None:
-        return list(_with_profiles(recipe, sft_rows(recipe.sft.data, profile=recipe.sft.profile_column)))
+        columns = recipe.sft.profile_column, recipe.sft.image_column
+        found = sft_rows(recipe.sft.data, "sft.data", *columns)
+        return list(_with_profiles(recipe, _with_images(recipe, run, found)))
     rows = list(draft_rows(run))
     if not rows:
         raise LoopError(f"{run.at('drafts')} holds nothing to train on: run `vpo draft` first")
     return rows
+
+
+def _with_images(recipe: Recipe, run: RunDir, rows: Iterable[Row]) -> Iterator[Row]:
+    """SFT rows with the images that they name, which the run stores.
+
+    Raises:
+        LoopError: there is no such image, or it cannot be used.
+        InputError: a disk or store cannot be read now.
+    """
+    assert recipe.sft is not None
+    assert recipe.sft.data is not None
+    if recipe.sft.image_column is None:
+        yield from rows
+        return
+    every = list(rows)
+    for number, row in enumerate(every, start=1):
+        if row["image"] is not None and not isinstance(row["image"], str):
+            raise LoopError(f"sft.image_column: row {number} has no path of an image")
+    named = tuple(sorted({(row["file"], row["image"]) for row in every if row["image"] is not None}))
+    taken = _taken(recipe.sft.data, images_of(run).folder.uri, named)
+    for number, row in enumerate(every, start=1):
+        image = taken.get((row.pop("file"), row["image"]))
+        if isinstance(image, ImageError):
+            raise LoopError(f"sft.image_column: row {number}: {image.reason}: {image}")
+        of = {} if image is None else {"query_id": query_id(row["query"], image_hash(image))}
+        yield {**row, "image": image, **of}
+
+
+@cache
+def _taken(
+    data: str, store: str, named: tuple[tuple[int, str], ...]
+) -> Mapping[tuple[int, str], str | ImageError]:
+    """The images that rows of a file name, by the number of the file and the path: once in a process, as
+    policies are identified often."""
+    found = QueryImages(sft_files(data), store, "sft.image_column").take(named)
+    return dict(zip(named, found, strict=True))
 
 
 def _with_profiles(recipe: Recipe, rows: Iterable[Row]) -> Iterator[Row]:

@@ -145,7 +145,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
             continue
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
     if recipe.sft is not None and recipe.sft.data != EVOLVED:
-        yield from _sft_data(recipe.sft.data)
+        yield from _sft_data(recipe.sft.data, recipe.sft.image_column)
     if recipe.draft is not None:
         yield from _draft(recipe.draft)
     yield from _keywords(recipe.queries.rules)
@@ -227,7 +227,7 @@ def _lora(settings: Lora) -> Iterator[str]:
         yield f"render.lora.path: no such file or folder: {settings.path}"
 
 
-def _sft_data(path: str | None) -> Iterator[str]:
+def _sft_data(path: str | None, image: str | None) -> Iterator[str]:
     """Every row is read: one that cannot be would end a run where its training begins."""
     if path is None or _elsewhere(path):
         return
@@ -236,7 +236,7 @@ def _sft_data(path: str | None) -> Iterator[str]:
     if absent:
         return
     try:
-        if sum(1 for _ in sft_rows(path)) == 0:
+        if sum(1 for _ in sft_rows(path, image=image)) == 0:
             yield f"sft.data {path}: it holds no rows"
     except InputError as error:
         yield str(error)

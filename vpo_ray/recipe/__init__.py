@@ -320,6 +320,15 @@ class Recipe(Section):
             check_evaluated(self.evaluate.profile, self.evaluate.seeds, self.profiles)
         return self
 
+    @model_validator(mode="after")
+    def _learns_from_images_that_it_shows(self) -> Recipe:
+        if self.sft is not None and self.sft.image_column is not None:
+            if self.queries.image_column is None:
+                raise ValueError("sft.image_column has no effect without queries.image_column")
+            if self.policy.images == "ignore":
+                raise ValueError("sft.image_column has no effect with policy.images: ignore")
+        return self
+
     @property
     def learns(self) -> Literal["dpo", "rl"] | None:
         """The phase that learns from feedback."""

@@ -175,12 +175,15 @@ class Sft(Training):
     profile_column: str | None = Field(
         None, description="of sft.data, with the name of the profile that a row's prompt is an example of"
     )
+    image_column: str | None = Field(
+        None, description="of sft.data, with paths or URIs of images, as queries.image_column has them"
+    )
     evaluate: EvaluateSft = EvaluateSft()
 
     @model_validator(mode="after")
-    def _reads_its_profiles(self) -> Sft:
+    def _reads_its_columns(self) -> Sft:
         if self.data in (None, EVOLVED):
-            refuse_unused(self, "profile_column", "without a file in sft.data")
+            refuse_unused(self, "profile_column image_column", "without a file in sft.data")
         return self
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vpo_ray.files.input_files import InputError, find_files
+from vpo_ray.files.input_files import InputError, InputFile, find_files
 from vpo_ray.files.record_files import READERS, Unreadable, records
 from vpo_ray.prompts.conditions import asked_of
 from vpo_ray.records import Row, normalise, query_id, table
@@ -33,25 +33,34 @@ CHAT = pa.schema(
 )
 
 
-# Of the same file where a row was drafted under a profile.
+# Of the same file where a row has an image, and where one was drafted under a profile.
 _ASKED = ("profile", "conditions")
-CHAT_OF_PROFILES = pa.schema([*CHAT, *(pa.field(name, pa.string()) for name in _ASKED)])
 
 
-def sft_rows(path: str, key: str = "sft.data", profile: str | None = None) -> Iterator[Row]:
+def sft_files(path: str, key: str = "sft.data") -> list[InputFile]:
+    """The files of a path, see `sft_rows`."""
+    return find_files(path, key, COLUMNAR, any_kind=True)
+
+
+def sft_rows(
+    path: str, key: str = "sft.data", profile: str | None = None, image: str | None = None
+) -> Iterator[Row]:
     """Examples with `query` and `prompt` from a file or folder, in any format that queries may have.
 
     Args:
         path: see `input_files`; a file of unknown kind is read as JSONL.
         key: the recipe's key that names the file, for messages.
         profile: the column with the name of a row's profile, which becomes its `profile`.
+        image: the column with the path of a row's image, which becomes its `image`, with the number of the
+            file among `sft_files` as its `file`.
 
     Raises:
         InputError: no such file, another kind, or a row without both texts (named by its number).
     """
-    for file in find_files(path, key, COLUMNAR, any_kind=True):
+    more = {name: column for name, column in (("profile", profile), ("image", image)) if column is not None}
+    for position, file in enumerate(sft_files(path, key)):
         kind = file.kind if file.kind in COLUMNAR else ".jsonl"
-        wanted = ["query", "prompt", *([] if profile is None else [profile])]
+        wanted = ["query", "prompt", *more.values()]
         for number, values in enumerate(records(file, wanted, key, kind), start=1):
             where = f"{key} {file}: row {number}"
             if isinstance(values, Unreadable) and values.reason != "no such column":
@@ -60,8 +69,9 @@ def sft_rows(path: str, key: str = "sft.data", profile: str | None = None) -> It
             if len(texts) != 2 or not all(map(_is_text, texts)):
                 raise InputError(f"{where} needs a text `query` and a text `prompt`")
             query, prompt = map(normalise, texts)
-            named = {} if profile is None else {"profile": values[2] or None}
-            yield {"query_id": query_id(query), "query": query, "prompt": prompt, **named}
+            named = {name: value or None for name, value in zip(more, values[2:], strict=True)}
+            where_from = {} if image is None else {"file": position}
+            yield {"query_id": query_id(query), "query": query, "prompt": prompt, **named, **where_from}
 
 
 def _is_text(value: Any) -> bool:
@@ -100,10 +110,11 @@ def evolved_rows(run: RunDir) -> Iterator[Row]:
 
 
 def write_chat(run: RunDir, examples: Iterable[Row]) -> int:
-    """Write CHAT_FILE from SFT rows; returns how many it has."""
+    """Write CHAT_FILE from SFT rows; returns how many it has. The path of an image is from its folder."""
     rows = [
         {
-            **{name: value for name, value in row.items() if name != "image"},
+            **row,
+            **({"image": f"images/{row['image']}"} if row.get("image") else {}),
             "messages": [
                 {"role": "user", "content": asked_of(row)},
                 {"role": "assistant", "content": row["prompt"]},
@@ -111,7 +122,9 @@ def write_chat(run: RunDir, examples: Iterable[Row]) -> int:
         }
         for row in examples
     ]
-    schema = CHAT_OF_PROFILES if any(row.get("profile") for row in rows) else CHAT
+    more = ["image"] if any(row.get("image") for row in rows) else []
+    more += _ASKED if any(row.get("profile") for row in rows) else []
+    schema = pa.schema([*CHAT, *(pa.field(name, pa.string()) for name in more)])
     sink = pa.BufferOutputStream()
     pq.write_table(table(rows, schema), sink, compression="zstd")
     run.write(CHAT_FILE, sink.getvalue().to_pybytes())
