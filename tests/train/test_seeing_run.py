@@ -20,7 +20,7 @@ from vpo_ray.prompts.policy_prompt import prompt_ids
 from vpo_ray.storage.images import ImageStore
 from vpo_ray.world import tiny
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_two_workers_train_it_and_vllm_reads_the_prompt_that_was_trained(
