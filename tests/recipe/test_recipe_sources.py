@@ -85,7 +85,7 @@ def test_every_field_of_text_is_a_place_or_known_to_be_none(tmp_path: Path) -> N
             unknown.add(f"{section.__name__}.{name}")
     lists = {"Rules.languages", "Queries.unsafe_columns", "TrainLora.target_modules", "Serve.cors_origins"}
     names = {"Service.model", "Reward.yes_tokens", "Reward.no_tokens", "Queries.image_column"}
-    names |= {"Sft.profile_column", "Sft.image_column", "Evaluation.profile"}
+    names |= {"Sft.profile_column", "Sft.image_column", "EvaluatedSet.image_column", "Evaluation.profile"}
     names |= {"EvaluatedSet.category", "Preference.against", "Feedback.notice", "Feedback.secret_env"}
     assert unknown <= lists | names, unknown
 
