@@ -171,7 +171,7 @@ class _OnCpu(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value, out), sums = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        query, key, value, out, *sums = ctx.saved_tensors
         layout: Pack = ctx.layout
         dtype = grad.dtype
         if max(layout.sees) <= NARROW_FROM:
