@@ -191,6 +191,10 @@ def test_the_checkpoint_and_the_recipe_say_whether_the_policy_sees(tmp_path: Pat
     assert as_seen(eyes, Serve.model_validate(canary)).images == "ignore"
     with pytest.raises(RecipeError, match="cannot see"):
         as_seen(text, Serve(images="show"))
+    base["base_model_name_or_path"] = str(tmp_path / "elsewhere")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(base))
+    assert as_seen(adapter, Serve()).images == "ignore"
+    assert as_seen(adapter, Serve(images="show")).images == "show", "who serves it knows"
     tiny = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
     assert serve_of(load(tiny)).images is None
     assert serve_of(load(tiny, ["policy.images=ignore"])).images == "ignore"

@@ -6,6 +6,7 @@ changing its `base_url`. Ray's own tools take it as `vpo_ray.serve.app:app`:
     serve run vpo_ray.serve.app:app checkpoint=runs/laptop/checkpoints/dpo
 """
 
+import logging
 from typing import Any
 
 from ray import serve
@@ -23,6 +24,8 @@ from vpo_ray.serve.refine_schema import Refinements
 from vpo_ray.serve.refinements import RefinementJobs
 from vpo_ray.serve.video_jobs import VideoJobs, VideoRenderer, VideoScorer
 from vpo_ray.train.model_files import marker
+
+logger = logging.getLogger("ray.serve")
 
 # Light replicas that mostly wait; the engine's queue is the limit.
 INGRESS_REQUESTS = 4096
@@ -90,18 +93,28 @@ def as_seen(checkpoint: str, settings: Serve) -> Serve:
 
     Raises:
         RecipeError: images are to be shown to a checkpoint that cannot see.
-        AdapterError, StorageError, OSError: its configuration cannot be read.
+        AdapterError, StorageError: its configuration cannot be read.
     """
     if settings.images == "ignore":
         return settings
     folders = [checkpoint, *([settings.canary.checkpoint] if settings.canary is not None else [])]
-    blind = next((folder for folder in folders if not checkpoint_has_eyes(folder)), None)
-    if blind is not None and settings.images == "show":
-        raise RecipeError(
-            f"serve.images: show, and {blind} cannot see: its config.json has no vision_config; serve a "
-            "vision-language model, or leave serve.images out"
-        )
-    return settings.model_copy(update={"images": "show" if blind is None else "ignore"})
+    for folder in folders:
+        try:
+            sees = checkpoint_has_eyes(folder)
+        except OSError as error:  # the base model of an adapter may be on other machines alone
+            if settings.images is None:
+                logger.warning(
+                    "no images are taken, as %s cannot be looked at (serve.images): %s", folder, error
+                )
+            sees = settings.images == "show"
+        if not sees and settings.images == "show":
+            raise RecipeError(
+                f"serve.images: show, and {folder} cannot see: its config.json has no vision_config; serve a "
+                "vision-language model, or leave serve.images out"
+            )
+        if not sees:
+            return settings.model_copy(update={"images": "ignore"})
+    return settings.model_copy(update={"images": "show"})
 
 
 def ingress_app(main: Any, canary: Any, settings: Serve, control: tuple[str, ...]) -> Application:

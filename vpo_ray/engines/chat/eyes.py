@@ -19,7 +19,8 @@ def checkpoint_has_eyes(model: str) -> bool:
 
     Raises:
         AdapterError: the adapter's settings cannot be used.
-        StorageError, OSError: the configuration cannot be read.
+        StorageError: the URI cannot be read.
+        OSError: there is no configuration that can be read.
     """
     from transformers import PretrainedConfig
 
