@@ -131,7 +131,7 @@ class Policy:
     def __init__(self) -> None:
         self.asked, self.fields = list[str](), list[Any]()
 
-    async def answer(self, query: str, fields: Any, request_id: str) -> dict[str, Any]:
+    async def answer(self, query: str, fields: Any, request_id: str, image: object = None) -> dict[str, Any]:
         self.asked.append(query)
         self.fields.append(fields)
         return {"choices": [{"message": {"content": '{"scene": "x", "subject": "y"}'}}]}

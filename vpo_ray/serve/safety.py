@@ -46,7 +46,7 @@ CLEAR = SafetyVerdict()
 
 
 class Checker(Protocol):
-    async def check(self, text: str, image: GivenImage | None) -> str | None:
+    async def check(self, text: str, image: GivenImage | None = None) -> str | None:
         """Why the text is unsafe with the query's image, or None. Raises ServiceError when the checker
         fails."""
         ...
@@ -65,7 +65,7 @@ class Keywords:
         except KeywordFileError as error:
             raise SafetyFileError(f"safety.keywords: {error}") from error
 
-    async def check(self, text: str, image: GivenImage | None) -> str | None:
+    async def check(self, text: str, image: GivenImage | None = None) -> str | None:
         found = self.words.find(text)
         return None if found is None else f"keyword {found!r}"
 
@@ -76,7 +76,7 @@ class Moderation:
     def __init__(self, service: Service) -> None:
         self.client = ServiceClient(service, "safety.moderation")
 
-    async def check(self, text: str, image: GivenImage | None) -> str | None:
+    async def check(self, text: str, image: GivenImage | None = None) -> str | None:
         shown = self.client.shown(image)
         asked = [*shown, {"type": "text", "text": text}] if shown else text
         reply = await self.client.ask("/moderations", {"input": asked})
@@ -110,7 +110,7 @@ class SafetyJudge:
         self.client = ServiceClient(service, "safety.judge")
         self.prompt = read_prompt(prompt)
 
-    async def check(self, text: str, image: GivenImage | None) -> str | None:
+    async def check(self, text: str, image: GivenImage | None = None) -> str | None:
         answer = await self.client.chat(fill(self.prompt, text=text), SCHEMA, "unsafe", image)
         if not answer["unsafe"]:
             return None
