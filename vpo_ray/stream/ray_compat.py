@@ -7,6 +7,7 @@ release of Ray changes it; `missing` says which are gone, and so does the error 
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import sys
@@ -125,7 +126,7 @@ class Sparing:
 
     def before_execution_starts(self, executor: Any) -> None:
         manager = executor._resource_manager
-        update, last, calls = manager.update_usages, 0.0, 0
+        update, last, calls = manager.update_usages, -math.inf, 0
 
         def sometimes() -> None:
             nonlocal last, calls
