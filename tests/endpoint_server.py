@@ -50,7 +50,11 @@ def failure(status: int, message: str = "no", code: str | None = None, **headers
 
 
 class EndpointServer(ThreadingHTTPServer):
-    """Answers by `reply(request)`. Requests, their times and their headers are kept."""
+    """Answers by `reply(request)`. Requests, their times and their headers are kept.
+
+    Attributes:
+        files: of each request, the files of its form by their fields: name, bytes, media type.
+    """
 
     daemon_threads = True
     request_queue_size = 256
@@ -59,6 +63,7 @@ class EndpointServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply = reply
         self.requests: list[Request] = []
+        self.files: list[dict[str, tuple[str, bytes, str]]] = []
         self.paths: list[str] = []
         self.seen_headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -135,15 +140,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() == "multipart/form-data":
             head = f"Content-Type: {self.headers['Content-Type']}\n\n".encode()
             parts = email.message_from_bytes(head + data, policy=email.policy.HTTP)
-            request = {}
+            request, files = {}, {}
             for part in parts.iter_parts():
                 name = part.get_param("name", header="content-disposition")
-                request[name] = part.get_payload(decode=True).decode(errors="replace")
+                content = part.get_payload(decode=True)
+                request[name] = content.decode(errors="replace")
+                if (file := part.get_filename()) is not None:
+                    files[name] = file, content, part.get_content_type()
         else:
-            request = json.loads(data)
+            request, files = json.loads(data), {}
         server = self.server
         with server.lock:
             server.requests.append(request)
+            server.files.append(files)
             server.paths.append(self.path)
             server.seen_headers.append({name.lower(): value for name, value in self.headers.items()})
             server.times.append(time.monotonic())

@@ -38,6 +38,15 @@ def test_a_video_model_takes_what_queries_have(tiny: dict[str, Any], image_video
     check_recipe(recipe(tiny, queries__image_column="image", render__model=image_video, **BLIND))
 
 
+def test_a_video_service_is_sent_images(tiny: dict[str, Any]) -> None:
+    service = json.dumps(
+        {"kind": "openai", "model": "wan", "endpoint": {"base_url": "http://wan.example/v1"}}
+    )
+    del tiny["render.model"]
+    for images in ({"queries__image_column": "image"}, {}):
+        check_recipe(recipe(tiny, render=service, **images, **BLIND))
+
+
 def test_a_model_sees_images_or_ignores_them(tiny: dict[str, Any], image_video: str, tmp_path: Path) -> None:
     images = {"queries__image_column": "image", "render__model": image_video}
     policy, judge = problems(tiny, **images)

@@ -1,5 +1,6 @@
 """A run whose videos come from a service, over HTTP, that renders with the tiny pipeline."""
 
+import io
 import json
 import threading
 import time
@@ -10,16 +11,20 @@ from pathlib import Path
 import psutil
 import pytest
 from endpoint_server import Reply, Request, VideoServer
+from PIL import Image
 
 from vpo_ray.engines.video.engine import VideoEngine, encode
 from vpo_ray.engines.video.openai_video import FOLDER
+from vpo_ray.files.image_files import decode_image
 from vpo_ray.loop.ledger import build_ledger
 from vpo_ray.recipe import Recipe, Render, load
 from vpo_ray.records import query_id
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore
 from vpo_ray.stream.pipeline import GenerationError, Models, generate
 from vpo_ray.stream.spending import endpoint_cost
+from vpo_ray.world.tiny import make_image_video
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 
@@ -115,6 +120,45 @@ def test_a_service_renders_what_is_scored(
     generate(recipe, run, MODELS, ("render", "score"), retry_errors=True)
     assert len(server.requests) == 7
     assert all(row["error"] is None for row in run.table("feedback").rows())
+
+
+def test_a_service_renders_from_the_images_of_queries(
+    tmp_path: Path, ray_cluster: None, tiny_models: Path
+) -> None:
+    make_image_video(tmp_path / "animator")
+    size = {"frames": 9, "height": 32, "width": 48}
+    engine = VideoEngine(
+        Render(model=str(tmp_path / "animator"), dtype="float32", steps=1, **size)  # type: ignore[arg-type]
+    )
+    device = threading.Lock()
+
+    def make(fields: Request) -> bytes:
+        _, data, _ = server.files[server.requests.index(fields)]["input_reference"]
+        with device:
+            [frames] = engine.animate([decode_image(data)], [fields["prompt"]], [int(fields["seed"])])
+        assert not isinstance(frames, Exception)
+        return encode(frames, 8, 17)
+
+    server = VideoServer(make, polls=1)
+    recipe = recipe_for(tmp_path, server, tiny_models)
+    run = RunDir(recipe.out)
+    names = []
+    for k, colour in enumerate(("red", "blue")):
+        file = io.BytesIO()
+        Image.new("RGB", (90, 70), colour).save(file, "PNG")
+        names.append(image := images_of(run).put(file.getvalue()))
+        query = query_id("drift", image.removesuffix(".png"))
+        key = {"candidate_id": f"{k}" * 32, "query_id": query, "query": "drift", "k": 0, "seed": 5}
+        run.table("verdicts").append([{**key, "prompt": "a cat", "verdict": "aligned", "image": image}])
+    generate(recipe, run, MODELS, ("render", "score"))
+    server.close()
+    rows = {row["image"]: row for row in run.table("feedback").rows()}
+    assert [rows[name]["error"] for name in names] == [None, None]
+    assert len({rows[name]["video_key"] for name in names}) == 2
+    sent = [files["input_reference"] for files in server.files]
+    assert {(name, kind) for name, _, kind in sent} == {("image.png", "image/png")}
+    assert {decode_image(data).size for _, data, _ in sent} == {(48, 32)}
+    assert endpoint_cost(run) == pytest.approx(2 * PRICE)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
 # What PIL calls a format, and the ending of its files, which is also that of its media type.
 KINDS = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
+_NAME = re.compile(rf"[0-9a-f]{{64}}\.(?:{'|'.join(KINDS.values())})")
 _DATA_URI = re.compile(r"data:image/(?:png|jpe?g|webp)(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 
 
@@ -44,6 +45,11 @@ def image_name(data: bytes) -> str:
     """
     kind, _ = _opened(data)
     return f"{hashlib.sha256(data).hexdigest()}.{KINDS[kind]}"
+
+
+def is_image_name(text: str) -> bool:
+    """Whether a text has the form of an image's name, and so leads out of no folder."""
+    return _NAME.fullmatch(text) is not None
 
 
 def image_hash(name: str) -> str:
@@ -70,9 +76,27 @@ def decode_image(data: bytes) -> Image:
     return picture.convert("RGB")
 
 
+def cover(picture: Image, width: int, height: int) -> Image:
+    """A picture of this size: scaled to cover it, and the middle of what is over."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def encode_png(picture: Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def media_type(name: str) -> str:
+    """That of an image, by its name."""
+    return f"image/{name.rpartition('.')[2]}"
+
+
 def data_uri(name: str, data: bytes) -> str:
     """An image as OpenAI's image parts carry it."""
-    return f"data:image/{name.rpartition('.')[2]};base64,{base64.b64encode(data).decode()}"
+    return f"data:{media_type(name)};base64,{base64.b64encode(data).decode()}"
 
 
 def of_data_uri(uri: str) -> bytes:

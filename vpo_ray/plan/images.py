@@ -88,8 +88,6 @@ def _set(name: str, entry: EvaluatedSet, key: str, render: Render) -> Iterator[s
 
 
 def _render(key: str, render: Render, has_images: bool) -> Iterator[str]:
-    if render.kind == "openai" and has_images:
-        yield f"{key}.kind: openai sends no image to a service; leave out queries.image_column"
     need, pipeline = image_need(render), pipeline_of(render)
     if has_images and need == "none" and pipeline is not None:
         yield (

@@ -28,7 +28,6 @@ from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
 from vpo_ray.engines.video.engine import VideoInfo, encode, probe_video
 from vpo_ray.files.folder import chunks
-from vpo_ray.files.image_files import decode_image
 from vpo_ray.recipe import Recipe, Render, RenderGate
 from vpo_ray.records import Row, failed, seed_of
 from vpo_ray.stages.adaptive import is_renderable
@@ -262,9 +261,9 @@ class Renderer:
             made.update(zip((job.key for job in plain), videos, strict=True))
         if shown:
             assert self.images is not None, "rows with an image come with a place of images"
-            images = [decode_image(self.images.read(name)) for _, name in shown]
+            files = [(name, self.images.read(name)) for _, name in shown]
             asked = [job.prompt for job, _ in shown], [job.seed for job, _ in shown]
-            videos = engine.animate(images, *asked)
+            videos = engine.animate_files(files, *asked)
             made.update(zip((job.key for job, _ in shown), videos, strict=True))
         return [made[job.key] for job in batch]
 
@@ -302,7 +301,7 @@ class Renderer:
         info = self.store.write(job.key, data, sidecar)
         self.rendered += 1
         assert self._engine is not None
-        self._engine.stored(job.prompt, job.seed)
+        self._engine.stored(job.prompt, job.seed, job.image)
         return info
 
 

@@ -4,11 +4,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoint_server import Reply, Request, VideoServer, failure
+from PIL import Image
 
 from vpo_ray.engines.endpoint import client as endpoint_module
 from vpo_ray.engines.endpoint.account import Account, CostLimitReached
@@ -16,9 +18,12 @@ from vpo_ray.engines.endpoint.client import EndpointError
 from vpo_ray.engines.video import RenderError, openai_video
 from vpo_ray.engines.video.openai_video import FOLDER, VideoService, prepare
 from vpo_ray.files.folder import StorageError
+from vpo_ray.files.image_files import data_uri, decode_image, image_name
 from vpo_ray.recipe import Render
 from vpo_ray.records import FEEDBACK, Row, table
 from vpo_ray.stages.render import Renderer
+from vpo_ray.storage.images import ImageStore
+from vpo_ray.storage.videos import VideoStore
 
 Clip = Callable[..., bytes]
 
@@ -349,3 +354,96 @@ def test_keys_that_do_nothing_are_refused(change: dict[str, Any], message: str) 
 def test_a_stored_recipe_is_read_again() -> None:
     settings = Render(kind="openai", model="wan", endpoint={"video_price": 1})  # type: ignore[arg-type]
     assert Render.model_validate(json.loads(json.dumps(settings.model_dump(mode="json")))) == settings
+
+
+# The image of a query
+
+
+def picture(colour: str, kind: str = "PNG", size: tuple[int, int] = (120, 60), turned: int = 1) -> bytes:
+    """An image whose left half is white; `turned` is the orientation that its EXIF tells."""
+    file, image, exif = BytesIO(), Image.new("RGB", size, colour), Image.Exif()
+    image.paste("white", (0, 0, size[0] // 2, size[1]))
+    exif[0x0112] = turned
+    image.save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("PNG", "png"), ("JPEG", "jpeg"), ("WEBP", "webp")])
+def test_an_image_is_a_file_of_the_form(
+    kind: str, ending: str, server: VideoServer, tmp_path: Path, clip: Clip
+) -> None:
+    data = picture("red", kind)
+    service = service_of(server, tmp_path, endpoint={"request": {"fps": 8}})
+    server.fault = once(failure(500))
+    assert service.animate_files([(image_name(data), data)], ["a cat"], [3]) == [clip(5)]
+    assert server.files == [{"input_reference": (f"image.{ending}", data, f"image/{ending}")}] * 2
+    assert len({headers["idempotency-key"] for headers in server.seen_headers}) == 1
+    assert [server.requests[-1][name] for name in ("model", "prompt", "seed", "fps")] == [
+        "wan", "a cat", "3", "8",
+    ]  # fmt: skip
+    service.render(["a cat"], [3])
+    assert server.files[-1] == {}
+    assert "input_reference" not in server.requests[-1]
+
+
+def test_an_image_has_the_size_that_the_request_asks_for(server: VideoServer, tmp_path: Path) -> None:
+    """OpenAI refuses another one. What EXIF turns is turned."""
+    service = service_of(server, tmp_path, endpoint={"request": {"size": "64x64"}})
+    for turned, white in ((1, (0, 0)), (6, (0, 0)), (3, (63, 0))):
+        data = picture("red", "JPEG", turned=turned)
+        service.animate_files([(image_name(data), data)], ["a cat"], [turned])
+        name, sent, kind = server.files[-1]["input_reference"]
+        shown = decode_image(sent)
+        assert (name, kind, shown.size) == ("image.png", "image/png", (64, 64))
+        assert min(shown.getpixel(white)) > 200  # type: ignore[call-overload]
+        other = shown.getpixel((63 - white[0], 63))
+        assert other[0] > 200 > 100 > other[1]  # type: ignore[index]
+
+
+def test_json_has_an_image_as_a_data_uri(server: VideoServer, tmp_path: Path) -> None:
+    data = picture("red")
+    file = image_name(data), data
+    endpoint: dict[str, Any] = {"form": False}
+    service_of(server, tmp_path, endpoint=endpoint).animate_files([file], ["a cat"], [3])
+    assert server.requests[-1]["input_reference"] == {"image_url": data_uri(*file)}
+    for form in (False, True):
+        own = {"form": form, "request": {"input_reference": None}}
+        service_of(server, tmp_path, endpoint=own).animate_files([file], ["a dog"], [3])
+        assert "input_reference" not in server.requests[-1], "the recipe's own word counts"
+    assert server.files[-1] == {}
+
+
+def test_an_image_is_part_of_a_video_and_of_its_job(server: VideoServer, tmp_path: Path) -> None:
+    images, account = ImageStore(tmp_path / "images"), Account()
+    red, blue = (images.put(picture(colour)) for colour in ("red", "blue"))
+    settings = settings_of(server, tmp_path / "videos", endpoint={"video_price": 0.5}, time_limit_s=0.2)
+    rows = [{**candidate("a cat"), "image": name} for name in (red, blue, None, red)]
+
+    def rendered() -> list[Row]:
+        renderer = Renderer(settings, str(tmp_path / "videos"), 7, account, images=images.folder.uri)
+        return renderer(rows)
+
+    server.polls = 10**9
+    assert all("was not completed in 0.2 s" in row["error"] for row in rendered())
+    assert (len(server.requests), len(kept(tmp_path / "videos"))) == (3, 3)
+    server.polls = 1
+    done = rendered()
+    table(done, FEEDBACK)
+    assert len(server.requests) == 3, "jobs under way are polled"
+    assert account.spent == 1.5
+    assert len({row["video_key"] for row in done}) == 3
+    assert done[0]["video_key"] == done[3]["video_key"]
+    assert kept(tmp_path / "videos") == []
+    shown = {files["input_reference"][1] for files in server.files if files}
+    assert shown == {images.read(red), images.read(blue)}
+    info = VideoStore(tmp_path / "videos").info(done[0]["video_key"])
+    assert info["image"] == red.removesuffix(".png")
+
+
+def test_an_image_that_a_service_refuses_is_the_rows_error(server: VideoServer, tmp_path: Path) -> None:
+    data = picture("red")
+    server.fault = once(failure(400, "Inpaint image must match the requested width and height"))
+    [error] = service_of(server, tmp_path).animate_files([(image_name(data), data)], ["a cat"], [3])
+    assert isinstance(error, RenderError)
+    assert "created no job: render.endpoint: Error code: 400 - Inpaint image must match" in str(error)
+    assert len(server.requests) == 1

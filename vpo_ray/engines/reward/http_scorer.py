@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 
 from vpo_ray.engines.reward import RewardError, Scored
 from vpo_ray.engines.reward.generative import OF_OTHERS
+from vpo_ray.files.image_files import media_type
 from vpo_ray.recipe import Endpoint, Reward
 from vpo_ray.recipe.base import refuse_unused
 from vpo_ray.recipe.endpoint import refuse_keys
@@ -132,7 +133,7 @@ class HttpScorer:
             files["video"] = ("video.mp4", video, "video/mp4")
         if image is not None:
             name, data = image
-            files["image"] = (name, data, f"image/{name.rpartition('.')[2]}")
+            files["image"] = (name, data, media_type(name))
         try:
             return read_scores(
                 await self._client.ask("/score", fields, form=True, files=files or None),

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from vpo_ray.engines.endpoint.account import Account
+from vpo_ray.files.image_files import decode_image
 from vpo_ray.recipe import Render, plugins
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ class VideoModel(Protocol):
         images defines it."""
         return [RenderError("this video model takes no image, and the query has one")] * len(prompts)
 
+    def animate_files(
+        self, files: Sequence[tuple[str, bytes]], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Sequence[np.ndarray | bytes | Exception]:
+        """As `animate`, with each image's name, `<sha256>.<kind>`, and its bytes. A model that passes them on
+        defines it in place of `animate`."""
+        return self.animate([decode_image(data) for _, data in files], prompts, seeds)
+
     def warm_up(self) -> None:
         """Called once before the first render; its time is in no row's seconds."""
         return None
@@ -67,8 +75,8 @@ class VideoModel(Protocol):
         """How many tokens of a prompt the model does not take; None where it does not say."""
         return None
 
-    def stored(self, prompt: str, seed: int) -> None:
-        """Called when a video that it rendered is in the store."""
+    def stored(self, prompt: str, seed: int, image: str | None = None) -> None:
+        """Called when a video that it rendered is in the store; `image` is the name of its query's."""
         return None
 
 

@@ -27,6 +27,7 @@ from vpo_ray.engines.video import DeviceLostError, Prepared, RenderError, VideoM
 from vpo_ray.engines.video.model import call_arguments, image_input, load_pipeline, text_limit
 from vpo_ray.engines.video.ranks import Denoise, Order, RankLostError, Ranks, decided, reason
 from vpo_ray.engines.video.weights import on_node, weights_identity
+from vpo_ray.files.image_files import cover
 from vpo_ray.recipe import Render
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class VideoEngine(VideoModel):
         if self._warming:
             arguments["num_inference_steps"] = min(2, self.settings.steps)
         if image is not None:
-            arguments["image"] = _fitted(image, self.settings)
+            arguments["image"] = cover(image, self.settings.width, self.settings.height)
         order = Order(prompts, seeds, arguments, None if self._warming else limit)
         with self._ranks.following(order) if self._ranks is not None else nullcontext():
             videos = denoise(self.pipeline, order, "pt")
@@ -239,13 +240,6 @@ class VideoEngine(VideoModel):
         if not pixels.any():
             return RenderError("every pixel is black: a safety checker's refusal, or an overflow in the VAE")
         return pixels
-
-
-def _fitted(image: Image, settings: Render) -> Image:
-    """An image in the video's size: scaled to cover it, the middle of what is over."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.fit(image, (settings.width, settings.height), Image.Resampling.LANCZOS)
 
 
 def _blank(settings: Render) -> Image:

@@ -16,9 +16,7 @@ _EITHER = ("LTXConditionPipeline",)
 
 def image_need(render: Render) -> ImageNeed | None:
     """What the checkpoint's pipeline does with images; None where the checkpoint is not here, or the model is
-    a plugin's. A service is sent none."""
-    if render.kind == "openai":
-        return "none"
+    a plugin's or a service's."""
     pipeline = pipeline_of(render)
     if pipeline is None:
         return None

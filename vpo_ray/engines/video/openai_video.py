@@ -1,8 +1,9 @@
 """A video service as the video model: OpenAI's API of video jobs, as vLLM-Omni and others have it.
 
 `POST {base_url}/videos` creates a job, `GET …/videos/{id}` says how far it is, `GET …/videos/{id}/content` is
-the mp4. A job's id is kept in the video store until its video is there, so that a run which was killed polls
-the job under way and does not pay for a second one.
+the mp4. The image of a query is the file `input_reference` of the form. A job's id is kept in the video store
+until its video is there, so that a run which was killed polls the job under way and does not pay for a second
+one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,12 +23,21 @@ from urllib.parse import quote
 
 from vpo_ray.engines.chat import Usage
 from vpo_ray.engines.endpoint.account import Account, CostLimitReached
-from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, RequestError
+from vpo_ray.engines.endpoint.client import EndpointClient, EndpointError, File, RequestError
 from vpo_ray.engines.endpoint.completion import parse_body
 from vpo_ray.engines.endpoint.failures import about
 from vpo_ray.engines.video import Prepared, RenderError, VideoModel
 from vpo_ray.engines.video.engine import probe_video
 from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.files.image_files import (
+    ImageError,
+    cover,
+    data_uri,
+    decode_image,
+    encode_png,
+    image_hash,
+    media_type,
+)
 from vpo_ray.recipe import Render
 from vpo_ray.records import content_id
 
@@ -38,6 +49,9 @@ FOLDER = "service_jobs"
 MIN_POLL_S, MAX_POLL_S = 1.0, 10.0
 # 404s in a row before a job is lost: one replica of a service may not know another's job at once.
 LOST_AFTER = 2
+# Of a request: the file or object with the image.
+_REFERENCE = "input_reference"
+_SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 # In lower case. Any other status is of a job under way.
 _COMPLETED = frozenset({"completed", "complete", "succeeded", "success"})
@@ -57,6 +71,10 @@ class ServiceJob:
     id: str
     base_url: str | None
     paid: bool = False
+
+
+# An image's name, `<sha256>.<kind>`, and its bytes.
+_Image = tuple[str, bytes]
 
 
 class _Lost(Exception):
@@ -106,38 +124,52 @@ class VideoService(VideoModel):
             CostLimitReached: the run may pay no more. The jobs of this replica have ended by then.
             StorageError: the ids of jobs cannot be read or written.
         """
-        return asyncio.run_coroutine_threadsafe(self._all(prompts, seeds), self._loop).result()
+        return self._results(prompts, seeds, [None] * len(prompts))
+
+    def animate_files(
+        self, files: Sequence[_Image], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> list[bytes | Exception]:
+        """As `render`, each prompt with its image. It is sent as it is; where `endpoint.request` names a
+        `size`, as a PNG of that: scaled to cover it, and the middle of what is over."""
+        return self._results(prompts, seeds, files)
+
+    def _results(
+        self, prompts: Sequence[str], seeds: Sequence[int], images: Sequence[_Image | None]
+    ) -> list[bytes | Exception]:
+        return asyncio.run_coroutine_threadsafe(self._all(prompts, seeds, images), self._loop).result()
 
     def close(self) -> None:
         """End the connections; it renders nothing afterwards."""
         asyncio.run_coroutine_threadsafe(self._client.__aexit__(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    async def _all(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[bytes | Exception]:
-        made = await asyncio.gather(
-            *(self._video(*pair) for pair in zip(prompts, seeds, strict=True)), return_exceptions=True
-        )
+    async def _all(
+        self, prompts: Sequence[str], seeds: Sequence[int], images: Sequence[_Image | None]
+    ) -> list[bytes | Exception]:
+        asked = zip(prompts, seeds, images, strict=True)
+        made = await asyncio.gather(*(self._video(*one) for one in asked), return_exceptions=True)
         for result in made:
             if isinstance(result, BaseException) and not isinstance(result, RenderError | RequestError):
                 raise result
         return made  # type: ignore[return-value]
 
-    def stored(self, prompt: str, seed: int) -> None:
+    def stored(self, prompt: str, seed: int, image: str | None = None) -> None:
         """The video is in the store: its job is of no use any more."""
-        self._drop(self._name(prompt, seed))
+        self._drop(self._name(prompt, seed, image))
 
-    def _name(self, prompt: str, seed: int) -> str:
-        asked = content_id("video job", self._identity, self.settings.endpoint.request, prompt, seed)
+    def _name(self, prompt: str, seed: int, image: str | None) -> str:
+        shown = [] if image is None else [image_hash(image)]
+        asked = content_id("video job", self._identity, self.settings.endpoint.request, prompt, seed, *shown)
         return f"{asked}.json"
 
-    async def _video(self, prompt: str, seed: int) -> bytes:
-        name = self._name(prompt, seed)
+    async def _video(self, prompt: str, seed: int, image: _Image | None) -> bytes:
+        name = self._name(prompt, seed, image[0] if image is not None else None)
         job = await asyncio.to_thread(self._find, name)
         kept = job is not None
         try:
             for _ in range(self.settings.endpoint.retries + 1):
                 if job is None:
-                    job = await self._created(name, prompt, seed)
+                    job = await self._created(name, prompt, seed, image)
                 self._coming[name] = 0.0 if job.paid else self.settings.endpoint.cost
                 try:
                     return await self._made(name, job)
@@ -154,16 +186,18 @@ class VideoService(VideoModel):
             self._coming.pop(name, None)
             self._ended.set()
 
-    async def _created(self, name: str, prompt: str, seed: int) -> ServiceJob:
+    async def _created(self, name: str, prompt: str, seed: int, image: _Image | None) -> ServiceJob:
         endpoint = self.settings.endpoint
+        fields, files = await self._fields(prompt, seed, image)
         self._coming.pop(name, None)
         try:
             self._account.check(sum(self._coming.values()))
             self._coming[name] = endpoint.cost
             body = await self._client.ask(
                 "/videos",
-                {"prompt": prompt, "seed": seed},
+                fields,
                 form=endpoint.form,
+                files=files,
                 idempotency_key=uuid.uuid4().hex,
             )
         except CostLimitReached:
@@ -181,6 +215,23 @@ class VideoService(VideoModel):
         job = ServiceJob(str(body["id"]), endpoint.base_url)
         await asyncio.to_thread(self._keep, name, job)
         return job
+
+    async def _fields(
+        self, prompt: str, seed: int, image: _Image | None
+    ) -> tuple[dict[str, Any], Mapping[str, File] | None]:
+        """The fields of a job, and the files of its form. JSON has an image as a `data:` URI."""
+        fields: dict[str, Any] = {"prompt": prompt, "seed": seed}
+        request = self.settings.endpoint.request
+        if image is None or _REFERENCE in request:
+            return fields, None
+        try:
+            name, data = await asyncio.to_thread(_sized, image, request.get("size"))
+        except ImageError as error:
+            raise RenderError(f"the image of the query cannot be sent: {error}") from error
+        if self.settings.endpoint.form:
+            kind = name.rpartition(".")[2]
+            return fields, {_REFERENCE: (f"image.{kind}", data, media_type(name))}
+        return {**fields, _REFERENCE: {"image_url": data_uri(name, data)}}, None
 
     async def _made(self, name: str, job: ServiceJob) -> bytes:
         """The mp4 of a job, paid once. Raises `_Lost`, and RenderError where there will be none."""
@@ -263,3 +314,12 @@ class VideoService(VideoModel):
 
     def _drop(self, name: str) -> None:
         self._jobs.delete(name)
+
+
+def _sized(image: _Image, size: Any) -> _Image:
+    """An image in the size that a service is asked for, as OpenAI's requires it. Raises ImageError."""
+    found = _SIZE.fullmatch(str(size))
+    if found is None:
+        return image
+    width, height = map(int, found.groups())
+    return "image.png", encode_png(cover(decode_image(image[1]), width, height))
