@@ -143,7 +143,7 @@ def test_a_key_that_leaves_is_gone_from_tables_and_exports(
     assert main(["collect", store.uri, "--to", live]) == 0
     assert "4 answers" in capsys.readouterr().out
     assert main(["forget", store.uri, "--key", "studio", "--collected", live]) == 0
-    assert "9 rows are gone" in capsys.readouterr().out
+    assert "9 rows and 0 images are gone" in capsys.readouterr().out
     for table in (store.answers, store.opinions):
         assert {row["key"] for row in table.rows()} == {"other"}
     assert not pairs(tmp_path / "live")

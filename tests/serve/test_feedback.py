@@ -230,7 +230,7 @@ def test_what_comes_later_is_kept_again(tmp_path: Path) -> None:
     tables = FeedbackTables(str(tmp_path))
     with_desk(tmp_path, lambda desk: desk.note(STUDIO, "red ball", answered()))
     (row,) = tables.answers.rows()
-    assert tables.forget(key="studio") == 1
+    assert tables.forget(key="studio") == (1, 0)
     later = row | {"answer_id": "later", "time": row["time"] + 60}
     tables.append(tables.answers, [row, later])
     assert [row["answer_id"] for row in tables.answers.rows()] == ["later"]

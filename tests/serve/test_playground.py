@@ -74,10 +74,13 @@ def test_effort_is_offered_where_candidates_are_ranked() -> None:
 
 def test_a_picture_is_offered_where_it_is_taken(tmp_path: Path) -> None:
     service: Any = {"store": str(tmp_path), "render": {"kind": "openai", "model": "m"}}
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    of_text: Any = {"store": str(tmp_path), "render": {"model": str(tmp_path)}}
     for settings, sees, animates in (
         (Serve(), False, False),
         (Serve(images="show"), True, False),
-        (Serve.model_validate({"videos": service}), False, False),
+        (Serve.model_validate({"videos": of_text}), False, False),
+        (Serve.model_validate({"videos": service}), False, True),
         (
             Serve.model_validate({"videos": {"store": str(tmp_path), "render": {"model": "hub/x"}}}),
             False,

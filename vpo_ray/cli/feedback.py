@@ -1,6 +1,6 @@
 """`vpo collect` and `vpo forget`: what users of an endpoint said, as data, and taken out again.
 
-vpo collect s3://bucket/feedback --to data/live     queries.jsonl, pairs, figures.json
+vpo collect s3://bucket/feedback --to data/live     queries.jsonl, images, pairs, figures.json
 vpo forget s3://bucket/feedback --key studio        every row of a key
 vpo forget s3://bucket/feedback --older-than 90d    every older row
 """
@@ -14,6 +14,8 @@ import time
 from typing import Any
 
 from vpo_ray.cli.videos import age
+
+_COUNTS = ("answers", "opinions", "queries", "images", "pairs")
 
 COLLECT = "make queries, preference pairs and figures of what users of an endpoint said"
 FORGET = "take answers and feedback out of an endpoint's store"
@@ -54,7 +56,7 @@ def _collect(arguments: argparse.Namespace) -> int:
 
 
 def _lines(figures: dict[str, Any], folder: str) -> list[str]:
-    counts = ", ".join(f"{figures[name]} {name}" for name in ("answers", "opinions", "queries", "pairs"))
+    counts = ", ".join(f"{figures[name]} {name}" for name in _COUNTS)
     lines = [f"{folder}: {counts}\n"]
     lines += [f"left out: {count} {reason}\n" for reason, count in figures["left_out"].items()]
     for name, entry in figures["checkpoints"].items():
@@ -75,8 +77,8 @@ def _forget(arguments: argparse.Namespace) -> int:
 
     before = time.time() - arguments.older_than.total_seconds() if arguments.older_than else None
     answer = arguments.answer.partition(".")[0] if arguments.answer else None
-    gone = FeedbackTables(arguments.store).forget(arguments.key, answer, before)
+    rows, images = FeedbackTables(arguments.store).forget(arguments.key, answer, before)
     for folder in arguments.collected:
         collect(arguments.store, folder)
-    sys.stdout.write(f"{arguments.store}: {gone} rows are gone\n")
+    sys.stdout.write(f"{arguments.store}: {rows} rows and {images} images are gone\n")
     return 0

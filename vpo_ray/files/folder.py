@@ -59,6 +59,12 @@ def beside(uri: str, name: str) -> str:
     return f"{above}/{name}/{own}{sign}{options}"
 
 
+def parent_of(uri: str) -> str:
+    """The parent of a folder."""
+    place, sign, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{place.rstrip('/').rpartition('/')[0]}{sign}{options}"
+
+
 def flush(path: str | Path) -> None:
     """Flush a local file, or a folder's entries, to the disk. Raises OSError (full)."""
     file = os.open(path, os.O_RDONLY)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+from vpo_ray.files.folder import parent_of
+from vpo_ray.files.image_files import ImageError, is_image_name
 from vpo_ray.loop.evolved import evolved_candidates
 from vpo_ray.loop.policies import LoopError
 from vpo_ray.recipe import Recipe
@@ -13,6 +16,7 @@ from vpo_ray.records import PAIR, Row
 from vpo_ray.stages.adaptive import videos_by_strategy
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.stages.preview import videos_by_previews
+from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import PAIRED, ROUND, RunDir
 from vpo_ray.storage.tables import Table
 
@@ -21,6 +25,7 @@ COLUMNS = (
     "refined_verdict", "answers", "dimensions", "score", "more_rewards", "error", "error_stage", "profile",
     "conditions", "unmet",
 )  # fmt: skip
+_READERS = 8  # images read at once; an object store takes tens of ms for each
 
 
 def make_pairs(recipe: Recipe, run: RunDir) -> int:
@@ -54,7 +59,7 @@ def _pairs(
     """Pairs by query. Counts why there is none, the videos of each strategy, and the candidates seen."""
     formula = recipe.formula and recipe.formula.at(run.round_number())
     if recipe.pair.also is not None:
-        yield from Table(recipe.pair.also, PAIR, "pair_id").rows()
+        yield from _further(recipe, recipe.pair.also, run)
     for candidates in run.table("feedback").groups("query_id", COLUMNS):
         for name in ("verdict", "error_stage"):
             values = (row[name] for row in candidates if row[name] is not None)
@@ -67,3 +72,32 @@ def _pairs(
     if recipe.evolve is not None and recipe.evolve.pairs and not run.exists(ROUND):
         for candidates in evolved_candidates(run, COLUMNS):
             yield from pairs_of_query(candidates, recipe.pair, reasons, formula)
+
+
+def _further(recipe: Recipe, also: str, run: RunDir) -> Iterator[Row]:
+    """The pairs of another folder, once their images, in `images/` beside it or of its run, are in the run's.
+
+    Raises:
+        LoopError: what is there is no such image, or nothing says what the policy is to do with it.
+        StorageError: an image is not there, or cannot be read.
+    """
+    theirs, ours = images_of(RunDir(parent_of(also))), images_of(run)
+    pairs = Table(also, PAIR, "pair_id")
+    names = {name for batch in pairs.batches(["image"]) for name in batch.column(0).to_pylist()} - {None}
+    if names and recipe.queries.image_column is None and recipe.policy.images == "show":
+        raise LoopError(
+            f"pair.also: {also} has pairs of queries with an image, and the recipe's queries have none: name "
+            "queries.image_column, or write policy.images: ignore to learn from the words alone"
+        )
+
+    def bring(name: str) -> None:
+        if not is_image_name(name):
+            raise LoopError(f"pair.also: {also} has a pair whose image {name[:100]!r} is no image's name")
+        try:
+            ours.put(theirs.read(name))
+        except ImageError as error:
+            raise LoopError(f"pair.also: {theirs.folder.at(name)}: {error}") from error
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        list(readers.map(bring, sorted(names)))
+    yield from pairs.rows()

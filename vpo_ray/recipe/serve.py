@@ -209,9 +209,12 @@ class Feedback(Section):
     endpoint without keys, whose users have to be told by other means.
     """
 
-    store: Place = Field(description="folder or URI of the tables `answers` and `opinions`")
+    store: Place = Field(description="folder or URI of the tables `answers` and `opinions`, and of `images/`")
     queries: Literal["plain", "hash"] = Field(
         default="plain", description="keep the text of queries, or a hash alone, of which nothing is learnt"
+    )
+    images: bool = Field(
+        default=False, description="keep the images of queries too; else of each a hash alone"
     )
     secret_env: str = Field(
         default="VPO_FEEDBACK_SECRET",
@@ -219,6 +222,12 @@ class Feedback(Section):
     )
     anyone: bool = False
     notice: str = Field(default="", description="what the page at / tells its users of it")
+
+    @model_validator(mode="after")
+    def _keeps_images_with_words(self) -> Feedback:
+        if self.queries == "hash":
+            refuse_unused(self, "images", "with queries: hash, which keeps nothing to learn from")
+        return self
 
 
 class Require(Section):

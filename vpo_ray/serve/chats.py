@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from vpo_ray.serve.answers import completion, completion_events, delta_texts, texts_of, usage_in
 from vpo_ray.serve.feedback import FeedbackDesk, noted
 from vpo_ray.serve.http import Events
-from vpo_ray.serve.images import GivenImage, digest_of
+from vpo_ray.serve.images import GivenImage
 from vpo_ray.serve.keys import Key
 from vpo_ray.serve.optimiser import Optimiser, refusal
 from vpo_ray.serve.optimize_schema import Optimization
@@ -98,9 +98,7 @@ class ChatDesk:
     ) -> Response:
         """An answer that is checked as a whole before any of it is sent."""
         result = await self.optimiser(query, fields, request_id, image=image)
-        return self._answer(
-            noted(self.feedback, key, query, result, image=digest_of(image)), fields, key, request_id
-        )
+        return self._answer(noted(self.feedback, key, query, result, image=image), fields, key, request_id)
 
     def _answer(self, result: Optimization, fields: dict[str, Any], key: Key, request_id: str) -> Response:
         self.metrics.optimised(result, key.name)

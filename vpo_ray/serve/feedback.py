@@ -1,7 +1,7 @@
 """What users say of answers: `POST /v1/feedback`, and what is kept for it. Off unless a recipe has it.
 
 Rows are appended to the store in parts, at most `FLUSH_S` seconds after they came, and when a replica ends in
-order; one that is killed loses what is younger.
+order; one that is killed loses what is younger. An image of a query waits in memory with its row.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vpo_ray.recipe import Feedback, Serve
 from vpo_ray.records import Row, content_id
 from vpo_ray.serve.answer_ids import AnswerIds
 from vpo_ray.serve.errors import ApiError, explained
+from vpo_ray.serve.images import GivenImage, digest_of
 from vpo_ray.serve.keys import ANYONE, Key
 from vpo_ray.serve.optimize_schema import Optimization
 from vpo_ray.serve.request import RequestBody, Text, read_json
@@ -31,6 +32,8 @@ logger = logging.getLogger("ray.serve")
 FLUSH_S, FLUSH_ROWS = 5.0, 500
 # Rows that wait at most while the store does not answer; more are dropped, and counted in the log.
 MOST_ROWS = 20_000
+# And bytes of their images: of what is beyond, a hash alone is kept.
+MOST_IMAGE_BYTES = 256 * 2**20
 
 
 class FeedbackRequest(RequestBody):
@@ -73,23 +76,22 @@ class FeedbackDesk:
         query: str,
         answer: Optimization,
         conditions: Conditions = NONE,
-        image: str | None = None,
+        image: GivenImage | None = None,
     ) -> Optimization:
-        """Keep an answer of an optimised query, with what its request wished; returns it with its id.
-
-        Args:
-            image: the hash of the query's image, if it has one.
-        """
+        """Keep an answer of an optimised query, with what its request wished, and the query's image where
+        the recipe says so; returns it with its id."""
         if answer.prompt is None or answer.fallback or not self.allows(key):
             return answer
-        id = self.ids.make(key.name, query, answer, image)
+        digest = digest_of(image)
+        id = self.ids.make(key.name, query, answer, digest)
         row: Row = {
             "answer_id": id.partition(".")[0],
             "key": key.name,
             "time": time.time(),
             "checkpoint": answer.system_fingerprint or answer.model,
-            "query_hash": content_id("query", query, *([] if image is None else [image])),
-            "image": image,
+            "query_hash": content_id("query", query, *([] if digest is None else [digest])),
+            "image": digest,
+            "image_name": self.answers.hold(image) if self.settings.images else None,
             "query": query if self.settings.queries == "plain" else None,
             "conditions": conditions.dump(),
             "prompt": answer.prompt,
@@ -137,6 +139,8 @@ class _Appender:
     def __init__(self, tables: FeedbackTables, table: Table) -> None:
         self.tables, self.table = tables, table
         self.rows: dict[str, Row] = {}
+        self.images: dict[str, bytes] = {}
+        self.without_image = 0
         self.task: asyncio.Task[None] | None = None
         self.dropped, self.closing = 0, asyncio.Event()
 
@@ -147,6 +151,16 @@ class _Appender:
         self.rows.setdefault(str(row[self.table.key]), row)
         if self.task is None or self.task.done():
             self.task = asyncio.get_running_loop().create_task(self._flush_soon())
+
+    def hold(self, image: GivenImage | None) -> str | None:
+        """Hold the image of a row that is added next; its name, or None where there is no room for it."""
+        if image is None or image.name in self.images:
+            return None if image is None else image.name
+        if sum(map(len, self.images.values())) + len(image.data) > MOST_IMAGE_BYTES:
+            self.without_image += 1
+            return None
+        self.images[image.name] = image.data
+        return image.name
 
     async def close(self) -> None:
         self.closing.set()
@@ -163,7 +177,9 @@ class _Appender:
                 await self._pause()
             some = dict(list(self.rows.items())[: 10 * FLUSH_ROWS])
             try:
-                await asyncio.to_thread(self.tables.append, self.table, list(some.values()))
+                await asyncio.to_thread(
+                    self.tables.append, self.table, list(some.values()), dict(self.images)
+                )
             except StorageError as error:
                 logger.error("%d rows of feedback wait for %s: %s", len(self.rows), self.table.uri, error)
                 if self.closing.is_set():
@@ -172,9 +188,12 @@ class _Appender:
                 continue
             for name in some:
                 self.rows.pop(name, None)
-            if self.dropped:
-                logger.error("%d rows of feedback were dropped while %s failed", self.dropped, self.table.uri)
-                self.dropped = 0
+            wanted = {row.get("image_name") for row in self.rows.values()}
+            self.images = {name: data for name, data in self.images.items() if name in wanted}
+            if self.dropped or self.without_image:
+                lost = self.dropped, self.without_image, self.table.uri
+                logger.error("%d rows and %d images of feedback were dropped: %s was too slow", *lost)
+                self.dropped = self.without_image = 0
 
 
 def feedback_desk(settings: Serve) -> FeedbackDesk | None:
@@ -188,7 +207,7 @@ def noted(
     query: str,
     answer: Optimization,
     conditions: Conditions = NONE,
-    image: str | None = None,
+    image: GivenImage | None = None,
 ) -> Optimization:
     """The answer with its id, where the endpoint keeps it; see `FeedbackDesk.note`."""
     return answer if desk is None else desk.note(key, query, answer, conditions, image)

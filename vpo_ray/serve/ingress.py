@@ -33,7 +33,6 @@ from vpo_ray.serve.http import Events, application, internal, parsed, read_body,
 from vpo_ray.serve.images import (
     GivenImage,
     ImageReader,
-    digest_of,
     films_images,
     image_room,
     keep_image,
@@ -382,7 +381,7 @@ class Ingress:
         query, flags = asked.queries[index], asked.flags[index]
         result = await self.optimiser(query, asked.fields, request_id, flags, asked.wishes, image)
         self.metrics.optimised(result, key.name)
-        return noted(self.feedback, key, query, result, asked.wishes.conditions, digest_of(image))
+        return noted(self.feedback, key, query, result, asked.wishes.conditions, image)
 
     async def _entry(
         self, asked: Asked, index: int, image: GivenImage | None, key: Key, request_id: str
@@ -411,7 +410,7 @@ class Ingress:
                         else:
                             result = part
                 self.metrics.optimised(result, key.name)
-                result = noted(self.feedback, key, query, result, image=digest_of(image))
+                result = noted(self.feedback, key, query, result, image=image)
             else:
                 result = await self._optimised(asked, 0, image, key, request_id)
             yield event("result", result.model_dump())

@@ -1,19 +1,25 @@
 """What an endpoint keeps where its recipe says so: its answers, and what users said of them.
 
-Both are tables in one folder or object store, to which replicas append. `forget` takes rows out again, and
-leaves a mark in `forgotten/`, so that a replica drops what it has not appended yet.
+Both are tables in one folder or object store, to which replicas append. The images of queries are beside
+them, by content, where the recipe has them kept. `forget` takes out rows, and images that no row keeps any
+more. It leaves a mark in `forgotten/`, so that a replica drops what it has not appended yet.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vpo_ray.files.folder import Folder, StorageError, join
 from vpo_ray.records import Row, content_id
+from vpo_ray.storage.images import ImageStore
 from vpo_ray.storage.tables import Table
 
 # One row an answer of each key: equal answers to one query have one id.
@@ -26,6 +32,7 @@ ANSWER = pa.schema(
         pa.field("query_hash", pa.string(), nullable=False),
         pa.field("query", pa.string()),  # null where only hashes are kept
         pa.field("image", pa.string()),  # the hash of the query's image
+        pa.field("image_name", pa.string()),  # of it in `images/`, null where it is not kept
         pa.field("conditions", pa.string()),  # of the request's wishes, see `prompts.conditions`
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("alternatives", pa.list_(pa.string()), nullable=False),
@@ -51,12 +58,23 @@ OPINION = pa.schema(
 # longer than a replica holds rows while its store fails.
 SKEW_S, MARK_S = 10.0, 30 * 86400.0
 
+# Images that are written at once, bytes that `forget` holds of those it has deleted, and how often it looks
+# again at a table that changes meanwhile.
+_WRITERS, _HELD_BYTES, _READS = 8, 256 * 2**20, 3
+
 Goes = Callable[[Row], bool]
+
+
+class Forgotten(NamedTuple):
+    """How many rows of both tables are gone, and how many images."""
+
+    rows: int
+    images: int
 
 
 @dataclass(frozen=True)
 class FeedbackTables:
-    """The two tables of a store."""
+    """The two tables of a store, and its images."""
 
     uri: str
 
@@ -68,34 +86,90 @@ class FeedbackTables:
     def opinions(self) -> Table:
         return Table(join(self.uri, "opinions"), OPINION, "opinion_id")
 
-    def append(self, table: Table, rows: Sequence[Row]) -> None:
+    @property
+    def images(self) -> ImageStore:
+        return ImageStore(join(self.uri, "images"))
+
+    def append(self, table: Table, rows: Sequence[Row], images: Mapping[str, bytes] | None = None) -> None:
         """Append rows to one of the two tables, but those that `forget` was asked for after they were made,
         also where it is asked meanwhile.
+
+        Args:
+            images: that rows keep, by name. Only those of rows that are appended are stored.
 
         Raises:
             StorageError: the store cannot be read or written.
         """
         goes = _marked(self._marks())
-        rows = [row for row in rows if not goes(row)]
-        if not rows:
+        kept = [row for row in rows if not goes(row)]
+        if len(kept) < len(rows):
+            # An earlier call may have appended them, and failed afterwards.
+            self._take_back(table, goes, table.parts(), rows)
+        if not kept:
             return
-        part = table.append(rows)
+        part = table.append(kept)
+        self._store(_images_of(kept), images or {})
         # A mark is written before rows are looked for: one that is not seen here finds this part.
         goes = _marked(self._marks())
-        if any(map(goes, rows)):
-            _without(table, goes, [part])
+        if any(map(goes, kept)):
+            self._take_back(table, goes, [part], kept)
+
+    def _take_back(self, table: Table, goes: Goes, parts: Sequence[str], rows: Iterable[Row]) -> None:
+        _without(table, goes, parts)
+        if names := _images_of(row for row in rows if goes(row)):
+            self._drop_images(names)
+
+    def _store(self, names: set[str], images: Mapping[str, bytes]) -> None:
+        """Store images, once the rows that keep them are there (see `_drop_images`)."""
+        store = self.images
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            list(writers.map(lambda name: store.keep(name, images[name]), sorted(names & images.keys())))
+
+    def _drop_images(self, among: Collection[str] | None = None) -> int:
+        """Delete images that no row keeps (all that is in their folder, or some); returns how many are gone.
+
+        A replica appends its row first, and looks for the image then. Where it finds one that is deleted here
+        afterwards, its row is seen here, and the image is put back.
+        """
+        folder, gone = self.images.folder, 0
+        loose = sorted(set(folder.files() if among is None else among) - self._kept_images())
+        while loose:
+            held: dict[str, bytes] = {}
+            while loose and sum(map(len, held.values())) < _HELD_BYTES:
+                name = loose.pop()
+                with suppress(FileNotFoundError):  # another took it
+                    held[name] = _read(folder, name)
+                    folder.delete(name)
+            for name in held.keys() & self._kept_images():
+                folder.write(name, held.pop(name))
+            gone += len(held)
+        return gone
+
+    def _kept_images(self) -> set[str]:
+        """Names of the images that rows keep."""
+        for left in reversed(range(_READS + 1)):
+            try:
+                found = self.answers.batches(["image_name"], pc.field("image_name").is_valid())
+                return {name for batch in found for name in batch.column(0).to_pylist()}
+            except StorageError:
+                if not left:
+                    raise  # else a part was replaced while it was read
+        raise AssertionError("unreachable")
 
     def forget(
         self, key: str | None = None, answer_id: str | None = None, before: float | None = None
-    ) -> int:
-        """Take out the rows of a key, of an answer, or that are older than a time (seconds since 1970).
+    ) -> Forgotten:
+        """Take out the rows of a key, of an answer, or that are older than a time (seconds since 1970), and
+        every image that no row keeps then.
 
         What replicas still hold of the key or the answer is not appended any more; what comes from
         `SKEW_S` seconds after the call on is kept. Killed on its way, it has deleted a part of the rows; the
-        same call deletes the rest. Versions of files that an object store keeps are its owner's to expire.
+        same call deletes the rest. An image that a row keeps may be gone then, too. One
+        that a replica which is killed while it writes leaves without a row goes with the next call. Versions
+        of files that an object store keeps are its owner's to expire.
 
-        Returns:
-            How many rows are gone, of both tables.
+        Raises:
+            StorageError: the store cannot be read or written.
         """
 
         def goes(row: Row) -> bool:
@@ -112,7 +186,8 @@ class FeedbackTables:
         for column, value in (("key", key), ("answer_id", answer_id)):
             if value is not None:
                 self._forgotten.write_json(f"{_mark(column, value)}.json", {"time": now})
-        return sum(_without(table, goes, table.parts()) for table in (self.answers, self.opinions))
+        rows = sum(_without(table, goes, table.parts()) for table in (self.answers, self.opinions))
+        return Forgotten(rows, self._drop_images())
 
     @property
     def _forgotten(self) -> Folder:
@@ -133,6 +208,21 @@ class FeedbackTables:
         return marks
 
 
+def _images_of(rows: Iterable[Row]) -> set[str]:
+    """Names of the images that rows keep."""
+    return {name for row in rows if (name := row.get("image_name")) is not None}
+
+
+def _read(folder: Folder, name: str) -> bytes:
+    """A file's bytes, whatever they are. Raises FileNotFoundError and StorageError."""
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot read {folder.at(name)}: {error}") from error
+
+
 def _mark(column: str, value: str) -> str:
     """The name of a mark, which does not tell whose rows are gone."""
     return content_id("forgotten", column, value)
@@ -146,11 +236,18 @@ def _marked(marks: Mapping[str, float]) -> Goes:
     return goes
 
 
-def _without(table: Table, goes: Goes, parts: Sequence[str]) -> int:
-    """Take rows out of parts of a table; returns how many."""
-    gone = 0
+def _without(table: Table, goes: Goes, parts: Sequence[str], tries: int = _READS) -> int:
+    """Take rows out of parts of a table; returns how many. Where another replaced a part meanwhile, all
+    parts are looked at."""
+    gone, replaced = 0, False
     for part in parts:
-        rows = [row for batch in table.batches(parts=[part]) for row in batch.to_pylist()]
+        try:
+            rows = [row for batch in table.batches(parts=[part]) for row in batch.to_pylist()]
+        except StorageError:
+            if not tries or table.exists(part):
+                raise
+            replaced = True
+            continue
         kept = [row for row in rows if not goes(row)]
         if len(kept) == len(rows):
             continue
@@ -158,4 +255,4 @@ def _without(table: Table, goes: Goes, parts: Sequence[str]) -> int:
         table.append(kept)
         table.delete(part)
         gone += len(rows) - len(kept)
-    return gone
+    return gone + (_without(table, goes, table.parts(), tries - 1) if replaced else 0)

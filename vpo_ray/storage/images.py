@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from vpo_ray.files.folder import Folder, StorageError
-from vpo_ray.files.image_files import image_hash, image_name
+from vpo_ray.files.image_files import image_hash, image_name, is_image_name
 from vpo_ray.recipe import Recipe
 from vpo_ray.recipe.text import Images
 from vpo_ray.storage.run_dir import RunDir
@@ -37,6 +37,11 @@ class ImageStore:
         """Store an image that has been decoded already, under its name. Raises StorageError."""
         if not self.folder.exists(name):
             self.folder.write(name, data)
+
+    def sizes(self) -> dict[str, int]:
+        """The images that are there, by name, with their bytes. Raises StorageError."""
+        files = ((info.base_name, info.size or 0) for info in self.folder.infos())
+        return {name: size for name, size in files if is_image_name(name)}
 
     def read(self, name: str) -> bytes:
         """The bytes of an image, which are those that its name says.
