@@ -43,7 +43,7 @@ async def flushed(desk: FeedbackDesk) -> None:
             await asyncio.wait_for(appender.task, 10)
 
 
-def with_desk(store: Path, work: Any, **settings: Any) -> Any:
+def with_desk(store: Path | str, work: Any, **settings: Any) -> Any:
     async def run() -> Any:
         desk = FeedbackDesk(Feedback(store=str(store), **settings))
         result = work(desk)

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from pictures import huge_claim, picture, uri
+from s3_server import bucket
 from starlette.requests import Request
 from test_costs import Alone, Engine
 from test_feedback import OTHER, SILENT, STUDIO, answered, said, with_desk
 
+from vpo_ray.evaluation.live import collect
 from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.files.image_files import MAX_BYTES, data_uri
 from vpo_ray.recipe import Feedback, Serve
@@ -19,6 +21,7 @@ from vpo_ray.serve import feedback
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.feedback import FeedbackDesk
 from vpo_ray.serve.images import AttachedImage, GivenImage, read_image
+from vpo_ray.storage import feedback_tables
 from vpo_ray.storage.feedback_tables import FeedbackTables
 from vpo_ray.storage.images import ImageStore
 from vpo_ray.storage.tables import Table
@@ -191,6 +194,44 @@ def test_a_store_that_fails_half_way_forgets_as_well(tmp_path: Path, monkeypatch
     assert not kept(tmp_path)
 
 
+@pytest.mark.parametrize("who", ["forget", "replica"])
+def test_two_who_forget_at_once_forget_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """One replaces a part from which the other takes a row just then."""
+    tables, write = FeedbackTables(str(tmp_path)), Table.append
+    with_desk(
+        tmp_path, lambda desk: [noted(desk, *one) for one in ((STUDIO, RED), (OTHER, BLUE))], images=True
+    )
+    rows = [*tables.answers.rows()]
+    rows += [{**rows[0], "answer_id": "third", "key": "third", "image_name": GREEN.name}]
+    tables.answers.replace([])
+
+    def replacing(self: Table, kept: Any) -> str:
+        if len(kept) == 2:  # without the first, which is forgotten
+            monkeypatch.setattr(Table, "append", write)
+            tables.forget(key="other")
+        return write(self, kept)
+
+    def storing(self: ImageStore, name: str, data: bytes) -> None:
+        monkeypatch.setattr(ImageStore, "keep", keep)
+        tables._forgotten.write_json(f"{feedback_tables._mark('key', 'studio')}.json", {"time": later})
+        monkeypatch.setattr(Table, "append", replacing)
+        keep(self, name, data)
+
+    keep, later = ImageStore.keep, rows[0]["time"] + 1
+    images = {image.name: image.data for image in (RED, BLUE, GREEN)}
+    if who == "forget":
+        tables.append(tables.answers, rows, images)
+        monkeypatch.setattr(Table, "append", replacing)
+        tables.forget(key="studio")
+    else:
+        monkeypatch.setattr(ImageStore, "keep", storing)
+        tables.append(tables.answers, rows, images)
+    assert [row["key"] for row in tables.answers.rows()] == ["third"]
+    assert kept(tmp_path) == names(GREEN)
+
+
 @pytest.mark.parametrize("at", range(1, 14))
 def test_forgetting_and_keeping_at_once_leave_no_row_without_its_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
@@ -293,3 +334,17 @@ def test_the_routes_keep_the_image_of_a_request(tmp_path: Path) -> None:
     rows = {(row["query"], row["image_name"]) for row in FeedbackTables(str(tmp_path)).answers.rows()}
     assert rows == {("it drifts", RED.name), ("it drifts", BLUE.name), ("a cat", None)}
     assert kept(tmp_path) == names(RED, BLUE)
+
+
+def test_an_object_store_keeps_and_forgets_images() -> None:
+    with bucket("feedback") as options:
+        store, live = (f"s3://feedback/{name}?{options}" for name in ("store", "live"))
+        tables = FeedbackTables(store)
+        with_desk(store, lambda desk: (noted(desk, STUDIO, RED), noted(desk, OTHER, BLUE)), images=True)
+        assert tables.images.sizes() == {image.name: len(image.data) for image in (RED, BLUE)}
+        assert collect(store, live)["images"] == 2
+        copies = ImageStore(f"s3://feedback/live/images?{options}")
+        assert copies.read(RED.name) == RED.data
+        assert tables.forget(key="studio") == (1, 1)
+        assert collect(store, live)["images"] == 1
+        assert set(copies.sizes()) == set(tables.images.sizes()) == names(BLUE)

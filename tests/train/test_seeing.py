@@ -11,9 +11,14 @@ from seeing_data import plain_log_probabilities, put, shown_pairs
 from train_data import FACTS, TASK_PROMPT, settings
 
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
+from vpo_ray.evaluation.live import collect
 from vpo_ray.files.folder import StorageError
-from vpo_ray.recipe import TrainLora
-from vpo_ray.storage.images import ImageStore
+from vpo_ray.files.image_files import image_hash
+from vpo_ray.loop.pairing import make_pairs
+from vpo_ray.recipe import TrainLora, load
+from vpo_ray.storage.feedback_tables import FeedbackTables
+from vpo_ray.storage.images import ImageStore, images_of
+from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.train import policy
 from vpo_ray.train.examples import TrainError, tokenise
 from vpo_ray.train.images import ImagePrompts
@@ -23,6 +28,7 @@ from vpo_ray.train.zero import full_weights
 from vpo_ray.world import tiny
 
 pytestmark = pytest.mark.engine
+TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
 
 Make = Callable[..., Any]
 
@@ -62,6 +68,36 @@ def test_packs_give_the_whole_models_log_probabilities(
         torch.testing.assert_close(torch.from_numpy(worker.reference.reshape(-1)), torch.stack(sums))
     for example in examples:
         policy.check_packing(module, example, torch.device("cpu"), 1e-5)
+
+
+def test_what_users_said_of_answers_with_an_image_is_learnt(
+    make_worker: Make, vlm: Path, tmp_path: Path
+) -> None:
+    """From the store of an endpoint's feedback to a step of DPO, with the images that users sent."""
+    tables, sent = FeedbackTables(str(tmp_path / "store")), ImageStore(tmp_path / "sent")
+    answers, opinions = [], []
+    for number, colour in enumerate(("red", "blue")):
+        image = put(sent, colour)
+        said = {"answer_id": f"{number}", "key": "studio", "time": 1.0}
+        asked = {"query": "it drifts", "query_hash": image, "image": image_hash(image), "image_name": image}
+        answers.append({**said, **asked, "prompt": f"A {colour} kite.", "alternatives": [], "safety": "pass"})
+        opinions.append({**said, "opinion_id": f"{number}", "edited": f"A {colour} kite drifts off."})
+    images = {row["image_name"]: sent.read(row["image_name"]) for row in answers}
+    tables.append(tables.answers, answers, images)
+    tables.append(tables.opinions, opinions)
+    collect(tables.uri, str(tmp_path / "live"))
+    also, out = f"pair.also={tmp_path / 'live/pairs'}", f"out={tmp_path / 'run'}"
+    recipe = load(TINY, [out, also, "queries.image_column=image"])
+    run = RunDir(recipe.out)
+    assert make_pairs(recipe, run) == 2
+    rows, store = sorted(run.table("pairs").rows(), key=lambda row: str(row["pair_id"])), images_of(run)
+    assert {row["image"] for row in rows} == images.keys()
+    worker = make_worker("dpo", rows, settings(), model=vlm, images=store.folder.uri)
+    with torch.no_grad():
+        packed = worker.engine.module(pack(worker.job.examples))
+    expected = plain_log_probabilities(vlm, rows, worker.job.examples, store)[1].detach()
+    torch.testing.assert_close(packed, expected, rtol=0, atol=1e-5)
+    worker.step(0)
 
 
 def test_gradients_are_the_whole_models_and_the_tower_gets_none(

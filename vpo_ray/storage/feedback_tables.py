@@ -102,22 +102,22 @@ class FeedbackTables:
         """
         goes = _marked(self._marks())
         kept = [row for row in rows if not goes(row)]
-        if len(kept) < len(rows):
-            # An earlier call may have appended them, and failed afterwards.
-            self._take_back(table, goes, table.parts(), rows)
-        if not kept:
-            return
-        part = table.append(kept)
+        parts = [table.append(kept)] if kept else []
         self._store(_images_of(kept), images or {})
-        # A mark is written before rows are looked for: one that is not seen here finds this part.
-        goes = _marked(self._marks())
-        if any(map(goes, kept)):
-            self._take_back(table, goes, [part], kept)
+        # An earlier call may have appended the others, and failed afterwards.
+        self._take_back(table, table.parts() if len(kept) < len(rows) else parts, rows)
 
-    def _take_back(self, table: Table, goes: Goes, parts: Sequence[str], rows: Iterable[Row]) -> None:
-        _without(table, goes, parts)
-        if names := _images_of(row for row in rows if goes(row)):
-            self._drop_images(names)
+    def _take_back(self, table: Table, parts: Sequence[str], rows: Sequence[Row]) -> None:
+        """Take rows that `forget` was asked for out of parts of a table again. It writes its mark before it
+        looks for rows: one whose mark is not seen here finds what is written here."""
+        marks = self._marks()
+        while any(map(goes := _marked(marks), rows)):
+            _without(table, goes, parts)
+            if names := _images_of(row for row in rows if goes(row)):
+                self._drop_images(names)
+            seen, marks = marks, self._marks()
+            if marks == seen:
+                return
 
     def _store(self, names: set[str], images: Mapping[str, bytes]) -> None:
         """Store images, once the rows that keep them are there (see `_drop_images`)."""
@@ -186,8 +186,14 @@ class FeedbackTables:
         for column, value in (("key", key), ("answer_id", answer_id)):
             if value is not None:
                 self._forgotten.write_json(f"{_mark(column, value)}.json", {"time": now})
-        rows = sum(_without(table, goes, table.parts()) for table in (self.answers, self.opinions))
-        return Forgotten(rows, self._drop_images())
+        marks, rows, out = self._marks(), 0, goes
+        while True:
+            rows += sum(_without(table, out, table.parts()) for table in (self.answers, self.opinions))
+            seen, marks = marks, self._marks()
+            if marks == seen:
+                return Forgotten(rows, self._drop_images())
+            # Of another call meanwhile, which may have taken its rows out of parts that were replaced here.
+            out = _either(goes, _marked(marks))
 
     @property
     def _forgotten(self) -> Folder:
@@ -234,6 +240,10 @@ def _marked(marks: Mapping[str, float]) -> Goes:
         return any(row["time"] < marks.get(name, float("-inf")) + SKEW_S for name in names)
 
     return goes
+
+
+def _either(one: Goes, other: Goes) -> Goes:
+    return lambda row: one(row) or other(row)
 
 
 def _without(table: Table, goes: Goes, parts: Sequence[str], tries: int = _READS) -> int:
