@@ -15,11 +15,14 @@ from test_playground import browser as browser
 from test_playground import opened, until
 from tiny_endpoint import SETTINGS
 
+from vpo_ray.cli import main
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
-from vpo_ray.files.image_files import data_uri, decode_image
+from vpo_ray.files.image_files import data_uri, decode_image, image_name
 from vpo_ray.prompts.image_places import image_lines
 from vpo_ray.prompts.policy_prompt import chat_ids, control_tokens, prompt_ids, read_prompt
 from vpo_ray.recipe import Serve
+from vpo_ray.records import PAIR
+from vpo_ray.storage.tables import Table
 from vpo_ray.world.tiny import make_vlm
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
@@ -147,6 +150,41 @@ def test_the_judge_ranks_and_the_gate_looks_at_the_picture(seeing: str, eyes: st
     with pytest.raises(openai.BadRequestError, match="it is blue"):
         chat(where, "a cat", BLUE)
     serve.delete("watched")
+
+
+def test_what_is_said_of_pictures_becomes_data_and_is_forgotten(
+    seeing: str, eyes: str, tmp_path: Path
+) -> None:
+    from ray import serve
+
+    from vpo_ray.serve.app import ingress_app
+
+    store, live = tmp_path / "store", tmp_path / "live"
+    kept = {"store": str(store), "images": True, "anyone": True}
+    settings = Serve.model_validate({**BRIEF.model_dump(), "images": "show", "feedback": kept})
+    engine = serve.get_deployment_handle("PolicyServer:vpo", "eyes")
+    control = control_tokens(load_tokenizer(eyes))
+    serve.run(ingress_app(engine, None, settings, control), name="kept", route_prefix="/kept")
+    where = seeing.replace("/eyes", "/kept")
+    ids = {}
+    for data in (RED, BLUE):
+        ids[data] = optimize(where, query="it drifts", image=uri(data)).json()["id"]
+        said = {"id": ids[data], "edited": "It drifts, slowly."}
+        assert httpx.post(f"{where}/feedback", json=said).status_code == 204
+    assert optimize(where, query="it drifts", image=uri(RED)[:-40]).status_code == 400
+    forged = httpx.post(f"{where}/feedback", json={"id": ids[RED][:-1] + "x", "rating": "up"})
+    assert forged.status_code == 404
+    serve.delete("kept")  # it writes what waits
+    assert main(["collect", str(store), "--to", str(live)]) == 0
+    names = {image_name(data) for data in (RED, BLUE)}
+    assert {path.name for path in (live / "images").iterdir()} == names
+    pairs = list(Table(str(live / "pairs"), PAIR, "pair_id").rows())
+    assert {(row["chosen"], row["image"]) for row in pairs} == {
+        ("It drifts, slowly.", name) for name in names
+    }
+    assert main(["forget", str(store), "--answer", ids[RED], "--collected", str(live)]) == 0
+    for folder in (store, live):
+        assert [path.read_bytes() for path in (folder / "images").iterdir()] == [BLUE]
 
 
 def test_a_picture_is_chosen_on_the_page(seeing: str, browser: Any, tmp_path: Path) -> None:
