@@ -186,7 +186,8 @@ class FeedbackTables:
         for column, value in (("key", key), ("answer_id", answer_id)):
             if value is not None:
                 self._forgotten.write_json(f"{_mark(column, value)}.json", {"time": now})
-        marks, rows, out = self._marks(), 0, goes
+        out: Goes = goes
+        marks, rows = self._marks(), 0
         while True:
             rows += sum(_without(table, out, table.parts()) for table in (self.answers, self.opinions))
             seen, marks = marks, self._marks()
