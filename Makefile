@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Hundreds of processes import the same files: they compile each once.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo proof test lint types unit fast engines slow chaos reference docs pictures dist lock-cpu lock-gpu clean
 
 demo: $(READY)
@@ -34,16 +37,16 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Fast tests, two at a time, in an order by chance; pytest says which --seed repeats it.
+# Fast tests, three at a time (some wait), in an order by chance; pytest says which --seed repeats it.
 fast: $(READY)
-	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not engine and not ray and not slow" -q -n 3
 
-# Tests with real engines, two files at a time, and then those of serving, which measure times, one by one. In
+# Tests with real engines, three files at a time, and then those of serving, which measure times, one by one. In
 # one shuffled order, so that a failure comes from the change and not from the order: `make engines ENGINE_SEED=7` takes another, 0 the written one.
 ENGINE_SEED ?= 255101
 ENGINES := $(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25 --seed $(ENGINE_SEED)
 engines: $(READY)
-	@status=0; $(ENGINES) --ignore tests/serve -n 2 --dist loadfile || status=1; \
+	@status=0; $(ENGINES) --ignore tests/serve -n 3 --dist loadfile || status=1; \
 	$(ENGINES) tests/serve || status=1; exit $$status
 
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.
@@ -54,16 +57,17 @@ slow: $(READY)
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
-# Complete and pinned, so nothing is resolved; torch's CPU build comes from where pip finds it. Compiled
-# on all cores, where pip takes one; templates among the packages' files are no Python, and may fail.
+# Complete and pinned, so nothing is resolved, and two pips can unpack, each its packages; torch's CPU build
+# comes from where pip finds it. Compiled on all cores; templates among the files are no Python, and may fail.
 $(READY): requirements/cpu.txt pyproject.toml
 	@command -v $(or $(PYTHON),none) >/dev/null || { echo "no Python 3.11 or 3.12 here$(if $(PYTHON), at $(PYTHON)): \
 	apt-get install python3.12 python3.12-venv (Ubuntu 24.04), or uv python install 3.12 and then \
 	make PYTHON=\$$(uv python find 3.12)"; exit 1; }
 	@echo "making $(VENV) (a few minutes, about 4 GB)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/cpu.txt
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	grep -E '^[A-Za-z0-9]' requirements/cpu.txt | \
+	  xargs -d '\n' -P 2 -n 24 $(BIN)/pip install --quiet --no-deps --no-compile
+	$(BIN)/python -m compileall -q -j 0 -x /tests/ $(VENV)/lib >/dev/null 2>&1 || true
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

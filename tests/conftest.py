@@ -243,6 +243,13 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at it in every test."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     """Plugins import modules at the end, and Python 3.11 may fail to parse one (SystemError, "AST constructor
     recursion depth mismatch") while garbage of the tests is finalised."""
