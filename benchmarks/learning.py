@@ -2,12 +2,12 @@
 
     vpo world runs/world
     python benchmarks/learning.py --seeds 10
-    python benchmarks/learning.py --strategies all adaptive
+    python benchmarks/learning.py --strategies all adaptive previews
 
 Each seed and strategy is a run of its own in `--out`, made by the recipe of `make demo`; run again, it goes
 on where it stopped. Truth is the share of what a query names that a detector sees, one whole thing and a
-clear look, from 0 to 1. Videos per point: those that a run renders to train, over 100 × the truth gained from
-SFT to DPO. The last line is one JSON object.
+clear look, from 0 to 1. Videos per point: those that a run renders in full to train, over 100 × the truth
+gained from SFT to DPO. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from vpo_ray.storage.run_dir import RunDir
 
 RECIPE = "jobs/recipes/laptop.yaml"
 POLICIES = ("query", "sft", "dpo")
+# Previews have a third of the steps; the best and the worst of a query are rendered in full.
+STRATEGIES = {
+    "all": "render.strategy=all",
+    "adaptive": "render.strategy=adaptive",
+    "previews": "render.preview={steps: 2, keep: 2, agreement: 0.5}",
+}
 
 
 def main() -> None:
@@ -34,7 +40,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--strategies", nargs="+", default=["all"], choices=["all", "adaptive"])
+    parser.add_argument("--strategies", nargs="+", default=["all"], choices=list(STRATEGIES))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     given = parser.parse_args()
     print(json.dumps({name: of_strategy(name, given) for name in given.strategies}))  # noqa: T201
@@ -46,7 +52,7 @@ def of_strategy(strategy: str, given: argparse.Namespace) -> dict[str, Any]:
     for seed in range(1, given.seeds + 1):
         out = given.out / f"{strategy}-{seed}"
         recipe = vpo_ray.load_recipe(
-            given.recipe, [f"out={out}", f"seed={seed}", f"render.strategy={strategy}", *given.set]
+            given.recipe, [f"out={out}", f"seed={seed}", STRATEGIES[strategy], *given.set]
         )
         began = time.monotonic()
         run, evaluation = vpo_ray.run(recipe), vpo_ray.evaluate(recipe)
@@ -77,6 +83,7 @@ def of_run(run: vpo_ray.Run, evaluation: Evaluated) -> dict[str, Any]:
             row["video_key"] is not None for row in run.table("renders", ["video_key"]).to_pylist()
         ),
         "run_s": did.get("wall_seconds"),
+        "phase_s": did.get("phases"),
     }
 
 

@@ -47,6 +47,14 @@ def test_what_was_spilled_is_told(run: RunDir) -> None:
     assert "the object store spilled 1.23 GB to disk: see docs/operations.md" in run_summary(run).splitlines()
 
 
+def test_what_took_time_is_told(run: RunDir) -> None:
+    assert "\ntook " not in run_summary(run)
+    ledger = run.read_json("ledger.json")
+    phases = {"curate": 0.4, "sft": 90.1, "generate": 240.0, "pair": 0.2, "dpo": 61.3}
+    run.write_json("ledger.json", ledger | {"last_run": {"phases": phases}})
+    assert "took 7 min: generate 4 min, sft 90 s, dpo 61 s" in run_summary(run).splitlines()
+
+
 @pytest.mark.parametrize(("made", "shown"), [(["sft"], "sft"), (["sft", "dpo"], "dpo"), (["dpo"], "dpo")])
 def test_the_policy_to_serve_is_the_last_one_trained(run: RunDir, made: list[str], shown: str) -> None:
     for phase in made:

@@ -8,6 +8,7 @@ import textwrap
 from vpo_ray.loop.ledger import alarms, funnel
 from vpo_ray.stages.preview import told
 from vpo_ray.storage.run_dir import RunDir
+from vpo_ray.stream.status_text import duration
 
 WIDTH = 96
 
@@ -26,6 +27,10 @@ def run_summary(run: RunDir, most: int | None = None) -> str:
         lines.append(f"videos for a video pair, by render.strategy: {rates}")
     if spilled := ledger.get("last_run", {}).get("spilled_bytes"):
         lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
+    if took := ledger.get("last_run", {}).get("phases"):
+        longest = sorted(took, key=lambda name: (-took[name], name))
+        shown = [f"{name} {duration(took[name])}" for name in longest if took[name] >= 1]
+        lines.append(f"took {duration(sum(took.values()))}: {', '.join(shown)}")
     if run.exists("example.json"):
         example = run.read_json("example.json")
         order = [name for name in ("query", "sft", "dpo", "rl") if name in example]

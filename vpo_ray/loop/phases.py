@@ -211,34 +211,42 @@ def run_loop(
 
 
 def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool, beside: Beside) -> None:
-    began = time.monotonic()
-    _say("curate", run)
+    entered: dict[str, float] = {}
+
+    def enter(phase: str, more: str = "") -> None:
+        entered[phase] = time.monotonic()
+        _say(phase + more, run)
+
+    enter("curate")
     curate_queries(recipe, run, retry_errors)
     later_round = run.exists(ROUND)
     if recipe.drafts_first and not later_round:
-        _say("draft", run)
+        enter("draft")
         draft_sft(recipe, run, retry_errors)
     if recipe.evolves_first and not later_round:
-        _say("evolve", run)
+        enter("evolve")
         evolve_prompts(recipe, run, retry_errors)
     if recipe.sft is not None and not later_round:
-        _say("sft", run)
+        enter("sft")
     start = starting_policy(recipe, run)
-    _say(f"generate: {', '.join(spec.names('generation'))}", run)
+    enter("generate", f": {', '.join(spec.names('generation'))}")
     spilled = spilled_so_far()
     did: dict[str, Any] = {"generated": generate_feedback(recipe, run, start, retry_errors=retry_errors)}
     did["spilled_bytes"] = spilled_so_far() - spilled
     write_ledger(recipe, run)
-    _say("group" if recipe.learns == "rl" else "pair", run)
+    enter("group" if recipe.learns == "rl" else "pair")
     did["groups" if recipe.learns == "rl" else "pairs"] = prepare_feedback(recipe, run)
     if recipe.learns is not None:
-        _say(recipe.learns, run)
+        enter(recipe.learns)
         with beside(run, start):
             policy = _learn(recipe, run, start)
         if example and recipe.serve.example and not run.exists("example.json"):
-            _say("serve one query", run)
+            enter("serve one query")
             write_example(recipe, run, policy)
-    did["wall_seconds"] = round(time.monotonic() - began, 1)
+    ended = time.monotonic()
+    did["wall_seconds"] = round(ended - entered["curate"], 1)
+    ends = [*entered.values(), ended][1:]
+    did["phases"] = {phase: round(end - entered[phase], 1) for phase, end in zip(entered, ends, strict=True)}
     for problem in write_ledger(recipe, run, did):
         logger.warning("the ledger does not add up: %s", problem)
 
