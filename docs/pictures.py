@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def watch(run: str) -> None:
-    """Wait until every stage of a generation has done something, and draw the view of that moment."""
+    """Wait until a quarter of a generation is done, and draw the view of that moment."""
     from rich.console import Console
 
     from vpo_ray.storage.run_dir import RunDir
@@ -48,8 +48,8 @@ def watch(run: str) -> None:
             stages = view.get("stages", [])
             if (
                 stages
-                and all(stage["done"] > 0 for stage in stages)
-                and stages[-1]["done"] < stages[-1]["total"]
+                and stages[-1]["total"]
+                and stages[-1]["total"] <= 4 * stages[-1]["done"] < 4 * stages[-1]["total"]
             ):
                 console = Console(record=True, width=110, file=io.StringIO())
                 console.print(status_table(view))

@@ -10,6 +10,7 @@ from vpo_ray import recipe as recipes
 from vpo_ray.evaluation.evaluate import evaluate
 from vpo_ray.files.folder import StorageError
 from vpo_ray.loop import opening, phases, policies, streams
+from vpo_ray.loop.ledger import funnel
 from vpo_ray.recipe import Recipe
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream import connection
@@ -102,3 +103,14 @@ def test_an_evaluation_leaves_the_ledgers_of_its_policies(
     own = RunDir(run.at(f"evaluation/policy-{phases.starting_policy(recipe, run).identity}"))
     held_out = sum(row["split"] == "eval" for row in run.table("queries").rows())
     assert own.read_json("ledger.json")["stages"]["curate"]["out"] == held_out > 0
+
+
+def test_what_a_whole_run_did_stays_in_its_ledger(recipe: Recipe) -> None:
+    run = RunDir(recipe.out)
+    opening.write_ledger(recipe, run, {"wall_seconds": 7.5})
+    run.table("queries").append([{"query_id": "q", "query": "a cat", "split": "dpo"}])
+    opening.write_ledger(recipe, run)
+    assert funnel(run.read_json("ledger.json"))["queries"] == 1
+    assert run.read_json("ledger.json")["last_run"] == {"wall_seconds": 7.5}
+    opening.write_ledger(recipe, run, {"wall_seconds": 0.2})
+    assert run.read_json("ledger.json")["last_run"] == {"wall_seconds": 0.2}

@@ -149,11 +149,17 @@ def accounted(recipe: Recipe, run: RunDir) -> Iterator[None]:
         raise
 
 
-def write_ledger(recipe: Recipe, run: RunDir, extra: dict[str, Any] | None = None) -> list[str]:
-    """Write `ledger.json`; returns what does not add up (yet, where stages are still to run)."""
+def write_ledger(recipe: Recipe, run: RunDir, last_run: dict[str, Any] | None = None) -> list[str]:
+    """Write `ledger.json`; returns what does not add up (yet, where stages are still to run).
+
+    Args:
+        last_run: what a whole run did that has come to its end. Without it, the ledger's own stays.
+    """
     ledger = build_ledger(run, recipe)
-    if extra:
-        ledger["last_run"] = extra
+    if last_run is None and run.exists("ledger.json"):
+        last_run = run.read_json("ledger.json").get("last_run")
+    if last_run:
+        ledger["last_run"] = last_run
     problems = reconcile(ledger)
     check(run)
     run.write_json("ledger.json", ledger)

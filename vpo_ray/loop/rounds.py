@@ -68,7 +68,7 @@ class _Rounds:
                 logger.info("round %d of %d", number, self.rounds)
                 self._loop(self._recipe_of(number), number)
             # What the round paid is in the first round's account.
-            write_ledger(self.recipe, self.first, self.first.read_json("ledger.json").get("last_run"))
+            write_ledger(self.recipe, self.first)
         return run
 
     def _loop(self, recipe: Recipe, number: int) -> RunDir:
