@@ -3,7 +3,8 @@
     python benchmarks/rounds.py
 
 Rounds, streams, pools and tables are the product's own. What would need models sleeps, as in stream.py, and
-so does the training. Ray's processes are started beforehand, as there. The last line is one JSON object.
+so does the training. Ray's processes are started beforehand, as there. It takes 20 minutes. The last line
+is one JSON object.
 """
 
 from __future__ import annotations

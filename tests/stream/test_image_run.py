@@ -60,6 +60,7 @@ def test_a_judge_sees_the_image_of_a_query(
     assert "A cat." in content[2]["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_a_policy_that_sees_samples_with_the_image(tmp_path: Path, ray_cluster: None) -> None:
     """A tiny Idefics3 on vLLM, with the task prompt around query and image."""
