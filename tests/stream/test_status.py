@@ -63,6 +63,27 @@ def test_rates_are_of_the_last_minutes_and_nothing_is_promised_before_the_first_
     assert status_line(finished) == "generate: score 1000/1000"
 
 
+def test_a_stage_is_timed_from_its_first_rows_and_the_slowest_is_no_stage_that_waits() -> None:
+    meter = Meter("generate", {}, 100)
+    idle = {"there_s": 0.0, "busy_s": 0.0}
+    meter.view(0, {"render": counts(0, **idle), "score": counts(0, **idle)})
+    meter.view(60, {"render": counts(0, **idle), "score": counts(0, **idle)})
+    meter.view(70, {"render": counts(0, in_flight=4, **idle), "score": counts(0, **idle)})
+    meter.view(100, {"render": counts(8, there_s=38, busy_s=38), "score": counts(0, **idle)})
+    done = {"render": counts(20, there_s=100, busy_s=99), "score": counts(18, there_s=100, busy_s=20)}
+    view = meter.view(160, done)
+    render, score = view["stages"]
+    assert (render["rows_s"], score["rows_s"]) == (pytest.approx(20 / 100), pytest.approx(18 / 60))
+    assert render["left_s"] == pytest.approx(80 / 0.2)
+    assert view["slowest"] == "render"
+    for second in range(180, 500, 20):
+        done = {name: counts(second // 8 - late, there_s=second, busy_s=second * share)
+                for name, late, share in (("render", 0, 0.98), ("score", 4, 0.2))}  # fmt: skip
+        view = meter.view(second, done)
+    assert view["left_s"] == view["stages"][1]["left_s"] > view["stages"][0]["left_s"]
+    assert view["slowest"] == "render", "the other one waits for its rows"
+
+
 def test_a_training_says_its_steps() -> None:
     steps, meter = Steps(), StepMeter("sft", 90)
     assert status_line(meter.view(0, steps.told())) == "sft: starting workers"

@@ -39,21 +39,28 @@ class Meter:
             self._seen.popleft()
         stages = [self._stage(name, found) for name, found in counts.items()]
         waiting = [stage for stage in stages if stage["left_s"] is not None]
-        slowest = max(waiting, key=lambda stage: stage["left_s"], default=None)
+        last = max(waiting, key=lambda stage: stage["left_s"], default=None)
+        # Alone, with rows at hand, a stage that is busy for a half of the time would take half as long.
+        slowest = max(waiting, key=lambda stage: stage["left_s"] * (stage["busy"] or 1.0), default=None)
         unknown = any(stage["left_s"] is None for stage in stages)
         return {
             "what": self.what,
             "elapsed_s": round(now - self._began, 1),
             "stages": stages,
             "slowest": slowest["name"] if slowest and slowest["left_s"] > 0 and len(stages) > 1 else None,
-            "left_s": None if unknown or slowest is None else slowest["left_s"],
+            "left_s": None if unknown or last is None else last["left_s"],
             "spent": spent,
         }
 
+    def _begin(self, name: str) -> tuple[float, Mapping[str, Any]]:
+        """When the window of a stage begins, and its counts then: not before rows have reached it."""
+        reached = (n for n, (_, counts) in enumerate(self._seen) if _at_work(counts.get(name, {})))
+        when, counts = self._seen[max(0, next(reached, 0) - 1)]
+        return when, counts.get(name, {})
+
     def _stage(self, name: str, found: Mapping[str, Any]) -> Row:
-        (then, old), (now, _) = self._seen[0], self._seen[-1]
-        past = old.get(name, {})
-        gone = now - then
+        then, past = self._begin(name)
+        gone = self._seen[-1][0] - then
 
         def grown(*columns: str) -> float:
             return sum(found.get(column, 0) - past.get(column, 0) for column in columns)
@@ -77,6 +84,10 @@ class Meter:
             "reason": found.get("reason"),
             "left_s": left,
         }
+
+
+def _at_work(counts: Mapping[str, Any]) -> bool:
+    return any(counts.get(column) for column in ("done", "passed", "in_flight"))
 
 
 class StepMeter:
