@@ -3,12 +3,15 @@
     make demo
     python benchmarks/group_learning.py                  # from the run that the demo left
     python benchmarks/group_learning.py --tuning --out runs/tuning --rl 'wide={clip: 0.5}'
+    python benchmarks/group_learning.py --rounds 2 --out runs/rounds
 
 Arms start from the run's SFT policy. `dpo` is the run's own; `rl` learns from the same table of feedback, of
 all candidates where DPO takes pairs; `rl_part` from that of `--part` of the queries. Neither renders a video.
 All are evaluated on the same held-out queries. `--tuning` trains an arm for each `--rl` and evaluates on
 queries that are neither held out nor trained on, so that settings are not chosen by what they are measured
-with. The last line is one JSON object; run again, it goes on where it stopped.
+with. `--rounds` goes on with both from the run's scores: each round samples from its own policy, renders and
+learns; every round's policy is evaluated (`dpo` and `rl` are the last, `dpo_1` and `rl_1` the first). The
+last line is one JSON object; run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/group_learning"))
     parser.add_argument("--queries", type=int, default=80, help="of the evaluation (%(default)s)")
     parser.add_argument("--part", type=float, default=0.6, help="of the queries, for rl_part; 0: without")
+    parser.add_argument("--rounds", type=int, default=1, help="of each, in place of one offline phase")
     parser.add_argument("--tuning", action="store_true", help="evaluate on queries that are not held out")
     parser.add_argument(
         "--rl", action="append", default=[], metavar="NAME={KEY: VALUE}", help="other settings"
@@ -51,37 +56,72 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     given = parser.parse_args()
     began = time.monotonic()
-    arms = list(trained(given))
+    arms = list(in_rounds(given) if given.rounds > 1 else trained(given))
     evaluated = vpo_ray.evaluate(evaluation(given, arms))
-    figures = {"videos": {"dpo": videos(given.run)} | {name: count for name, _, count in arms}}
+    figures: dict[str, Any] = {"videos": {arm.name: arm.videos for arm in arms}}
     figures |= figures_of(evaluated.results)
     sys.stdout.write(json.dumps(figures | {"seconds": round(time.monotonic() - began)}) + "\n")
 
 
-def trained(given: argparse.Namespace) -> Iterable[tuple[str, Path, int]]:
-    """Each arm's name, run directory, and the videos that its learning took."""
+@dataclass(frozen=True)
+class Arm:
+    """A policy that is evaluated, and the videos that were rendered to train it."""
+
+    name: str
+    checkpoint: Path
+    videos: int
+
+
+def trained(given: argparse.Namespace) -> Iterator[Arm]:
+    """The run's own policy, and those that learnt from its feedback."""
+    yield Arm("dpo", given.run / "checkpoints/dpo", videos(given.run))
     rows = RunDir(str(given.run)).table("feedback")
     scored = {row["query_id"]: 0 for row in rows.rows()}
     for row in rows.rows():
         scored[row["query_id"]] += row["score"] is not None
     for name, changes in settings(given).items():
-        yield name, offline(given, name, changes), sum(scored.values())
-    own = next(iter(settings(given).values()))
+        yield Arm(name, offline(given, name, changes), sum(scored.values()))
     if given.part and not given.tuning:
         queries = sorted(scored)[: round(given.part * len(scored))]
-        yield "rl_part", offline(given, "rl_part", own, queries), sum(scored[query] for query in queries)
+        checkpoint = offline(given, "rl_part", own_settings(given), queries)
+        yield Arm("rl_part", checkpoint, sum(scored[query] for query in queries))
+
+
+def in_rounds(given: argparse.Namespace) -> Iterator[Arm]:
+    """The policy of each round of DPO, the last one first, and then those of `rl`. Both go on from what the
+    run has up to its scores."""
+    own = vpo_ray.load_recipe(given.recipe, [f"out={given.run}", *given.set])
+    recipes = {
+        "dpo": vpo_ray.load_recipe(given.recipe, [*given.set, f"out={given.out / 'dpo'}"]),
+        "rl": rl_recipe(given, given.out / "rl", own_settings(given)),
+    }
+    for learns, recipe in recipes.items():
+        fork(own, Path(recipe.out))
+        vpo_ray.run(recipe, rounds=given.rounds)
+        rendered, arms = 0, []
+        for number in range(1, given.rounds + 1):
+            run = Path(recipe.out, *(("rounds", str(number)) if number > 1 else ()))
+            rendered += videos(run)
+            name = learns if number == given.rounds else f"{learns}_{number}"
+            arms.append(Arm(name, run / "checkpoints" / learns, rendered))
+        yield from reversed(arms)
 
 
 def settings(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What each arm changes in SETTINGS; the first one's are those of rl_part too."""
+    """What each arm changes in SETTINGS."""
     parts = [item.partition("=") for item in given.rl or ["rl={}"]]
     return {name: yaml.safe_load(text) for name, _, text in parts}
+
+
+def own_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The first arm's: those of rl_part, and of rounds."""
+    return next(iter(settings(given).values()))
 
 
 def offline(
     given: argparse.Namespace, name: str, changes: dict[str, Any], queries: list[str] | None = None
 ) -> Path:
-    """Learn from the run's feedback, of some queries where they are given; the run directory."""
+    """Learn from the run's feedback, of some queries where they are given; the checkpoint."""
     out = given.out / name
     recipe = rl_recipe(given, out, changes)
     fork(vpo_ray.load_recipe(given.recipe, [f"out={given.run}", *given.set]), out)
@@ -91,7 +131,7 @@ def offline(
         rows = list(groups.rows())
         groups.replace(row for row in rows if queries is None or row["query_id"] in queries)
         vpo_ray.train(recipe, "rl")
-    return out
+    return out / "checkpoints/rl"
 
 
 def rl_recipe(given: argparse.Namespace, out: Path, changes: dict[str, Any]) -> Recipe:
@@ -103,11 +143,9 @@ def rl_recipe(given: argparse.Namespace, out: Path, changes: dict[str, Any]) -> 
     return vpo_ray.load_recipe(given.recipe, [*given.set, *sets, f"out={out}"])
 
 
-def evaluation(given: argparse.Namespace, arms: list[tuple[str, Path, int]]) -> Recipe:
-    """The recipe whose evaluation compares DPO and SFT with every arm; in a directory of its own."""
-    out = arms[0][1]
-    policies: dict[str, Any] = {"dpo": {"kind": "checkpoint", "path": f"{given.run}/checkpoints/dpo"}}
-    policies |= {name: {"kind": "checkpoint", "path": f"{at}/checkpoints/rl"} for name, at, _ in arms}
+def evaluation(given: argparse.Namespace, arms: list[Arm]) -> Recipe:
+    """The recipe whose evaluation compares SFT and every arm; in the directory of the first `rl`."""
+    policies = {arm.name: {"kind": "checkpoint", "path": str(arm.checkpoint)} for arm in arms}
     policies |= {} if given.tuning else {"sft": {"kind": "sft"}}
     own = vpo_ray.load_recipe(given.recipe, given.set)
     assert own.evaluate is not None
@@ -116,7 +154,8 @@ def evaluation(given: argparse.Namespace, arms: list[tuple[str, Path, int]]) -> 
         path = str(given.out / "tuning.jsonl")
         Path(path).write_text("".join(untouched(own, given.run)), "utf-8")
     sets = {"held_out": {"path": str(path), "size": given.queries}}
-    recipe = rl_recipe(given, out, settings(given)[arms[0][0]])
+    name = "rl" if given.rounds > 1 else next(iter(settings(given)))
+    recipe = rl_recipe(given, given.out / name, settings(given).get(name, {}))
     asked = recipe.evaluate
     assert asked is not None
     update = type(asked).model_validate(asked.model_dump() | {"policies": policies, "sets": sets})

@@ -39,7 +39,8 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--strategies", nargs="+", default=["all"], choices=list(STRATEGIES))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     given = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
 def of_strategy(strategy: str, given: argparse.Namespace) -> dict[str, Any]:
     """Figures of all seeds with one strategy of rendering."""
     runs, evaluations = [], []
-    for seed in range(1, given.seeds + 1):
+    for seed in range(given.first, given.first + given.seeds):
         out = given.out / f"{strategy}-{seed}"
         recipe = vpo_ray.load_recipe(
             given.recipe, [f"out={out}", f"seed={seed}", STRATEGIES[strategy], *given.set]
