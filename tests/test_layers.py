@@ -1,6 +1,8 @@
 """Imports of the package go down its layers only, and in no circle, wherever in a module they stand."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -71,3 +73,13 @@ def test_no_imports_close_a_circle() -> None:
         TopologicalSorter(EDGES).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_what_answers_http_does_not_import_vllm() -> None:
+    """It takes seconds, and only the engine's replicas need it."""
+    code = (
+        "import sys, vpo_ray.serve.app, vpo_ray.serve.deploy, vpo_ray.serve.ingress\n"
+        "print([name for name in ('vllm', 'ray.serve.llm') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr

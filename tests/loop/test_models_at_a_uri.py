@@ -107,7 +107,8 @@ def test_a_served_checkpoint(uri: str, tiny_models: Path, cache: Path) -> None:
     from vpo_ray.engines.chat.tokenizer import load_tokenizer
     from vpo_ray.prompts.policy_prompt import PromptError, read_prompt
     from vpo_ray.serve.app import _checked
-    from vpo_ray.serve.engine import _bring, fingerprint, llm_config
+    from vpo_ray.serve.config import fingerprint
+    from vpo_ray.serve.engine import _bring, llm_config
 
     with pytest.raises(PromptError, match="does not exist"):
         _checked(uri)

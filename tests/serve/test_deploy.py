@@ -11,7 +11,7 @@ from clusters import free_port, head, python
 from s3_server import bucket, upload
 
 from vpo_ray.files.folder import Folder
-from vpo_ray.serve.engine import fingerprint
+from vpo_ray.serve.config import fingerprint
 from vpo_ray.storage.cache_folder import VARIABLE
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -11,14 +11,13 @@ from typing import Any
 
 from ray import serve
 from ray.serve.deployment import Application
-from ray.serve.llm import build_llm_deployment
 
 from vpo_ray.engines.chat.eyes import checkpoint_has_eyes
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens
 from vpo_ray.recipe import Pool, RecipeError, Section, Serve
-from vpo_ray.serve.engine import PolicyServer, llm_config, operation
+from vpo_ray.serve.config import operation
 from vpo_ray.serve.ingress import Ingress
 from vpo_ray.serve.refine_schema import Refinements
 from vpo_ray.serve.refinements import RefinementJobs
@@ -62,14 +61,22 @@ def build_app(checkpoint: str, settings: Serve) -> Application:
     """
     place, control = _checked(checkpoint)
     settings = as_seen(checkpoint, as_learnt(checkpoint, settings))
-    main = build_llm_deployment(llm_config(place, settings), deployment_cls=PolicyServer)
+    main = _policy(place, settings)
     canary = None
     if settings.canary is not None:
         beside, more = _checked(settings.canary.checkpoint)
-        config = llm_config(beside, settings)
-        canary = build_llm_deployment(config, name_prefix="Canary:", deployment_cls=PolicyServer)
+        canary = _policy(beside, settings, name_prefix="Canary:")
         control = tuple(dict.fromkeys((*control, *more)))
     return ingress_app(main, canary, settings, control)
+
+
+def _policy(place: str, settings: Serve, **options: Any) -> Application:
+    """The engine's replicas. They alone, and who deploys them, need vLLM."""
+    from ray.serve.llm import build_llm_deployment
+
+    from vpo_ray.serve.engine import PolicyServer, llm_config
+
+    return build_llm_deployment(llm_config(place, settings), deployment_cls=PolicyServer, **options)
 
 
 def as_learnt(checkpoint: str, settings: Serve) -> Serve:

@@ -8,14 +8,19 @@ Deploying a file with another checkpoint rolls it out; the previous file rolls i
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vpo_ray.recipe import Serve
+from vpo_ray.storage.model_cache import version
 
 APP = "vpo"
 IMPORT_PATH = "vpo_ray.serve.app:app"
+# Seconds beyond the longest answer: for queues, the network, the last chunk.
+DRAIN_ROOM_S = 15
 
 
 def serve_config(checkpoint: str, settings: Serve) -> dict[str, Any]:
@@ -34,3 +39,18 @@ def serve_config(checkpoint: str, settings: Serve) -> dict[str, Any]:
 
 def config_file(checkpoint: str, settings: Serve) -> str:
     return yaml.safe_dump(serve_config(checkpoint, settings), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(checkpoint: str | Path) -> str:
+    """A fingerprint of the files of a checkpoint's folder or URI: path, sizes and modification times."""
+    if "://" in str(checkpoint):
+        return f"vpo-{version(str(checkpoint))[:16]}"
+    folder = Path(checkpoint).resolve()
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir() if f.is_file())
+    return f"vpo-{hashlib.sha256(repr((str(folder), files)).encode()).hexdigest()[:16]}"
+
+
+def operation(settings: Serve) -> dict[str, Any]:
+    """Options of every deployment: a replica finishes its answers before it ends, and new replicas start
+    before old ones stop, so that a roll-out fails no request."""
+    return {"graceful_shutdown_timeout_s": settings.timeout_s + DRAIN_ROOM_S, "max_surge_percent": 100}

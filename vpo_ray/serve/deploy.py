@@ -11,8 +11,7 @@ import time
 
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.app import build_app
-from vpo_ray.serve.config import APP, serve_config
-from vpo_ray.serve.engine import fingerprint
+from vpo_ray.serve.config import APP, fingerprint, serve_config
 from vpo_ray.serve.run import check_settings
 from vpo_ray.stream.ray_compat import serve_client
 

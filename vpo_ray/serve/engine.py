@@ -7,7 +7,6 @@ while without an answer it is asked for one token.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -29,14 +28,13 @@ from vpo_ray.prompts.image_places import image_lines
 from vpo_ray.prompts.policy_prompt import prompt_ids
 from vpo_ray.prompts.thoughts import TAIL, marks_among, opened_thought
 from vpo_ray.recipe import Serve
+from vpo_ray.serve.config import fingerprint, operation
 from vpo_ray.serve.spoken import marked
-from vpo_ray.storage.model_cache import fetch_for_engine, version
+from vpo_ray.storage.model_cache import fetch_for_engine
 from vpo_ray.stream.ray_compat import VllmServer, chat_request, forget_engine_config
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds beyond the longest answer: for queues, the network, the last chunk.
-DRAIN_ROOM_S = 15
 # Seconds in which an answer proves that the engine works.
 FRESH_S = 10
 
@@ -144,15 +142,6 @@ async def _shown(body: dict[str, Any], place: str) -> dict[str, Any]:
     return {**rest, "messages": [{**asked, "content": parts}]}
 
 
-def fingerprint(checkpoint: str | Path) -> str:
-    """A fingerprint of the files of a checkpoint's folder or URI: path, sizes and modification times."""
-    if "://" in str(checkpoint):
-        return f"vpo-{version(str(checkpoint))[:16]}"
-    folder = Path(checkpoint).resolve()
-    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir() if f.is_file())
-    return f"vpo-{hashlib.sha256(repr((str(folder), files)).encode()).hexdigest()[:16]}"
-
-
 def _bring(config: LLMConfig) -> None:
     """Fit a replica's configuration to this node: its copies in the place of the URIs of checkpoint, adapter
     and base model, and of its memory what the cache may have. A model that sees has a processor, whose own
@@ -233,9 +222,3 @@ def _adapted(adapter: Adapter, name: str) -> dict[str, Any]:
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
     return {**adapter.engine_kwargs(), "lora_modules": [LoRAModulePath(name, adapter.folder)]}
-
-
-def operation(settings: Serve) -> dict[str, Any]:
-    """Options of every deployment: a replica finishes its answers before it ends, and new replicas start
-    before old ones stop, so that a roll-out fails no request."""
-    return {"graceful_shutdown_timeout_s": settings.timeout_s + DRAIN_ROOM_S, "max_surge_percent": 100}
