@@ -44,13 +44,13 @@ fast engines slow: export OMP_NUM_THREADS = 1
 fast: $(READY)
 	$(BIN)/pytest -m "not engine and not ray and not slow" -q -n 3
 
-# Tests with real engines, two files at a time, and then those of serving, which measure times, one by one. In
-# one shuffled order, so that a failure comes from the change and not from the order: `make engines ENGINE_SEED=7` takes another, 0 the written one.
+# Tests with real engines, two files at a time and what takes longest first. In one shuffled order, so that a
+# failure comes from the change and not from the order: `make engines ENGINE_SEED=7` takes another, 0 the
+# written one.
 ENGINE_SEED ?= 255101
-ENGINES := $(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=25 --seed $(ENGINE_SEED)
 engines: $(READY)
-	@status=0; $(ENGINES) --ignore tests/serve -n 2 --dist loadfile || status=1; \
-	$(ENGINES) tests/serve || status=1; exit $$status
+	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=40 --seed $(ENGINE_SEED) \
+	  -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.
 slow: $(READY)

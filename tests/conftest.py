@@ -23,13 +23,23 @@ settings.load_profile("shared")
 
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 
-# Files that take minutes. They start first, so that none runs alone at the end.
+# What takes longest starts first, so that none of it runs alone at the end: tests of the one endpoint, and
+# the files with real engines or training that take twenty seconds or more.
 LONG = (
-    "tests/train/test_job",
-    "tests/loop/test_loop",
-    "tests/test_jobs",
     "tests/serve",
+    "tests/train/test_job",
+    "tests/evaluation/test_evaluating",
+    "tests/chaos",
+    "tests/test_jobs",
+    "tests/loop/test_loop",
     "tests/stream/test_pipeline",
+    "tests/test_terminal",
+    "tests/stream/test_video_service_run",
+    "tests/loop/test_previewed",
+    "tests/stages/test_render_pool",
+    "tests/world/test_world_video",
+    "tests/evaluation/test_under_a_profile",
+    "tests/world/test_smollm2",
 )
 
 
@@ -62,7 +72,11 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
     """Folders, their files and these files' tests are shuffled, each within the one above. Behind that,
-    pytest puts those together that share a parameter of a fixture."""
+    pytest puts those together that share a parameter of a fixture. With `--dist loadgroup` a process takes a
+    file, or all tests of the one endpoint, whose engine takes long to start."""
+    for item in items:
+        shared = "url" in getattr(item, "fixturenames", ()) and "serve" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("endpoint" if shared else item.nodeid.partition("::")[0]))
     if config.option.seed:
         # A folder, a file or a test has its place by the seed and its name: few tests come in the same
         # order as many.
