@@ -35,7 +35,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 types: $(READY)
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 
 # Processes beside each other share the cores.
 fast engines slow: export OMP_NUM_THREADS = 1
