@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vpo_ray.files.folder import StorageError
+from vpo_ray.prompts.conditions import Conditions
 from vpo_ray.recipe import Feedback, Serve
 from vpo_ray.serve import feedback
 from vpo_ray.serve.answer_ids import AnswerIds, SecretMissing
@@ -121,6 +122,8 @@ def test_what_is_no_answer_has_no_id(tmp_path: Path) -> None:
         refused = answered(None, safety=SafetyOutcome(outcome="refused", reason="violence"))
         assert desk.note(STUDIO, "q", refused).id is None
         assert desk.note(STUDIO, "q", answered("q", fallback=True)).id is None
+        assert desk.note(STUDIO, "q", answered("q", skipped=True)).id is None
+        assert desk.note(STUDIO, "q", answered("")).id is None
 
     with_desk(tmp_path, work)
 
@@ -130,6 +133,21 @@ def test_only_hashes_are_kept_where_the_recipe_says_so(tmp_path: Path) -> None:
     (row,) = FeedbackTables(str(tmp_path)).answers.rows()
     assert row["query"] is None
     assert b"secret plans" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*.parquet"))
+
+
+def test_what_a_request_said_is_not_kept_beside_the_hash(tmp_path: Path) -> None:
+    """Neither by an answer that is the query itself, nor by the words that its prompt should have in it."""
+
+    def work(desk: FeedbackDesk) -> None:
+        wishes = Conditions(keep=("Mr Secret",), avoid=("a rival",))
+        assert desk.note(STUDIO, "plans", answered(), wishes).id is not None
+        other = answered().model_copy(update={"alternatives": ["secret plans"]})
+        assert desk.note(STUDIO, " secret plans", other).id is None
+        assert desk.note(STUDIO, " secret plans", answered("secret plans")).id is None
+
+    with_desk(tmp_path, work, queries="hash")
+    (row,) = FeedbackTables(str(tmp_path)).answers.rows()
+    assert (row["conditions"], row["prompt"]) == (None, "A red ball rolls.")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from vpo_ray.files.folder import StorageError
 from vpo_ray.prompts.conditions import NONE, Conditions
 from vpo_ray.recipe import Feedback, Serve
-from vpo_ray.records import Row, content_id
+from vpo_ray.records import Row, content_id, normalise
 from vpo_ray.serve.answer_ids import AnswerIds
 from vpo_ray.serve.errors import ApiError, explained
 from vpo_ray.serve.images import GivenImage, digest_of
@@ -80,8 +80,11 @@ class FeedbackDesk:
     ) -> Optimization:
         """Keep an answer of an optimised query, with what its request wished, and the query's image where
         the recipe says so; returns it with its id."""
-        if answer.prompt is None or answer.fallback or not self.allows(key):
+        if not answer.prompt or answer.fallback or answer.skipped or not self.allows(key):
             return answer
+        plain = self.settings.queries == "plain"
+        if not plain and normalise(query) in map(normalise, (answer.prompt, *answer.alternatives)):
+            return answer  # its text is the query's
         digest = digest_of(image)
         id = self.ids.make(key.name, query, answer, digest)
         row: Row = {
@@ -92,8 +95,8 @@ class FeedbackDesk:
             "query_hash": content_id("query", query, *([] if digest is None else [digest])),
             "image": digest,
             "image_name": self.answers.hold(image) if self.settings.images else None,
-            "query": query if self.settings.queries == "plain" else None,
-            "conditions": conditions.dump(),
+            "query": query if plain else None,
+            "conditions": conditions.dump() if plain else None,
             "prompt": answer.prompt,
             "alternatives": answer.alternatives,
             "safety": answer.safety.outcome,
