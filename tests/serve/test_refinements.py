@@ -331,7 +331,7 @@ def test_a_key_pays_by_videos_and_a_known_query_costs_one(tmp_path: Path, tiny_m
         assert (found.status, hasattr(found, "owners")) == (status, False)
         with pytest.raises(ApiError, match="there is no search"):
             asyncio.run(desk.find(job.id, Key("other", "")))
-        desk.jobs.forget(job.id)
+        desk.jobs.folder.delete(f"{job.id}.json")
     assert taken == [3, 1, 1, 3]
     with pytest.raises(ApiError, match="its scopes lack videos") as told:
         ask(Key("narrow", "", scopes=("optimize",)))

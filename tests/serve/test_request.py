@@ -181,6 +181,13 @@ def test_a_bad_optimize_request_is_refused_with_what_is_wrong(raw: bytes, status
     assert (refused.value.status, told in refused.value.message) == (status, True), refused.value.message
 
 
+def test_an_image_by_another_apis_name_is_refused_not_ignored() -> None:
+    body = b'{"query": "it drifts", "input_reference": {"image_url": "data:image/png;base64,AAAA"}}'
+    with pytest.raises(ApiError, match="give the image itself as `image`") as refused:
+        parse_optimize(body, SETTINGS)
+    assert (refused.value.status, refused.value.param) == (422, "input_reference")
+
+
 def test_an_image_is_refused_and_never_fetched() -> None:
     parts = [
         {"type": "text", "text": "a cat"},

@@ -120,6 +120,8 @@ def test_a_burst_gets_no_more_places_than_there_are(tmp_path: Path) -> None:
         (b'{"query": "a", "seed": -1}', 422),
         (b'{"query": " "}', 400),
         (b'{"query": "a", "model": "other"}', 404),
+        (b'{"prompt": "a", "input_reference": {"image_url": "data:image/png;base64,AAAA"}}', 422),
+        (b'{"prompt": "a", "image_url": {"url": "data:image/png;base64,AAAA"}}', 422),
     ],
 )
 def test_a_bad_request_for_a_video(raw: bytes, status: int) -> None:

@@ -63,6 +63,19 @@ def test_what_is_still_unmet_is_told() -> None:
     assert policy.seeds == [None, None]
 
 
+def test_what_the_query_does_not_meet_is_told_where_it_is_the_answer() -> None:
+    fields = {"n": 1, "temperature": 0.7, "seed": 5}
+    for wishes, fallback, replies in (
+        (Wishes(("red", "dog"), 2), True, [[""], [""]]),
+        (Wishes(("dog",), 2, skip_if_words=3), False, []),
+    ):
+        settings = Serve(fallback=True)
+        optimiser = Optimiser(Policy(*replies), Gate(settings.safety), None, settings)  # type: ignore[arg-type]
+        result = asyncio.run(optimiser("a red ball", fields, "id", (), wishes))
+        assert (result.prompt, result.fallback) == ("a red ball", fallback)
+        assert result.unmet == ["keep: dog", "max_words: 3"]
+
+
 def test_a_long_query_is_left_as_it_is() -> None:
     result = asked(Policy(), Wishes(skip_if_words=3))
     assert (result.prompt, result.skipped, result.changed, result.fallback) == (

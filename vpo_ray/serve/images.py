@@ -110,6 +110,14 @@ def no_images(param: str) -> ApiError:
     return ApiError(400, f"{param}: {NO_IMAGES}", param, "images_not_supported")
 
 
+def refuse_other_images(body: Any) -> None:
+    """Raises ApiError (422) where a body of our own routes has an image by another API's name, which would
+    be ignored."""
+    for name in ("image_url", "input_reference"):
+        if isinstance(body, dict) and body.get(name) is not None:
+            raise ApiError(422, f"{name}: of another API; give the image itself as `image`", name)
+
+
 def digest_of(image: GivenImage | None) -> str | None:
     return None if image is None else image.digest
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from vpo_ray.files.folder import StorageError
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Serve
 from vpo_ray.serve import playground
@@ -40,7 +41,7 @@ from vpo_ray.serve.images import (
 )
 from vpo_ray.serve.keys import ANYONE, Key, KeyRing
 from vpo_ray.serve.limits import Admission, CallerLimits, Take
-from vpo_ray.serve.optimiser import build_optimiser
+from vpo_ray.serve.optimiser import LATER, build_optimiser
 from vpo_ray.serve.optimize_schema import (
     Asked,
     Optimization,
@@ -55,7 +56,7 @@ from vpo_ray.serve.refine_schema import Refinement
 from vpo_ray.serve.refinements import RefineDesk
 from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
 from vpo_ray.serve.video_jobs import JobFolder, StoredJob, VideoJob, VideoRequest, parse_video
-from vpo_ray.storage.videos import VideoStore
+from vpo_ray.storage.videos import VideoDamaged, VideoMissing, VideoStore
 
 logger = logging.getLogger("ray.serve")
 http = application()
@@ -308,7 +309,11 @@ class Ingress:
             if job.video is None:
                 message = f"the job is {job.status}"
                 raise ApiError(409, message, code="video_not_ready", headers={"Retry-After": "2"})
-            data = await asyncio.to_thread(VideoStore(self._videos()[1]).read, job.video.key)
+            try:
+                data = await asyncio.to_thread(VideoStore(self._videos()[1]).read, job.video.key)
+            except (VideoMissing, VideoDamaged):
+                message = "the video is not in its store any more: ask for it again"
+                raise ApiError(410, message, code="video_gone") from None
             return Response(data, media_type="video/mp4")
 
         return await self._admitted(request, "videos", None, answer)
@@ -348,6 +353,10 @@ class Ingress:
             response = refused(error)
         except PolicyFailed as error:
             response = refused(failure(error))
+        except StorageError as error:
+            logger.error("%s", getattr(error, "cause", error))  # of another replica
+            message = "what this needs is in a store that fails; try again"
+            response = refused(ApiError(503, message, code="storage_failed", headers=LATER))
         except Exception as error:  # noqa: BLE001  a client always gets an answer
             response = internal(error)
         except BaseException:

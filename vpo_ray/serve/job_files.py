@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,9 @@ logger = logging.getLogger("ray.serve")
 
 # Tries of a call that kills its process.
 TRIES = 2
+# Seconds between tries to store a job that has ended: the first, doubled each time, and the most.
+FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
+_LOCKS = 64
 
 
 class JobState(BaseModel):
@@ -49,6 +53,8 @@ class JobFiles(Generic[Job]):
 
     def __init__(self, folder: Folder, kind: type[Job]) -> None:
         self.folder, self.kind = folder, kind
+        # A job's writes are one after the other, so that the last has all that is known of it.
+        self._turns = [threading.Lock() for _ in range(_LOCKS)]
 
     def read(self, job_id: str) -> Job | None:
         """The job; None for an unknown id, or where the file does not hold this job. Raises StorageError."""
@@ -70,15 +76,20 @@ class JobFiles(Generic[Job]):
         return None
 
     def write(self, job: Job) -> None:
-        self.folder.write(
-            f"{'' if job.is_over else 'open/'}{job.id}.json", job.model_dump_json(indent=2).encode()
-        )
-        if job.is_over:
-            self.folder.delete(f"open/{job.id}.json")
+        """Store a job as it is now. Raises StorageError."""
+        with self._turns[hash(job.id) % _LOCKS]:
+            is_over = job.is_over
+            self.folder.write(
+                f"{'' if is_over else 'open/'}{job.id}.json", job.model_dump_json(indent=2).encode()
+            )
+            if is_over:
+                self.folder.delete(f"open/{job.id}.json")
 
-    def forget(self, job_id: str) -> None:
-        """Let a job that ended be written as an open one."""
-        self.folder.delete(f"{job_id}.json")
+    def enter(self, job: Job) -> None:
+        """Store a job that begins, in place of one that ended under its id, which stays until then. Raises
+        StorageError."""
+        self.write(job)
+        self.folder.delete(f"{job.id}.json")
 
     def unfinished(self) -> list[Job]:
         """Unfinished jobs of an earlier replica, oldest first. Unreadable files are logged and skipped."""
@@ -133,7 +144,7 @@ class JobRunner(ABC, Generic[Job]):
     async def _run(self, job: Job, stored: asyncio.Future[None] | None = None) -> None:
         if stored is not None:
             try:
-                await asyncio.to_thread(self.jobs.write, job)
+                await asyncio.to_thread(self.jobs.enter, job)
             except Exception as error:  # noqa: BLE001  the caller gets it
                 stored.set_exception(error)
                 return
@@ -152,14 +163,20 @@ class JobRunner(ABC, Generic[Job]):
             job.error = ApiError(500, "the job failed").body()["error"]
         job.status = "completed" if job.error is None else "failed"
         job.completed_at = int(time.time())
-        try:
-            await asyncio.to_thread(self.jobs.write, job)
-        except StorageError as error:
-            logger.error(
-                "job %s is done but not stored, the next replica repeats it: %s",
-                job.id,
-                error,
-            )
+        await self._end(job)
+
+    async def _end(self, job: Job) -> None:
+        """Store a job that has ended, however long its store fails: its caller waits for it. It keeps its
+        place meanwhile."""
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                await asyncio.to_thread(self.jobs.write, job)
+                return
+            except StorageError as error:
+                logger.error("job %s has ended and waits for its store: %s", job.id, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE_S)
 
 
 async def tried(call: Callable[[], Awaitable[T]]) -> T:

@@ -104,7 +104,7 @@ class Optimiser:
             with clock.part("gate"):
                 result = await self.fall_back(checked)
             kept = {"fallback": False, "skipped": result.prompt is not None}
-            return _finished(result.model_copy(update=kept), query, clock)
+            return _finished(_told_unmet(result.model_copy(update=kept), wishes), query, clock)
         asked = self._asked(fields, wishes.effort)
         told, schema = query, wishes.conditions.schema()
         if self.settings.tell_wishes:
@@ -120,10 +120,9 @@ class Optimiser:
         if prompts:
             ranker = None if wishes.effort == "low" else self.ranker
             result = await self._choose(checked, wishes.best(prompts), fields["n"], ranker, clock)
-            facts["unmet"] = wishes.unmet(result.prompt) if result.prompt else []
         else:
             result = await self._without_prompt(checked, clock)
-        return _finished(result.model_copy(update=facts), query, clock)
+        return _finished(_told_unmet(result.model_copy(update=facts), wishes), query, clock)
 
     async def _written(
         self,
@@ -286,11 +285,11 @@ class _Clock:
         return Latency(**{name: round(value, 4) for name, value in seconds.items()})
 
 
-def refusal(safety: SafetyOutcome) -> ApiError:
-    """A refused query as an error, for clients of the chat API."""
+def refusal(safety: SafetyOutcome, param: str | None = "messages") -> ApiError:
+    """A refused query as an error, for clients of the chat API and of jobs."""
     if safety.reason is not None and safety.reason.endswith(UNAVAILABLE):
         return ApiError(503, f"{safety.reason}; try again", code="safety_unavailable", headers=LATER)
-    return ApiError(400, f"refused by the safety gate: {safety.reason}", "messages", "content_filter")
+    return ApiError(400, f"refused by the safety gate: {safety.reason}", param, "content_filter")
 
 
 LATER = {"Retry-After": "2"}
@@ -325,6 +324,11 @@ def _with_flags(query: str, flags: Sequence[GeneratorFlag]) -> str:
 
 def _refused(safety: SafetyOutcome, where: str, verdict: SafetyVerdict) -> SafetyOutcome:
     return safety.model_copy(update={"outcome": "refused", "reason": f"{where}: {verdict.reason}"})
+
+
+def _told_unmet(result: Optimization, wishes: Wishes) -> Optimization:
+    """The answer with the wishes that its prompt does not meet, whoever wrote that."""
+    return result.model_copy(update={"unmet": wishes.unmet(result.prompt)}) if result.prompt else result
 
 
 def _finished(result: Optimization, query: str, clock: _Clock) -> Optimization:

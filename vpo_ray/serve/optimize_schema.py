@@ -16,7 +16,7 @@ from vpo_ray.prompts.conditions import CAPTION_FIELDS
 from vpo_ray.recipe import Serve
 from vpo_ray.recipe.profiles import LanguageCode
 from vpo_ray.serve.errors import ApiError, explained
-from vpo_ray.serve.images import AttachedImage, check_film, no_images, takes_images
+from vpo_ray.serve.images import AttachedImage, check_film, no_images, refuse_other_images, takes_images
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
 
@@ -163,10 +163,9 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
             where nothing is ranked, 404 for an unknown model, 413 for too long a query or too many of them.
     """
     value = read_json(body)
-    if isinstance(value, dict) and value.get("image_url") is not None:
-        if not takes_images(settings):
-            raise no_images("image_url")
-        raise ApiError(422, "image_url: of a chat alone; give the image itself as `image`", "image_url")
+    if isinstance(value, dict) and value.get("image_url") is not None and not takes_images(settings):
+        raise no_images("image_url")
+    refuse_other_images(value)
     try:
         request = OptimizeRequest.model_validate(value)
     except ValidationError as error:

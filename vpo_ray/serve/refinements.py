@@ -31,7 +31,7 @@ from vpo_ray.serve.images import GivenImage, digest_of, film_images, keep_image,
 from vpo_ray.serve.job_files import JobRunner, tried
 from vpo_ray.serve.keys import Key
 from vpo_ray.serve.limits import Take
-from vpo_ray.serve.optimiser import Checked, build_optimiser
+from vpo_ray.serve.optimiser import Checked, build_optimiser, refusal
 from vpo_ray.serve.optimize_schema import Asked, GeneratorFlag
 from vpo_ray.serve.policy import overloaded
 from vpo_ray.serve.refine_schema import Refinement, Refinements, StoredRefinement, refinement_files, traced
@@ -122,7 +122,6 @@ class RefinementJobs(JobRunner[StoredRefinement]):
                 if len(self.tasks) >= self.max_waiting:
                     return None
                 if job is not None:
-                    await asyncio.to_thread(self.jobs.forget, name)
                     job = _anew(job)
                 else:
                     job = StoredRefinement(
@@ -168,7 +167,7 @@ class RefinementJobs(JobRunner[StoredRefinement]):
         checked = await self.optimiser.check_query(job.query, job.flags, image)
         job.safety = checked.safety
         if checked.refused:
-            raise _refusal(job)
+            raise refusal(job.safety, None)
         job.status = "in_progress"
         settings = self.evolve.model_copy(update={"budget": job.budget})
         # As `/v1/videos` has it, which finds the videos again by query, prompt and seed 0.
@@ -257,7 +256,7 @@ class RefinementJobs(JobRunner[StoredRefinement]):
             own = await self.optimiser.fall_back(checked)
             job.prompt, job.safety = own.prompt, own.safety
             if own.prompt is None:
-                raise _refusal(job)
+                raise refusal(job.safety, None)
         if job.prompt is None:
             raise ApiError(500, f"no prompt was found: {job.fault}; see the trace", code="no_prompt")
         job.changed = job.prompt != job.query
@@ -279,10 +278,6 @@ def _chat(model: ChatModel, key: str, store: str) -> OpenAIChat:
     client.read_key()
     answers = Answers(model.endpoint.answers or join(store, "answers"), store)
     return OpenAIChat(model, client, answers, account)
-
-
-def _refusal(job: StoredRefinement) -> ApiError:
-    return ApiError(400, f"refused by the safety gate: {job.safety.reason}", code="content_filter")
 
 
 class RefineDesk:

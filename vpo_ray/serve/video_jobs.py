@@ -20,9 +20,9 @@ from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Render, Reward, Serve
 from vpo_ray.records import query_id
 from vpo_ray.serve.errors import ApiError, explained
-from vpo_ray.serve.images import AttachedImage, check_film, digest_of, stored_image
+from vpo_ray.serve.images import AttachedImage, check_film, digest_of, refuse_other_images, stored_image
 from vpo_ray.serve.job_files import JobFiles, JobRunner, JobState, tried
-from vpo_ray.serve.optimiser import build_optimiser
+from vpo_ray.serve.optimiser import build_optimiser, refusal
 from vpo_ray.serve.optimize_schema import IMAGE, Image64, SafetyOutcome, engine_fields, separate
 from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, read_json
 
@@ -97,7 +97,9 @@ class AskedVideo(NamedTuple):
 def parse_video(body: bytes, settings: Serve) -> AskedVideo:
     """Raises ApiError as `parse_optimize` does, and 400 for an image, or none, as the video model has it."""
     try:
-        request = VideoRequest.model_validate(read_json(body))
+        value = read_json(body)
+        refuse_other_images(value)
+        request = VideoRequest.model_validate(value)
     except ValidationError as error:
         raise explained(error, 422) from None
     check_model(request.model, settings)
@@ -210,7 +212,7 @@ class VideoJobs(JobRunner[StoredJob]):
             result = await self.optimiser(query, fields, job.id, flags, image=image)
         job.prompt, job.safety, job.fallback = result.prompt, result.safety, result.fallback
         if result.safety.outcome == "refused":
-            raise ApiError(400, f"refused by the safety gate: {result.safety.reason}", code="content_filter")
+            raise refusal(result.safety, None)
         job.status = "in_progress"
         await asyncio.to_thread(self.jobs.write, job)
         # The seed of a video follows from the query's id; here the caller's seed is part of the id.
