@@ -142,6 +142,50 @@ def test_other_servers_may_hand_over_parts(saved: Callable[..., str], tmp_path: 
     assert by_transformers(tmp_path / "out", parts) == by_transformers(tmp_path / "out", "a cat\nat night")
 
 
+OPENED = "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>' }}{% endif %}"
+
+
+@pytest.mark.parametrize("form", [PLAIN, PLAIN + "\n", PARTS, named(default=PLAIN, other="x")])
+def test_a_template_that_does_not_open_the_answer_is_completed(
+    saved: Callable[..., str], tmp_path: Path, form: Any
+) -> None:
+    """Else the policy writes the heading of its turn into every prompt."""
+
+    def cut(text: str) -> str:
+        assert OPENED in text
+        return text.replace(OPENED, "")
+
+    closed = cut(form) if isinstance(form, str) else [{**one, "template": one["template"]} for one in form]
+    if isinstance(closed, list):
+        closed[0]["template"] = cut(closed[0]["template"])
+    tokenizer = load_tokenizer(saved(closed), TASK)
+    expected = f"<|bos|><|head|>user<|/head|>{SHOWN}<|end|><|head|>assistant<|/head|>"
+    assert shown(tokenizer) == expected
+    assert tokenizer.decode(end_of_turn(tokenizer, TASK)) == "<|end|>"
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert shown(load_tokenizer(str(tmp_path / "out"))) == expected
+    judge = load_chat_tokenizer(saved(closed))
+    assert judge.decode(chat_ids(judge, [{"role": "user", "content": "a"}])).endswith("assistant<|/head|>")
+
+
+@pytest.mark.parametrize(
+    ("turn", "end"),
+    [
+        ("{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content }}", ""),
+        ("{% if m.role == 'user' %}{{ m.content }}{% else %}{{ raise_exception('no') }}", ""),
+        ("{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% else %}{{ ' BOT: ' + m.content }}", " BOT:"),
+    ],
+)
+def test_only_what_stands_before_every_answer_is_added(
+    saved: Callable[..., str], turn: str, end: str
+) -> None:
+    template = f"{{% for m in messages %}}{turn}{{% endif %}}{{% endfor %}}"
+    tokenizer = load_chat_tokenizer(saved(template))
+    asked = str(tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "a cat"}])))
+    own = {"": ("[INST] a cat [/INST]", "a cat"), " BOT:": ("USER: a cat BOT:",)}[end]
+    assert asked in own
+
+
 LOSING = {
     "nothing of a user": PLAIN.replace("for m in messages", "for m in messages if m.role == 'system'"),
     "all but the last": PLAIN.replace("for m in messages", "for m in messages[:-1]"),

@@ -13,7 +13,12 @@ from vpo_ray.prompts.policy_prompt import (
     is_folded,
     neutralise,
 )
-from vpo_ray.prompts.template_arguments import has_arguments, unknown_arguments, with_arguments
+from vpo_ray.prompts.template_arguments import (
+    has_arguments,
+    literal,
+    unknown_arguments,
+    with_arguments,
+)
 from vpo_ray.storage.model_cache import fetch
 
 # Prepended to a template that takes content only as a list of parts.
@@ -35,7 +40,7 @@ def load_chat_tokenizer(
     """A tokenizer with one chat template, checked to pass user text unchanged.
 
     Of several named templates it is `default`. One that takes content only as a list of parts is given such
-    a list.
+    a list, and one that does not open the answer's turn when it is asked to is completed.
 
     Args:
         model: a local folder, URI or hub id.
@@ -123,15 +128,43 @@ def _proven(model: str, tokenizer: Any, task_prompt: str) -> str:
     """The tokenizer's template, with the task prompt if given, in a form that shows the query."""
     own = tokenizer.chat_template
     before, after = task_prompt.split(SLOT) if task_prompt.count(SLOT) == 1 else ("", "")
-    forms = [fold_task_prompt(form, task_prompt) if task_prompt else form for form in (own, _PARTS + own)]
     refused: list[PromptError] = []
-    for form in forms:
+    for shape in (own, _PARTS + own):
+        opened = _opening_answer(tokenizer, shape)
+        form = fold_task_prompt(opened, task_prompt) if task_prompt else opened
         try:
             _prove(model, tokenizer, form, before, after)
             return form
         except PromptError as error:
             refused.append(error)
     raise refused[0]
+
+
+def _opening_answer(tokenizer: Any, template: str) -> str:
+    """The template, with what it puts before every answer also where an answer is asked for
+    (`add_generation_prompt`): some do without, and the model would write that heading itself."""
+    answer = "vpo-ray-answer"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+
+    def rendered(messages: Sequence[Mapping[str, str]], form: str, asks: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=form, add_generation_prompt=asks, tokenize=False
+            )
+        )
+
+    try:
+        told, asked = (rendered(turns[:1], template, asks) for asks in (False, True))
+        before, found, _ = rendered(turns, template, False).partition(answer)
+        heading = before.removeprefix(told).rstrip(" ")
+        if told != asked or not found or not before.startswith(told) or not heading.strip():
+            return template
+        # Jinja drops one line feed at the end of a template.
+        ending = f"{{% if add_generation_prompt %}}{{{{ {literal(heading)} }}}}{{% endif %}}"
+        opened = template.removesuffix("\n") + ending
+        return opened if rendered(turns[:1], opened, True) == told + heading else template
+    except Exception:  # a template is somebody else's program, and this one has no answers
+        return template
 
 
 def _prove(model: str, tokenizer: Any, template: str, before: str, after: str) -> None:
