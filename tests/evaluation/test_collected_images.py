@@ -135,6 +135,12 @@ def test_a_run_takes_pairs_with_their_images(store: FeedbackTables, tmp_path: Pa
     assert images_of(RunDir(other.out)).read(image_name(BLUE)) == BLUE
 
 
+def test_a_folder_without_pairs_is_not_passed_over(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tmp_path / "typo")
+    with pytest.raises(LoopError, match=r"pair\.also: .*typo/pairs holds no pairs"):
+        make_pairs(recipe, RunDir(recipe.out))
+
+
 def test_pairs_with_images_are_for_a_recipe_that_has_some(store: FeedbackTables, tmp_path: Path) -> None:
     live = tmp_path / "live"
     collect(store.uri, str(live))

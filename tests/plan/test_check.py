@@ -1,5 +1,6 @@
 """A recipe that names what is not there is refused, with every problem at once."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,66 @@ def test_files_of_prompt_a_videos_rewards_are_looked_for(tiny: dict[str, Any], t
         f"more_rewards.mps.model: no such folder: {gone}",
         f"more_rewards.vs.options.query_prompt: no such file: {gone}",
     ]
+
+
+def test_what_an_evaluation_asks_and_reads_is_looked_for(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2)
+    (tmp_path / "critique.txt").write_text("{query}")
+    gone = {"model": str(tmp_path / "gone")}
+    shown = {"kind": "few_shot", "examples": str(tmp_path / "two.jsonl"), "llm": gone}
+    found = problems(
+        tiny,
+        evaluate__judge={**gone, "critique_prompt": str(tmp_path / "critique.txt")},
+        evaluate__guard=gone,
+        evaluate__prefer_prompts={"llm": gone},
+        evaluate__policies={"query": {"kind": "query"}, "shown": shown},
+        evaluate__required_words=tmp_path / "none.txt",
+        evaluate__unsafe_words=tmp_path / "empty.txt",
+    )
+    told = {line.partition(": ")[0]: line for line in found}
+    assert all("no such folder" in line for key, line in told.items() if key.endswith(".model"))
+    assert sorted(told) == [
+        "evaluate.guard.model",
+        "evaluate.judge.critique_prompt",
+        "evaluate.judge.model",
+        "evaluate.policies.shown.llm.model",
+        "evaluate.policies.shown.shots 3",
+        "evaluate.prefer_prompts.llm.model",
+        "evaluate.required_words",
+        "evaluate.unsafe_words",
+    ]
+
+
+def test_further_pairs_are_looked_for(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A run would go on without them."""
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "empty"):
+        told = f"pair.also: {tmp_path / name} holds no pairs"
+        assert problems(tiny, pair__also=tmp_path / name) == [told]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({}, None),
+        ({"profile": "short"}, None),
+        ({"profile": "long"}, "row 1 names the profile 'long'"),
+        ({"profile": "short", "prompt": "one two three"}, "does not meet its profile short"),
+    ],
+)
+def test_profiles_of_sft_data_are_looked_at(
+    tiny: dict[str, Any], tmp_path: Path, row: dict[str, str], says: str | None
+) -> None:
+    (tmp_path / "s.jsonl").write_text(json.dumps({"query": "a", "prompt": "b", **row}) + "\n")
+    changes: dict[str, Any] = {
+        "sft__data": tmp_path / "s.jsonl",
+        "sft__profile_column": "profile",
+        "profiles__short": "{share: 0.5, max_words: 2}",
+    }
+    if says is None:
+        check_recipe(recipe(tiny, **changes))
+        (tmp_path / "s.csv").write_text("query,prompt\na,b\n")
+        changes["sft__data"], says = tmp_path / "s.csv", "no column 'profile'"
+    [line] = problems(tiny, **changes)
+    assert says in line

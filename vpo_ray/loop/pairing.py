@@ -78,11 +78,14 @@ def _further(recipe: Recipe, also: str, run: RunDir) -> Iterator[Row]:
     """The pairs of another folder, once their images, in `images/` beside it or of its run, are in the run's.
 
     Raises:
-        LoopError: what is there is no such image, or nothing says what the policy is to do with it.
+        LoopError: there are no pairs, what is there is no such image, or nothing says what the policy is to
+            do with it.
         StorageError: an image is not there, or cannot be read.
     """
     theirs, ours = images_of(RunDir(parent_of(also))), images_of(run)
     pairs = Table(also, PAIR, "pair_id")
+    if not pairs.parts():
+        raise LoopError(f"pair.also: {also} holds no pairs: name the folder `pairs` that `vpo collect` made")
     names = {name for batch in pairs.batches(["image"]) for name in batch.column(0).to_pylist()} - {None}
     if names and recipe.queries.image_column is None and recipe.policy.images == "show":
         raise LoopError(

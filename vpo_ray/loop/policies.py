@@ -66,7 +66,7 @@ def training_rows(recipe: Recipe, run: RunDir) -> list[Row]:
     if recipe.sft.data is not None:
         columns = recipe.sft.profile_column, recipe.sft.image_column
         found = sft_rows(recipe.sft.data, "sft.data", *columns)
-        return list(_with_profiles(recipe, _with_images(recipe, run, found)))
+        return list(with_profiles(recipe, _with_images(recipe, run, found)))
     rows = list(draft_rows(run))
     if not rows:
         raise LoopError(f"{run.at('drafts')} holds nothing to train on: run `vpo draft` first")
@@ -109,7 +109,7 @@ def _taken(
     return dict(zip(named, found, strict=True))
 
 
-def _with_profiles(recipe: Recipe, rows: Iterable[Row]) -> Iterator[Row]:
+def with_profiles(recipe: Recipe, rows: Iterable[Row]) -> Iterator[Row]:
     """SFT rows with the conditions of the profiles that they name.
 
     Raises:

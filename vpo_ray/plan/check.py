@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vpo_ray.engines.reward import checklist as checklists
+from vpo_ray.files.folder import StorageError
 from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
+from vpo_ray.loop.policies import LoopError, with_profiles
 from vpo_ray.plan import models
 from vpo_ray.plan.dimensions import fitness_problems, formula_problems
 from vpo_ray.plan.images import image_problems
@@ -31,8 +33,10 @@ from vpo_ray.recipe import (
     Reward,
     Rules,
     Serve,
+    Sft,
     plugins,
 )
+from vpo_ray.records import PAIR
 from vpo_ray.serve.keys import KeyFileError, KeyRing
 from vpo_ray.stages.curate import InputError, RulesError
 from vpo_ray.stages.curate.rules import check_rules
@@ -40,6 +44,7 @@ from vpo_ray.stages.evolve import COUNT, HISTORY
 from vpo_ray.stages.few_shot import EXAMPLES
 from vpo_ray.stages.gate import gate_problems
 from vpo_ray.storage.sft_data import sft_rows
+from vpo_ray.storage.tables import Table
 
 TEXT = "{text}"  # the slot of prompts that ask for a verdict on a text
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -145,13 +150,16 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
             continue
         yield from (f"{key}: {name} needs the slot {slot} once" for slot in slots if text.count(slot) != 1)
     if recipe.sft is not None and recipe.sft.data != EVOLVED:
-        yield from _sft_data(recipe.sft.data, recipe.sft.image_column)
+        yield from _sft_data(recipe, recipe.sft)
     if recipe.draft is not None:
         yield from _draft(recipe.draft)
     yield from _keywords(recipe.queries.rules)
     yield from _serving(recipe.serve)
+    if recipe.pair.also is not None:
+        yield from _further_pairs(recipe.pair.also)
     if recipe.evaluate is not None:
         yield from _sets(recipe.evaluate)
+        yield from _asked_in_evaluation(recipe.evaluate)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
@@ -165,6 +173,8 @@ def _evaluated_prompts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], s
         preference = getattr(recipe.evaluate, key)
         if preference is not None and preference.question is not None:
             yield f"evaluate.{key}.question", slots, preference.question
+    if recipe.evaluate.judge is not None:
+        yield "evaluate.judge.critique_prompt", (SLOT, "{prompt}"), recipe.evaluate.judge.critique_prompt
     for name, policy in recipe.evaluate.policies.items():
         if policy.prompt is not None:
             slots = (SLOT, EXAMPLES) if policy.kind == "few_shot" else (SLOT,)
@@ -227,8 +237,9 @@ def _lora(settings: Lora) -> Iterator[str]:
         yield f"render.lora.path: no such file or folder: {settings.path}"
 
 
-def _sft_data(path: str | None, image: str | None) -> Iterator[str]:
+def _sft_data(recipe: Recipe, sft: Sft) -> Iterator[str]:
     """Every row is read: one that cannot be would end a run where its training begins."""
+    path = sft.data
     if path is None or _elsewhere(path):
         return
     absent = [] if glob.has_magic(path) or _here(path).is_dir() else list(_file("sft.data", path))
@@ -236,9 +247,10 @@ def _sft_data(path: str | None, image: str | None) -> Iterator[str]:
     if absent:
         return
     try:
-        if sum(1 for _ in sft_rows(path, image=image)) == 0:
+        rows = sft_rows(path, "sft.data", sft.profile_column, sft.image_column)
+        if sum(1 for _ in with_profiles(recipe, rows)) == 0:
             yield f"sft.data {path}: it holds no rows"
-    except InputError as error:
+    except (InputError, LoopError) as error:
         yield str(error)
 
 
@@ -276,19 +288,55 @@ def _sets(settings: Evaluation) -> Iterator[str]:
                 yield str(error)
 
 
-def _draft(settings: Draft) -> Iterator[str]:
-    found = _here(settings.examples).is_dir() or glob.has_magic(settings.examples)
-    absent = [] if found else list(_file("draft.examples", settings.examples))
-    yield from absent
-    if absent or _elsewhere(settings.examples):
+def _asked_in_evaluation(settings: Evaluation) -> Iterator[str]:
+    """What an evaluation asks and shows beside the run's own: LLMs, examples and lists of words."""
+    llms = {"judge": settings.judge, "guard": settings.guard}
+    for name in ("prefer_prompts", "prefer_videos"):
+        if (preference := getattr(settings, name)) is not None:
+            llms[f"{name}.llm"] = preference.llm
+    llms |= {f"policies.{name}.llm": policy.llm for name, policy in settings.policies.items()}
+    for name, llm in llms.items():
+        if llm is not None:
+            yield from _chat_model(f"evaluate.{name}", llm)
+    for name, policy in settings.policies.items():
+        if policy.examples is not None:
+            yield from _examples(f"evaluate.policies.{name}", policy.examples, policy.shots)
+    for name in ("required_words", "unsafe_words"):
+        path = getattr(settings, name)
+        if path is not None and not _elsewhere(path):
+            try:
+                KeywordList.read(path)
+            except KeywordFileError as error:
+                yield f"evaluate.{name}: {error}"
+
+
+def _further_pairs(path: str) -> Iterator[str]:
+    if _elsewhere(path):
         return
     try:
-        count = sum(1 for _ in sft_rows(settings.examples, "draft.examples"))
+        if not Table(_here(path), PAIR, "pair_id").parts():
+            yield f"pair.also: {path} holds no pairs"
+    except StorageError as error:
+        yield f"pair.also: {error}"
+
+
+def _draft(settings: Draft) -> Iterator[str]:
+    yield from _examples("draft", settings.examples, settings.shots)
+
+
+def _examples(key: str, path: str, shots: int) -> Iterator[str]:
+    found = _here(path).is_dir() or glob.has_magic(path)
+    absent = [] if found else list(_file(f"{key}.examples", path))
+    yield from absent
+    if absent or _elsewhere(path):
+        return
+    try:
+        count = sum(1 for _ in sft_rows(path, f"{key}.examples"))
     except InputError as error:
         yield str(error)
         return
-    if count < settings.shots:
-        yield f"draft.shots {settings.shots}: {settings.examples} has {count} examples only"
+    if count < shots:
+        yield f"{key}.shots {shots}: {path} has {count} examples only"
 
 
 def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str]:
