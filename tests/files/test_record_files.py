@@ -222,3 +222,40 @@ def test_a_bad_row_of_sft_data_is_named(tmp_path: Path, line: str | bytes, says:
     (tmp_path / "s.jsonl").write_bytes(jsonl(ROWS[:1]) + raw + b"\n")
     with pytest.raises(InputError, match=rf"sft.data .*s\.jsonl: {says}"):
         read(tmp_path / "s.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_json_lines_of_another_encoding_in_a_file_called_json(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "s.json").write_bytes(jsonl(ROWS).decode().encode(encoding))
+    assert read(tmp_path / "s.json") == TEXTS
+
+
+def test_a_time_that_python_cannot_have_costs_its_row(tmp_path: Path) -> None:
+    far = pa.array([0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"query": ["a", "b"], "unsafe": far, "day": far}), tmp_path / "q.parquet")
+    made = curate(Queries(path=str(tmp_path / "q.parquet"), column="day"))
+    assert made.counts() == {"not text": 2}
+    made = curate(Queries(path=str(tmp_path / "q.parquet"), unsafe_columns=["unsafe"]))
+    assert made.counts() == {"bad unsafe label": 2}
+    names = pa.ListArray.from_arrays([0, 1], pa.array([b"\xff"]).view(pa.string()))
+    pq.write_table(pa.table({"query": names}), tmp_path / "l.parquet")
+    assert curate(Queries(path=str(tmp_path / "l.parquet"))).counts() == {"invalid UTF-8": 1}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_quotation_mark_that_nothing_closes_costs_its_row(tmp_path: Path, ending: str) -> None:
+    comma = "," if ending == "csv" else "\t"
+    for count in (3, 5000):  # within and beyond the longest field
+        lines = [f"query number {number}{comma}x" for number in range(count)]
+        lines[1] = f'"an inch of 5{comma}x'
+        path = tmp_path / f"{count}.{ending}"
+        path.write_text("\n".join([f"query{comma}more", *lines, ""]), "utf-8")
+        made = curate(Queries(path=str(path)))
+        assert made.counts() == {"dpo": count - 1, "not CSV": 1}
+        assert made.rows["text"].to_pylist()[1].startswith('"an inch of 5')
+
+
+def test_lines_of_a_text_that_is_cut_off_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text('id,query\n1,"a\nb"\n2,"first line\nsecond line\nthird', "utf-8")
+    made = curate(Queries(path=str(tmp_path / "q.csv")))
+    assert made.counts() == {"dpo": 1, "not CSV": 3}

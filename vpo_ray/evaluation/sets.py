@@ -287,7 +287,9 @@ def _with_images(
 
 
 def _category(value: Any) -> str | None:
-    return None if value is None or not str(value).strip() else normalise(str(value))
+    if value is None or isinstance(value, Unreadable) or not str(value).strip():
+        return None
+    return normalise(str(value))
 
 
 def _vbench(key: str, settings: EvaluatedSet) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import codecs
 import csv
 import io
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -181,7 +181,8 @@ def _json(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
             raw.decode(json.detect_encoding(raw), "surrogateescape"), object_pairs_hook=_mapping
         )
     except (ValueError, RecursionError) as error:
-        if raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        mark, encoding = encoding_of(raw)
+        if raw[len(mark) :].decode(encoding, "ignore").lstrip().startswith("{"):
             # Many JSONL files are called .json.
             yield from _jsonl(io.BytesIO(raw), columns)
             return
@@ -198,19 +199,55 @@ def _json(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
 
 def _csv(stream: BinaryIO, columns: Sequence[str], delimiter: str = ",") -> Iterator[Any]:
     # Bytes that are not UTF-8 become lone surrogates, as in `_json`.
-    text = io.TextIOWrapper(_utf8(stream), "utf-8", "surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter)
-    positions = _positions(columns, next(rows, []))
+    lines = _CsvLines(io.TextIOWrapper(_utf8(stream), "utf-8", "surrogateescape", newline=""))
+    rows = csv.reader(lines, delimiter=delimiter)
+    header = next(rows, [])
+    positions = _positions(columns, header)
     while True:
+        again = lines.begin()
         try:
             row = next(rows, None)
+            whole = not lines.cut
         except csv.Error:
-            yield Unreadable("not CSV")
-            continue
+            row, whole = [], False
         if row is None:
             return
-        if row:
+        if not whole or (again and row and len(row) != len(header)):
+            yield Unreadable("not CSV", lines.give_back())
+        elif row:
             yield tuple(row[position] if position < len(row) else None for position in positions)
+
+
+class _CsvLines:
+    """The lines of a CSV file. A quotation mark that nothing closes takes all lines behind it into its row,
+    so those of a row that cannot be read are given back: the first alone is lost."""
+
+    def __init__(self, text: Iterable[str]) -> None:
+        self._text, self._again = iter(text), deque[str]()
+        self._row: list[str] = []
+        self.cut = False  # the file ends within a row of several lines
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._text, None)
+        if line is None:
+            self.cut = len(self._row) > 1
+            raise StopIteration
+        self._row.append(line)
+        return line
+
+    def begin(self) -> bool:
+        """A row begins; whether its first line was given back."""
+        self._row, self.cut = [], False
+        return bool(self._again)
+
+    def give_back(self) -> bytes:
+        """Give back the lines of this row but the first, which is returned."""
+        first, *others = self._row
+        self._again.extendleft(reversed(others))
+        return first.encode("utf-8", "surrogateescape")
 
 
 def _tsv(stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:
@@ -273,7 +310,7 @@ def _python(array: pa.Array) -> list[Any]:
         if pa.types.is_binary(array.type) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
             return array.cast(pa.large_string()).to_pylist()
         return array.to_pylist()
-    except (UnicodeDecodeError, pa.ArrowInvalid):
+    except (ValueError, OverflowError):
         return [_scalar(value) for value in array]
 
 
@@ -282,7 +319,10 @@ def _scalar(value: pa.Scalar) -> Any:
         found = value.as_py()
         return found.decode("utf-8") if isinstance(found, bytes) else found
     except UnicodeDecodeError:
-        return Unreadable(INVALID, value.as_buffer().to_pybytes())
+        raw = value.as_buffer() if hasattr(value, "as_buffer") else None  # a list has none
+        return Unreadable(INVALID, raw.to_pybytes() if raw is not None else b"")
+    except (ValueError, OverflowError):  # a time that Python has no value for
+        return Unreadable("not text")
 
 
 # Readers by the ending of a file's name.
