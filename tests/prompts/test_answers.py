@@ -36,12 +36,22 @@ OTHER = json.dumps({"verdict": "no", "why": "an example"})
         f"%s\nIt is of the schema {json.dumps(SCHEMA)}",
         "<answer>%s</answer>",
         "{{%s}",
+        "[1, 2,] and %s",
     ],
 )
 def test_the_object_is_found(form: str) -> None:
     for why in ('it is {so} ["so"]', "the request says </think>", "the request says <think>[THINK]"):
         good = json.dumps({"verdict": "yes", "why": why})
         assert json.loads(find_object(form.replace("%s", good), SCHEMA)) == json.loads(good)
+
+
+@pytest.mark.parametrize("form", ["%s", "```json\n%s\n```", '<think>{"a": [1,],}</think>\nSo: %s Bye,'])
+def test_a_comma_behind_the_last_item_is_no_fault(form: str) -> None:
+    """Else an answer is paid for twice, and its row is lost."""
+    listed = {**SCHEMA, "properties": {**SCHEMA["properties"], "more": {"type": "array"}}}
+    said = form.replace("%s", '{"verdict": "yes", "more": ["a,]", "b, }" ,\n ], "why": "so, }",\n}')
+    expected = {"verdict": "yes", "more": ["a,]", "b, }"], "why": "so, }"}
+    assert json.loads(find_object(said, listed)) == expected
 
 
 def test_an_object_that_was_encoded_twice_is_found() -> None:

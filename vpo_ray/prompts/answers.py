@@ -7,6 +7,7 @@ sentences is an answer too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ _IN_WORDS = (
     "JSON schema: "
 )
 _DECODER = json.JSONDecoder(strict=False)
+# A string, or a comma that nothing follows in its list or object: many models write one.
+_STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])', re.DOTALL)
 
 
 class AnswerError(ValueError):
@@ -67,7 +70,17 @@ def parse_object(text: str, properties: dict[str, Any]) -> dict[str, Any]:
 
 def find_object(text: str, schema: Schema) -> str:
     """The JSON object of a schema in an answer: all of it, or the last such object outside its thoughts.
-    If there is none, the text without thoughts, whose `schema_fault` says why."""
+    A comma behind the last item of a list or object is no fault. If there is none, the text without thoughts,
+    whose `schema_fault` says why."""
+    found = _found(text, schema)
+    if schema_fault(found, schema) is None:
+        return found
+    mended = _STRING_OR_COMMA.sub(lambda part: part[0] if part[0] != "," else "", text)
+    again = _found(mended, schema) if mended != text else found
+    return again if schema_fault(again, schema) is None else found
+
+
+def _found(text: str, schema: Schema) -> str:
     if schema_fault(text, schema) is None:
         return text
     inner = _quoted(text)
