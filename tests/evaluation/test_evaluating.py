@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vpo_ray.evaluation.evaluate import Evaluated, evaluate
+from vpo_ray.evaluation.grid import in_full
 from vpo_ray.evaluation.sets import SetError
 from vpo_ray.loop.ledger import reconcile
 from vpo_ray.loop.opening import open_run
@@ -121,3 +122,14 @@ def test_no_query_of_the_eval_split(recipe: Recipe) -> None:
     with pytest.raises(SetError, match=r"no query of the eval split: give queries\.splits\.eval a share"):
         evaluate(recipe.model_copy(update={"evaluate": None}), run)
     assert not RunDir(recipe.out).exists("evaluation.json")
+
+
+def test_a_further_video_model_has_a_store_of_its_own(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    tiny = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
+    other = {"kind": "openai", "model": "m", "store": str(tmp_path / "theirs")}
+    recipe = load(tiny, [f"out={run.uri}", f"evaluate.transfer.other={json.dumps(other)}"])
+    assert recipe.evaluate is not None
+    transfer = recipe.evaluate.transfer["other"]
+    assert in_full(transfer, recipe, run).store == str(tmp_path / "theirs")
+    assert in_full(transfer.model_copy(update={"store": None}), recipe, run).store == run.at("videos")

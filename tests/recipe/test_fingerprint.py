@@ -239,9 +239,15 @@ def test_an_interrupted_curation_of_other_input_leaves_no_query(tmp_path: Path) 
     assert {row["query"] for row in run.table("queries").rows()} == {"a cat", "a dog"}
 
 
-def test_input_that_changes_after_curation_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("words", ["null", "words.txt", "file:words.txt"])
+def test_input_that_changes_after_curation_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, words: str
+) -> None:
     (tmp_path / "q.txt").write_text("a cat\na dog\n")
-    recipe = load(TINY, [f"out={tmp_path / 'run'}", f"queries.path={tmp_path / 'q.txt'}"])
+    (tmp_path / "words.txt").write_text("cow bell\n")
+    words = words.replace("file:", "file://").replace("words.txt", f"{tmp_path}/words.txt")
+    sets = [f"out={tmp_path / 'run'}", f"queries.path={tmp_path / 'q.txt'}"]
+    recipe = load(TINY, [*sets, f"queries.rules.keywords={words}"])
     run = opening.open_run(recipe)
     for _ in range(2):
         phases.curate_queries(recipe, run)

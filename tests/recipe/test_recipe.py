@@ -248,6 +248,16 @@ def test_a_key_that_would_do_nothing_is_refused_by_name(override: str, says: str
     assert says in str(caught.value)
 
 
+def test_a_limit_of_cost_holds_for_services_that_an_evaluation_asks() -> None:
+    service = {"kind": "openai", "model": "m", "endpoint": {"video_price": 0.5}}
+    evaluated = {"policies": ["query"], "transfer": {"other": service}}
+    given = tree(evaluate=evaluated, limits={"max_cost": 5})
+    assert parse(given, "x").limits.max_cost == 5
+    service["strategy"] = "adaptive"
+    with pytest.raises(RecipeError, match="strategy has no effect in transfer"):
+        parse(given, "x")
+
+
 def test_a_run_of_an_earlier_version_goes_on() -> None:
     """It stored the keys of both phases in each."""
     stored = load(TINY).dump()

@@ -78,12 +78,10 @@ def videos(
     Raises:
         PlacementError, GenerationError: see `pipeline.generate`.
     """
-    store = recipe.render.store or run.at("videos")
-    settings = render.model_copy(update={"store": store, "strategy": "all", "preview": None})
     own = seeded(recipe, seed).model_copy(
         update={
             "gate": None,
-            "render": settings,
+            "render": in_full(render, recipe, run),
             "more_rewards": {**recipe.more_rewards, **rewards},
             "evaluate": None,
         }
@@ -94,6 +92,12 @@ def videos(
     rows = ({**row, "verdict": "aligned"} for row in _rows(prompts))
     folder = through(own, run, ("render", "score"), rows, retry_errors)
     return {row["candidate_id"]: row for row in folder.table("feedback").rows()}
+
+
+def in_full(render: Render, recipe: Recipe, run: RunDir) -> Render:
+    """The settings by which all prompts are rendered, with a video store: their own, or the run's."""
+    store = render.store or recipe.render.store or run.at("videos")
+    return render.model_copy(update={"store": store, "strategy": "all", "preview": None})
 
 
 def _conditions(query: Row) -> Row:

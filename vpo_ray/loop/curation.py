@@ -80,7 +80,8 @@ def _inputs(recipe: Recipe) -> dict[str, str]:
     rules = recipe.queries.rules
     try:
         files = [file for file in query_files(recipe.queries) if file.root is None]
-        paths = [file.path for file in files] + ([rules.keywords] if rules.keywords else [])
+        paths = [file.path for file in files]
+        paths += [rules.keywords] if rules.keywords and "://" not in rules.keywords else []
         return {path: content_id(sampled(Path(path).expanduser()), digits=12) for path in paths}
     except (InputError, OSError):
         return {}

@@ -303,11 +303,12 @@ class Recipe(Section):
             rewards += self.evaluate.rewards.values()
         asked = [llm.endpoint for llm in llms if llm.backend == "openai"]
         asked += [reward.endpoint for reward in rewards if reward.kind == "openai" or reward.is_plugin]
-        priced = any(e.prompt_price or e.completion_price for e in asked) or self.render.endpoint.cost
-        if self.limits.max_cost is not None and not priced:
+        renders = [self.render, *(self.evaluate.transfer.values() if self.evaluate is not None else ())]
+        priced = [e.prompt_price or e.completion_price for e in asked] + [r.endpoint.cost for r in renders]
+        if self.limits.max_cost is not None and not any(priced):
             raise ValueError(
                 "limits.max_cost has no effect: no endpoint that this recipe asks has a prompt_price or a "
-                "completion_price, and render.endpoint no video_price or second_price"
+                "completion_price, and no video service a video_price or second_price"
             )
         return self
 

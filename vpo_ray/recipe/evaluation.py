@@ -175,7 +175,7 @@ class Evaluation(Section):
                 if not _NAME.fullmatch(name):
                     raise ValueError(f"{key}: {name!r} is no name: use letters, digits, - _ and .")
         for render in self.transfer.values():
-            refuse_unused(render, "preview", "in transfer, whose videos are all rendered in full")
+            refuse_unused(render, "preview strategy", "in transfer, whose videos are all rendered in full")
         if not self.sets:
             raise ValueError("sets: name at least one")
         if not self.videos:

@@ -171,7 +171,10 @@ def test_a_template_that_does_not_open_the_answer_is_completed(
 @pytest.mark.parametrize(
     ("turn", "end"),
     [
-        ("{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content }}", ""),
+        (
+            "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content }}",
+            "",
+        ),
         ("{% if m.role == 'user' %}{{ m.content }}{% else %}{{ raise_exception('no') }}", ""),
         ("{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% else %}{{ ' BOT: ' + m.content }}", " BOT:"),
     ],

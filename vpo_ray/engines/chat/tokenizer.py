@@ -163,7 +163,7 @@ def _opening_answer(tokenizer: Any, template: str) -> str:
         ending = f"{{% if add_generation_prompt %}}{{{{ {literal(heading)} }}}}{{% endif %}}"
         opened = template.removesuffix("\n") + ending
         return opened if rendered(turns[:1], opened, True) == told + heading else template
-    except Exception:  # a template is somebody else's program, and this one has no answers
+    except Exception:  # noqa: BLE001  a template is somebody else's program, and this one has no answers
         return template
 
 
