@@ -166,3 +166,42 @@ def test_answers_are_forgotten_by_id_and_by_age(
 def test_a_store_that_is_empty_gives_nothing(tmp_path: Path) -> None:
     figures = collect(str(tmp_path / "store"), str(tmp_path / "live"))
     assert (figures["answers"], figures["pairs"], figures["checkpoints"]) == (0, 0, {})
+
+
+def test_a_folder_that_was_not_collected_is_told_before_anything_is_forgotten(
+    store: FeedbackTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that is mistyped would leave the data in the folder that was meant."""
+    live, typo = str(tmp_path / "live"), str(tmp_path / "lvie")
+    assert main(["collect", store.uri, "--to", live]) == 0
+    assert main(["forget", store.uri, "--key", "studio", "--collected", live, "--collected", typo]) != 0
+    assert "lvie" in capsys.readouterr().err
+    assert not Path(typo).exists()
+    assert "studio" in {row["key"] for row in store.answers.rows()}
+
+
+@pytest.mark.parametrize("command", [["collect", "--to", "live"], ["forget", "--key", "studio"]])
+def test_a_store_that_is_not_there_is_told(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], "feedbakc", *command[1:]]) != 0
+    assert "feedbakc: no such folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["run", "store"])
+def test_collected_data_replaces_no_run_and_no_store(
+    store: FeedbackTables, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / which
+    if which == "run":
+        there.mkdir()
+        (there / "recipe.yaml").write_text("out: run\n")
+    image = there / "images" / f"{'a' * 64}.png"
+    image.parent.mkdir()
+    image.write_bytes(b"an image of the run, or of a row that came meanwhile")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["collect", store.uri, "--to", str(there)]) != 0
+    assert "give a folder of its own" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from vpo_ray.cli.videos import age
@@ -47,7 +48,7 @@ def add_forget(parser: argparse.ArgumentParser) -> None:
 def _collect(arguments: argparse.Namespace) -> int:
     from vpo_ray.evaluation.live import collect
 
-    figures = collect(arguments.store, arguments.to)
+    figures = collect(_store(arguments.store), arguments.to)
     if arguments.json:
         sys.stdout.write(json.dumps(figures) + "\n")
         return 0
@@ -72,13 +73,28 @@ def _lines(figures: dict[str, Any], folder: str) -> list[str]:
 
 
 def _forget(arguments: argparse.Namespace) -> int:
-    from vpo_ray.evaluation.live import collect
+    from vpo_ray.evaluation.live import collect, is_collected
+    from vpo_ray.files.folder import StorageError
     from vpo_ray.storage.feedback_tables import FeedbackTables
 
+    store = _store(arguments.store)
+    for folder in arguments.collected:
+        if not is_collected(folder):
+            raise StorageError(f"--collected {folder}: nothing was collected there; nothing is forgotten yet")
     before = time.time() - arguments.older_than.total_seconds() if arguments.older_than else None
     answer = arguments.answer.partition(".")[0] if arguments.answer else None
-    rows, images = FeedbackTables(arguments.store).forget(arguments.key, answer, before)
+    rows, images = FeedbackTables(store).forget(arguments.key, answer, before)
     for folder in arguments.collected:
-        collect(arguments.store, folder)
+        collect(store, folder)
     sys.stdout.write(f"{arguments.store}: {rows} rows and {images} images are gone\n")
     return 0
+
+
+def _store(name: str) -> str:
+    """The store as it was given. Raises StorageError where it is a folder of this machine, and not there."""
+    from vpo_ray.files.folder import Folder, StorageError
+
+    folder = Folder(name)
+    if folder.is_local and not Path(folder.path).is_dir():
+        raise StorageError(f"there is no feedback at {folder.uri}: no such folder")
+    return name

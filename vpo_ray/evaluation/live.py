@@ -34,9 +34,14 @@ def collect(store: str, folder: str) -> dict[str, Any]:
         for each checkpoint the shares of answers that were liked, disliked and edited, with intervals.
 
     Raises:
-        StorageError: a table cannot be read, or the folder not be written.
+        StorageError: a table cannot be read, or the folder not be written: a run directory, or the store.
     """
     tables, out = FeedbackTables(store), Folder(folder)
+    if out.uri == Folder(store).uri or out.exists("recipe.yaml"):
+        # Its own pairs and images would be replaced.
+        raise StorageError(
+            f"{out.uri} is a run directory, or the store: give a folder of its own for what is collected"
+        )
     answers = {row["answer_id"]: row for row in tables.answers.rows()}
     opinions: dict[str, list[Row]] = defaultdict(list)
     left_out: Counter[str] = Counter()
@@ -64,6 +69,11 @@ def collect(store: str, folder: str) -> dict[str, Any]:
     }
     out.write_json(FIGURES, figures)
     return figures
+
+
+def is_collected(folder: str) -> bool:
+    """Whether a folder has what `collect` writes. Raises StorageError."""
+    return any(Folder(folder).exists(name) for name in (QUERIES, FIGURES))
 
 
 def _copied(
