@@ -24,7 +24,7 @@ def outside() -> Iterator[Callable[[Callable[[str, dict[str, Any]], Reply]], Ser
 
     def start(reply: Callable[[str, dict[str, Any]], Reply]) -> Server:
         servers.append(Server(reply))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.05,), daemon=True).start()
         return servers[-1]
 
     yield start

@@ -70,7 +70,7 @@ def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], Reply]], Server]]:
 
     def start(reply: Callable[[dict[str, Any]], Reply]) -> Server:
         server = Server(reply)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
         return server
 
