@@ -89,3 +89,11 @@ def test_a_group_does_not_depend_on_the_order_of_rows(rows: list[Row]) -> None:
     found, *_ = grouped(*rows)
     assert found is not None
     assert found["group_id"] == grouped(*sorted(rows, key=lambda row: row["k"]))[0]["group_id"]  # type: ignore[index]
+
+
+def test_a_score_that_is_no_number_is_no_reward() -> None:
+    rows = [candidate(0, 1.0), candidate(1, float("nan")), candidate(2, 3.0)]
+    found, left_out, _ = grouped(*rows)
+    assert found is not None
+    assert found["candidate_ids"] == ["c0", "c2"]
+    assert left_out == {"no score": 1}

@@ -95,6 +95,12 @@ def test_the_margin_must_be_exceeded() -> None:
     assert why(scored(0, 3.0), scored(1, 3.5)) == {"margin too small": 1, "query without a video pair": 1}
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_makes_no_pair(number: float) -> None:
+    rows = [scored(0, 1.0), scored(1, number), scored(2, 3.0)]
+    assert pairs(*rows, choice="all", margin=0) == [("video", "prompt 2", "prompt 0")]
+
+
 def test_equal_scores_make_no_pair_even_without_a_margin() -> None:
     assert pairs(scored(0, 3.0), scored(1, 3.0), margin=0) == []
 

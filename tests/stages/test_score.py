@@ -1,10 +1,13 @@
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from vpo_ray import recipe
+from vpo_ray.engines.reward import Scored
 from vpo_ray.engines.reward.checklist import load_checklist
 from vpo_ray.records import FEEDBACK, Row, table
 from vpo_ray.stages.score import ALARM_AFTER, Scorer
@@ -119,3 +122,30 @@ def test_a_video_that_one_reward_cannot_score_keeps_no_half_of_its_scores(
     assert "2048" in done["error"]
     assert done["score"] is None
     assert done["more_rewards"] is None
+
+
+class Odd:
+    """A reward of others, some of whose scores are no numbers."""
+
+    class Options(BaseModel):
+        pass
+
+    version = "1"
+
+    def __init__(self, settings: recipe.Reward, options: BaseModel) -> None:
+        self.scores = [1.0, math.nan, math.inf]
+
+    def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
+        return [Scored([], {"odd": score}, score) for score in self.scores]
+
+
+def test_a_score_that_is_no_number_is_an_error_of_its_row(
+    store: VideoStore, clip: Callable[..., bytes]
+) -> None:
+    settings = recipe.Reward(kind=f"{__name__}:Odd", batch_size=3)
+    for i in range(3):
+        store.write(f"video{i}", clip(i), {})
+    done = Scorer(settings, store.folder.uri)([row(i, f"video{i}") for i in range(3)])
+    assert [r["score"] for r in done] == [1.0, None, None]
+    assert "its score is nan, no finite number" in done[1]["error"]
+    assert done[2]["error_stage"] == "score"

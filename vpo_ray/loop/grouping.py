@@ -10,7 +10,7 @@ from vpo_ray.loop.policies import LoopError
 from vpo_ray.recipe import Recipe
 from vpo_ray.records import Row
 from vpo_ray.stages.group import group_of_query
-from vpo_ray.stages.pair import by_rule
+from vpo_ray.stages.pair import by_rule, is_scored
 from vpo_ray.storage.run_dir import GROUPED, RunDir
 
 _COLUMNS = (
@@ -48,8 +48,8 @@ def make_groups(recipe: Recipe, run: RunDir) -> int:
 def _groups(recipe: Recipe, run: RunDir, left_out: Counter[str], without: Counter[str]) -> Iterator[Row]:
     assert recipe.rl is not None
     ignored: Counter[str] = Counter()
-    scores = (row["score"] for rows in _candidates(recipe, run, ignored) for row in rows)
-    lowest = min((score for score in scores if score is not None), default=0.0)
+    scored = (row for rows in _candidates(recipe, run, ignored) for row in rows if is_scored(row))
+    lowest = min((row["score"] for row in scored), default=0.0)
     for rows in _candidates(recipe, run, left_out):
         group = group_of_query(rows, recipe.rl, lowest, left_out, without)
         if group is not None:

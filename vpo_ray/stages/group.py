@@ -13,6 +13,7 @@ import numpy as np
 
 from vpo_ray.recipe import Rl
 from vpo_ray.records import Row, group_id
+from vpo_ray.stages.pair import is_scored
 
 REFUSED = ("unsafe", "imprecise", "refusal")
 # Keeps the advantages of a group whose rewards hardly differ finite; TRL has the same number.
@@ -83,4 +84,4 @@ def _reward(row: Row, settings: Rl, lowest: float) -> tuple[float | None, str]:
     if row["verdict"] in REFUSED:
         floor: float | None = getattr(settings.floors, row["verdict"])
         return lowest if floor is None else floor, ""
-    return (row["score"], "") if row["score"] is not None else (None, "no score")
+    return (row["score"], "") if is_scored(row) else (None, "no score")

@@ -9,6 +9,7 @@ the dominance rule is in its released code only).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations
@@ -65,6 +66,11 @@ def by_reward(row: Row, name: str | None) -> Row:
     return {**row, **{column: found.get(column) for column in ("reward", "answers", "dimensions", "score")}}
 
 
+def is_scored(row: Row) -> bool:
+    """Whether a row has a score that can be compared. Rewards of others may have written another number."""
+    return row["score"] is not None and math.isfinite(row["score"])
+
+
 def _text_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> Iterator[Row]:
     refined = [row for row in rows if row["refined_prompt"] is not None and row["error"] is None]
     # One of several misaligned candidates is taken by content, as a shuffle would, not by index.
@@ -96,7 +102,7 @@ def _profile_pairs(rows: Sequence[Row], settings: Pair) -> Iterator[Row]:
 
 
 def _video_pairs(rows: Sequence[Row], settings: Pair, reasons: Counter[str]) -> Iterator[Row]:
-    scored = [row for row in rows if row["score"] is not None and row["error"] is None]
+    scored = [row for row in rows if is_scored(row) and row["error"] is None]
     if len(scored) < 2:
         reasons["fewer than two scored videos"] += 1
         return

@@ -22,7 +22,7 @@ from vpo_ray.records import Row
 from vpo_ray.stages.adaptive import ALONE, TWIN, renderable_prompts, why_no_video
 from vpo_ray.stages.agreement import CONFIDENCE
 from vpo_ray.stages.gate import is_below
-from vpo_ray.stages.pair import by_rule, pairs_of_query
+from vpo_ray.stages.pair import by_rule, is_scored, pairs_of_query
 from vpo_ray.storage.run_dir import RunDir
 
 BETWEEN = "not needed: its preview is neither the best nor the worst of its query"
@@ -150,7 +150,7 @@ def extremes(ranked: Sequence[Row], keep: int) -> list[Row]:
 def _ranked_previews(rows: Iterable[Row], pair: Pair, formula: Formula | None) -> list[Row]:
     """Rows with a score by what decides on pairs, the best first; of equals the first candidate."""
     ordered = sorted(rows, key=lambda row: row["k"])
-    scored = [row for row in by_rule(ordered, pair, formula)[0] if row["score"] is not None]
+    scored = [row for row in by_rule(ordered, pair, formula)[0] if is_scored(row)]
     return sorted((row for row in scored if row["error"] is None), key=lambda row: -row["score"])
 
 

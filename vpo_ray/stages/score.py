@@ -8,6 +8,7 @@ see the same bytes, decoded once, and fill columns of their own.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -89,6 +90,7 @@ class WatchedReward:
             results = self._model.score_with_images(videos, queries, images)
         else:
             results = self._model.score(videos, queries)
+        results = [_with_number(result) for result in results]
         for result in results:
             if isinstance(result, Scored):
                 self._watch(result)
@@ -192,6 +194,13 @@ class Scorer:
             return self.store.read(row["video_key"])
         except (VideoMissing, VideoDamaged) as error:
             return RewardError(f"{error}; --retry-errors renders it again")
+
+
+def _with_number(result: Scored | Exception) -> Scored | Exception:
+    """The result, or an error where its score is no finite number, which is above and below any other."""
+    if isinstance(result, Scored) and not math.isfinite(result.score):
+        return RewardError(f"its score is {result.score}, no finite number")
+    return result
 
 
 def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: bool) -> Row:
