@@ -238,3 +238,35 @@ def test_a_refused_video_is_an_error_of_its_own(serve: Any, reward: Any, clip: A
     good, bad = reward(server).score([clip(1), clip(2)], ["a cat", "a dog"])
     assert scored(good).score == 3.0
     assert isinstance(bad, RewardError)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "System role not supported"),
+        (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+        (422, "Template error: invalid operation: Only user and assistant roles; found role: 'system'"),
+        (500, "jinja2.exceptions.TemplateError: System message is not supported by this model"),
+    ],
+)
+def test_a_model_without_system_messages_is_told_in_the_question(
+    serve: Any, reward: Any, clip: Any, status: int, message: str
+) -> None:
+    """Else every video of the run fails."""
+
+    def reply(request: dict[str, Any]) -> Reply:
+        if request["messages"][0]["role"] == "system":
+            return status, {"error": {"message": message}}
+        return yes(request)
+
+    server = serve(reply)
+    scorer = reward(server)
+    for seed in (0, 1):
+        [result] = scorer.score([clip(seed)], ["a cat"])
+        assert isinstance(result, Scored), result
+    asked = [request["messages"] for request in server.requests if len(request["messages"]) == 1]
+    assert len(asked) == 2 * len(scorer.checklist.questions)
+    for [only] in asked:
+        assert only["content"][0]["type"] == "image_url"
+        assert only["content"][-1]["text"].startswith("You see the frames of one video in order.")
+    assert all("response_format" in request for request in server.requests)

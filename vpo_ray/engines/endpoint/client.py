@@ -31,6 +31,7 @@ from vpo_ray.engines.endpoint.failures import (
     RequestError,
     about,
     about_schema,
+    about_system,
     may_pass,
     maybe_schema,
 )
@@ -402,7 +403,7 @@ class EndpointClient:
         failure = RequestError(message, status, body=text)
         if (status not in RETRIED and status < 500) or status == 501:
             return failure
-        if self.endpoint.structured == "auto" and about_schema(failure):
+        if about_system(failure) or (self.endpoint.structured == "auto" and about_schema(failure)):
             return failure
         after = retry_after(headers)
         if after is not None:

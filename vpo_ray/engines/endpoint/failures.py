@@ -95,6 +95,11 @@ _SCHEMA = re.compile(
     | output[\s_-]?format | 结构化""",
     re.VERBOSE | re.IGNORECASE,
 )
+# Chat templates of some models know users and assistants only.
+_SYSTEM = re.compile(
+    r"system\W{0,3}(?:role|message|prompt|instruction)|role\W{1,5}system|roles\s+must\s+alternate",
+    re.IGNORECASE,
+)
 _LENGTH = re.compile(
     r"context[\s_-]*(?:length|window|size)|maximum[\s\w]{0,20}(?:context|length|tokens)"
     r"|too\s(?:long|many\stokens|large)|max_(?:model_len|tokens|completion_tokens)|token\slimit",
@@ -137,10 +142,16 @@ def about_schema(error: EndpointError | RequestError) -> bool:
     return known and not error.filtered and _SCHEMA.search(error.body[:LOOKED_AT]) is not None
 
 
+def about_system(error: EndpointError | RequestError) -> bool:
+    """Whether a server says that the model takes no system message."""
+    known = error.status is not None and error.status not in (401, 402, 403)
+    return known and not error.filtered and _SYSTEM.search(error.body[:LOOKED_AT]) is not None
+
+
 def maybe_schema(error: EndpointError | RequestError) -> bool:
     """Whether an error may be due to a JSON schema although it does not say so."""
     status = error.status or 0
-    refused = status >= 400 and status not in {401, 402, 403, 413, *RETRIED}
+    refused = status >= 400 and status not in {401, 402, 403, 413, *RETRIED} and not about_system(error)
     return refused and not error.filtered and _LENGTH.search(error.body[:LOOKED_AT]) is None
 
 

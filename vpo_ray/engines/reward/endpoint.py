@@ -22,7 +22,8 @@ from vpo_ray.engines.endpoint.client import (
     RequestError,
     results_of_all,
 )
-from vpo_ray.engines.endpoint.completion import TokenLogprob
+from vpo_ray.engines.endpoint.completion import Completion, TokenLogprob
+from vpo_ray.engines.endpoint.failures import about_system
 from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames
 from vpo_ray.prompts.answers import find_object, schema_fault
 from vpo_ray.recipe import Reward
@@ -57,6 +58,7 @@ class EndpointReward:
         self.checklist = checklist.load_checklist(settings.checklist)
         self.pick = partial(frames.choose_frames, strategy=settings.frame_strategy)
         self.prompt_tokens = self.completion_tokens = 0
+        self._with_system = True
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """Score videos for their queries; see `RewardModel.score`.
@@ -82,19 +84,8 @@ class EndpointReward:
         return Scored(answers, dimensions, score)
 
     async def _ask(self, images: list[dict[str, Any]], text: str, number: int) -> QuestionAnswer:
-        request: dict[str, Any] = {
-            "messages": [
-                {"role": "system", "content": _SYSTEM},
-                {"role": "user", "content": [*images, {"type": "text", "text": text}]},
-            ],
-            "temperature": 0,
-            "max_tokens": 16,
-        }
-        if self.settings.endpoint.logprobs:
-            request |= {"logprobs": True, "top_logprobs": 5}
         try:
-            # Images are most of the tokens.
-            reply = await self._client.create(request, tokens=IMAGE_TOKENS * len(images), schema=_SCHEMA)
+            reply = await self._reply(images, text)
         except RequestError as error:
             raise RewardError(f"question {number}: the endpoint failed: {error}") from error
         self.prompt_tokens += reply.usage.prompt
@@ -108,6 +99,30 @@ class EndpointReward:
         return QuestionAnswer(
             number, probability > 0.5 if self.settings.rule == "margin" else yes, probability
         )
+
+    async def _reply(self, images: list[dict[str, Any]], text: str) -> Completion:
+        """An answer. Once the endpoint has said that its model takes no system message, that is a part of the
+        question."""
+        with_system = self._with_system
+        if with_system:
+            first = [{"role": "system", "content": _SYSTEM}]
+        else:
+            first, text = [], f"{_SYSTEM}\n\n{text}"
+        request: dict[str, Any] = {
+            "messages": [*first, {"role": "user", "content": [*images, {"type": "text", "text": text}]}],
+            "temperature": 0,
+            "max_tokens": 16,
+        }
+        if self.settings.endpoint.logprobs:
+            request |= {"logprobs": True, "top_logprobs": 5}
+        try:
+            # Images are most of the tokens.
+            return await self._client.create(request, tokens=IMAGE_TOKENS * len(images), schema=_SCHEMA)
+        except RequestError as error:
+            if not (with_system and about_system(error)):
+                raise
+            self._with_system = False
+        return await self._reply(images, text)
 
 
 def build(settings: Reward, account: Account | None = None) -> EndpointReward:
