@@ -1,5 +1,6 @@
 """What `vpo submit` packs: the working directory as Ray would, and every file here that the recipe names."""
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -78,6 +79,44 @@ def test_what_ignore_files_and_our_list_leave_out_travels_if_named(work: Work) -
         "runs/policy/model.safetensors",
         "runs/sft.jsonl",
     ]
+
+
+def test_images_that_rows_name_travel_with_their_file(work: Work, tmp_path: Path) -> None:
+    """Else the job drops these rows."""
+    work.write(".gitignore", "data/\n")
+    work.write("data/pictures/a.png")
+    work.write("data/pictures/b c.png")
+    work.write("data/other.png")
+    work.write("shared/c.png")
+    rows = [
+        "pictures/a.png",
+        "./pictures/b c.png",
+        "../shared/c.png",
+        "none.png",
+        "https://e.org/d.png",
+        "",
+        5,
+    ]
+    text = "".join(json.dumps({"query": "q", "image": image}) + "\n" for image in [*rows, None])
+    work.write("data/q.jsonl", text + "no JSON\n")
+    work.write("data/s.jsonl", json.dumps({"query": "q", "prompt": "p", "picture": "pictures/a.png"}) + "\n")
+    work.set("queries", path="data/q.jsonl", image_column="image")
+    expected = ["data/pictures/a.png", "data/pictures/b c.png", "data/q.jsonl", "recipe.yaml", "shared/c.png"]
+    assert [name for name in work.pack() if name != ".gitignore"] == expected
+    work.tree["evaluate"] = {
+        "sets": {"s": {"path": "data/s.jsonl", "image_column": "picture"}},
+        "policies": ["query"],
+    }
+    work.set("queries", path="s3://bucket/q.jsonl")
+    assert "data/pictures/a.png" in work.pack()
+    outside = work.folder.parent / "outside.png"
+    outside.write_bytes(b"x")
+    for image, says in (("../../outside.png", "leads out of the working"), (str(outside), "of this machine")):
+        work.write("data/q.jsonl", json.dumps({"query": "q", "image": image}) + "\n")
+        work.set("queries", path="data/q.jsonl")
+        with pytest.raises(PackageError, match=rf"queries\.path: the image .*outside\.png of a row .*{says}"):
+            work.pack()
+    assert "data/q.jsonl" in work.pack(everywhere=True)
 
 
 @pytest.mark.parametrize("obeyed", [True, False])

@@ -1,5 +1,5 @@
 """What travels to a cluster with `vpo submit`: the working directory as Ray packs it, and every file here
-that the recipe names, whatever `.gitignore` or our own list says of it.
+that the recipe names, or a row of such a file as its image, whatever `.gitignore` or our own list says of it.
 
 What cannot travel (too large, or named by a path that means nothing elsewhere) is refused by name.
 """
@@ -10,10 +10,11 @@ import glob
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.cli.submit_images import image_columns, images_of_rows
 from vpo_ray.files.input_files import matches, path_of_uri, walk
 from vpo_ray.recipe import Recipe, sources
 from vpo_ray.recipe.plugins import plugin_sources
@@ -55,10 +56,13 @@ def write_package(
     """
     files = dict(_left_by_ray(folder))
     named = {} if recipe_file is None else {str(recipe_file.relative_to(folder)): recipe_file}
-    problems = []
+    problems, columns = [], image_columns(recipe)
     for key, name in (*sources(recipe), *plugin_sources(recipe).items()):
         try:
-            named |= _named(key, name, folder, everywhere)
+            found = _named(key, name, folder, everywhere)
+            named |= found
+            if key in columns:
+                named |= _images(key, found, columns[key], everywhere)
         except PackageError as error:
             problems.append(str(error))
     if problems:
@@ -146,13 +150,36 @@ def _named(key: str, name: str, folder: Path, everywhere: Callable[[str], bool])
             f"{key}: {name} leads out of the working directory, which is all that travels; "
             f"give --working-dir and a path in it, or {_ADVICE}"
         )
-    size = sum(file.stat().st_size for file in found)
+    _check_size(f"{key}: {name} has", found)
+    return {str(file.relative_to(base)): file for file in found}
+
+
+def _images(
+    key: str, files: Mapping[str, Path], columns: tuple[str, str], everywhere: Callable[[str], bool]
+) -> dict[str, Path]:
+    """The images that rows of these files name, by their names in the package. Raises PackageError."""
+    found: dict[str, Path] = {}
+    for said, place, image in images_of_rows(key, files, columns):
+        if os.path.isabs(place):
+            if not everywhere(place):
+                raise PackageError(f"{key}: the image {said} of a row is a path of this machine; {_ADVICE}")
+        elif place.split(os.sep)[0] == os.pardir:
+            raise PackageError(
+                f"{key}: the image {said} of a row leads out of the working directory, which is all that "
+                f"travels; give --working-dir, or {_ADVICE}"
+            )
+        else:
+            found[place] = image
+    _check_size(f"{key}: the images of its rows have", list(found.values()))
+    return found
+
+
+def _check_size(what: str, files: Sequence[Path]) -> None:
+    size = sum(file.stat().st_size for file in files)
     if size > MOST_BYTES:
         raise PackageError(
-            f"{key}: {name} has {size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that travel; "
-            f"{_ADVICE}"
+            f"{what} {size / 2**20:.0f} MiB, more than the {MOST_BYTES / 2**20:.0f} that travel; {_ADVICE}"
         )
-    return {str(file.relative_to(base)): file for file in found}
 
 
 def _files(pattern: str) -> list[Path]:
