@@ -53,6 +53,8 @@ def test_what_took_time_is_told(run: RunDir) -> None:
     phases = {"curate": 0.4, "sft": 90.1, "generate": 240.0, "pair": 0.2, "dpo": 61.3}
     run.write_json("ledger.json", ledger | {"last_run": {"phases": phases}})
     assert "took 7 min: generate 4 min, sft 90 s, dpo 61 s" in run_summary(run).splitlines()
+    run.write_json("ledger.json", {**run.read_json("ledger.json"), "last_run": {"phases": {"sft": 0.2}}})
+    assert "\ntook " not in run_summary(run), "it was all done"
 
 
 @pytest.mark.parametrize(("made", "shown"), [(["sft"], "sft"), (["sft", "dpo"], "dpo"), (["dpo"], "dpo")])

@@ -74,6 +74,16 @@ def test_another_formula_pairs_anew_in_the_same_run_directory(run: RunDir, tmp_p
     assert load(tmp_path / "run/recipe.yaml") == other, "the run says what its pairs were chosen by"
 
 
+def test_the_same_recipe_says_nothing_of_new_pairs(
+    run: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    open_run(recipe_of(tmp_path, by("{reward: 1}")))
+    assert caplog.messages == []
+    open_run(recipe_of(tmp_path, by("{vlm.dynamic_degree: 1}")))
+    assert len(caplog.messages) == 1
+
+
 def test_a_policy_that_was_trained_on_the_old_pairs_is_not_lost(run: RunDir, tmp_path: Path) -> None:
     run.write_json("checkpoints/dpo/vpo.json", {})
     other = recipe_of(tmp_path, by("{vlm: 1}"))

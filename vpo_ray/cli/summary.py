@@ -27,9 +27,9 @@ def run_summary(run: RunDir, most: int | None = None) -> str:
         lines.append(f"videos for a video pair, by render.strategy: {rates}")
     if spilled := ledger.get("last_run", {}).get("spilled_bytes"):
         lines.append(f"the object store spilled {spilled / 1e9:.2f} GB to disk: see docs/operations.md")
-    if took := ledger.get("last_run", {}).get("phases"):
-        longest = sorted(took, key=lambda name: (-took[name], name))
-        shown = [f"{name} {duration(took[name])}" for name in longest if took[name] >= 1]
+    took = ledger.get("last_run", {}).get("phases", {})
+    longest = sorted(took, key=lambda name: (-took[name], name))
+    if shown := [f"{name} {duration(took[name])}" for name in longest if took[name] >= 1]:
         lines.append(f"took {duration(sum(took.values()))}: {', '.join(shown)}")
     if run.exists("example.json"):
         example = run.read_json("example.json")

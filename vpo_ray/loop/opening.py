@@ -78,7 +78,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
 def _pairs_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
     """Whether a recipe differs only in how pairs are chosen of the feedback that is there, and no policy was
     trained on pairs of the old way."""
-    if not _differs_in_pairing(stored, recipe, changed) or _trained(run):
+    if not changed or not _differs_in_pairing(stored, recipe, changed) or _trained(run):
         return False
     logger.info("pairs are chosen anew in %s: %s", run.uri, "; ".join(changed))
     return True
