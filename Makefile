@@ -50,7 +50,7 @@ fast: $(READY)
 ENGINE_SEED ?= 255101
 engines: $(READY)
 	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=40 --seed $(ENGINE_SEED) \
-	  -n 2 --dist loadgroup --no-loadscope-reorder
+	  -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.
 slow: $(READY)

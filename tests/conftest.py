@@ -63,6 +63,19 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["seed"] = node.config.option.seed
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a process takes a file, or all those of serving, which share an endpoint whose
+    engine takes long to start."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/serve" if nodeid.startswith("tests/serve/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     terminalreporter.write_line(f"The tests ran in the order of --seed {config.option.seed}.")
 
@@ -72,11 +85,7 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
     """Folders, their files and these files' tests are shuffled, each within the one above. Behind that,
-    pytest puts those together that share a parameter of a fixture. With `--dist loadgroup` a process takes a
-    file, or all tests of the one endpoint, whose engine takes long to start."""
-    for item in items:
-        shared = "url" in getattr(item, "fixturenames", ()) and "serve" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("endpoint" if shared else item.nodeid.partition("::")[0]))
+    pytest puts those together that share a parameter of a fixture."""
     if config.option.seed:
         # A folder, a file or a test has its place by the seed and its name: few tests come in the same
         # order as many.
