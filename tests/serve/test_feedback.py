@@ -174,7 +174,10 @@ def test_bad_bodies_are_refused(tmp_path: Path, body: bytes, status: int) -> Non
     with_desk(tmp_path, work)
 
 
-def test_rows_wait_while_the_store_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [StorageError, OSError, MemoryError])
+def test_rows_wait_while_the_store_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     from vpo_ray.storage.tables import Table
 
     write, calls = Table.append, []
@@ -182,7 +185,7 @@ def test_rows_wait_while_the_store_fails(tmp_path: Path, monkeypatch: pytest.Mon
     def failing(self: Table, rows: Any) -> str:
         calls.append(len(rows))
         if len(calls) < 3:
-            raise StorageError("no network")
+            raise error("no network")
         return write(self, rows)
 
     monkeypatch.setattr(Table, "append", failing)

@@ -60,6 +60,11 @@ async def ended(jobs: Any) -> None:
             await asyncio.gather(*jobs.tasks)
 
 
+def test_a_folder_that_cannot_be_asked_is_a_store_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot look for"):
+        Folder(tmp_path).exists("a" * 300)
+
+
 def test_a_job_ends_once_its_store_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller would ask for ever."""
     jobs, write, failures = filming(tmp_path), Folder.write, iter(range(3))

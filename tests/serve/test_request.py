@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from vpo_ray.recipe import Serve
 from vpo_ray.serve.errors import ApiError
-from vpo_ray.serve.optimize_schema import parse_optimize
-from vpo_ray.serve.request import max_body_bytes, parse_request
+from vpo_ray.serve.optimize_schema import OptimizeRequest, parse_optimize
+from vpo_ray.serve.request import ChatRequest, max_body_bytes, parse_request
+from vpo_ray.serve.video_jobs import VideoRequest, parse_video
 
 SETTINGS = Serve(max_tokens=64, max_query_chars=100, max_n=4, temperature=0.5, top_p=0.8)
 
@@ -179,6 +180,24 @@ def test_a_bad_optimize_request_is_refused_with_what_is_wrong(raw: bytes, status
     with pytest.raises(ApiError) as refused:
         parse_optimize(raw, SETTINGS)
     assert (refused.value.status, told in refused.value.message) == (status, True), refused.value.message
+
+
+def test_null_is_what_the_recipe_says() -> None:
+    """Clients in typed languages send every field."""
+    fields = dict.fromkeys(OptimizeRequest.model_fields) | {"query": "a cat"}
+    assert parse_optimize(json.dumps(fields).encode(), SETTINGS) == parse_optimize(
+        b'{"query": "a cat"}', SETTINGS
+    )
+    video = dict.fromkeys(VideoRequest.model_fields) | {"query": "a cat"}
+    assert parse_video(json.dumps(video).encode(), SETTINGS).seed == 0
+    chat = dict.fromkeys(ChatRequest.model_fields) | {
+        "model": SETTINGS.model_name,
+        "messages": [{"role": "user", "content": "a cat"}],
+        "stream": True,
+        "stream_options": {"include_usage": None},
+    }
+    _, given, _ = parse_request(json.dumps(chat).encode(), SETTINGS)
+    assert not given["stream_options"]["include_usage"]
 
 
 def test_an_image_by_another_apis_name_is_refused_not_ignored() -> None:

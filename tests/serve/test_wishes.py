@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from vpo_ray.prompts.conditions import CAPTION_FIELDS
 from vpo_ray.recipe import Serve
-from vpo_ray.recipe.serve import BestOf
+from vpo_ray.recipe.serve import BestOf, Safety
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.optimiser import Optimiser
 from vpo_ray.serve.optimize_schema import parse_optimize
+from vpo_ray.serve.policy import PolicyFailed, overloaded
 from vpo_ray.serve.ranking import Ranker
 from vpo_ray.serve.safety import Gate
 from vpo_ray.serve.wishes import NO_WISHES, Effort, Wishes
@@ -74,6 +76,36 @@ def test_what_the_query_does_not_meet_is_told_where_it_is_the_answer() -> None:
         result = asyncio.run(optimiser("a red ball", fields, "id", (), wishes))
         assert (result.prompt, result.fallback) == ("a red ball", fallback)
         assert result.unmet == ["keep: dog", "max_words: 3"]
+
+
+class Failing(Policy):
+    """Answers once, and is overloaded or out of order then."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(["A ball."])
+        self.error = error
+
+    async def answer(self, query: str, fields: Any, request_id: str, image: None) -> dict[str, Any]:
+        if self.seeds:
+            raise self.error
+        return await super().answer(query, fields, request_id, image)
+
+
+@pytest.mark.parametrize("error", [overloaded(429), PolicyFailed("no answer", timeout=True)])
+def test_what_was_written_is_the_answer_where_asking_again_fails(error: Exception) -> None:
+    result = asked(Failing(error), Wishes(("red",)))
+    assert (result.prompt, result.unmet) == ("A ball.", ["keep: red"])
+
+
+def test_a_safe_prompt_is_the_answer_though_an_unsafe_one_meets_more_wishes(tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("knife")
+    safety = Safety(prompt=True, keywords=str(tmp_path / "words"))
+    policy = Policy(["A red knife.", "A ball of any colour.", "A ball."])
+    optimiser = Optimiser(policy, Gate(safety), None, Serve(safety=safety))  # type: ignore[arg-type]
+    fields = {"n": 3, "temperature": 0.7, "seed": 5}
+    result = asyncio.run(optimiser("a red ball", fields, "id", (), Wishes(("red",), 3)))
+    assert (result.prompt, result.alternatives, result.unmet) == ("A ball.", [], ["keep: red"])
+    assert result.safety.outcome == "pass"
 
 
 def test_a_long_query_is_left_as_it_is() -> None:

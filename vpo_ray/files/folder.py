@@ -218,7 +218,11 @@ class Folder:
         raise failure or OSError(f"{path} changes whenever it is read")
 
     def exists(self, name: str) -> bool:
-        return self.fs.get_file_info(f"{self.path}/{name}").type == pafs.FileType.File
+        """Whether there is a file of this name. Raises StorageError where it cannot be told."""
+        try:
+            return self.fs.get_file_info(f"{self.path}/{name}").type == pafs.FileType.File
+        except OSError as error:
+            raise StorageError(f"cannot look for {self.at(name)}: {error}") from error
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())

@@ -183,8 +183,10 @@ class _Appender:
                 await asyncio.to_thread(
                     self.tables.append, self.table, list(some.values()), dict(self.images)
                 )
-            except StorageError as error:
-                logger.error("%d rows of feedback wait for %s: %s", len(self.rows), self.table.uri, error)
+            except Exception as error:  # noqa: BLE001  whatever fails, rows wait
+                # Another error's message may have a text of a user's.
+                why = error if isinstance(error, StorageError) else type(error).__name__
+                logger.error("%d rows of feedback wait for %s: %s", len(self.rows), self.table.uri, why)
                 if self.closing.is_set():
                     return
                 await self._pause()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,12 +114,14 @@ class Optimiser:
         prompts, facts = await self._written(told, asked, request_id, clock, wishes, image)
         if wishes.of_prompts and prompts and all(map(wishes.unmet, prompts)):
             again = {**asked, "seed": _next_seed(fields["seed"])}
-            more, spent = await self._written(told, again, request_id, clock, wishes, image)
+            more, spent = list[str](), dict[str, Any]()
+            with suppress(ApiError, PolicyFailed):  # what there is, is the answer
+                more, spent = await self._written(told, again, request_id, clock, wishes, image)
             prompts = list(dict.fromkeys([*prompts, *more]))
             facts |= {"usage": _sum(facts.get("usage"), spent.get("usage"))}
         if prompts:
             ranker = None if wishes.effort == "low" else self.ranker
-            result = await self._choose(checked, wishes.best(prompts), fields["n"], ranker, clock)
+            result = await self._choose(checked, prompts, wishes, fields["n"], ranker, clock)
         else:
             result = await self._without_prompt(checked, clock)
         return _finished(_told_unmet(result.model_copy(update=facts), wishes), query, clock)
@@ -224,17 +226,25 @@ class Optimiser:
             return await self.fall_back(checked)
 
     async def _choose(
-        self, checked: Checked, prompts: list[str], n: int, ranker: Ranker | None, clock: _Clock
+        self,
+        checked: Checked,
+        prompts: list[str],
+        wishes: Wishes,
+        n: int,
+        ranker: Ranker | None,
+        clock: _Clock,
     ) -> Optimization:
-        """The best of the prompts that the gate lets out, and up to n - 1 alternatives."""
+        """The best of the prompts that leave the least unmet of those that the gate lets out, and up to n - 1
+        alternatives."""
         safety = checked.safety
         if self.gate.settings.prompt:
-            with clock.part("gate"):
-                verdicts = await self.gate.check_all(prompts, checked.image)
             safety = safety.model_copy(update={"checked": [*safety.checked, "prompt"]})
-            prompts = [prompt for prompt, v in zip(prompts, verdicts, strict=True) if not v.flagged]
-            if not prompts:
-                return self.result(checked, safety=_refused(safety, "prompt", verdicts[0]))
+            with clock.part("gate"):
+                prompts, fault = await self._let_out(prompts, wishes, checked.image)
+            if fault is not None:
+                return self.result(checked, safety=_refused(safety, "prompt", fault))
+        else:
+            prompts = wishes.best(prompts)
         ranking = None
         if ranker is not None:
             with clock.part("ranking"):
@@ -245,6 +255,23 @@ class Optimiser:
             safety = safety.model_copy(update={"outcome": "rewritten", "reason": reason})
         best, *rest = prompts
         return self.result(checked, prompt=best, alternatives=rest[: n - 1], ranking=ranking, safety=safety)
+
+    async def _let_out(
+        self, prompts: list[str], wishes: Wishes, image: GivenImage | None
+    ) -> tuple[list[str], SafetyVerdict | None]:
+        """The prompts that leave the least unmet of those that the gate lets out; where it lets none out, why
+        not the first."""
+        fault: SafetyVerdict | None = None
+        while prompts:
+            best = wishes.best(prompts)
+            verdicts = await self.gate.check_all(best, image)
+            if good := [prompt for prompt, v in zip(best, verdicts, strict=True) if not v.flagged]:
+                return good, None
+            fault = fault or verdicts[0]
+            if any(verdict.unavailable for verdict in verdicts):
+                break
+            prompts = [prompt for prompt in prompts if prompt not in best]
+        return [], fault
 
     def candidates(self, fields: Mapping[str, Any], effort: Effort = "medium") -> int:
         """How many prompts the policy writes for one query."""

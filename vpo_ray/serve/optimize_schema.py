@@ -45,10 +45,10 @@ class OptimizeRequest(RequestBody):
     image: Annotated[Image64 | None, Field(description=IMAGE)] = None
     images: Annotated[list[Image64 | None] | None, Field(description="of each query, as `image`")] = None
     model: str | None = None
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    stream: bool = False
+    stream: bool | None = None
     keep: Terms | None = None
     avoid: Terms | None = None
     language: LanguageCode | None = None
@@ -171,8 +171,9 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     except ValidationError as error:
         raise explained(error, 422) from None
     check_model(request.model, settings)
-    if request.n > settings.max_n:
-        raise ApiError(422, f"n is {request.n}, at most {settings.max_n} is allowed here", "n")
+    n = request.n or 1
+    if n > settings.max_n:
+        raise ApiError(422, f"n is {n}, at most {settings.max_n} is allowed here", "n")
     if request.effort == "high" and settings.best_of is None:
         message = "effort high has no effect: this endpoint ranks no candidates (serve.best_of)"
         raise ApiError(422, message, "effort")
@@ -183,7 +184,7 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     for index, query in enumerate(queries):
         check_query(query or "", settings, "query" if request.queries is None else f"queries.{index}")
     separated = [separate(query or "") for query in queries]
-    fields = engine_fields(settings, request.n, request.seed, request.temperature)
+    fields = engine_fields(settings, n, request.seed, request.temperature)
     texts, found = [text for text, _ in separated], [flags for _, flags in separated]
     wishes = Wishes(
         tuple(request.keep or ()),
@@ -196,7 +197,8 @@ def parse_optimize(body: bytes, settings: Serve) -> Asked:
     )
     budget = _budget(request, settings)
     images = _attached(request, settings)
-    return Asked(texts, found, fields, request.queries is None, request.stream, wishes, budget, images)
+    single, stream = request.queries is None, bool(request.stream)
+    return Asked(texts, found, fields, single, stream, wishes, budget, images)
 
 
 def _attached(request: OptimizeRequest, settings: Serve) -> list[AttachedImage | None]:
@@ -229,7 +231,9 @@ def _budget(request: OptimizeRequest, settings: Serve) -> int | None:
     if refine is None:
         message = "effort videos: this endpoint makes none for a prompt (serve.videos.refine)"
         raise ApiError(422, message, "effort")
-    others = request.model_dump(exclude_defaults=True).keys() - _OF_VIDEOS
+    plain = {"n": 1, "stream": False}
+    given = request.model_dump(exclude_defaults=True)
+    others = {name for name, value in given.items() if plain.get(name) != value} - _OF_VIDEOS
     if others:
         raise ApiError(422, f"{', '.join(sorted(others))}: no effect with effort: videos", min(others))
     if (budget := request.budget or refine.budget) > refine.budget:

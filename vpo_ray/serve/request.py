@@ -72,7 +72,7 @@ class ChatMessage(RequestBody):
 
 
 class StreamOptions(RequestBody):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatRequest(RequestBody):

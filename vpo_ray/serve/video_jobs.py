@@ -28,7 +28,8 @@ from vpo_ray.serve.request import RequestBody, Text, check_model, check_query, r
 
 
 class VideoRequest(RequestBody):
-    """A request for a video. OpenAI's field `prompt` may hold the query too. The seed is the video's.
+    """A request for a video. OpenAI's field `prompt` may hold the query too. The seed is the video's, 0
+    unless it is given.
 
     With both, `prompt` is rendered as it is: an answer's prompt, an edited one, or the query itself. Videos
     of one query and seed begin with the same noise. `image` is the query's picture, where videos are made
@@ -39,7 +40,7 @@ class VideoRequest(RequestBody):
     prompt: Annotated[Text, Field(max_length=8000)] | None = None
     image: Annotated[Image64 | None, Field(description=IMAGE)] = None
     model: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @model_validator(mode="after")
     def _either(self) -> VideoRequest:
@@ -111,7 +112,7 @@ def parse_video(body: bytes, settings: Serve) -> AskedVideo:
         raise ApiError(400, "the prompt is empty", "prompt", "empty_query")
     check_film(settings, request.image is not None)
     image = None if request.image is None else AttachedImage(request.image, "image")
-    return AskedVideo(query, prompt, request.seed, image)
+    return AskedVideo(query, prompt, request.seed or 0, image)
 
 
 class JobFolder(JobFiles[StoredJob]):
