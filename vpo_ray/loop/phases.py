@@ -253,10 +253,11 @@ def _phases(recipe: Recipe, run: RunDir, retry_errors: bool, example: bool, besi
 
 def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
     """`example.json`: a query, a candidate of the SFT policy, and what the trained policy serves. A policy
-    that gives no answer (one that thinks past its `max_tokens`, for instance) leaves none."""
+    that gives no answer (one that thinks past its `max_tokens`, for instance) leaves none, and so does a
+    cluster with an endpoint of its own."""
     from openai import APIStatusError
 
-    from vpo_ray.serve.run import ask
+    from vpo_ray.serve.run import ServeRunsError, ask
 
     written = {
         row["query_id"]: row
@@ -270,6 +271,9 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
         answer = ask(policy, recipe.serve, first["query"])
     except APIStatusError as error:
         logger.warning("the trained policy gives no example: %s", error)
+        return
+    except ServeRunsError:
+        logger.warning("the trained policy gives no example: Ray Serve already runs on this cluster")
         return
     written_by = recipe.learns or "dpo"
     run.write_json("example.json", {"query": first["query"], "sft": first["prompt"], written_by: answer})

@@ -36,7 +36,8 @@ def roll_out(checkpoint: str, settings: Serve, timeout_s: float) -> None:
     Raises:
         PromptError: the folder is not a checkpoint of a policy.
         StorageError: a checkpoint's URI cannot be read.
-        KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
+        KeyFileError, SafetyFileError, ServiceError, SecretMissing: a file, endpoint or secret of the settings
+            is not usable.
         DeployError: the replicas do not start, or not in time. The earlier deployment keeps running.
     """
     from ray import serve

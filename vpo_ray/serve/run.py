@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vpo_ray.recipe import Serve
+from vpo_ray.serve.answer_ids import AnswerIds
 from vpo_ray.serve.config import APP
 from vpo_ray.serve.keys import KeyRing
 from vpo_ray.serve.ranking import Ranker
@@ -26,6 +27,10 @@ class ServeError(RuntimeError):
     """The endpoint does not start; the message has what its replica said."""
 
 
+class ServeRunsError(RuntimeError):
+    """Another Serve instance runs on this cluster, with its own host and port."""
+
+
 @contextmanager
 def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
     """Deploy the endpoint, yield its base URL for an OpenAI client, and remove it at the end.
@@ -34,9 +39,10 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
 
     Raises:
         PromptError, StorageError: there is no checkpoint of a policy (see `build_app`).
-        KeyFileError, SafetyFileError, ServiceError: a file or endpoint of the settings is not usable.
+        KeyFileError, SafetyFileError, ServiceError, SecretMissing: a file, endpoint or secret of the settings
+            is not usable.
         ServeError: a replica does not start.
-        RuntimeError: another Serve instance runs on this cluster; it has its own host and port.
+        ServeRunsError: another Serve instance runs on this cluster.
     """
     import ray
     from ray import serve
@@ -48,7 +54,7 @@ def serving(checkpoint: str, settings: Serve) -> Iterator[str]:
     check_settings(settings)
     app = build_app(checkpoint, settings)
     if serve.status().proxies:
-        raise RuntimeError(
+        raise ServeRunsError(
             "Ray Serve already runs on this cluster: deploy into it with `serve deploy`, or stop it"
         )
     port = settings.port or free_port(settings.host)
@@ -128,6 +134,8 @@ def check_settings(settings: Serve) -> None:
     elif settings.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("anyone who reaches %s may call: serve.keys is not set", settings.host)
     Gate(settings.safety)
+    if settings.feedback is not None:
+        AnswerIds(settings.feedback.secret_env)
     if settings.best_of:
         Ranker(settings.best_of)
     if settings.videos is not None and settings.videos.refine is not None:
@@ -146,16 +154,30 @@ def serve_forever(checkpoint: str, settings: Serve) -> None:
         logger.info("stopping: running answers are finished first")
 
 
+# What an answer of the policy itself depends on.
+_OF_POLICY = (
+    "temperature", "top_p", "max_tokens", "max_query_chars", "images", "timeout_s", "retries", "engine"
+)  # fmt: skip
+
+
+def alone(settings: Serve) -> Serve:
+    """Settings for one query to the policy, on loopback and a free port: one replica, and nothing that the
+    endpoint has or asks beside it. Its keys, services and files may be on other machines alone."""
+    pool = settings.pool.model_copy(update={"size": (1, 1)})
+    kept = {name: getattr(settings, name) for name in _OF_POLICY}
+    return Serve().model_copy(update={**kept, "pool": pool, "host": "127.0.0.1", "port": 0})
+
+
 def ask(checkpoint: str, settings: Serve, query: str) -> str:
-    """The optimised prompt of one query, from the real endpoint on loopback and a free port."""
+    """The optimised prompt of one query, from the real endpoint. Raises what `serving` raises, and
+    openai.APIStatusError where the policy gives no answer."""
     from openai import OpenAI
 
-    # Keys and the gate do not matter for this query.
-    local = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "keys": None})
+    local = alone(settings)
     with serving(checkpoint, local) as url:
         client = OpenAI(base_url=url, api_key="none", timeout=120)
         answer = client.chat.completions.create(
-            model=settings.model_name, seed=0, messages=[{"role": "user", "content": query}]
+            model=local.model_name, seed=0, messages=[{"role": "user", "content": query}]
         )
     return answer.choices[0].message.content or ""
 
