@@ -15,7 +15,18 @@ from vpo_ray.engines import video
 from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.plan import PlanError, check_recipe
-from vpo_ray.recipe import ChatModel, Judge, Recipe, RecipeError, Render, Reward, load, parse_stored, plugins
+from vpo_ray.recipe import (
+    ChatModel,
+    Judge,
+    Recipe,
+    RecipeError,
+    Render,
+    RenderGate,
+    Reward,
+    load,
+    parse_stored,
+    plugins,
+)
 from vpo_ray.recipe.plugins import BUILT_IN, PluginError
 from vpo_ray.stages import made_with
 from vpo_ray.stages.draft import draft_key
@@ -317,3 +328,31 @@ def test_options_that_are_refused_name_nothing(install: Install) -> None:
     reward = Reward.model_validate({"kind": "others:Reads", "options": {"words": 3}})
     assert reward.models() == reward.files() == {}
     assert reward.located().options == {"words": 3}
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"kind": "text", "options": {"words": [1, 3]}, "checklist": {"file": "c"}, "template": "vqa"},
+         "template and checklist have no effect with kind: text"),
+        ({"kind": "laion_aesthetic", "options": {"clip": "a", "head": "b"}, "model": "m", "dtype": "float16"},
+         "model and dtype have no effect with kind: laion_aesthetic"),
+        ({"kind": "mps", "model": "m", "attention": "eager"}, "attention has no effect with kind: mps"),
+        ({"kind": "videoscore", "model": "m", "options": {"query_prompt": "q"}, "endpoint": {"retries": 9}},
+         "endpoint has no effect with kind: videoscore"),
+        ({"kind": "videoreward", "model": "m", "options": {"template": "t"}, "rule": "margin"},
+         "rule has no effect with kind: videoreward"),
+        ({"kind": "http", "endpoint": {"base_url": "http://a"}, "dtype": "float16"}, "dtype has no effect"),
+    ],
+)  # fmt: skip
+def test_a_key_that_our_rewards_do_not_look_at_is_named(section: dict[str, Any], says: str) -> None:
+    [told] = plugins.plugin_problems({"reward.kind": Reward.model_validate(section)}).values()
+    assert told.startswith(says)
+
+
+def test_a_gate_has_no_model_for_words() -> None:
+    given = {"kind": "text", "model": "m", "options": {"words": [1, 3]}, "least": {"length": 1}}
+    [told] = plugins.plugin_problems({"gate.kind": RenderGate.model_validate(given)}).values()
+    assert told == "model has no effect with kind: text"
+    used = {"kind": "text", "device": "cuda", "options": {"encoder": "e"}, "least": {"similarity": 0.5}}
+    assert plugins.plugin_problems({"gate.kind": RenderGate.model_validate(used)}) == {}

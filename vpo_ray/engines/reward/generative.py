@@ -17,20 +17,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from vpo_ray.engines.reward import RewardError, Scored
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.engines.reward.written_marks import NUMBER, Marks
 from vpo_ray.files.image_files import data_uri
 from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.prompts.material import fill, plain
 from vpo_ray.recipe import Reward
-from vpo_ray.recipe.base import Positive, Source, refuse_unused
+from vpo_ray.recipe.base import Positive, Source
 from vpo_ray.recipe.endpoint import refuse_keys
 
 WHERE = "reward.endpoint"
-# Keys of rewards that are loaded here or answer a checklist.
-OF_OTHERS = (
-    "checklist dimensions clip dino aesthetic styles frame_strategy template rule convention attention "
-    "device yes_tokens no_tokens"
-)
 TOP = 10  # alternatives of each token: every digit, and some with white space
 # The least and the number that a clip's frames are made a multiple of, by Qwen's own reader of videos.
 _LEAST, _FACTOR = 4, 2
@@ -148,8 +144,8 @@ class Generative:
     def problems(settings: Reward, options: GenerativeOptions) -> Iterator[str]:
         if not settings.model:
             yield "model is missing: its name at the endpoint"
+        yield from unused_keys(settings, "generative", "model endpoint")
         try:
-            refuse_unused(settings, OF_OTHERS, "with kind: generative")
             refuse_keys(settings.endpoint, ["answers"], "a reward, whose answers are its scores")
             _template(options)
         except (ValueError, TextFileError) as error:

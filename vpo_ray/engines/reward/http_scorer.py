@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field
 
 from vpo_ray.engines.reward import RewardError, Scored
-from vpo_ray.engines.reward.generative import OF_OTHERS
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.files.image_files import media_type
 from vpo_ray.recipe import Endpoint, Reward
-from vpo_ray.recipe.base import refuse_unused
 from vpo_ray.recipe.endpoint import refuse_keys
 
 if TYPE_CHECKING:
@@ -80,8 +79,8 @@ class HttpScorer:
     def problems(settings: Reward, options: HttpScorerOptions) -> Iterator[str]:
         if settings.endpoint.base_url is None:
             yield "endpoint.base_url is missing: the address of the scorer's server"
+        yield from unused_keys(settings, "http", "model endpoint")
         try:
-            refuse_unused(settings, OF_OTHERS, "with kind: http")
             refuse_keys(settings.endpoint, _OF_LLMS, "kind: http")
         except ValueError as error:
             yield str(error)

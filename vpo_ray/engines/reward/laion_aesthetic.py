@@ -5,12 +5,13 @@ Prompt-A-Video takes V1 (`rewards/aes_pipe.py`), and pairs above 5.5. All is com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from vpo_ray.engines.reward import Scored
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.engines.reward.weights_hash import weights_hash
 from vpo_ray.recipe import Reward
 from vpo_ray.recipe.base import Source
@@ -40,6 +41,10 @@ class LaionAesthetic:
 
         self._scorer = AestheticScorer(options.clip, options.head, options.variant, settings.device)
         self.pick = self._scorer.pick
+
+    @staticmethod
+    def problems(settings: Reward, options: LaionAestheticOptions) -> Iterator[str]:
+        yield from unused_keys(settings, "laion_aesthetic", "device")
 
     @staticmethod
     def identity(settings: Reward, options: LaionAestheticOptions) -> str:

@@ -7,11 +7,12 @@ checkpoint's own tensors: `model.*` (the CLIP) and `cross_model.*`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel, Field
 
 from vpo_ray.engines.reward import Scored
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.engines.reward.weights_hash import weights_hash
 from vpo_ray.recipe import Reward
 from vpo_ray.records import content_id
@@ -48,6 +49,10 @@ class Mps:
 
         self._scorer = MpsScorer(settings, options.condition, options.threshold)
         self.pick = self._scorer.pick
+
+    @staticmethod
+    def problems(settings: Reward, options: MpsOptions) -> Iterator[str]:
+        yield from unused_keys(settings, "mps", "model dtype device")
 
     @staticmethod
     def identity(settings: Reward, options: MpsOptions) -> str:

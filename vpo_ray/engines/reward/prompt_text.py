@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 
 from vpo_ray.engines.reward import RewardError, Scored
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.prompts.words import word_count
 from vpo_ray.recipe.base import Positive, Source
@@ -60,6 +61,7 @@ class PromptText:
 
     @staticmethod
     def problems(settings: Modelled, options: PromptTextOptions) -> Iterator[str]:
+        yield from unused_keys(settings, "text", "device")
         if options.required and "://" not in options.required:
             try:
                 KeywordList.read(options.required)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field
 
 from vpo_ray.engines.reward import RewardError, Scored
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.files.text_files import TextFileError, read_text
 from vpo_ray.recipe import Reward
 from vpo_ray.recipe.base import Positive, Source
@@ -73,6 +74,10 @@ class VideoReward:
         from vpo_ray.engines.reward.qwen2_vl import MarkedQwen
 
         self.model = MarkedQwen(settings, template, SLOT, MARKERS)
+
+    @staticmethod
+    def problems(settings: Reward, options: VideoRewardOptions) -> Iterator[str]:
+        yield from unused_keys(settings, "videoreward", "model dtype device attention")
 
     @staticmethod
     def identity(settings: Reward, options: VideoRewardOptions) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from vpo_ray.engines.reward import Scored
+from vpo_ray.engines.reward.unused_keys import unused_keys
 from vpo_ray.engines.reward.weights_hash import weights_hash
 from vpo_ray.files.text_files import read_text
 from vpo_ray.recipe import Reward
@@ -70,6 +71,10 @@ class VideoScore:
 
         self._scorer = VideoScoreScorer(settings, DIMENSIONS, prompt, SLOT, options.most)
         self.pick = self._scorer.pick
+
+    @staticmethod
+    def problems(settings: Reward, options: VideoScoreOptions) -> Iterator[str]:
+        yield from unused_keys(settings, "videoscore", "model dtype device")
 
     @staticmethod
     def identity(settings: Reward, options: VideoScoreOptions) -> str:
