@@ -163,6 +163,15 @@ def test_a_refused_prompt_is_its_rows_error_and_no_retry(
     assert len(kept(tmp_path)) == 1, "and another run creates it anew"
 
 
+@pytest.mark.parametrize(("status", "ends"), [("DONE", True), ("ready", True), ("Aborted", False)])
+def test_services_call_the_end_of_a_job_differently(
+    server: VideoServer, tmp_path: Path, clip: Clip, status: str, ends: bool
+) -> None:
+    server.fault = lambda what, _: Reply({"id": "x", "status": status}) if what == "poll" else None
+    (made,) = service_of(server, tmp_path, Account()).render(["a cat"], [3])
+    assert made == clip(5) if ends else str(made) == f"the job failed: {status.lower()}"
+
+
 def test_a_lost_job_is_created_again_a_few_times(server: VideoServer, tmp_path: Path, clip: Clip) -> None:
     def lose(what: str, fields: Request) -> Reply | None:
         if what == "poll" and len(server.requests) <= left:

@@ -54,8 +54,10 @@ _REFERENCE = "input_reference"
 _SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 # In lower case. Any other status is of a job under way.
-_COMPLETED = frozenset({"completed", "complete", "succeeded", "success"})
-_FAILED = frozenset({"failed", "failure", "error", "cancelled", "canceled", "expired", "rejected"})
+_COMPLETED = frozenset({"completed", "complete", "succeeded", "success", "done", "finished", "ready"})
+_FAILED = frozenset(
+    {"failed", "failure", "error", "cancelled", "canceled", "expired", "rejected", "aborted", "timeout"}
+)
 
 
 @dataclass(frozen=True)
