@@ -279,7 +279,7 @@ GROUP = pa.schema(
     ]
 )
 
-# A query may have several rows, one for each prompt.
+# A query may have several rows, one for each prompt and each profile.
 SFT = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -309,9 +309,11 @@ def query_id(query: str, image: str | None = None) -> str:
     return content_id("query", normalise(query), *([image] if image is not None else []))
 
 
-def sft_id(query_id: str, prompt: str) -> str:
-    """The id of an SFT row: a query with one of its prompts. Ids sort by query."""
-    return f"{query_id}-{content_id('sft', prompt, digits=16)}"
+def sft_id(query_id: str, prompt: str, conditions: str | None = None) -> str:
+    """The id of an SFT row: a query with one of its prompts, under the conditions of its profile. Ids sort by
+    query."""
+    told = [conditions] if conditions else []
+    return f"{query_id}-{content_id('sft', prompt, *told, digits=16)}"
 
 
 def candidate_id(query_id: str, k: int, policy: str, sampling: dict[str, Any]) -> str:

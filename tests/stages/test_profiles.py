@@ -27,7 +27,7 @@ from vpo_ray.stages.judge import Judging
 from vpo_ray.stages.pair import pairs_of_query
 from vpo_ray.stages.profiles import kept_words, profiled, under
 from vpo_ray.stages.sample import Sampler, SampleTally, candidates, identity_key
-from vpo_ray.storage.sft_data import CHAT_FILE, draft_rows, sft_rows, write_chat
+from vpo_ray.storage.sft_data import CHAT_FILE, distinct, draft_rows, sft_rows, write_chat
 from vpo_ray.train.examples import tokenise
 
 TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
@@ -326,6 +326,22 @@ def test_rows_of_sft_data_name_their_profile(tmp_path: Path) -> None:
     identity = policies.policy_id(recipe, run)
     bare = sft_recipe(tmp_path, [plain, {**plain, "prompt": "A cat!"}, {**kept, "kind": ""}])
     assert policies.policy_id(bare, run) != identity
+
+
+def test_a_prompt_is_learnt_under_each_of_its_profiles(tiny_models: Path, tmp_path: Path) -> None:
+    plain = {"query": "a cat", "prompt": "A cat."}
+    recipe = sft_recipe(tmp_path, [plain, {**plain, "kind": "short"}, {**plain, "kind": "short"}])
+    run = opening.open_run(recipe)
+    every = policies.training_rows(recipe, run)
+    rows, again = distinct(every)
+    assert ([row.get("profile") for row in rows], again) == ([None, "short"], 1)
+    run.table("sft").replace(rows)
+    assert run.table("sft").count() == len(list(run.table("sft").rows())) == 2
+    task = "Rewrite: {query}"
+    tokenizer = load_tokenizer(str(tiny_models / "policy"), task)
+    examples, dropped = tokenise("sft", every, tokenizer, task, 1024)
+    assert (len(examples), dropped) == (2, {"duplicate": 1})
+    assert len({example.prompt.tobytes() for example in examples}) == 2
 
 
 @pytest.mark.parametrize(

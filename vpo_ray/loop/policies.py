@@ -148,8 +148,12 @@ def policy_id(recipe: Recipe, run: RunDir) -> str:
         if shown_images(recipe, run, policy.images) and any(row.get("image") for row in rows):
             parts.append({"images": [row.get("image") for row in rows]})
         learnt, _ = distinct(rows)
-        if len({row["query_id"] for row in learnt}) < len(learnt):
-            parts.append("every prompt of a query")  # earlier versions learnt one of them
+        prompts = {(row["query_id"], row["prompt"]) for row in learnt}
+        # Earlier versions learnt one of them.
+        if len({query for query, _ in prompts}) < len(prompts):
+            parts.append("every prompt of a query")
+        if len(prompts) < len(learnt):
+            parts.append("every profile of a prompt")
     return content_id("policy", *parts, digits=16)
 
 

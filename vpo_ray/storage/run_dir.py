@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "labels": (LABEL, "query_id"),
     "drafts": (DRAFT, "draft_id"),
     "evolutions": (EVOLUTION, "prompt_id"),
-    "sft": (SFT, "query_id"),  # with the prompt: see ALSO
+    "sft": (SFT, "query_id"),  # with more: see ALSO
     "candidates": (FEEDBACK, "candidate_id"),
     "verdicts": (FEEDBACK, "candidate_id"),
     "renders": (FEEDBACK, "candidate_id"),
@@ -55,8 +55,9 @@ TABLES: dict[str, tuple[pa.Schema, str]] = {
     "matches": (PREFERENCE, "preference_id"),
     "preferences": (PREFERENCE, "preference_id"),
 }
-# Columns that identify a row together with its key: SFT may teach several prompts of one query.
-ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt",)}
+# Columns that identify a row together with its key: SFT may teach several prompts of one query, each under
+# several profiles.
+ALSO: dict[str, tuple[str, ...]] = {"sft": ("prompt", "conditions")}
 
 # Facts about a table: counts of raw queries by outcome, why queries have no pair, which SFT rows were left
 # out.

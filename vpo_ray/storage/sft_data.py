@@ -82,9 +82,10 @@ def _is_text(value: Any) -> bool:
 
 
 def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
-    """The rows in order without repeated pairs of query and prompt, and the number of repeats."""
+    """The rows in order without those of the same query, prompt and conditions as another, and the number of
+    these."""
     every = list(rows)
-    once = list({(row["query_id"], row["prompt"]): row for row in every}.values())
+    once = list({(row["query_id"], row["prompt"], row.get("conditions")): row for row in every}.values())
     return once, len(every) - len(once)
 
 

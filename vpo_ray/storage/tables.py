@@ -64,11 +64,12 @@ class Table(Folder):
         return (type(self), (self.uri, self.schema, self.key, self.also, self.shard))
 
     def _identities(self, rows: pa.Table | pa.RecordBatch) -> list[Any]:
-        """The identity of each row: its key, or the tuple of the key and the `also` columns."""
+        """The identity of each row: its key, or the tuple of the key and the `also` columns, "" for none."""
         keys: list[Any] = rows.column(self.key).to_pylist()
         if not self.also:
             return keys
-        return list(zip(keys, *(rows.column(name).to_pylist() for name in self.also), strict=True))
+        others = (rows.column(name).to_pylist() for name in self.also)
+        return list(zip(keys, *([value or "" for value in values] for values in others), strict=True))
 
     def append(self, rows: Sequence[Row] | pa.Table) -> str:
         """Write rows as one part, and return its name ("" for no rows).

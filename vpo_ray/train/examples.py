@@ -54,8 +54,10 @@ class Example:
 
 
 def row_id(phase: Phase, row: Row) -> str:
-    """The id of a row's example: SFT may teach several prompts of one query."""
-    return sft_id(row["query_id"], row["prompt"]) if phase == "sft" else str(row[COLUMNS[phase][0]])
+    """The id of a row's example: SFT may teach several prompts of one query, each under several profiles."""
+    if phase == "sft":
+        return sft_id(row["query_id"], row["prompt"], row.get("conditions"))
+    return str(row[COLUMNS[phase][0]])
 
 
 def tokenise(
