@@ -103,6 +103,25 @@ def test_a_mounted_secret_is_a_folder_of_keys(tmp_path: Path) -> None:
     assert (status(ring, f"Bearer {one}"), status(ring, f"Bearer {two}")) == (401, 200)
 
 
+def test_a_file_of_a_folder_that_cannot_be_read_shuts_nobody_else_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, (one, one_line), (two, two_line) = Clock(), make_key("one"), make_key("two")
+    (tmp_path / "a").write_text(one_line)
+    ring = KeyRing(tmp_path, clock)
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00 no text")
+    for _ in range(3):
+        clock.time += 2
+        assert (status(ring, f"Bearer {one}"), status(ring, f"Bearer {two}")) == (200, 401)
+    assert caplog.text.count("its keys are not admitted") == 1
+    (tmp_path / "b").write_text(two_line)
+    clock.time += 2
+    assert (status(ring, f"Bearer {one}"), status(ring, f"Bearer {two}")) == (200, 200)
+    (tmp_path / "a").unlink()
+    clock.time += 2
+    assert (status(ring, f"Bearer {one}"), status(ring, f"Bearer {two}")) == (401, 200)
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vpo_ray.files.text_files import TextFileError, lines, read_text
 from vpo_ray.serve.errors import ApiError
@@ -99,8 +100,8 @@ class KeyRing:
         now: a clock in seconds.
 
     Raises:
-        KeyFileError: no such file, a bad line, or no key at all. Later, while serving, a
-            bad line is logged and skipped, and a missing source admits nobody.
+        KeyFileError: no such file, a bad line, or no key at all. Later, while serving, a bad line, or a file
+            of a folder that cannot be read, is logged and skipped, and a missing source admits nobody.
     """
 
     def __init__(self, source: str | Path, now: Callable[[], float] = time.monotonic) -> None:
@@ -111,13 +112,14 @@ class KeyRing:
             )
         self.source, self._now = Path(source).expanduser(), now
         self._looked = now()
+        self._unread: list[str] = []
         if not self.source.exists():
             raise KeyFileError(
                 f"serve.keys: {self.source} does not exist; `vpo key NAME` makes a line for it"
             )
-        self._seen, texts, fault = self._read()
-        if fault is not None:
-            raise KeyFileError(f"serve.keys: {fault}")
+        self._seen, texts, self._unread = self._read()
+        if self._unread:
+            raise KeyFileError(f"serve.keys: {'; '.join(self._unread)}")
         self._keys, faults = _parse(texts)
         if faults or not self._keys:
             raise KeyFileError(f"serve.keys: {self.source}: {'; '.join(faults) or 'it holds no key'}")
@@ -144,30 +146,49 @@ class KeyRing:
         if self._now() - self._looked < LOOK_EVERY_S:
             return
         self._looked = self._now()
-        seen, texts, fault = self._read(self._seen)
-        if fault is not None and self._seen != []:
-            logger.error("the file of keys cannot be read, nobody is admitted: %s", fault)
-        if seen == self._seen:
+        seen, texts, unread = self._read(self._seen)
+        if seen == self._seen and not unread and not self._unread:
             return
-        self._seen = seen
+        for fault in unread:
+            if fault not in self._unread:
+                logger.error("a file of keys cannot be read, its keys are not admitted: %s", fault)
+        changed = (seen, unread) != (self._seen, self._unread)
+        self._seen, self._unread = seen, unread
         self._keys, faults = _parse(texts)
+        if not changed:
+            return
         logger.info("%s was read again: %d keys", self.source, len(self._keys))
         for fault in faults:
             logger.error("%s: left out, %s", self.source, fault)
 
-    def _read(self, before: object = None) -> tuple[object, list[tuple[str, str]], str | None]:
-        """A state that changes with the files, the name and text of each (unless unchanged), and faults."""
+    def _read(self, before: object = None) -> tuple[object, list[tuple[str, str]], list[str]]:
+        """A state that changes with the files, the name and text of each (unless unchanged), and why files
+        cannot be read; those are looked at again each time."""
         try:
             files = [self.source]
             if self.source.is_dir():
                 files = sorted(f for f in self.source.iterdir() if f.is_file() and not f.name.startswith("."))
-            stats = [(str(f), f.stat()) for f in files]
-            seen = [(name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in stats]
-            if seen == before:
-                return seen, [], None
-            return seen, [(f.name, read_text(f)) for f in files], None
-        except (OSError, TextFileError) as error:
-            return [], [], str(error)
+        except OSError as error:
+            return [], [], [str(error)]
+        seen = [_state(file) for file in files]
+        if seen == before and not self._unread:
+            return seen, [], []
+        texts, unread = [], []
+        for file in files:
+            try:
+                texts.append((file.name, read_text(file)))
+            except (OSError, TextFileError) as error:
+                unread.append(str(error))
+        return seen, texts, unread
+
+
+def _state(file: Path) -> tuple[Any, ...]:
+    """What changes with a file; only its name where it is not there any more."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return (str(file),)
+    return (str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
