@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from tiny_endpoint import SETTINGS, TINY
 
@@ -191,6 +192,11 @@ def test_a_query_becomes_a_video(
         len(read_frames(content.content, lambda times, fps: list(range(len(times)))))
         == found["video"]["frames"]
     )
+    client = openai.OpenAI(base_url=where, api_key=mine, max_retries=0)
+    theirs = client.videos.create(prompt="a cat", extra_body={"seed": "4"})
+    assert finished(where, theirs.id, headers)["video"]["key"] == found["video"]["key"]
+    assert client.videos.retrieve(theirs.id).status == "completed"
+    assert client.videos.download_content(theirs.id).read() == content.content
     # The same query and seed is the same video, which is not rendered twice; another seed is another.
     again = httpx.post(f"{where}/videos", json={"query": "a cat", "seed": 4}, headers=headers).json()
     assert finished(where, again["id"], headers)["video"]["key"] == found["video"]["key"]

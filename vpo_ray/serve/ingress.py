@@ -30,6 +30,7 @@ from vpo_ray.serve.chats import ChatDesk
 from vpo_ray.serve.cors import Cors
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.feedback import FeedbackRequest, feedback_desk, noted
+from vpo_ray.serve.forms import form_as_json
 from vpo_ray.serve.http import Events, application, internal, parsed, read_body, refused
 from vpo_ray.serve.images import (
     GivenImage,
@@ -278,6 +279,9 @@ class Ingress:
             jobs, _ = self._videos()
             room = image_room(films_images(self.settings))
             body = await read_body(request, max_body_bytes(self.settings) + room)
+            kind = request.headers.get("content-type", "")
+            if kind.lower().startswith("multipart/form-data"):
+                body = await form_as_json(body, kind)
             query, prompt, seed, attached = await parsed(parse_video, body, self.settings)
             fields = engine_fields(self.settings, 1, seed, None)
             take(self.optimiser.candidates(fields) if prompt is None else 1)
