@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.datastructures import Headers, UploadFile
@@ -49,5 +49,5 @@ async def form_as_json(body: bytes, content_type: str) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def _at_once(body: bytes) -> AsyncIterator[bytes]:
+async def _at_once(body: bytes) -> AsyncGenerator[bytes, None]:
     yield body
