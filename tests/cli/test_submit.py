@@ -137,6 +137,19 @@ def test_a_second_submission_is_refused_until_the_first_is_over(
     assert main([*arguments, "--command", "generate"]) == 0, "another command is another job"
 
 
+def test_what_would_be_lost_with_the_job_is_told(
+    jobs: tuple[Jobs, str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["submit", str(work / "recipe.yaml"), "--working-dir", str(work), "--address", jobs[1]]
+    judge = "{backend: openai, model: m, endpoint: {base_url: 'http://127.0.0.1:9/v1', answers: kept}}"
+    places = ["--out", "here", "--set", "render.store=s3://bucket/videos", "--set", f"judge={judge}"]
+    assert main([*arguments, *places]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "is a relative path" in line]
+    assert len(told) == 2
+    assert "out: here is" in told[0]
+    assert "judge.endpoint.answers: kept is" in told[1]
+
+
 def test_shards_are_jobs_of_their_own_each_submitted_once(
     jobs: tuple[Jobs, str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

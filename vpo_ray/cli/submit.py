@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,15 +182,23 @@ def _everywhere(client: Any) -> Callable[[str], bool]:
 
 
 def _warn_of_what_is_lost(recipe: Recipe) -> None:
-    places = {"out": recipe.out, "render.store": recipe.render.store}
-    for key, place in places.items():
-        if place is not None and "://" not in place and not os.path.isabs(place):
+    for key, place in _written(recipe.model_dump(mode="json", exclude={"serve"})):
+        if "://" not in place and not os.path.isabs(place):
             logger.warning(
                 "%s: %s is a relative path, which on the cluster is in a copy of the working directory that "
                 "goes with the job; name storage that every node has",
                 key,
                 place,
             )
+
+
+def _written(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Where a run writes: its directory, videos and answers that were paid for; by dotted keys."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _written(value, f"{prefix}{name}.")
+        elif name in ("out", "store", "answers") and isinstance(value, str):
+            yield f"{prefix}{name}", value
 
 
 def _entrypoint(arguments: argparse.Namespace) -> tuple[list[str], Path | None, Path]:
