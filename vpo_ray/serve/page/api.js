@@ -7,7 +7,9 @@ async function call(path, key, body, signal) {
   const given = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
   const reply = await fetch(at(path), { headers, signal, ...given });
   if (reply.ok) return reply;
-  const told = await reply.json().then((answer) => answer.error.message, () => reply.statusText);
+  // A proxy in between has errors of its own kind.
+  const answer = await reply.json().catch(() => null);
+  const told = answer?.error?.message ?? (reply.statusText || "the endpoint cannot be reached");
   const wait = reply.headers.get("Retry-After");
   throw new Error(`${reply.status}: ${told}${wait ? ` (again in ${wait} s)` : ""}`);
 }
@@ -36,7 +38,7 @@ export async function optimised(request, key, signal, written) {
   for await (const [name, data] of events(reply)) {
     if (name === "prompt") written(data.delta);
     else if (name === "result") result = data;
-    else throw new Error(data.error.message);
+    else throw new Error(data.error?.message ?? "the endpoint failed");
   }
   if (result === null) throw new Error("the answer broke off; try again");
   return result;
