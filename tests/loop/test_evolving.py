@@ -12,6 +12,7 @@ from vpo_ray.loop.ledger import build_ledger, funnel, reconcile
 from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.loop.policies import LoopError, policy_id, training_rows
+from vpo_ray.loop.refine import of_query
 from vpo_ray.plan import plan
 from vpo_ray.recipe import Recipe, RecipeError, load, parse, sources
 from vpo_ray.records import Row, failed, query_id, seed_of
@@ -315,3 +316,12 @@ def test_the_prompt_of_the_llm_needs_its_slots(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Write {count} prompts for {query}")
     with pytest.raises(PlanError, match=r"evolve.prompt: .*needs the slot {history} once"):
         plan(recipe_at(tmp_path, f"evolve.prompt={tmp_path}/p.txt"))
+
+
+def test_what_refine_stores_is_known_by_all_that_it_depends_on(tmp_path: Path) -> None:
+    gate = "gate={options: {words: [3, 5]}, least: {length: 1}}"
+    plain, gated, other = (
+        of_query(recipe_at(tmp_path, *more), "a cat", 3, None).out
+        for more in ([], [gate], [gate, "gate.least.length=0.5"])
+    )
+    assert len({plain, gated, other}) == 3

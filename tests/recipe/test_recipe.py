@@ -222,6 +222,10 @@ def test_a_value_that_cannot_be_is_named(override: str, key: str) -> None:
         ("dpo.evaluate={steps: 5}", "dpo.evaluate: steps has no effect without held-out rows"),
         ("dpo={epochs: 1, lr: 1.0, global_batch: 1, loss: ipo, label_smoothing: 0.1, length_normalise: true}",
          "dpo: label_smoothing and length_normalise have no effect with loss: ipo"),
+        (
+            "evaluate={judge: {model: m, refine_prompt: mine.txt, word_limit: 90}}",
+            "evaluate: refine_prompt and word_limit have no effect in evaluate.judge",
+        ),
         ("dpo.keep_checkpoints=5", "dpo: keep_checkpoints has no effect without save_steps"),
         ("dpo.track={project: mine}", "dpo.track: project has no effect without mlflow or wandb"),
         ("sft.offload={optimizer: cpu, nvme_path: /n}", "sft.offload: nvme_path has no effect without nvme"),

@@ -257,6 +257,41 @@ def test_what_comes_later_is_kept_again(tmp_path: Path) -> None:
     assert [row["answer_id"] for row in tables.answers.rows()] == ["later"]
 
 
+def test_what_is_too_old_does_not_come_back_with_rows_that_waited(tmp_path: Path) -> None:
+    tables = FeedbackTables(str(tmp_path))
+    with_desk(tmp_path, lambda desk: desk.note(STUDIO, "red ball", answered()))
+    (row,) = tables.answers.rows()
+    old, young = (row | {"answer_id": name, "time": time} for name, time in (("old", 1.0), ("young", 3.0)))
+    assert tables.forget(before=2.0) == (0, 0)
+    tables.append(tables.answers, [old, young])  # of a replica whose store failed meanwhile
+    assert {one["answer_id"] for one in tables.answers.rows()} == {row["answer_id"], "young"}
+
+
+def test_two_calls_that_forget_at_once_bring_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpo_ray.storage.tables import Table
+
+    tables, write = FeedbackTables(str(tmp_path)), Table.append
+    with_desk(tmp_path, lambda desk: desk.note(STUDIO, "red ball", answered()))
+    (row,) = tables.answers.rows()
+    old = row | {"answer_id": "old", "key": "other", "time": 1.0}
+    other = row | {"answer_id": "other", "key": "other"}
+    tables.answers.append([row, old, other])
+
+    def overtaken(self: Table, rows: Any) -> str:
+        # The part was read with the old row; another call takes it out before this one writes.
+        if not rows:
+            return write(self, rows)
+        monkeypatch.setattr(Table, "append", write)
+        tables.forget(before=2.0)
+        return write(self, rows)
+
+    monkeypatch.setattr(Table, "append", overtaken)
+    tables.forget(key="studio")
+    assert [one["answer_id"] for one in tables.answers.rows()] == ["other"]
+
+
 def test_a_broken_mark_keeps_rows_waiting(tmp_path: Path) -> None:
     (tmp_path / "forgotten").mkdir()
     (tmp_path / "forgotten" / "abc.json").write_text("{")

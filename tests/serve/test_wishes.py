@@ -119,6 +119,20 @@ def test_a_long_query_is_left_as_it_is() -> None:
     assert not asked(Policy(["A ball."]), Wishes(skip_if_words=4)).skipped
 
 
+@pytest.mark.parametrize("query", ["rewrite", "off", "refuse"])
+def test_a_long_query_that_the_gate_flags_is_rewritten_where_the_recipe_says_so(
+    tmp_path: Path, query: Any
+) -> None:
+    (tmp_path / "words").write_text("knife")
+    safety = Safety(query=query, prompt=True, keywords=str(tmp_path / "words"))
+    optimiser = Optimiser(Policy(["A ball."]), Gate(safety), None, Serve(safety=safety))  # type: ignore[arg-type]
+    fields = {"n": 1, "temperature": 0.7, "seed": 5}
+    result = asyncio.run(optimiser("a red knife", fields, "id", (), Wishes(skip_if_words=3)))
+    refused = query == "refuse"
+    assert (result.prompt, result.skipped) == (None if refused else "A ball.", False)
+    assert result.safety.outcome == {"rewrite": "rewritten", "off": "pass", "refuse": "refused"}[query]
+
+
 def test_words_are_counted_in_any_script() -> None:
     assert Wishes(max_words=3).unmet("红色的球") == ["max_words: 4"]
     assert Wishes(("Ｒｅｄ",)).unmet("a red ball") == []

@@ -25,7 +25,7 @@ from vpo_ray.storage.images import images_of
 from vpo_ray.storage.run_dir import CURATED, RunDir
 from vpo_ray.stream.connection import connect
 
-_SECTIONS = ("seed", "evolve", "judge", "render", "reward", "more_rewards")
+_SECTIONS = ("seed", "evolve", "judge", "render", "reward", "more_rewards", "gate")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def refine(
     name, data = (None, b"") if image is None else _read(image)
     _check_need(recipe, image)
     digest = None if name is None else image_hash(name)
-    own = _of_query(recipe, text, budget, digest)
+    own = of_query(recipe, text, budget, digest)
     with opened(own) as run, accounted(own, run):
         if not run.exists(CURATED):
             if name is not None:
@@ -116,7 +116,7 @@ def _check_need(recipe: Recipe, image: str | None) -> None:
         raise LoopError(f"{model} makes videos from images: give the query's (vpo refine --image FILE)")
 
 
-def _of_query(recipe: Recipe, query: str, budget: int, image: str | None) -> Recipe:
+def of_query(recipe: Recipe, query: str, budget: int, image: str | None) -> Recipe:
     """The recipe of the query's run directory.
 
     Args:

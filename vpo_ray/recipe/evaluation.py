@@ -176,6 +176,9 @@ class Evaluation(Section):
                     raise ValueError(f"{key}: {name!r} is no name: use letters, digits, - _ and .")
         for render in self.transfer.values():
             refuse_unused(render, "preview strategy", "in transfer, whose videos are all rendered in full")
+        if self.judge is not None:
+            unused = "refine_prompt prompt_max_chars word_limit"
+            refuse_unused(self.judge, unused, "in evaluate.judge, which gives verdicts and writes nothing")
         if not self.sets:
             raise ValueError("sets: name at least one")
         if not self.videos:

@@ -100,11 +100,12 @@ class Optimiser:
             checked = await self.check_query(query, flags, image)
         if checked.refused:
             return _finished(self.result(checked), query, clock)
-        if wishes.skips(query):
+        if wishes.skips(query) and not checked.verdict.flagged:
             with clock.part("gate"):
                 result = await self.fall_back(checked)
-            kept = {"fallback": False, "skipped": result.prompt is not None}
-            return _finished(_told_unmet(result.model_copy(update=kept), wishes), query, clock)
+            if result.prompt is not None:  # else the policy is to make it harmless
+                kept = {"fallback": False, "skipped": True}
+                return _finished(_told_unmet(result.model_copy(update=kept), wishes), query, clock)
         asked = self._asked(fields, wishes.effort)
         told, schema = query, wishes.conditions.schema()
         if self.settings.tell_wishes:

@@ -7,6 +7,7 @@ more. It leaves a mark in `forgotten/`, so that a replica drops what it has not 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,13 @@ SKEW_S, MARK_S = 10.0, 30 * 86400.0
 _WRITERS, _HELD_BYTES, _READS = 8, 256 * 2**20, 3
 
 Goes = Callable[[Row], bool]
+
+
+class Mark(NamedTuple):
+    """When `forget` was called and, where it was for older rows, for what is older than which time."""
+
+    time: float
+    before: float | None = None
 
 
 class Forgotten(NamedTuple):
@@ -180,12 +188,13 @@ class FeedbackTables:
             )
 
         now = time.time()
-        for name, made in self._marks().items():
-            if made < now - MARK_S:
+        for name, mark in self._marks().items():
+            if mark.time < now - MARK_S:
                 self._forgotten.delete(f"{name}.json")
-        for column, value in (("key", key), ("answer_id", answer_id)):
+        for column, value in (("key", key), ("answer_id", answer_id), ("before", before)):
             if value is not None:
-                self._forgotten.write_json(f"{_mark(column, value)}.json", {"time": now})
+                content = {"time": now, **({"before": before} if column == "before" else {})}
+                self._forgotten.write_json(f"{_mark(column, value)}.json", content)
         out: Goes = goes
         marks, rows = self._marks(), 0
         while True:
@@ -200,15 +209,18 @@ class FeedbackTables:
     def _forgotten(self) -> Folder:
         return Folder(join(self.uri, "forgotten"))
 
-    def _marks(self) -> dict[str, float]:
-        """When each mark was made, by its name."""
+    def _marks(self) -> dict[str, Mark]:
+        """The marks, by their names."""
         marks = {}
         for file in self._forgotten.files(".json"):
             try:
-                marks[file.removesuffix(".json")] = float(self._forgotten.read_json(file)["time"])
+                content = self._forgotten.read_json(file)
+                before = content.get("before")
+                made = Mark(float(content["time"]), None if before is None else float(before))
+                marks[file.removesuffix(".json")] = made
             except FileNotFoundError:
                 continue  # deleted since it was listed
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise StorageError(
                     f"{self._forgotten.at(file)} is no mark of `vpo forget` that can be read: {error}"
                 ) from error
@@ -230,15 +242,17 @@ def _read(folder: Folder, name: str) -> bytes:
         raise StorageError(f"cannot read {folder.at(name)}: {error}") from error
 
 
-def _mark(column: str, value: str) -> str:
+def _mark(column: str, value: str | float) -> str:
     """The name of a mark, which does not tell whose rows are gone."""
     return content_id("forgotten", column, value)
 
 
-def _marked(marks: Mapping[str, float]) -> Goes:
+def _marked(marks: Mapping[str, Mark]) -> Goes:
+    oldest = max((mark.before for mark in marks.values() if mark.before is not None), default=-math.inf)
+
     def goes(row: Row) -> bool:
-        names = (_mark(column, row[column]) for column in ("key", "answer_id"))
-        return any(row["time"] < marks.get(name, float("-inf")) + SKEW_S for name in names)
+        named = (marks.get(_mark(column, row[column])) for column in ("key", "answer_id"))
+        return row["time"] < oldest or any(mark and row["time"] < mark.time + SKEW_S for mark in named)
 
     return goes
 
