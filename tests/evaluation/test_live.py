@@ -205,3 +205,60 @@ def test_collected_data_replaces_no_run_and_no_store(
     assert main(["collect", store.uri, "--to", str(there)]) != 0
     assert "give a folder of its own" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def small_parts(store: FeedbackTables) -> dict[str, Row]:
+    """Twenty answers as replicas write them, a part each; returns them by id."""
+    rows = {f"n{i}": answer(f"n{i}", f"query {i}", "A prompt.", time=3000.0 + i) for i in range(20)}
+    for row in rows.values():
+        store.answers.append([row])
+    return rows
+
+
+def test_small_parts_are_merged_when_they_are_collected(store: FeedbackTables, tmp_path: Path) -> None:
+    rows = small_parts(store)
+    before = {row["answer_id"]: row for row in store.answers.rows()}
+    opinions = store.opinions.parts()
+    collect(store.uri, str(tmp_path / "live"))
+    assert len(store.answers.files()) == 1
+    assert store.opinions.parts() == opinions, "there are few"
+    assert {row["answer_id"]: row for row in store.answers.rows()} == before
+    assert rows.keys() < before.keys()
+
+
+def test_answers_of_one_id_keep_their_times_when_they_are_merged(store: FeedbackTables) -> None:
+    small_parts(store)
+    store.answers.append([answer("n3", "query 3", "A prompt.", time=9000.0), answer("z", None, "A dog.")])
+    store.merge()
+    store.forget(before=8000.0)
+    assert [(row["answer_id"], row["time"]) for row in store.answers.rows()] == [("n3", 9000.0)]
+
+
+@pytest.mark.parametrize("given", [{"key": "studio"}, {"answer_id": "n3"}, {"before": 3004.0}])
+@pytest.mark.parametrize("when", ["write", "delete"])
+def test_what_is_forgotten_while_parts_are_merged_is_gone(
+    store: FeedbackTables, monkeypatch: pytest.MonkeyPatch, given: Any, when: str
+) -> None:
+    small_parts(store)
+    write, delete = Table.append, Table.delete
+
+    def forget() -> None:
+        monkeypatch.setattr(Table, "append", write)
+        monkeypatch.setattr(Table, "delete", delete)
+        store.forget(**given)
+
+    def writing(self: Table, rows: Any) -> str:
+        forget()
+        return write(self, rows)
+
+    def deleting(self: Table, name: str) -> None:
+        forget()
+        delete(self, name)
+
+    monkeypatch.setattr(
+        Table, "append" if when == "write" else "delete", writing if when == "write" else deleting
+    )
+    store.merge()
+    left = {row["answer_id"] for row in store.answers.rows()}
+    assert "n3" not in left
+    assert ("n9" in left) == ("key" not in given)

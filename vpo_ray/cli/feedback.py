@@ -83,7 +83,9 @@ def _forget(arguments: argparse.Namespace) -> int:
             raise StorageError(f"--collected {folder}: nothing was collected there; nothing is forgotten yet")
     before = time.time() - arguments.older_than.total_seconds() if arguments.older_than else None
     answer = arguments.answer.partition(".")[0] if arguments.answer else None
-    rows, images = FeedbackTables(store).forget(arguments.key, answer, before)
+    tables = FeedbackTables(store)
+    rows, images = tables.forget(arguments.key, answer, before)
+    tables.merge()
     for folder in arguments.collected:
         collect(store, folder)
     sys.stdout.write(f"{arguments.store}: {rows} rows and {images} images are gone\n")

@@ -42,6 +42,7 @@ def collect(store: str, folder: str) -> dict[str, Any]:
         raise StorageError(
             f"{out.uri} is a run directory, or the store: give a folder of its own for what is collected"
         )
+    tables.merge()
     answers = {row["answer_id"]: row for row in tables.answers.rows()}
     opinions: dict[str, list[Row]] = defaultdict(list)
     left_out: Counter[str] = Counter()

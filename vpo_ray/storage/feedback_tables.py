@@ -7,6 +7,7 @@ more. It leaves a mark in `forgotten/`, so that a replica drops what it has not 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from vpo_ray.files.folder import Folder, StorageError, join
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage.images import ImageStore
 from vpo_ray.storage.tables import Table
+
+logger = logging.getLogger(__name__)
 
 # One row an answer of each key: equal answers to one query have one id.
 ANSWER = pa.schema(
@@ -62,6 +65,9 @@ SKEW_S, MARK_S = 10.0, 30 * 86400.0
 # Images that are written at once, bytes that `forget` holds of those it has deleted, and how often it looks
 # again at a table that changes meanwhile.
 _WRITERS, _HELD_BYTES, _READS = 8, 256 * 2**20, 3
+
+# Replicas write a part every few seconds. So many that are smaller than this are made into larger ones.
+_FEWEST, _SMALL_BYTES, _MERGED_ROWS = 16, 256 * 2**10, 5000
 
 Goes = Callable[[Row], bool]
 
@@ -204,6 +210,35 @@ class FeedbackTables:
                 return Forgotten(rows, self._drop_images())
             # Of another call meanwhile, which may have taken its rows out of parts that were replaced here.
             out = _either(goes, _marked(marks))
+
+    def merge(self) -> None:
+        """Make large parts of small ones, where the store can be written. Replicas may append meanwhile, and
+        others forget or merge; killed on its way, it leaves rows that are stored twice."""
+        for table in (self.answers, self.opinions):
+            try:
+                self._merge(table)
+            except StorageError as error:  # or another replaced a part, and the next call merges them
+                logger.info("small parts stay: %s", error)
+
+    def _merge(self, table: Table) -> None:
+        sizes = {name: info.size for info in table.infos() if (name := info.base_name).endswith(".parquet")}
+        small = [name for name, size in sorted(sizes.items()) if size < _SMALL_BYTES]
+        if len(small) < _FEWEST:
+            return
+        held: list[Row] = []
+        sources: list[str] = []
+        for part in small:
+            held += [row for batch in table.batches(parts=[part]) for row in batch.to_pylist()]
+            sources.append(part)
+            if len(held) >= _MERGED_ROWS or part == small[-1]:
+                # A row that is stored twice is equal in both; answers of one id may differ in their time.
+                rows = list({(row[table.key], row["time"]): row for row in held}.values())
+                merged = table.append(rows)
+                for name in sources:
+                    if name != merged:
+                        table.delete(name)
+                self._take_back(table, [merged], rows)
+                held, sources = [], []
 
     @property
     def _forgotten(self) -> Folder:
