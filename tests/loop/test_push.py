@@ -95,6 +95,17 @@ def test_a_policy_goes_with_its_evaluation_and_without_paths(
     assert not any(name.startswith((".cache", "checkpoints")) for name in files)
 
 
+def test_the_policy_of_the_last_round_goes(hub: HubServer, words: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (2, 3):
+        (run / f"rounds/{number}").mkdir(parents=True)
+        (run / f"rounds/{number}/round.json").write_text("{}")
+    shutil.copytree(run / "checkpoints/dpo", run / "rounds/2/checkpoints/dpo")
+    (run / "rounds/2/checkpoints/dpo/vpo.json").write_text(json.dumps({**FACTS, "steps": 77}))
+    assert main([*words, "--policy", "team/optimiser"]) == 0
+    assert json.loads(hub.pushed["team/optimiser"]["vpo.json"])["steps"] == 77, "the third trains still"
+
+
 def test_data_goes_with_a_card(hub: HubServer, words: list[str]) -> None:
     assert main([*words, "--data", "team/pairs", "--public", "--license", "cc-by-4.0"]) == 0
     made = hub.made["datasets/team/pairs"]

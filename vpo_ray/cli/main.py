@@ -399,8 +399,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
     from vpo_ray.stream.connection import connect
 
     recipe = _load(arguments)
-    phase = recipe.learns or "sft"
-    checkpoint = arguments.checkpoint or RunDir(recipe.out).at(f"checkpoints/{phase}")
+    checkpoint = arguments.checkpoint or RunDir(recipe.out).last_policy(recipe.learns or "sft")
     require_evaluation(recipes.locate(checkpoint), recipe.serve.require)
     connect(arguments.verbose)
     roll_out(recipes.locate(checkpoint), recipes.serve_of(recipe), arguments.timeout)

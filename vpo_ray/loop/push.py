@@ -34,7 +34,7 @@ class PushError(ValueError):
 
 
 def push_policy(recipe: Recipe, run: RunDir, repo: str, private: bool = True) -> str:
-    """Push the policy that the run trained last, with its newest evaluation.
+    """Push the policy that the run, or its last round, trained last, with its newest evaluation.
 
     Args:
         repo: `owner/name`; made if it is not there.
@@ -46,7 +46,7 @@ def push_policy(recipe: Recipe, run: RunDir, repo: str, private: bool = True) ->
         PushError: there is no trained policy.
         StorageError: it cannot be read, or the hub does not take it.
     """
-    checkpoint = run.at(f"checkpoints/{recipe.learns or 'sft'}")
+    checkpoint = run.last_policy(recipe.learns or "sft")
     if not Folder(checkpoint).exists("vpo.json"):
         raise PushError(f"{checkpoint} is not a trained policy: run `vpo run` or `vpo train` first")
     with tempfile.TemporaryDirectory(prefix="vpo-push-") as made:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import yaml
 
-from vpo_ray.files.folder import StorageError
+from vpo_ray.files.folder import Folder, StorageError
 from vpo_ray.recipe import Recipe, parse_stored
 from vpo_ray.records import Row
 from vpo_ray.storage.run_dir import TABLES, RunDir
@@ -106,8 +106,9 @@ class Run:
         return VideoStore(self.recipe.render.store or self.dir.at("videos"))
 
     def checkpoint(self) -> str | None:
-        """Folder or URI of the policy that the run trained last: after DPO, else after SFT, or None."""
+        """Folder or URI of the policy that the run trained last: after the last round's DPO, else after
+        SFT, or None."""
         for phase in ("rl", "dpo", "sft"):
-            if self.dir.exists(f"checkpoints/{phase}/vpo.json"):
-                return self.dir.at(f"checkpoints/{phase}")
+            if Folder(found := self.dir.last_policy(phase)).exists("vpo.json"):
+                return found
         return None

@@ -132,6 +132,15 @@ class RunDir(Folder):
         found: int = self.read_json(ROUND).get("round", 1) if self.exists(ROUND) else 1
         return found
 
+    def last_policy(self, phase: str) -> str:
+        """The folder of what a phase trained in the last round that has it; of the first where none does."""
+        name, number, found = f"checkpoints/{phase}", 2, self.at(f"checkpoints/{phase}")
+        while self.exists(f"rounds/{number}/{ROUND}"):
+            if self.exists(f"rounds/{number}/{name}/vpo.json"):
+                found = self.at(f"rounds/{number}/{name}")
+            number += 1
+        return found
+
     def newest_evaluation(self) -> Row | None:
         """The results of the run's newest evaluation, in `evaluation/<id>`."""
         if not self.exists(LATEST):
