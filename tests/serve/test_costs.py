@@ -89,7 +89,7 @@ BEST = {"best_of": {"n": 4, "judge": {"model": "j", "endpoint": NOBODY}}}
         ("optimize", {"query": "a cat", "n": 8, "temperature": 0}, {}, 1),
         ("chat", CHAT, {}, 1),
         ("chat", {**CHAT, "n": 5}, {}, 5),
-        ("chat", {**CHAT, "n": 5, "temperature": 0}, {}, 5),
+        ("chat", {**CHAT, "n": 5, "temperature": 0}, {}, 1),
         ("chat", CHAT, BEST, 4),
         ("make_video", {"query": "a cat"}, {"videos": {"store": "/tmp/none"}}, 1),
         ("make_video", {"query": "a cat"}, {"videos": {"store": "/tmp/none"}, **BEST}, 4),

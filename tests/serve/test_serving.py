@@ -146,6 +146,7 @@ def test_models_health_and_unknown_routes(client: openai.OpenAI, url: str) -> No
         client.models.retrieve("other/model")
     root = url.removesuffix("/v1")
     assert httpx.get(f"{root}/health").json() == {"status": "ok"}
+    assert httpx.head(f"{root}/health").status_code == 200, "as load balancers ask"
     for reply in (httpx.get(f"{url}/nothing"), httpx.get(f"{url}/chat/completions")):
         assert reply.status_code in (404, 405)
         assert "message" in reply.json()["error"]

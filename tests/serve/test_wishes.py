@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vpo_ray.prompts.conditions import CAPTION_FIELDS
 from vpo_ray.recipe import Serve
 from vpo_ray.recipe.serve import BestOf, Safety
+from vpo_ray.serve.answers import completion
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.optimiser import Optimiser
 from vpo_ray.serve.optimize_schema import parse_optimize
@@ -76,6 +77,25 @@ def test_what_the_query_does_not_meet_is_told_where_it_is_the_answer() -> None:
         result = asyncio.run(optimiser("a red ball", fields, "id", (), wishes))
         assert (result.prompt, result.fallback) == ("a red ball", fallback)
         assert result.unmet == ["keep: dog", "max_words: 3"]
+
+
+def test_a_prompt_that_is_cut_comes_after_whole_ones_and_is_told() -> None:
+    class Cutting(Policy):
+        async def answer(self, query: str, fields: Any, request_id: str, image: None) -> dict[str, Any]:
+            reply = await super().answer(query, fields, request_id, image)
+            for choice in reply["choices"]:
+                whole = choice["message"]["content"].endswith(".")
+                choice["finish_reason"] = "stop" if whole else "length"
+            return reply
+
+    mixed = asked(Cutting(["A red ball ro", "A red ball."]), NO_WISHES)
+    assert (mixed.prompt, mixed.cut) == ("A red ball.", False)
+    none_whole = asked(Cutting(["A red ball ro"]), NO_WISHES)
+    assert (none_whole.prompt, none_whole.cut) == ("A red ball ro", True)
+    assert completion(none_whole, "id")["choices"][0]["finish_reason"] == "length"
+    assert completion(mixed, "id")["choices"][0]["finish_reason"] == "stop"
+    again = asked(Cutting(["A ba"], ["A ball."]), Wishes(("red",)))
+    assert (again.prompt, again.cut) == ("A ball.", False)
 
 
 class Failing(Policy):

@@ -37,6 +37,11 @@ def texts_of(answer: dict[str, Any]) -> list[str]:
     return [(choice["message"].get("content") or "").strip() for choice in answer["choices"]]
 
 
+def is_cut(choice: dict[str, Any]) -> bool:
+    """Whether a choice ended at `max_tokens`."""
+    return choice.get("finish_reason") == "length"
+
+
 def delta_texts(part: str) -> Iterator[str]:
     """The texts in a piece of a stream."""
     for chunk in chunks_in(part):
@@ -60,7 +65,7 @@ def completion(result: Optimization, request_id: str) -> dict[str, Any]:
                 "index": index,
                 "message": {"role": "assistant", "content": text, "refusal": None},
                 "logprobs": None,
-                "finish_reason": "stop",
+                "finish_reason": "length" if result.cut else "stop",
             }
             for index, text in enumerate(texts)
         ],
@@ -75,7 +80,7 @@ async def completion_events(whole: dict[str, Any], with_usage: bool) -> AsyncIte
     frame["object"] = "chat.completion.chunk"
     for choice in whole["choices"]:
         said = {"role": "assistant", "content": choice["message"]["content"]}
-        for delta, reason in ((said, None), ({}, "stop")):
+        for delta, reason in ((said, None), ({}, choice["finish_reason"])):
             part = {"index": choice["index"], "delta": delta, "logprobs": None, "finish_reason": reason}
             yield f"data: {json.dumps({**frame, 'choices': [part]})}\n\n"
     last = {**frame, "choices": [], "vpo": whole["vpo"]}

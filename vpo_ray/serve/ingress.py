@@ -144,6 +144,7 @@ class Ingress:
         if desk is not None:
             await desk.close()
 
+    @http.head("/health", include_in_schema=False)
     @http.get("/health")
     async def health(self) -> dict[str, str]:
         """200 once the engine answers."""

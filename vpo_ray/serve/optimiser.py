@@ -17,7 +17,7 @@ from vpo_ray.flags import Flag, join_flags
 from vpo_ray.prompts.answers import response_format
 from vpo_ray.prompts.conditions import conditioned
 from vpo_ray.recipe import Serve
-from vpo_ray.serve.answers import chunks_in, delta_texts, texts_of
+from vpo_ray.serve.answers import chunks_in, delta_texts, is_cut, texts_of
 from vpo_ray.serve.errors import ApiError
 from vpo_ray.serve.images import GivenImage
 from vpo_ray.serve.metrics import ServeMetrics
@@ -112,15 +112,17 @@ class Optimiser:
             told = conditioned(query, wishes.conditions)
         if schema is not None:
             asked["response_format"] = response_format(schema)
-        prompts, facts = await self._written(told, asked, request_id, clock, wishes, image)
-        if wishes.of_prompts and prompts and all(map(wishes.unmet, prompts)):
+        written, facts = await self._written(told, asked, request_id, clock, wishes, image)
+        if wishes.of_prompts and written and all(map(wishes.unmet, written)):
             again = {**asked, "seed": _next_seed(fields["seed"])}
-            more, spent = list[str](), dict[str, Any]()
+            more, spent = dict[str, bool](), dict[str, Any]()
             with suppress(ApiError, PolicyFailed):  # what there is, is the answer
                 more, spent = await self._written(told, again, request_id, clock, wishes, image)
-            prompts = list(dict.fromkeys([*prompts, *more]))
+            written |= more
             facts |= {"usage": _sum(facts.get("usage"), spent.get("usage"))}
-        if prompts:
+        whole = [text for text, cut in written.items() if not cut]
+        if prompts := whole or list(written):
+            facts["cut"] = not whole
             ranker = None if wishes.effort == "low" else self.ranker
             result = await self._choose(checked, prompts, wishes, fields["n"], ranker, clock)
         else:
@@ -135,9 +137,9 @@ class Optimiser:
         clock: _Clock,
         wishes: Wishes,
         image: GivenImage | None,
-    ) -> tuple[list[str], dict[str, Any]]:
-        """The policy's prompts, each once, and usage and fingerprint. No prompt where it fails and the recipe
-        has a fallback."""
+    ) -> tuple[dict[str, bool], dict[str, Any]]:
+        """The policy's prompts, each once, with whether it is cut, and usage and fingerprint. No prompt where
+        it fails and the recipe has a fallback."""
         reply: dict[str, Any] = {"choices": []}
         try:
             with clock.part("optimiser"):
@@ -145,8 +147,11 @@ class Optimiser:
         except PolicyFailed:
             if not self.settings.fallback:
                 raise
-        prompts = dict.fromkeys(wishes.conditions.shaped(text) for text in texts_of(reply))
-        return [text for text in prompts if text], _facts(reply)
+        prompts: dict[str, bool] = {}
+        for choice, text in zip(reply["choices"], texts_of(reply), strict=True):
+            if shaped := wishes.conditions.shaped(text):
+                prompts[shaped] = is_cut(choice) and prompts.get(shaped, True)
+        return prompts, _facts(reply)
 
     async def stream(
         self,
@@ -173,6 +178,7 @@ class Optimiser:
                 async for part in parts:
                     for chunk in chunks_in(part):
                         facts |= _facts(chunk)
+                        facts["cut"] = facts.get("cut", False) or any(map(is_cut, chunk.get("choices", [])))
                     for delta in delta_texts(part):
                         text += delta
                         yield delta
@@ -182,6 +188,8 @@ class Optimiser:
             if not self.settings.fallback:
                 raise
             prompt = ""
+        if not prompt:
+            facts.pop("cut", None)
         result = self.result(checked, prompt=prompt) if prompt else await self._without_prompt(checked, clock)
         yield _finished(result.model_copy(update=facts), query, clock)
 

@@ -122,6 +122,8 @@ class Optimization(BaseModel):
     fallback: bool = False
     # The query was long enough to be left as it is, as the request wished.
     skipped: bool = False
+    # The prompt, as all that the policy wrote, ended at max_tokens.
+    cut: bool = False
     # Wishes of the request that the prompt does not meet.
     unmet: list[str] = []
     ranking: list[Rank] | None = None

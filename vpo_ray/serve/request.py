@@ -210,6 +210,7 @@ def _engine_fields(request: ChatRequest, settings: Serve) -> dict[str, Any]:
         value = getattr(request, name)
         return default if value is None else value
 
+    temperature = given("temperature", settings.temperature)
     max_tokens = given("max_completion_tokens", given("max_tokens", settings.max_tokens))
     for param, value, limit in (
         ("n", request.n or 1, settings.max_n),
@@ -219,8 +220,9 @@ def _engine_fields(request: ChatRequest, settings: Serve) -> dict[str, Any]:
             raise ApiError(400, f"{param} is {value}, at most {limit} is allowed here", param)
     fields = {
         "model": settings.model_name,
-        "n": request.n or 1,
-        "temperature": given("temperature", settings.temperature),
+        # Greedy candidates are all the same, and vLLM refuses them.
+        "n": (request.n or 1) if temperature else 1,
+        "temperature": temperature,
         "top_p": given("top_p", settings.top_p),
         "max_tokens": max_tokens,
         "seed": request.seed,
