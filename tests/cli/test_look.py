@@ -106,6 +106,22 @@ def test_the_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (said["run"], said["state"]) == (run.uri, "done")
 
 
+@pytest.mark.parametrize("name", ["ledger.json", "meta/state.json", "evaluation.json"])
+def test_a_run_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    whole, damaged = a_run(tmp_path / "whole"), a_run(tmp_path / "damaged")
+    for run in (whole, damaged):
+        with working(run):
+            pass
+    damaged.write(name, b"{")
+    for command in ("runs", "status"):
+        status, said = vpo(capsys, command, str(tmp_path))
+        if command == "runs" or name == "meta/state.json":
+            assert (status, f"{damaged.uri} cannot be read" in said) == (1, True)
+        assert whole.uri in said or command == "status", "which tells of the newest where none runs"
+
+
 def test_the_logs_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path)
     status, said = vpo(capsys, "logs", run.uri)

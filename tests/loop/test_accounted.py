@@ -114,3 +114,6 @@ def test_what_a_whole_run_did_stays_in_its_ledger(recipe: Recipe) -> None:
     assert run.read_json("ledger.json")["last_run"] == {"wall_seconds": 7.5}
     opening.write_ledger(recipe, run, {"wall_seconds": 0.2})
     assert run.read_json("ledger.json")["last_run"] == {"wall_seconds": 0.2}
+    run.write("ledger.json", b"{")
+    opening.write_ledger(recipe, run)
+    assert "last_run" not in run.read_json("ledger.json"), "a damaged one is made anew"

@@ -36,7 +36,7 @@ def test_what_is_asked_is_kept_zero_too() -> None:
     asked = {"temperature": 0, "top_p": 0.5, "max_completion_tokens": 7, "n": 2, "seed": 3, "stop": ["."]}
     _, fields, _ = parse_request(body(**asked), SETTINGS)
     assert (fields["temperature"], fields["top_p"], fields["max_tokens"]) == (0, 0.5, 7)
-    assert (fields["n"], fields["seed"], fields["stop"]) == (1, 3, ["."]), "greedy ones are equal, and refused"
+    assert (fields["n"], fields["seed"], fields["stop"]) == (1, 3, ["."]), "greedy ones are equal"
 
 
 CONVERSATION = [

@@ -11,14 +11,16 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vpo_ray import terminal
 
 if TYPE_CHECKING:
     from vpo_ray.records import Row
     from vpo_ray.storage.run_dir import RunDir
+
+T = TypeVar("T")
 
 STATUS_HELP = "how far the runs below a folder are, or one run"
 RUNS_HELP = "list the runs below a folder: state, funnel, cost, evaluation"
@@ -64,13 +66,14 @@ def show_status(arguments: argparse.Namespace) -> int:
     from vpo_ray.storage.run_state import states
     from vpo_ray.stream.status_text import status_line, status_table
 
-    found = [(run, state) for run in _runs(_folder(arguments)) for state in states(run)]
+    all_states, faults = _of_each(_runs(_folder(arguments)), states)
+    found = [(run, state) for run, said in all_states for state in said]
     if arguments.json:
         sys.stdout.write(json.dumps([{"run": run.uri, **state} for run, state in found], indent=2) + "\n")
-        return 0
+        return _complain(faults)
     if not found:
         sys.stdout.write(f"{_folder(arguments)}: no run has said anything here\n")
-        return 0
+        return _complain(faults)
     active = [entry for entry in found if entry[1].get("state") in ("running", "silent")]
     for run, state in active or [max(found, key=lambda entry: entry[1]["updated"])]:
         sys.stdout.write(f"{run.uri}: {_said(state)}\n")
@@ -84,7 +87,28 @@ def show_status(arguments: argparse.Namespace) -> int:
             Console(file=sys.stdout).print(status_table(view))
         else:
             sys.stdout.write(f"  {status_line(view)}\n")
-    return 0
+    return _complain(faults)
+
+
+def _of_each(runs: Sequence[RunDir], look: Callable[[RunDir], T]) -> tuple[list[tuple[RunDir, T]], list[str]]:
+    """What there is to see of each run, and why some cannot be read, which hide no other."""
+    found: list[tuple[RunDir, T]] = []
+    faults: list[str] = []
+    for run in runs:
+        try:
+            found.append((run, look(run)))
+        except Exception as error:
+            if len(runs) == 1:
+                raise
+            faults.append(f"{run.uri} cannot be read: {type(error).__name__}: {error}")
+    return found, faults
+
+
+def _complain(faults: Sequence[str]) -> int:
+    """Say what cannot be read; returns the exit status."""
+    for fault in faults:
+        terminal.ours().write(f"vpo: error: {fault}\n")
+    return 1 if faults else 0
 
 
 def _said(state: Row) -> str:
@@ -104,19 +128,20 @@ def _said(state: Row) -> str:
 
 def show_runs(arguments: argparse.Namespace) -> int:
     """A line for each run."""
-    entries = [_entry(run) for run in _runs(_folder(arguments))]
+    found, faults = _of_each(_runs(_folder(arguments)), _entry)
+    entries = [entry for _, entry in found]
     if arguments.json:
         sys.stdout.write(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
-        return 0
+        return _complain(faults)
     rows = [("run", "state", "queries → pairs", "paid", "evaluation"), *map(_cells, entries)]
     if len(rows) == 1:
-        sys.stdout.write(f"{_folder(arguments)}: no run is here\n")
-        return 0
+        sys.stdout.write(f"{_folder(arguments)}: no run is here\n" if not faults else "")
+        return _complain(faults)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
-    return 0
+    return _complain(faults)
 
 
 def _entry(run: RunDir) -> Row:

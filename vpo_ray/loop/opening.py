@@ -10,12 +10,12 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import yaml
 
-from vpo_ray.files.folder import StorageError
+from vpo_ray.files.folder import DamagedError, StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.recipe import Recipe, differences, parse_stored, plugins
 from vpo_ray.records import Shard
@@ -157,7 +157,8 @@ def write_ledger(recipe: Recipe, run: RunDir, last_run: dict[str, Any] | None = 
     """
     ledger = build_ledger(run, recipe)
     if last_run is None and run.exists("ledger.json"):
-        last_run = run.read_json("ledger.json").get("last_run")
+        with suppress(DamagedError):  # it is made anew
+            last_run = run.read_json("ledger.json").get("last_run")
     if last_run:
         ledger["last_run"] = last_run
     problems = reconcile(ledger)
