@@ -22,6 +22,7 @@ class HubServer:
     def __init__(self) -> None:
         self.models: dict[str, dict[str, bytes]] = {}
         self.files: dict[str, bytes] = {}
+        self.only_get = False  # of files, as behind a signed address
         self.breaks: list[str] = []
         self.gated: set[str] = set()
         self.asked: list[tuple[str, str, str | None]] = []
@@ -60,6 +61,8 @@ class HubServer:
 
     def answer(self, to: BaseHTTPRequestHandler) -> None:
         path = to.path.partition("?")[0]
+        if self.only_get and to.command == "HEAD" and path.strip("/") in self.files:
+            return _send(to, 403, b"", {})
         self.asked.append((to.command, path, to.headers.get("Range")))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?", path):
             repo, what = found[1], found[2] or ""

@@ -167,13 +167,42 @@ def test_files_by_url_go_on_and_are_checked_by_their_hash(
     status, told = fetch(f"{url}#sha256={known}")
     assert status == 0, told
     assert hub.downloads("sft.csv")[-1] == f"bytes={len(data) // 2}-"
-    assert (tmp_path / "to/files/sft.csv").read_bytes() == data
-    assert f"--set sft.data={tmp_path}/to/files/sft.csv" in told
-    assert fetch(f"{url}#sha256={known}")[0] == 0
+    (made,) = (tmp_path / "to/files").glob("*/sft.csv")
+    assert made.read_bytes() == data
+    assert f"--set sft.data={made}" in told
+    assert fetch(f"{url}#sha256={known.upper()}")[0] == 0
     assert len(hub.downloads("sft.csv")) == 2
     status, told = fetch(f"{url}#sha256={'0' * 64}")
     assert status == 1
     assert f"has SHA-256 {known}" in told
+
+
+def test_two_revisions_of_a_model_go_to_two_folders(
+    hub: HubServer, written: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written(judge={"model": "org/llm", "revision": "v2"})
+    assert cli.main(["fetch", recipe, "--to", str(tmp_path / "to")]) == 0
+    told = capsys.readouterr().out
+    for key, name in (("policy.model", "org--llm"), ("judge.model", "org--llm@v2")):
+        assert f"--set {key}={tmp_path}/to/models/{name}\n" in told
+        assert (tmp_path / "to/models" / name / "config.json").is_file()
+
+
+def test_files_of_one_name_at_two_urls_are_two(
+    hub: HubServer, written: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.files = {"a/data.csv": b"query\na\n", "b/data.csv": b"query,prompt\na,b\n"}
+    hub.only_get = True
+    urls = [f"{hub.url}/{name}#sha256={hashlib.sha256(data).hexdigest()}" for name, data in hub.files.items()]
+    recipe = written(
+        queries={"path": urls[0], "splits": {"sft": 1}},
+        sft={"data": urls[1], "epochs": 1, "lr": 1e-4, "global_batch": 8},
+    )
+    assert cli.main(["fetch", recipe, "--to", str(tmp_path / "to")]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    for key, data in zip(("queries.path", "sft.data"), hub.files.values(), strict=True):
+        (path,) = (line.partition("=")[2] for line in told.splitlines() if f"--set {key}=" in line)
+        assert Path(path).read_bytes() == data
 
 
 def test_published_files_go_where_the_recipe_looks_for_them(

@@ -89,7 +89,8 @@ def _bring(each: Published, found: HubModel | None, target: Folder | None) -> No
     elif target is None:
         where = hub.download_model(found, each.named if each.is_path else None)
     else:
-        folder = target / f"models/{found.model.replace('/', '--')}"
+        name = found.model if found.revision is None else f"{found.model}@{found.revision}"
+        folder = target / f"models/{name.replace('/', '--')}"
         where = folder.uri
         if folder.is_local:
             hub.download_model(found, folder.path)
@@ -106,17 +107,20 @@ def _bring_file(each: Published, target: Folder | None) -> str:
     """Download a file, or make one of several. Returns its path or URI."""
     import tempfile
 
+    from vpo_ray.records import content_id
     from vpo_ray.storage.hub import download_file
 
     name = (each.named if each.is_path else str(each.url)).partition("?")[0].rpartition("/")[2]
+    # Files of one name at two URLs are two.
+    place = name if each.is_path else f"{content_id('url', each.url, digits=8)}/{name or 'file'}"
     if target is not None and not target.is_local:
         with tempfile.TemporaryDirectory(prefix="vpo-fetch-") as aside:
-            (target / "files").write(name, _made(each, Path(aside, name)).read_bytes())
-        return (target / "files").at(name)
+            (target / "files").write(place, _made(each, Path(aside, name or "file")).read_bytes())
+        return (target / "files").at(place)
     if target is not None:
-        path = Path(target.path, "files", name)
+        path = Path(target.path, "files", place)
     else:
-        path = Path(each.named) if each.is_path else Path("fetched", name)
+        path = Path(each.named) if each.is_path else Path("fetched", place)
     if each.url is not None:
         said = download_file(each.url, path, each.sha256)
         if each.sha256 is None:
