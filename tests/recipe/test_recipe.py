@@ -226,6 +226,14 @@ def test_a_value_that_cannot_be_is_named(override: str, key: str) -> None:
             "evaluate={judge: {model: m, refine_prompt: mine.txt, word_limit: 90}}",
             "evaluate: refine_prompt and word_limit have no effect in evaluate.judge",
         ),
+        (
+            "judge={model: m, backend: openai, endpoint: {base_url: 'https://a/v1/chat/completions?x=1'}}",
+            "judge.endpoint.base_url: leave /chat/completions out",
+        ),
+        (
+            "judge={model: m, backend: openai, endpoint: {base_url: 'https://me:secret@a/v1'}}",
+            "judge.endpoint.base_url: it has a user or password: name a variable",
+        ),
         ("dpo.keep_checkpoints=5", "dpo: keep_checkpoints has no effect without save_steps"),
         ("dpo.track={project: mine}", "dpo.track: project has no effect without mlflow or wandb"),
         ("sft.offload={optimizer: cpu, nvme_path: /n}", "sft.offload: nvme_path has no effect without nvme"),

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, TypeAdapter, model_validator
 
 from vpo_ray.recipe.base import Place, Positive, Section
 
+# What a client puts behind an address itself.
+_ROUTE = "/chat/completions"
+
 
 def _http_url(url: str) -> str:
     TypeAdapter(AnyHttpUrl).validate_python(url)
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("it has a user or password: name a variable with the key in api_key_env")
+    if parts.path.rstrip("/").endswith(_ROUTE):
+        raise ValueError(f"leave {_ROUTE} out, which is asked for behind it")
     return url
 
 
@@ -28,7 +37,7 @@ class Endpoint(Section):
 
     base_url: Annotated[
         Annotated[str, AfterValidator(_http_url)] | None,
-        Field(description="the openai client's default when unset"),
+        Field(description="the openai client's default when unset; its query goes with every request"),
     ] = None
     api_key_env: Annotated[str | None, Field(description="variable with the key; null for none")] = (
         "OPENAI_API_KEY"

@@ -81,6 +81,11 @@ def test_events_of_a_stream_are_an_answer() -> None:
     assert (found.text, found.finish, found.usage) == ("a cat", "stop", Usage(10, 5))
 
 
+def test_signs_of_life_in_front_of_an_answer_are_no_part_of_it() -> None:
+    text = ": PROCESSING\n\n: PROCESSING\n\n" + json.dumps(body("a cat"))
+    assert read_completion(parse_body(text.encode())).text == "a cat"
+
+
 @pytest.mark.parametrize(
     ("usage", "counted"),
     [

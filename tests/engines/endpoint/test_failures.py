@@ -35,7 +35,7 @@ def ask(tmp_path: Path) -> Callable[..., list[Any]]:
     def asked(
         server: EndpointServer, *questions: str, schema: Any = None, at_once: bool = False, **options: Any
     ) -> list[Any]:
-        endpoint = Endpoint(base_url=server.url, api_key_env=None, **{"retries": 2, **options})
+        endpoint = Endpoint(api_key_env=None, **{"base_url": server.url, "retries": 2, **options})
         client = EndpointClient(endpoint, "m", "judge.endpoint")
         model = ChatModel(model="m", backend="openai", endpoint=endpoint)
         chat = OpenAIChat(model, client, Answers(str(tmp_path), "one"), Account())
@@ -274,3 +274,61 @@ def test_a_server_that_refuses_everything_is_not_asked_twice_for_ever(
     server = serve_endpoint(lambda _: failure(400, "no"))
     assert all(isinstance(e, ChatError) for e in ask(server, *map(str, range(8)), schema=SCHEMA))
     assert len(server.requests) == 8 + 3
+
+
+def test_an_address_that_leads_elsewhere_without_the_question_says_where(
+    serve_endpoint: Serve, ask: Any
+) -> None:
+    """A 301 makes a GET of the question, which a server answers with 405."""
+    server = serve_endpoint(lambda _: Reply("", 301, {"Location": "https://127.0.0.1:1/v1/chat/completions"}))
+    elsewhere = serve_endpoint(lambda _: failure(405))
+    server.reply = lambda _: Reply("", 301, {"Location": f"{elsewhere.url}/chat/completions"})
+    (error,) = ask(server, "q")
+    assert isinstance(error, EndpointError)
+    assert f"leads to {elsewhere.url}/chat/completions: give that in base_url" in str(error)
+    assert len(server.requests) == 1
+
+
+def test_the_query_of_an_address_goes_with_every_request(serve_endpoint: Serve, ask: Any) -> None:
+    server = serve_endpoint(lambda _: completion("a cat"))
+    (answer,) = ask(server, "q", base_url=f"{server.url}?api-version=2024-10-21&x=")
+    assert answer.text == "a cat"
+    assert server.paths == ["/v1/chat/completions?api-version=2024-10-21&x="]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "tool_calls": [{"function": {"name": "answer", "arguments": GOOD}}]},
+        {"content": "", "tool_calls": [{"function": {"name": "answer", "arguments": {"a": "yes"}}}]},
+        {"content": None, "function_call": {"name": "answer", "arguments": GOOD}},
+        {"content": [{"type": "tool_use", "name": "answer", "input": {"a": "yes"}}]},
+    ],
+)
+def test_an_answer_may_be_the_call_of_a_tool(message: Any, serve_endpoint: Serve, ask: Any) -> None:
+    whole = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "tool_calls"}]}
+    server = serve_endpoint(lambda _: Reply(whole))
+    (answer,) = ask(server, "q", schema=SCHEMA)
+    assert (answer.text, len(server.requests)) == (GOOD, 1)
+    (none,) = ask(server, "another")
+    assert isinstance(none, ChatError), "nothing was asked for in JSON"
+
+
+def test_a_pause_that_an_error_asks_for_in_words_is_made(
+    serve_endpoint: Serve, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    sleep = asyncio.sleep
+
+    async def short(seconds: float) -> None:
+        waited.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", short)
+    told = Reply(
+        {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": [{"retryDelay": "36s"}]}}, 429
+    )
+    server = serve_endpoint(lambda _: told if len(server.requests) < 2 else completion("a cat"))
+    (answer,) = ask(server, "q")
+    assert answer.text == "a cat"
+    assert max(waited) >= 36

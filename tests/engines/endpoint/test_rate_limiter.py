@@ -1,6 +1,8 @@
 """The budget of requests and tokens a minute that all replicas share."""
 
-from vpo_ray.engines.endpoint.rate_limiter import RateLimiter
+import pytest
+
+from vpo_ray.engines.endpoint.rate_limiter import RateLimiter, retry_after
 
 
 class Clock:
@@ -43,3 +45,23 @@ def test_a_pause_holds_everyone() -> None:
     assert [limiter.reserve(1, (None, None)) for _ in range(2)] == [7, 7]
     clock.now += 8
     assert limiter.reserve(1, (None, None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("Rate limit reached for gpt-4o. Please try again in 20s.", 20),
+        ("Please try again in 250ms. Visit", 0.25),
+        ("Please try again in 1m2.5s.", 62.5),
+        ("try again in 6m0s", 360),
+        ('"retryDelay": "36.5s"', 36.5),
+        ("Please retry after 20 seconds.", 20),
+        ("Try again in 2 minutes", 120),
+        ("try again in a moment", None),
+        ("try again in 3 months", None),
+        ("slow down", None),
+    ],
+)
+def test_the_pause_that_an_error_names(text: str, seconds: float | None) -> None:
+    assert retry_after({}, text) == seconds
+    assert retry_after({"retry-after": "7"}, text) == 7

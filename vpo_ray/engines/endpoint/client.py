@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import aiohttp
 import openai
@@ -128,12 +129,14 @@ class EndpointClient:
             # aiohttp takes half of the CPU time of the client's default transport.
             "http_client": openai.DefaultAioHttpClient(timeout=self.endpoint.timeout_s),
         }
-        url, azure = self.endpoint.base_url, self.endpoint.azure_api_version
+        azure = self.endpoint.azure_api_version
+        address, _, query = (self.endpoint.base_url or "").partition("#")[0].partition("?")
+        options["default_query"] = dict(parse_qsl(query, keep_blank_values=True))
         try:
             if azure is not None:
-                self._client = openai.AsyncAzureOpenAI(azure_endpoint=url or "", api_version=azure, **options)
+                self._client = openai.AsyncAzureOpenAI(azure_endpoint=address, api_version=azure, **options)
             else:
-                self._client = openai.AsyncOpenAI(base_url=url, **options)
+                self._client = openai.AsyncOpenAI(base_url=address or None, **options)
         except (openai.OpenAIError, ValueError) as error:
             raise EndpointError(f"{self.where}: {self._message(error)}") from None
         self._loop = asyncio.get_running_loop()
@@ -328,6 +331,10 @@ class EndpointClient:
                 data = await sent
         except openai.APIStatusError as error:
             self._reached = True
+            first = next(iter(error.response.history), error.response)
+            if first.request.method != error.response.request.method:  # the question was not sent on
+                led = f"{first.url} leads to {error.response.url}: give that in base_url"
+                raise EndpointError(f"{self.where}: {led}", error.status_code) from None
             raise await self._failure(
                 error.status_code, error.body, self._without_key(_said(error)), error.response.headers
             ) from None
@@ -405,7 +412,7 @@ class EndpointClient:
             return failure
         if about_system(failure) or (self.endpoint.structured == "auto" and about_schema(failure)):
             return failure
-        after = retry_after(headers)
+        after = retry_after(headers, text if status in (429, 503) else "")
         if after is not None:
             if after > MAX_RETRY_AFTER_S:
                 return failure
@@ -436,10 +443,12 @@ async def results_of_all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _found(reply: Completion, schema: dict[str, Any]) -> Completion:
-    """The answer, taken from its thoughts where a server mistook all of it for a thought."""
-    if reply.text.strip() or schema_fault(reply.thoughts, schema) is not None:
+    """The answer, taken from its thoughts where a server mistook all of it for a thought, or from the call of
+    a tool by which a server has its model keep to a schema."""
+    if reply.text.strip():
         return reply
-    return replace(reply, text=reply.thoughts)
+    others = (other for other in (reply.thoughts, reply.called) if schema_fault(other, schema) is None)
+    return replace(reply, text=next(others, reply.text))
 
 
 def _said(error: openai.APIStatusError) -> str:

@@ -52,6 +52,7 @@ class Completion:
         usage: tokens read and written; its cost is set by the client, which knows the prices.
         text: the text without thoughts; may be empty.
         thoughts: the text of a field for thoughts, where some servers put the whole answer.
+        called: the arguments of a tool that the model called, as JSON.
         finish: why it ended, in lower case.
         refusal: why the model or a filter refused, or None.
         answered: whether anything was generated.
@@ -61,6 +62,7 @@ class Completion:
     usage: Usage = field(default_factory=Usage)
     text: str = ""
     thoughts: str = ""
+    called: str = ""
     finish: str = "unknown"
     refusal: str | None = None
     answered: bool = False
@@ -82,7 +84,9 @@ def parse_body(data: bytes) -> Any:
         return msgspec.json.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         text = data.decode("utf-8-sig", "replace").strip()
-    if text.startswith(("data:", "event:", ":")):
+    if text.startswith(":"):  # signs of life in front of the answer
+        text = "\n".join(line for line in text.split("\n") if not line.startswith(":")).strip()
+    if text.startswith(("data:", "event:")):
         return _of_stream(text)
     return _lenient(text)
 
@@ -105,7 +109,8 @@ def read_completion(body: Any) -> Completion:
         refusal = f"a content filter stopped the answer ({finish})"
     answered = bool(choice) or bool(body.get("choices"))
     error, logprobs = _error(body, choice), choice.get("logprobs")
-    return Completion(usage, text, _thoughts(message), finish, refusal or None, answered, error, logprobs)
+    thoughts, called = _thoughts(message), _clean(_called(message, content))
+    return Completion(usage, text, thoughts, called, finish, refusal or None, answered, error, logprobs)
 
 
 def _choice(body: JsonObject) -> JsonObject:
@@ -158,6 +163,17 @@ def _text(part: Any) -> str:
 def _thoughts(message: Any) -> str:
     fields = (_dict(message).get(name) for name in ("reasoning_content", "reasoning", "thinking"))
     return next((_clean(value) for value in fields if value and isinstance(value, str)), "")
+
+
+def _called(message: Any, content: Any) -> str:
+    """The arguments of the first call of a tool: OpenAI's, its older form, or Anthropic's part."""
+    calls = _dict(message).get("tool_calls")
+    holders = [_dict(calls).get("function"), _dict(message).get("function_call")]
+    parts = content if isinstance(content, list) else []
+    holders += [part for part in parts if isinstance(part, dict) and part.get("type") == "tool_use"]
+    given = (_dict(holder).get("arguments", _dict(holder).get("input")) for holder in holders)
+    found = next((value for value in given if value), "")
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 
 def _is_thought(part: JsonObject) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from vpo_ray.engines.endpoint.failures import RequestError
+from vpo_ray.engines.endpoint.failures import LOOKED_AT, RequestError
 
 
 class RateLimiter:
@@ -78,8 +79,36 @@ class LocalRateLimiter:
         return getattr(self._limiter, method)(*arguments)
 
 
-def retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait, from `retry-after-ms` or `Retry-After` (seconds or a date)."""
+# Gemini's `retryDelay`, and what OpenAI and others write: "try again in 1m2.5s", "retry after 20 seconds".
+_TOLD = re.compile(
+    r"""(?:retry_?delay\W{1,6} | (?:try\ again|retry)\ (?:in|after)\ )
+        (?:(?P<minutes>\d{1,4})\ ?m(?:in(?:ute)?s?)?\b\ ?|(?P<m>\d{1,4})m(?!s))?
+        (?:(?P<number>\d{1,6}(?:\.\d{1,9})?)\ ?(?P<unit>ms|milliseconds|s(?:ec(?:ond)?s?)?)\b)?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def retry_after(headers: Any, text: str = "") -> float | None:
+    """Seconds that a server asks to wait, from `retry-after-ms` or `Retry-After` (seconds or a date), or else
+    from what it says.
+
+    Args:
+        text: of the error.
+    """
+    found = _of_headers(headers)
+    return _of_text(text) if found is None else found
+
+
+def _of_text(text: str) -> float | None:
+    told = _TOLD.search(text[:LOOKED_AT])
+    minutes, number = (told["minutes"] or told["m"], told["number"]) if told is not None else (None, None)
+    if told is None or (minutes is None and number is None):
+        return None
+    unit = 1000 if (told["unit"] or "").lower().startswith("m") else 1
+    return 60.0 * int(minutes or 0) + float(number or 0) / unit
+
+
+def _of_headers(headers: Any) -> float | None:
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
             seconds = float(headers[name]) / unit
