@@ -42,6 +42,17 @@ def test_a_recipe_by_options_is_planned(here: Path, capsys: pytest.CaptureFixtur
     assert re.findall(r"^(\w+) .* (\d+) +\S+ +\d", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_a_recipe_in_a_folder_finds_its_examples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "q.txt").write_text("a cat\na dog on a bike\nrain\n")
+    (here / "my recipes").mkdir()
+    options = ["--video", "http", "--judge", "gpt-4o", "--reward", "vbench", "--gpus", "1"]
+    assert init("my recipes/mine.yaml", *options, "--queries", "q.txt") == 0
+    told = capsys.readouterr().out
+    assert "draft.examples" not in told, "they were written"
+    assert "vpo plan 'my recipes/mine.yaml'" in told
+    assert cli.main(["plan", "my recipes/mine.yaml"]) == 0, capsys.readouterr()
+
+
 def test_on_a_terminal_it_asks_for_what_no_option_says(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -57,12 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
             raise ChoiceError(f"--example {arguments.example}: no such recipe; there are {', '.join(ours)}")
         text = ours[arguments.example].read_text("utf-8")
     else:
-        text = recipe_text(_chosen(arguments, path.stem))
+        # The recipe's paths are those of where it is used, which is here.
+        examples = path.parent / Choices.examples
+        text = recipe_text(replace(_chosen(arguments, path.stem), examples=str(examples)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         if not arguments.example:
-            _copy_examples(path.parent)
+            _copy_examples(examples)
         recipe = load(path)
     except OSError as error:
         raise ChoiceError(f"cannot write {path}: {error}") from error
@@ -114,9 +117,8 @@ def _ask(question: str, default: str) -> str:
     return sys.stdin.readline().strip() or default
 
 
-def _copy_examples(folder: Path) -> None:
+def _copy_examples(target: Path) -> None:
     """The package's examples of good prompts, beside the recipe that names them."""
-    target = folder / Choices.examples
     if not target.exists():
         shutil.copyfile(Path(__file__).parents[1] / "data" / "sft.jsonl", target)
 
@@ -134,9 +136,9 @@ def _next_steps(path: Path, recipe: object, example: str | None) -> Iterator[str
     else:
         wanted, own = downloads(recipe)
         if wanted:
-            yield f"to download, by vpo fetch {path}:"
+            yield f"to download, by vpo fetch {shlex.quote(str(path))}:"
         yield from (f"  {published_line(each)}" for each in wanted)
         yield from (f"to bring: {key}: {name}" for key, name in own.items())
         yield "next:"
-    yield f"  vpo plan {path}"
-    yield f"  vpo run {path}"
+    yield f"  vpo plan {shlex.quote(str(path))}"
+    yield f"  vpo run {shlex.quote(str(path))}"
