@@ -263,6 +263,13 @@ def test_a_video_service_takes_no_gpu_and_its_price(tiny: dict[str, Any], tmp_pa
     assert "render.pool.num_gpus 1: its replicas only ask an endpoint, set it 0" in wasted.notes
 
 
+def test_a_phase_for_which_there_is_no_query_is_told(tiny: dict[str, Any]) -> None:
+    kept = "{sft: 0, dpo: 0, eval: 1}"
+    told = "dpo: no query is in the dpo split, so it stops the run: see queries.splits"
+    assert told in plan(recipe(tiny, queries__splits=kept)).notes
+    assert not [note for note in plan(recipe(tiny)).notes if "stops the run" in note]
+
+
 def test_adaptive_rendering_is_at_most_all_of_it(tiny: dict[str, Any], tmp_path: Path) -> None:
     adaptive = {"render__strategy": "adaptive", "sample__k": 4}
     made = plan(recipe(tiny, **adaptive))

@@ -161,6 +161,7 @@ def plan(
         )
     made.downloads = downloads(recipe)[0]
     made.notes += [*hub_ids(recipe), *absent_measures(recipe), *_endpoint_notes(recipe)]
+    made.notes += _without_queries(recipe, found)
     if recipe.limits.max_cost is not None and made.video_cost > recipe.limits.max_cost:
         made.notes.append(f"limits.max_cost {recipe.limits.max_cost:g} stops the run before its last video")
     if recipe.evolves_first and recipe.evolve is not None and found is not None:
@@ -205,6 +206,15 @@ def _counted(
     shares = settings.splits.model_dump()
     total = sum(shares.values())
     return Counter({name: round(min(most) * share / total) for name, share in shares.items()}), False
+
+
+def _without_queries(recipe: Recipe, found: Counter[str] | None) -> Iterator[str]:
+    """Which phases stop the run, as no query is for them."""
+    sft = "draft" if recipe.drafts_first else "evolve" if recipe.evolves_first else None
+    others = recipe.pair.also or (recipe.evolve is not None and recipe.evolve.pairs)
+    for phase, split in ((sft, "sft"), (None if others else recipe.learns, "dpo")):
+        if phase is not None and found is not None and not found[split]:
+            yield f"{phase}: no query is in the {split} split, so it stops the run: see queries.splits"
 
 
 def _of(counts: Counter[str] | None, name: str) -> int | None:
