@@ -174,6 +174,18 @@ def test_prune(store: VideoStore, vpo: Any, tmp_path: Path, options: list[str], 
     assert keys(store) == [key for i, key in enumerate(KEYS) if i not in goes]
 
 
+@pytest.mark.parametrize(
+    "inner", ["rounds/2", "evaluation/videos-ab12", "evolution/scored", "refined/ab/evolution/scored"]
+)
+def test_videos_of_rounds_and_evaluations_are_kept_with_their_run(
+    store: VideoStore, vpo: Any, tmp_path: Path, inner: str
+) -> None:
+    run_naming(tmp_path / "a", KEYS[0])
+    run_naming(tmp_path / "a" / inner, KEYS[1])
+    assert vpo("prune", store.folder.uri, "--keep", tmp_path / "a", "--delete")[0] == 0
+    assert keys(store) == KEYS[:3]
+
+
 def test_a_run_that_is_not_there_keeps_nothing_so_it_is_refused(
     store: VideoStore, vpo: Any, tmp_path: Path
 ) -> None:

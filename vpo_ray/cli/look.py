@@ -285,16 +285,12 @@ def _run(uri: str) -> RunDir:
 
 def _runs(uri: str) -> list[RunDir]:
     """The run itself, or those in a folder."""
-    import pyarrow.fs as pafs
-
     from vpo_ray.storage.run_dir import RunDir
 
     folder = RunDir(uri)
     if folder.exists("versions.json"):
         return [folder]
-    infos = folder.fs.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
-    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
-    return [run for name in names if (run := RunDir(folder.at(name))).exists("versions.json")]
+    return [run for name in folder.folders() if (run := RunDir(folder.at(name))).exists("versions.json")]
 
 
 def _printable(value: Any) -> str:

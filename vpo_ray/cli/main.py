@@ -340,10 +340,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from vpo_ray.files.folder import StorageError
     from vpo_ray.loop.opening import open_run, write_ledger
     from vpo_ray.report import build_report
+    from vpo_ray.storage.run_dir import RunDir
 
     recipe = _load(arguments)
+    if not (found := RunDir(recipe.out)).exists("versions.json"):
+        raise StorageError(f"{found.uri} is no run directory: it has no versions.json")
     # It looks on while another driver works, so it takes no lock.
     run = open_run(recipe)
     write_ledger(recipe, run)

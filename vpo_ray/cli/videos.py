@@ -149,7 +149,7 @@ def _store(name: str) -> VideoStore:
 
 
 def _named_by(runs: Iterable[str]) -> set[str]:
-    """Keys of all videos that tables of these runs name.
+    """Keys of all videos that tables of these runs name, those of their rounds and evaluations among them.
 
     Raises:
         VideosError: a folder that is no run directory: its videos would be taken for unused.
@@ -161,9 +161,9 @@ def _named_by(runs: Iterable[str]) -> set[str]:
         run = RunDir(name)
         if not run.exists("recipe.yaml"):
             raise VideosError(f"--keep {run.uri}: no run directory, it has no recipe.yaml")
-        for table, (schema, _) in TABLES.items():
-            if "video_key" in schema.names:
-                keep.update(row["video_key"] for row in run.table(table).rows(["video_key"]))
+        tables = [name for name, (schema, _) in TABLES.items() if "video_key" in schema.names]
+        for table in (part.table(name) for part in run.with_inner() for name in tables):
+            keep.update(row["video_key"] for row in table.rows(["video_key"]))
     keep.discard(None)
     return keep
 

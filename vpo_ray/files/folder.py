@@ -243,6 +243,14 @@ class Folder:
         base = len(self.path) + 1
         return sorted(i.path[base:] for i in self.infos() if i.path.endswith(suffix))
 
+    def folders(self) -> list[str]:
+        """Sorted names of the folders in this one; none if it is absent. Raises StorageError."""
+        try:
+            infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        except OSError as error:
+            raise StorageError(f"cannot list {self.uri}: {error}") from error
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
     def infos(self) -> list[pafs.FileInfo]:
         """Paths, sizes and times of all files below this folder; none if it is absent.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ widen(["rewrites"], "rewrite", ())
 EVOLUTION_ASKED, EVOLUTION_SCORED = "evolution/asked", "evolution/scored"
 # In the run directory of a round, an evolution or an evaluation: what it is, and the policy that it samples.
 ROUND = "round.json"
+_INNER = ("rounds", "evolution", "evaluation", "preview")  # folders with such run directories
 LATEST = "evaluation.json"  # which evaluation is the newest
 # In one of an evolution or evaluation: its stages, and how many rows that others made enter the first.
 GIVEN = f"{META}/given.json"
@@ -121,11 +122,18 @@ class RunDir(Folder):
         while run.exists(ROUND):
             path, sign, options = run.uri.partition("?") if "://" in run.uri else (run.uri, "", "")
             *above, kind, name = path.split("/")
-            if kind not in ("rounds", "evolution", "evaluation", "preview"):
+            if kind not in _INNER:
                 break
             run = RunDir(f"{'/'.join(above)}{sign}{options}")
             place = f"{kind}/{name}/{place}".rstrip("/")
         return run, place
+
+    def with_inner(self) -> Iterator[RunDir]:
+        """This run directory and all that are in it, whose videos are in the same store."""
+        yield self
+        for kind in (*_INNER, "refined"):
+            for name in (self / kind).folders():
+                yield from RunDir(self.at(f"{kind}/{name}")).with_inner()
 
     def round_number(self) -> int:
         """Which round of its run this is, from 1."""
