@@ -122,6 +122,21 @@ def test_a_run_that_cannot_be_read_hides_no_other(
         assert whole.uri in said or command == "status", "which tells of the newest where none runs"
 
 
+def test_the_logs_tell_of_rounds_and_evaluations_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    run.write_json("versions.json", {})
+    a_run(tmp_path / "rounds/2")
+    a_run(tmp_path / "evaluation/videos-ab")
+    said = vpo(capsys, "logs", run.uri)[1]
+    for place in ("rounds/2", "evaluation/videos-ab"):
+        assert f"{place}: render: 1 rows: RuntimeError" in said
+        assert f"{run.at(place)}/logs/render-0123.log" in said
+    assert "nothing failed" not in said
+    assert vpo(capsys, "logs", run.uri, "--row", "02")[1].count("feedback 02cafe") == 2
+
+
 def test_the_logs_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path)
     status, said = vpo(capsys, "logs", run.uri)

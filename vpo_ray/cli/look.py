@@ -200,22 +200,33 @@ def show_logs(arguments: argparse.Namespace) -> int:
         if state.get("error") and not wanted:
             sys.stdout.write(f"{_said(state)}\n  {_printable(state['error'])}\n")
             said = True
-    failures = [row for _, row in _rows(run) if row["error"] is not None]
-    reasons = Counter(
-        (row["error_stage"], _printable(row["error"]))
-        for row in failures
-        if wanted in (None, row["error_stage"])
-    )
-    for (stage, reason), count in reasons.most_common():
-        sys.stdout.write(f"{stage}: {count} rows: {reason}\n")
-    names = [name for name in (run / "logs").files() if wanted is None or name.startswith(f"{wanted}-")]
-    for name in names:
-        _show_log(run.at(f"logs/{name}"), (run / "logs").read(name).decode(errors="replace"))
-    if not (said or reasons or names):
+    for place, part in run.with_inner():
+        said = _show_failures(part, place, wanted) or said
+    if not said:
         sys.stdout.write(f"{run.uri}: nothing failed{f' in {wanted}' if wanted else ''}\n")
     for state in known:
         _show_living(state, wanted)
     return 0
+
+
+def _show_failures(run: RunDir, place: str, wanted: str | None) -> bool:
+    """Why rows of one run directory failed, and its dead processes' logs; whether there are any.
+
+    Args:
+        place: of it in the run, such as rounds/2.
+    """
+    reasons = Counter(
+        (row["error_stage"], _printable(row["error"]))
+        for _, row in _rows(run)
+        if row["error"] is not None and wanted in (None, row["error_stage"])
+    )
+    where = f"{place}: " if place else ""
+    for (stage, reason), count in reasons.most_common():
+        sys.stdout.write(f"{where}{stage}: {count} rows: {reason}\n")
+    names = [name for name in (run / "logs").files() if wanted is None or name.startswith(f"{wanted}-")]
+    for name in names:
+        _show_log(run.at(f"logs/{name}"), (run / "logs").read(name).decode(errors="replace"))
+    return bool(reasons or names)
 
 
 def _show_living(state: Row, wanted: str | None) -> None:
@@ -237,7 +248,7 @@ def _show_log(name: str, text: str) -> None:
 
 
 def _show_row(run: RunDir, beginning: str) -> int:
-    found = list(_rows(run, beginning))
+    found = [entry for _, part in run.with_inner() for entry in _rows(part, beginning)]
     for name, row in found:
         sys.stdout.write(f"{name} {row[_key_of(name)]}\n")
         sys.stdout.writelines(

@@ -162,7 +162,7 @@ def _named_by(runs: Iterable[str]) -> set[str]:
         if not run.exists("recipe.yaml"):
             raise VideosError(f"--keep {run.uri}: no run directory, it has no recipe.yaml")
         tables = [name for name, (schema, _) in TABLES.items() if "video_key" in schema.names]
-        for table in (part.table(name) for part in run.with_inner() for name in tables):
+        for table in (part.table(name) for _, part in run.with_inner() for name in tables):
             keep.update(row["video_key"] for row in table.rows(["video_key"]))
     keep.discard(None)
     return keep

@@ -128,12 +128,14 @@ class RunDir(Folder):
             place = f"{kind}/{name}/{place}".rstrip("/")
         return run, place
 
-    def with_inner(self) -> Iterator[RunDir]:
-        """This run directory and all that are in it, whose videos are in the same store."""
-        yield self
+    def with_inner(self, place: str = "") -> Iterator[tuple[str, RunDir]]:
+        """This run directory and all that are in it, whose videos are in the same store, each with its path
+        in it (behind `place`)."""
+        yield place, self
         for kind in (*_INNER, "refined"):
             for name in (self / kind).folders():
-                yield from RunDir(self.at(f"{kind}/{name}")).with_inner()
+                inner = RunDir(self.at(f"{kind}/{name}"))
+                yield from inner.with_inner(f"{place}/{kind}/{name}".lstrip("/"))
 
     def round_number(self) -> int:
         """Which round of its run this is, from 1."""
