@@ -88,7 +88,7 @@ class Drafter:
         return row["prompt"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        conditions = Conditions.stored(row["conditions"])
+        conditions = Conditions.stored(row.get("conditions"))
         prompt = parse_prompt((await self.few_shot.ask(row, chat, conditions)).text, conditions)
         # What can be counted, the LLM is not asked about.
         fault = form_fault(prompt, self.judging.settings.word_limit)

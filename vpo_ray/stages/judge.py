@@ -73,8 +73,8 @@ class Judging:
         return row["prompt"] is not None and row["verdict"] is None and row["error"] is None
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
-        first = unmet_judgement(row["unmet"] or [])
-        conditions = Conditions.stored(row["conditions"])
+        first = unmet_judgement(row.get("unmet") or [])
+        conditions = Conditions.stored(row.get("conditions"))
         asked = row["query"], row["prompt"], row["candidate_id"]
         return {**row, **await self.review(*asked, chat, first, conditions)}
 

@@ -95,9 +95,9 @@ def _by_content(row: Row) -> float:
 def _profile_pairs(rows: Sequence[Row], settings: Pair) -> Iterator[Row]:
     """What meets the query's profile over what does not, both as the policy wrote them."""
     wrote = [row for row in rows if row.get("unmet") is not None and row["error"] is None]
-    missed = sorted((row for row in wrote if row["unmet"]), key=_by_content)
+    missed = sorted((row for row in wrote if row.get("unmet")), key=_by_content)
     for row in sorted(wrote, key=_by_content):
-        if row["verdict"] == "aligned" and not row["unmet"] and not _too_long(row["prompt"], settings):
+        if row["verdict"] == "aligned" and not row.get("unmet") and not _too_long(row["prompt"], settings):
             yield from (_pair("text", row, other, row["prompt"], other["prompt"], None) for other in missed)
 
 

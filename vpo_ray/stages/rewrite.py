@@ -54,7 +54,7 @@ class Rewriter:
     async def __call__(self, row: Row, chat: Chat) -> Row:
         """Raises ChatError where there is no answer (Refusal where it was declined), AnswerError for one
         without a prompt."""
-        conditions = Conditions.stored(row["conditions"])
+        conditions = Conditions.stored(row.get("conditions"))
         try:
             if self.few_shot is not None:
                 answer = await self.few_shot.ask(row, chat, conditions)

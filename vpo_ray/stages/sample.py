@@ -76,7 +76,7 @@ class Sampler:
 
     async def __call__(self, row: Row, chat: Chat) -> Row:
         sampling = Sampling(**sampling_key(self.settings), seed=row["seed"])
-        conditions = Conditions.stored(row["conditions"])
+        conditions = Conditions.stored(row.get("conditions"))
         message = {"role": "user", "content": asked_of(row)}
         answer = await chat.complete([message], sampling, conditions.schema())
         try:
