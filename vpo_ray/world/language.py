@@ -6,7 +6,7 @@ keyboard, and sometimes asks for what is unsafe. Hardly a word is in both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,6 +133,34 @@ _OPENINGS = ("", "", "", "", "video of ", "make ", "pls ", "i want to see ")
 
 
 @dataclass(frozen=True)
+class CaptionStyle:
+    """How the captions of a video model's clips are written.
+
+    Args:
+        phrases: of each attribute's values.
+        texts: with a field for each attribute.
+        lookless: texts that do not say the look.
+    """
+
+    phrases: Mapping[str, Mapping[str, tuple[str, ...]]]
+    texts: tuple[str, ...]
+    lookless: tuple[str, ...]
+
+    def caption(self, scene: Scene, rng: np.random.Generator, look: bool = True) -> str:
+        """A careful caption that names every attribute, but for the look without `look`."""
+        chosen = {name: _choose(self.phrases[name][getattr(scene, name)], rng) for name in ATTRIBUTES}
+        text = _choose(self.texts if look else self.lookless, rng).format(**chosen)
+        return text.replace("A oversized", "An oversized").replace(" a oversized", " an oversized")
+
+
+STYLE = CaptionStyle(
+    {name: {value: said for value, (said, _) in values.items()} for name, values in WORDS.items()},
+    _CAPTIONS,
+    _LOOKLESS,
+)
+
+
+@dataclass(frozen=True)
 class Query:
     """A user's request: its text, the attributes that it names, and whether it asks for what is unsafe."""
 
@@ -142,10 +170,8 @@ class Query:
 
 
 def caption(scene: Scene, rng: np.random.Generator, look: bool = True) -> str:
-    """A careful caption of 25 to 45 words that names every attribute, but for the look without `look`."""
-    phrases = {name: _choose(WORDS[name][getattr(scene, name)][0], rng) for name in ATTRIBUTES}
-    text = _choose(_CAPTIONS if look else _LOOKLESS, rng).format(**phrases)
-    return text.replace("A oversized", "An oversized").replace(" a oversized", " an oversized")
+    """A caption of 25 to 45 words in the style that the world's video model was trained on."""
+    return STYLE.caption(scene, rng, look)
 
 
 def query(

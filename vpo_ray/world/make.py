@@ -1,6 +1,7 @@
 """Everything that the small world's recipes name: `vpo world FOLDER`.
 
-`policy` is dequantised from a package; `video`, `judge` and `reward` are copies of what this package ships.
+`policy` is dequantised from a package; `video`, `other_video`, `judge` and `reward` are copies of what this
+package ships.
 `queries.jsonl` has users' queries to train on, `sft.jsonl` others with a teacher's prompts, and
 `held_out.jsonl` queries for scenes that no clip of the video model's training shows, and `caption.txt` is the
 policy's task prompt.
@@ -39,9 +40,19 @@ def make_world(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     make_smollm2(folder / "policy")
     for shipped in sorted(path for path in WEIGHTS.glob("*") if path.is_dir()):
-        copy = partial(shutil.copytree, shipped, dirs_exist_ok=True)
-        make_once(folder / shipped.name, {"content": _digest(shipped)}, copy)
+        make_once(folder / shipped.name, {"content": _digest(shipped)}, partial(_copy_model, shipped))
     write_texts(folder)
+
+
+def _copy_model(shipped: Path, folder: Path) -> None:
+    shutil.copytree(shipped, folder, dirs_exist_ok=True)
+    if shipped.name == "other_video":
+        complete_video(folder)
+
+
+def complete_video(folder: Path) -> None:
+    """Give the other video model its VAE, which is the first one's."""
+    shutil.copytree(WEIGHTS / "video" / "vae", folder / "vae")
 
 
 def write_texts(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trains the world's models from nothing: `python -m vpo_ray.world.train video|judge|reward [--out FOLDER]`.
+"""Trains the world's models from nothing: `python -m vpo_ray.world.train PART [--out FOLDER]`.
 
 Those in the repository were made by its parts in several runs (`weights/figures.json`). Each part is a module
 `train_PART` with a function `train(folder, minutes)`, which writes the weights and returns what was measured.
@@ -12,7 +12,7 @@ import logging
 from importlib import import_module
 from pathlib import Path
 
-PARTS = ("video", "judge", "reward")
+PARTS = ("video", "other_video", "judge", "reward")
 WEIGHTS = Path(__file__).parent / "weights"
 
 

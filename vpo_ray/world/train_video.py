@@ -24,7 +24,7 @@ from vpo_ray.engines.video.engine import VideoEngine
 from vpo_ray.recipe import Render
 from vpo_ray.world.detector import detect
 from vpo_ray.world.draw import FPS, FRAMES, SIDE
-from vpo_ray.world.language import caption, query
+from vpo_ray.world.language import STYLE, CaptionStyle, query
 from vpo_ray.world.muon import Budget, Muon
 from vpo_ray.world.scene import ATTRIBUTES, Scene, scenes
 from vpo_ray.world.train_vae import CHANNELS, draw_batch, encode_batch, train_vae, training_scenes
@@ -73,23 +73,36 @@ def train(folder: Path, minutes: float | None = None, clips: int = 300) -> dict[
     return {"minutes": round(seconds / 60, 1)} | video_figures(folder, clips)
 
 
-def fit_video(vae: Any, folder: Path, text: Budget, denoiser: Budget, encoding_s: float = math.inf) -> None:
+def fit_video(
+    vae: Any,
+    folder: Path,
+    text: Budget,
+    denoiser: Budget,
+    encoding_s: float = math.inf,
+    style: CaptionStyle = STYLE,
+    layers: int = _LAYERS,
+    scale: float | None = None,
+) -> None:
     """Train the rest of the pipeline for a VAE, and write all of it.
 
     Args:
         encoding_s: seconds for drawing and encoding the clips to train on.
+        style: of their captions.
+        layers: of the transformer.
+        scale: the VAE's scaling factor; found when unset.
     """
     rng = np.random.default_rng(2)
-    latents = encode_clips(vae, rng, seconds=encoding_s)
+    latents = encode_clips(vae, rng, seconds=encoding_s, scale=scale)
     vae.register_to_config(scaling_factor=latents.scale)
-    tokenizer = build_tokenizer(rng)
+    # Words of prompts for the first model are words of the other one, too: a real text encoder has both.
+    tokenizer = build_tokenizer(rng, *[STYLE] if style is STYLE else [STYLE, style])
     torch.manual_seed(3)
     text_encoder = build_text_encoder(len(tokenizer))
-    pretrain_text(text_encoder, tokenizer, text, rng)
+    pretrain_text(text_encoder, tokenizer, text, rng, style)
     video = VideoModules(
-        tokenizer, text_encoder.bfloat16(), vae, build_transformer().bfloat16(), build_scheduler()
+        tokenizer, text_encoder.bfloat16(), vae, build_transformer(layers).bfloat16(), build_scheduler()
     )
-    train_denoiser(video, latents, denoiser, folder, rng)
+    train_denoiser(video, latents, denoiser, folder, rng, style)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,13 @@ class VideoModules:
 
 
 @torch.no_grad()
-def encode_clips(vae: Any, rng: np.random.Generator, of_each: int = 2, seconds: float = math.inf) -> Latents:
+def encode_clips(
+    vae: Any,
+    rng: np.random.Generator,
+    of_each: int = 2,
+    seconds: float = math.inf,
+    scale: float | None = None,
+) -> Latents:
     """Draw some clips of every training scene, and encode them; as many as the time allows."""
     every = training_scenes() * of_each
     every = [every[int(i)] for i in rng.permutation(len(every))]
@@ -146,17 +165,18 @@ def encode_clips(vae: Any, rng: np.random.Generator, of_each: int = 2, seconds: 
         pooled = [functional.max_pool3d(part, (part.shape[2], 4, 4)) for part in parts]
         masks.append(torch.cat(pooled, 2).transpose(1, 2))
     latents = torch.cat(values).transpose(1, 2)
-    scale = 1 / latents.std().item()
+    scale = scale or 1 / latents.std().item()
     log.info("%d clips encoded; scaling factor %.3f", len(every), scale)
     return Latents(every, (latents * scale).contiguous(), torch.cat(masks).contiguous(), scale)
 
 
-def build_tokenizer(rng: np.random.Generator) -> Any:
+def build_tokenizer(rng: np.random.Generator, *styles: CaptionStyle) -> Any:
     """A T5 tokenizer with a piece for each word of captions; others fall into printable ASCII characters."""
     from transformers import T5Tokenizer
 
-    texts = [caption(scene, rng, look=i % 4 > 0) for i, scene in enumerate(training_scenes())]
-    counts = Counter(word.strip(",.") for text in texts for word in text.split())
+    every = training_scenes()
+    texts = [style.caption(s, rng, look=i % 4 > 0) for style in styles for i, s in enumerate(every)]
+    counts = Counter(word.strip(",.:;") for text in texts for word in text.split())
     words = [("▁" + word, math.log(n / counts.total())) for word, n in sorted(counts.items())]
     # Each far less likely than any word, so that words are never taken apart.
     characters = [(chr(c), -20.0) for c in range(33, 127)]
@@ -189,7 +209,7 @@ def build_text_encoder(vocabulary: int) -> Any:
     )
 
 
-def build_transformer() -> Any:
+def build_transformer(layers: int = _LAYERS) -> Any:
     """The untrained denoiser: 192 tokens of video beside those of the text."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -200,7 +220,7 @@ def build_transformer() -> Any:
         out_channels=CHANNELS,
         time_embed_dim=64,
         text_embed_dim=_TEXT,
-        num_layers=_LAYERS,
+        num_layers=layers,
         activation_fn="linear-silu",
         patch_size=2,
         sample_width=SIDE // 4,
@@ -237,7 +257,9 @@ def _ids(tokenizer: Any, texts: list[str]) -> Tensor:
     return ids
 
 
-def pretrain_text(encoder: Any, tokenizer: Any, budget: Budget, rng: np.random.Generator) -> None:
+def pretrain_text(
+    encoder: Any, tokenizer: Any, budget: Budget, rng: np.random.Generator, style: CaptionStyle
+) -> None:
     """Teach the T5 encoder to tell all attributes, and whether the look is said, at every position.
 
     The denoiser alone finds out slowly which words matter.
@@ -251,7 +273,7 @@ def pretrain_text(encoder: Any, tokenizer: Any, budget: Budget, rng: np.random.G
         chosen = [every[int(i)] for i in rng.integers(len(every), size=32)]
         said = rng.random(32) >= _LOOKLESS
         ids = _ids(
-            tokenizer, [caption(s, rng, look=bool(look)) for s, look in zip(chosen, said, strict=True)]
+            tokenizer, [style.caption(s, rng, look=bool(look)) for s, look in zip(chosen, said, strict=True)]
         )
         with torch.autocast("cpu", torch.bfloat16):
             states = encoder(ids)[0]
@@ -283,6 +305,7 @@ def train_denoiser(
     budget: Budget,
     folder: Path,
     rng: np.random.Generator,
+    style: CaptionStyle,
     batch: int = 16,
 ) -> None:
     """Train the transformer and the T5 encoder in bfloat16, and write the averaged weights.
@@ -305,7 +328,9 @@ def train_denoiser(
     for share in budget.rates():
         chosen = torch.from_numpy(rng.integers(len(latents.scenes), size=batch))
         texts = [
-            "" if rng.random() < _DROPPED else caption(latents.scenes[i], rng, look=rng.random() >= _LOOKLESS)
+            ""
+            if rng.random() < _DROPPED
+            else style.caption(latents.scenes[i], rng, look=rng.random() >= _LOOKLESS)
             for i in chosen.tolist()
         ]
         clean, masks = latents.values[chosen], latents.masks[chosen]
@@ -349,12 +374,18 @@ def _timesteps(count: int, rng: np.random.Generator) -> Tensor:
 
 
 def video_figures(
-    folder: Path, count: int, seed: int = 7, queries: int | None = None, **changes: Any
+    folder: Path,
+    count: int,
+    seed: int = 7,
+    queries: int | None = None,
+    style: CaptionStyle = STYLE,
+    **changes: Any,
 ) -> dict[str, Any]:
     """What the detector finds in clips of held-out combinations, rendered by the product's engine.
 
     Args:
         queries: of how many of the scenes a query is rendered, too; of all when unset.
+        style: of the captions.
         changes: of the render settings.
 
     Returns:
@@ -366,7 +397,7 @@ def video_figures(
     truth: dict[str, list[float]] = {"caption": [], "query": []}
     start = time.monotonic()
     for i, scene, asked in held_out(count, seed):
-        texts = {"caption": caption(scene, np.random.default_rng([seed, i, 1])), "query": asked.text}
+        texts = {"caption": style.caption(scene, np.random.default_rng([seed, i, 1])), "query": asked.text}
         if queries is not None and i >= queries:
             del texts["query"]
         for kind, text in texts.items():
