@@ -1,4 +1,4 @@
-"""Exports on an object store: an S3 server on loopback, which is the outside world here."""
+"""Exports are published on an object store (an S3 server on loopback) and on a disk that others read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,3 +45,17 @@ def test_an_export_is_published_with_its_marker_last_and_fetched_whole(
     with pytest.raises(OSError, match=r"lost|No such file"):
         publish(local, target)
     assert marker(target) is None
+
+
+def test_whoever_may_read_new_files_may_read_an_exports_weights(tmp_path: Path) -> None:
+    local, usual = tmp_path / "policy", tmp_path / "usual"
+    for folder in (local, usual):
+        (folder / "part").mkdir(parents=True)
+        (folder / "part" / "model.safetensors").touch()
+    # As safetensors and temporary folders are written.
+    (local / "part" / "model.safetensors").chmod(0o600)
+    (local / "part").chmod(0o700)
+    local.chmod(0o700)
+    publish(local, str(tmp_path / "dpo"))
+    for name in ("", "part", "part/model.safetensors"):
+        assert (tmp_path / "dpo" / name).stat().st_mode == (usual / name).stat().st_mode, name

@@ -78,6 +78,19 @@ def flush(path: str | Path) -> None:
         os.close(file)
 
 
+def share(folder: Path) -> None:
+    """Give a local folder and all in it the permissions that new ones get here: safetensors writes files that
+    nobody but their owner can read, and temporary folders are the same."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            with suppress(OSError):  # a filesystem without permissions
+                path.chmod(path.stat().st_mode | (mode if path.is_dir() else mode & 0o666))
+
+
 class Folder:
     """A folder on any filesystem that `pyarrow.fs` opens. Picklable; cheap to make.
 

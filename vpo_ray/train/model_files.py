@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from vpo_ray.files.folder import Folder, flush
+from vpo_ray.files.folder import Folder, flush, share
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage.model_cache import WEIGHTS
 from vpo_ray.storage.model_cache import fetch as fetch
@@ -75,6 +75,7 @@ def publish(folder: Path, out: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copytree(folder, aside)
+    share(aside)
     # The checkpoints it was made from are deleted next.
     for path in (*aside.rglob("*"), aside):
         flush(path)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.files.folder import share
+
 MARKER = "world.json"
 
 
@@ -36,5 +38,6 @@ def make_once(folder: str | Path, marker: dict[str, Any], build: Callable[[Path]
     begun.mkdir(parents=True)
     build(begun)
     (begun / MARKER).write_text(json.dumps(marker) + "\n", "utf-8")
+    share(begun)
     shutil.rmtree(folder, ignore_errors=True)
     begun.rename(folder)

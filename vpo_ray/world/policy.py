@@ -47,16 +47,19 @@ def gguf_file() -> Path:
 
 def _dequantise(source: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     gguf = {"gguf_file": source.name}
     AutoTokenizer.from_pretrained(source.parent, **gguf).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(source.parent, **gguf)
     # In the type that it was published in, whose rounding is small beside that of 4 bits.
-    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **gguf)
-    # transformers refuses to save a model that was read from GGUF: another one gets its weights.
-    config = read.config
-    del config.quantization_config
-    weights = read.state_dict()
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=read.dtype)
-    model.generation_config = read.generation_config
-    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, config=config, dtype=torch.bfloat16, **gguf)
+    # transformers refuses to save a model that was read from GGUF.
+    weights = model.state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)

@@ -25,6 +25,7 @@ from vpo_ray.engines.reward.conversion import (
     file_hash,
     shapes_in,
 )
+from vpo_ray.files.folder import share
 from vpo_ray.files.text_files import TextFileError, decode
 from vpo_ray.versions import versions
 
@@ -78,7 +79,7 @@ def convert_reward(
             **_weights(part),
         }
         (part / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        part.chmod(0o755)
+        share(part)
         if target.exists():
             target.rmdir()
         part.rename(target)
