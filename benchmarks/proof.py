@@ -1,9 +1,10 @@
 """The table of the paper in small: `make proof`, or `python benchmarks/proof.py`.
 
 For each seed the whole loop in the small world, two rounds of it, and DPO again without one kind of pairs;
-then every policy on held-out queries. Ablations take the queries, candidates, scores and the SFT policy of
-the seed's run, so that they differ in their pairs only. Run again, it goes on where it stopped. The world
-comes first: `vpo world runs/world`.
+then every policy on held-out queries, rendered by the world's video model and by another one, which was
+trained on captions of another style (transfer). Ablations take the queries, candidates, scores and the SFT
+policy of the seed's run, so that they differ in their pairs only. Run again, it goes on where it stopped.
+The world comes first: `vpo world runs/world`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def prove(recipe: str, out: Path, sets: list[str], held_out: int, seconds: dict[
             f"out={out}",
             f"evaluate.policies={json.dumps(policies)}",
             f"evaluate.sets.held_out.size={held_out}",
+            f"evaluate.transfer.other={json.dumps(other_video(loop))}",
         ],
     )
     began = time.monotonic()
@@ -112,6 +114,13 @@ def evaluated_policies(recipe: Recipe, out: Path) -> dict[str, Any]:
         "two_rounds": {"kind": "dpo", "round": 2},
         "dpo_twice": {"kind": "dpo", "times": 2},
     }
+
+
+def other_video(recipe: Recipe) -> dict[str, Any]:
+    """The render section with the world's other video model."""
+    assert recipe.render.model is not None
+    render = recipe.render.model_dump(mode="json", exclude_unset=True)
+    return {**render, "model": str(Path(recipe.render.model).with_name("other_video"))}
 
 
 def fork(recipe: Recipe, target: Path) -> None:

@@ -1,10 +1,12 @@
-"""The world's video model: what was shipped does what its figures say, and training learns."""
+"""The world's video models: what was shipped does what its figures say, and training learns."""
 
 import json
 import re
+import shutil
 
 import pytest
 
+from vpo_ray.world.make import complete_video
 from vpo_ray.world.train import WEIGHTS
 
 pytestmark = pytest.mark.engine
@@ -35,21 +37,44 @@ def test_a_users_query_gives_less_than_a_careful_caption(measured):
     assert measured["truth_of_captions"] - measured["truth_of_queries"] > 0.15
 
 
-def test_the_weights_are_small():
-    assert sum(f.stat().st_size for f in (WEIGHTS / "video").rglob("*") if f.is_file()) < 7 * 2**20
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The other video model, with the VAE that it shares with the first."""
+    folder = tmp_path_factory.mktemp("world") / "other_video"
+    shutil.copytree(WEIGHTS / "other_video", folder)
+    complete_video(folder)
+    return folder
 
 
-def test_no_caption_is_longer_than_the_text_encoder_takes():
+def test_the_other_model_reaches_its_figures_by_captions_of_its_own_style(other):
+    from vpo_ray.world.other_language import OTHER_STYLE
+    from vpo_ray.world.train_video import video_figures
+
+    measured = video_figures(other, 20, seed=11, queries=0, style=OTHER_STYLE)
+    noted = json.loads((WEIGHTS / "figures.json").read_text("utf-8"))["other_video"]
+    for name in ("colour", "motion", "place", "look", "whole"):
+        error = 3 * (max(noted[name] * (1 - noted[name]), 0.02) / 20) ** 0.5
+        assert measured[name] >= noted[name] - error, name
+
+
+def test_the_weights_of_the_world_are_small():
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 16 * 10**6
+
+
+@pytest.mark.parametrize("model", ["video", "other_video"])
+def test_no_caption_is_longer_than_the_text_encoder_takes(model):
     import numpy as np
     from transformers import AutoTokenizer
 
-    from vpo_ray.world.language import caption
+    from vpo_ray.world.language import STYLE
+    from vpo_ray.world.other_language import OTHER_STYLE
     from vpo_ray.world.scene import scenes
     from vpo_ray.world.train_video import TEXT_TOKENS
 
-    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "video" / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / model / "tokenizer")
     rng = np.random.default_rng(0)
-    texts = [caption(scene, rng) for scene in scenes(held_out=True)]
+    styles = [STYLE] if model == "video" else [STYLE, OTHER_STYLE]
+    texts = [style.caption(scene, rng) for style in styles for scene in scenes(held_out=True)]
     assert max(len(ids) for ids in tokenizer(texts).input_ids) <= TEXT_TOKENS
 
 

@@ -418,7 +418,7 @@ def video_figures(
         "seconds_a_clip": round(seconds, 3),
         **{name: round(right[name] / count, 3) for name in (*ATTRIBUTES, "whole")},
         "truth_of_captions": round(float(np.mean(truth["caption"])), 3),
-        "truth_of_queries": round(float(np.mean(truth["query"])), 3),
+        **({"truth_of_queries": round(float(np.mean(truth["query"])), 3)} if truth["query"] else {}),
     }
 
 
