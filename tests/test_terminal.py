@@ -114,6 +114,7 @@ def test_the_last_words_of_a_command_that_crashes_come_through() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_a_command_says_nothing_that_others_said(
     tiny_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

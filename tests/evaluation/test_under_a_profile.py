@@ -17,7 +17,7 @@ QUERIES = ["a red ball", "a long road through the hills behind the old town"]
 PROFILES = {"short": {"share": 0.5, "max_words": 6}, "exact": {"share": 0.1, "keep_words": 1}}
 
 
-def recipe_of(tmp_path: Path, profile: str | None, url: str = "http://127.0.0.1:9", **more: object) -> Recipe:
+def recipe_of(tmp_path: Path, profile: str, url: str = "http://127.0.0.1:9", **more: object) -> Recipe:
     (tmp_path / "set.txt").write_text("\n".join(QUERIES), "utf-8")
     endpoint = {"base_url": url, "api_key_env": None, "retries": 0}
     llm = {"model": "m", "backend": "openai", "endpoint": endpoint, "pool": {"size": 1, "num_cpus": 0.1}}
@@ -45,18 +45,14 @@ def test_policies_and_judge_are_told_and_what_is_met_is_counted(
         return completion("Rain falls." if HEADING in text else "Rain falls on a long and empty road.")
 
     server = serve_endpoint(answer)
-    met, told = {}, {}
-    for profile in ("short", None):
-        del server.requests[:]
-        recipe = recipe_of(tmp_path, profile, server.url)
-        found = evaluate(recipe, RunDir(recipe.out))
-        results = found.results["results"]["two"]["render"]
-        met[profile] = {name: of.get("prompt.profile_met", {}).get("value") for name, of in results.items()}
-        told[profile] = [HEADING in json.dumps(request) for request in server.requests]
-        assert all(row["verdict"] == "aligned" for row in found.samples()), "not met is no verdict"
-    assert met == {"short": {"query": 0.5, "llm": 1.0}, None: {"query": None, "llm": None}}
+    recipe = recipe_of(tmp_path, "short", server.url)
+    found = evaluate(recipe, RunDir(recipe.out))
+    results = found.results["results"]["two"]["render"]
+    met = {name: of["prompt.profile_met"]["value"] for name, of in results.items()}
+    assert met == {"query": 0.5, "llm": 1.0}
     # Two answers of the policy, and verdicts on the queries themselves and on its prompts.
-    assert told == {"short": [True] * 6, None: [False] * 6}
+    assert [HEADING in json.dumps(request) for request in server.requests] == [True] * 6
+    assert all(row["verdict"] == "aligned" for row in found.samples()), "not met is no verdict"
 
 
 @pytest.mark.parametrize(

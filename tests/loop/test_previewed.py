@@ -21,7 +21,7 @@ from vpo_ray.stages.preview import MEASURED, preview_run
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore, video_key
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")
@@ -110,7 +110,6 @@ def test_previews_are_videos_of_their_own(tmp_path: Path, tiny_models: Path, ray
     assert sum(count["done"] for count in again.values()) == 0
 
 
-@pytest.mark.slow
 def test_killed_among_previews_and_among_full_renders(
     tmp_path: Path, tiny_models: Path, ray_cluster: None
 ) -> None:

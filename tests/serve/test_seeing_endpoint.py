@@ -25,7 +25,7 @@ from vpo_ray.records import PAIR
 from vpo_ray.storage.tables import Table
 from vpo_ray.world.tiny import make_vlm
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
 
 Outside = Callable[[Callable[[str, dict[str, Any]], Reply]], Server]
 RED, BLUE, WHITE = (picture(colour) for colour in ("red", "blue", "white"))
