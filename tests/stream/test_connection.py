@@ -70,3 +70,19 @@ def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
     with pytest.raises(connection.ClusterError, match=r"RAY_ADDRESS=nonsense: Invalid address format"):
         connection.connect()
+
+
+@pytest.mark.parametrize("home", ["/proc/nobody", None])
+def test_a_home_directory_that_ray_cannot_write_is_told(
+    home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no home: HOME is / or not set."""
+    import ray
+
+    def init(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/.ray")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    with pytest.raises(connection.ClusterError, match=r"'/\.ray'\. Ray keeps .* set HOME to a folder"):
+        connection.connect()

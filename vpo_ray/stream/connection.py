@@ -85,7 +85,14 @@ def _join(verbose: bool) -> None:
     except Exception as error:  # Ray raises plain ones too, as for a raylet that does not start in time
         whole = str(error).strip() or type(error).__name__
         if address in ("", "local"):
-            raise ClusterError(f"no Ray cluster can be started on this machine: {whole}") from error
+            home = os.environ.get("HOME")
+            hint = (
+                ""
+                if home and os.access(home, os.W_OK)
+                else ". Ray keeps a cluster's token in the home directory, which is not there or cannot be "
+                "written: set HOME to a folder that can be, as in HOME=/tmp"
+            )
+            raise ClusterError(f"no Ray cluster can be started on this machine: {whole}{hint}") from error
         raise ClusterError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {whole}\n"
             "Set it to the head's own address, as in RAY_ADDRESS=10.0.0.1:6379, or unset it for a cluster on "
