@@ -8,7 +8,8 @@ Every part goes on where it stopped: prompts, verdicts, videos and preferences a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,6 +26,7 @@ from vpo_ray.evaluation.samples import COMPARISON, SAMPLE
 from vpo_ray.evaluation.sets import read_set, refuse_trained, set_hash
 from vpo_ray.evaluation.vbench_files import import_vbench
 from vpo_ray.keywords import KeywordList
+from vpo_ray.loop.alongside import alongside
 from vpo_ray.prompts.conditions import Conditions
 from vpo_ray.recipe import Evaluation, Formula, Recipe, Render, Reward, sources
 from vpo_ray.records import Row, content_id
@@ -34,6 +36,7 @@ from vpo_ray.storage.run_dir import LATEST, RunDir
 from vpo_ray.storage.run_lock import driving
 from vpo_ray.storage.run_state import working
 from vpo_ray.storage.tables import Table
+from vpo_ray.stream.placement import pool_shapes, room_for
 from vpo_ray.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -113,11 +116,7 @@ class _Evaluating:
             self.video_models = {OWN: recipe.render, **self.settings.transfer}
 
     def run_all(self) -> Evaluated:
-        made = {
-            (rival.name, seed): self._prompts(rival, seed)
-            for rival in self.rivals
-            for seed in range(self.settings.seeds)
-        }
+        made = self._prompts()
         prompts = {
             (query, row["prompt"]): self.queries[query]
             for rows in made.values()
@@ -136,9 +135,30 @@ class _Evaluating:
         comparisons = self._comparisons(samples)
         return self._written(samples, comparisons)
 
-    def _prompts(self, rival: Rival, seed: int) -> dict[str, Row]:
+    def _prompts(self) -> dict[tuple[str, int], dict[str, Row]]:
+        """What each policy makes of the queries, by policy and seed. Models are asked two at a time where the
+        cluster has room for both: while one is loaded, the other writes."""
+        made: dict[tuple[str, int], dict[str, Row]] = {}
+
+        def ask(rivals: Iterable[Rival], stop: threading.Event | None = None) -> None:
+            for rival in rivals:
+                for seed in range(self.settings.seeds):
+                    made[rival.name, seed] = prompts_of(
+                        rival, self.recipe, self.run, queries, seed, self.retry_errors, stop
+                    )
+
         queries = list(self.queries.values())
-        return prompts_of(rival, self.recipe, self.run, queries, seed, self.retry_errors)
+        models: dict[str, list[Rival]] = {}
+        for rival in self.rivals:
+            if rival.start is not None:
+                models.setdefault(rival.identity, []).append(rival)  # they share their run directories
+        beside = [rival for group in list(models.values())[1::2] for rival in group]
+        if not beside or not room_for(2 * pool_shapes(self.recipe, ["sample"])):
+            ask(self.rivals)
+        else:
+            with alongside(partial(ask, beside)):
+                ask(rival for rival in self.rivals if rival not in beside)
+        return made
 
     def _videos(
         self,

@@ -7,6 +7,7 @@ seed and for each time that it is applied to its own output, filled by the stage
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,12 +135,19 @@ def _there(run: RunDir, phase: str) -> str:
 
 
 def prompts_of(
-    rival: Rival, recipe: Recipe, run: RunDir, queries: Sequence[Row], seed: int, retry_errors: bool
+    rival: Rival,
+    recipe: Recipe,
+    run: RunDir,
+    queries: Sequence[Row],
+    seed: int,
+    retry_errors: bool,
+    stop: threading.Event | None = None,
 ) -> dict[str, Row]:
     """What a policy makes of each query.
 
     Args:
         seed: number of the sampling seed; see `seeded`.
+        stop: see `pipeline.generate`.
 
     Returns:
         By query id: `prompt`, or `error` and `error_stage`.
@@ -173,7 +181,7 @@ def prompts_of(
             {"query_id": known, "query": text, "image": q.get("image"), "unsafe": q["unsafe"], "split": "dpo"}
             for known, (text, q) in sorted(asked.items(), key=lambda item: item[0])
         ]
-        answers = _sampled(rival, recipe, run, entering, (time, seed), retry_errors)
+        answers = _sampled(rival, recipe, run, entering, (time, seed), retry_errors, stop)
         found = {
             query: row if row["error"] is not None else answers[key(query, row, time)]
             for query, row in found.items()
@@ -193,6 +201,7 @@ def _sampled(
     queries: Sequence[Row],
     which: tuple[int, int],
     retry_errors: bool,
+    stop: threading.Event | None,
 ) -> dict[str, Row]:
     time, seed = which
     name = rival.identity if which == (1, 0) else content_id(rival.identity, *which, digits=16)
@@ -215,6 +224,6 @@ def _sampled(
         stage, table, models = "rewrite", "rewrites", Models("", rival.identity)
     else:
         stage, table, models = "sample", "candidates", Models(rival.start.policy, rival.start.identity)
-    folder = through(own, run, (stage,), queries, retry_errors, models, rival.start)
+    folder = through(own, run, (stage,), queries, retry_errors, models, rival.start, stop)
     columns = ["query_id", "prompt", "error", "error_stage"]
     return {row["query_id"]: row for row in folder.table(table).rows(columns)}

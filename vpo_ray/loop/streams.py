@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +28,7 @@ def through(
     retry_errors: bool,
     models: Models | None = None,
     start: Start | None = None,
+    stop: threading.Event | None = None,
 ) -> RunDir:
     """Take rows through stages; what is done, now or earlier, is not done again.
 
@@ -35,6 +37,7 @@ def through(
         stages: consecutive ones of a chain.
         rows: of the table that the first of them reads; those that it has are not written again.
         models, start: the policy, of stages that sample one.
+        stop: see `pipeline.generate`.
 
     Raises:
         PlacementError, GenerationError: see `pipeline.generate`.
@@ -57,7 +60,7 @@ def through(
             if source.uri == folder.at("queries"):
                 folder.write_json(CURATED, {"queries": entered, "dropped": 0})
             if wanted:
-                generate(own, folder, models or Models("", ""), stages, retry_errors)
+                generate(own, folder, models or Models("", ""), stages, retry_errors, stop)
         write_ledger(own, folder)
     return folder
 

@@ -245,6 +245,11 @@ def require(shapes: Sequence[Shape], timeout_s: float) -> None:
         time.sleep(min(LOOK_EVERY_S, timeout_s / 4))
 
 
+def room_for(shapes: Sequence[Shape]) -> bool:
+    """Whether the nodes that are up can take all of these at the same time."""
+    return not problems(shapes, ClusterState(cluster_state().nodes))
+
+
 @contextmanager
 def watched(shapes: Sequence[Shape], timeout_s: float) -> Iterator[None]:
     """Interrupt the work within when something has had no place for `timeout_s`: a spot node went,
