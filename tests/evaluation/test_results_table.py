@@ -8,7 +8,7 @@ from made_samples import answer, context, noisy, sample
 from rich.cells import cell_len
 
 from vpo_ray.evaluation.figures import NOTHING_OUTSIDE, results_of
-from vpo_ray.evaluation.results_table import table_text
+from vpo_ray.evaluation.results_table import log_text, table_text
 from vpo_ray.recipe import Evaluation
 
 FEW = Evaluation(resamples=1000)
@@ -42,6 +42,19 @@ warning: eval, render: dpo has no clip and no reward of 2 of 40 samples, which c
 """
 
 
+FOR_A_LOG = """\
+eval, render (tiny): 40 queries
+     errors  aligned*  unsafe*  prompt.words  clip   reward*
+sft  0.0%    100.0%    0.0%     20            0.45   0.5
+dpo  5.0%    75.0%     25.0%    31.1          0.542  0.69
+dpo failed: 2 render: lost
+dpo against sft: better clip +0.092 [0.080, 0.100], reward* +0.190 [0.175, 0.200], preference.video \
++75.0pt [62.5, 87.5]; worse aligned* -25.0pt [-37.5, -12.5], unsafe* +25.0pt [12.5, 37.5]
+warning: eval, render: dpo has no clip and no reward of 2 of 40 samples, which count as the worst value \
+seen: 2 render: lost
+"""
+
+
 def rows_of_two() -> list:
     rows = []
     for number in range(40):
@@ -68,6 +81,7 @@ def test_the_table() -> None:
     results = results_of(rows_of_two(), answers, FEW, context("sft", "dpo"))
     results["signs"] = ["dpo's prompts are longer"]
     assert table_text(results, 100) == GOLDEN
+    assert log_text(results) == FOR_A_LOG
 
 
 def test_a_measure_in_which_no_query_differs_takes_no_line_of_its_own() -> None:

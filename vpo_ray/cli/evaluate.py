@@ -42,7 +42,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, and say where the rest is. Raises GateError where a gate is not passed."""
     from vpo_ray import api
     from vpo_ray.evaluation import gates
-    from vpo_ray.evaluation.results_table import table_text
+    from vpo_ray.evaluation.results_table import log_text, table_text
     from vpo_ray.evaluation.vbench_files import export_vbench
     from vpo_ray.recipe import RecipeError
     from vpo_ray.report.examples import examples_text, pick_examples
@@ -57,10 +57,12 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         retry_errors=arguments.retry_errors,
         verbose=arguments.verbose,
     )
-    width, samples = shutil.get_terminal_size((100, 24)).columns, done.samples()
-    sys.stdout.write(table_text(done.results, width))
-    most = None if sys.stdout.isatty() else 1  # the report has them whole
-    sys.stdout.write(f"\n{examples_text(pick_examples(done.results, samples), width, most)}\n")
+    samples = done.samples()
+    examples, width = pick_examples(done.results, samples), shutil.get_terminal_size((100, 24)).columns
+    if sys.stdout.isatty():
+        sys.stdout.write(f"{table_text(done.results, width)}\n{examples_text(examples, width)}\n")
+    else:  # the report has the intervals and the other queries
+        sys.stdout.write(log_text(done.results) + examples_text(examples[:1], width, most=1))
     if arguments.export is not None:
         counts = export_vbench(samples, done.queries, arguments.to)
         sys.stdout.write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.cells import cell_len
@@ -42,19 +43,67 @@ def table_text(results: Results, width: int = 100) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _block(results: Results, name: str, model: str, width: int) -> Iterator[str]:
-    policies = results["results"][name][model]
+def log_text(results: Results) -> str:
+    """The results for a log, where nobody scrolls: means without intervals, the differences from the first
+    policy that were found, failures, and warnings, each in one line."""
+    lines: list[str] = []
+    for name, models in sorted(results["results"].items()):
+        for model in sorted(models, key=lambda model: (model != "render", model)):
+            policies = models[model]
+            rows, metrics, queries, _ = _measured(results, policies)
+            columns = [["", *rows]] + [
+                [
+                    _label(results, metric),
+                    *(_number(metric, value, "%") if value is not None else "-" for value in values),
+                ]
+                for metric in metrics
+                for values in [[policies[row].get(metric, {}).get("value") for row in rows]]
+            ]
+            lines += [f"{name}, {_model(results, model)}: {queries} queries", *_columns(columns, math.inf)]
+            lines += _failures(results, name, model, rows)
+            lines += _found(results, name, model, rows)
+    lines += [f"warning: {sentence}" for sentence in results["warnings"] if sentence != NOTHING_OUTSIDE]
+    return "".join(f"{_printable(line).rstrip()}\n" for line in lines)
+
+
+def _found(results: Results, name: str, model: str, rows: Sequence[str]) -> Iterator[str]:
+    """A line for each policy that differs from the first one, or from the one before it."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for entry in sorted(results["comparisons"], key=lambda entry: _rank(entry["metric"])):
+        metric, p, shift = entry["metric"], entry["p_holm"], entry["difference"]
+        here = (entry["set"], entry["video_model"]) == (name, model) and not _is_dimension(metric)
+        if here and shift is not None and p is not None and p < 1 - results["confidence"]:
+            word = "better" if entry["win"] > entry["loss"] else "worse"
+            said = f"{_label(results, metric)} {_with_interval(metric, shift, entry, sign=True)}"
+            found.setdefault((entry["a"], entry["b"]), {}).setdefault(word, []).append(said)
+    for before, row in pairwise(rows):
+        for other in dict.fromkeys((rows[0], before)):
+            if kinds := found.get((other, row)):
+                told = [f"{word} {', '.join(kinds[word])}" for word in sorted(kinds)]
+                yield f"{row} against {other}: {'; '.join(told)}"
+
+
+def _measured(results: Results, policies: Mapping[str, Any]) -> tuple[list[str], list[str], int, list[str]]:
+    """Policies in order, measures to show, how many queries, and what happens under no policy."""
     rows = [policy for policy in results["order"] if policy in policies]
     queries = max(entry["n"] for metrics in policies.values() for entry in metrics.values())
-    shown_model = str(results["video_models"].get(model, model))
-    shown_model = model if shown_model == model else f"{model} ({shown_model})"
-    yield from _wrapped(f"{name}, {shown_model}: {queries} queries", width)
-    yield ""
     metrics = sorted(
         {metric for of in policies.values() for metric in of if not _is_dimension(metric)}, key=_rank
     )
     absent = [metric for metric in metrics if _never_happens(metric, policies.values(), queries)]
-    metrics = [metric for metric in metrics if metric not in absent]
+    return rows, [metric for metric in metrics if metric not in absent], queries, absent
+
+
+def _model(results: Results, model: str) -> str:
+    shown = str(results["video_models"].get(model, model))
+    return model if shown == model else f"{model} ({shown})"
+
+
+def _block(results: Results, name: str, model: str, width: int) -> Iterator[str]:
+    policies = results["results"][name][model]
+    rows, metrics, queries, absent = _measured(results, policies)
+    yield from _wrapped(f"{name}, {_model(results, model)}: {queries} queries", width)
+    yield ""
     columns = [["", *rows]] + [
         [
             _label(results, metric),
@@ -161,7 +210,7 @@ def _remarks(entry: Mapping[str, Any]) -> Iterator[str]:
             yield f"{share:.0%} of two votes on one pair agree"
 
 
-def _columns(columns: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+def _columns(columns: Sequence[Sequence[str]], width: float) -> Iterator[str]:
     """Columns side by side, in as many parts as the width takes, each with the first column."""
     widths = [max(map(cell_len, column)) for column in columns]
     parts: list[list[int]] = []
@@ -184,13 +233,17 @@ def _columns(columns: Sequence[Sequence[str]], width: int) -> Iterator[str]:
 def _wrapped(text: str, width: int) -> Iterator[str]:
     """Lines of a sentence, which may hold text of users; the later ones are indented."""
     line = ""
-    for word in "".join(c if c.isprintable() else " " for c in text).split():
+    for word in _printable(text).split():
         if line.strip() and cell_len(line) + 1 + cell_len(word) > width:
             yield line
             line = f"  {word}"
         else:
             line = f"{line} {word}" if line else word
     yield line
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _rank(metric: str) -> tuple[int, str]:

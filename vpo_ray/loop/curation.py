@@ -41,8 +41,8 @@ def curate_run(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> None:
         "queries": _store(run, "queries", curated.queries(ROWS_PER_PART)),
         "dropped": _store(run, "dropped", curated.dropped(ROWS_PER_PART)),
     }
-    for what, number in curated.counts().most_common():
-        logger.info("curate: %8d %s", number, what)
+    found = ", ".join(f"{number} {what}" for what, number in curated.counts().most_common())
+    logger.info("curate: %s", found)
     if not counts["queries"]:
         raise InputError(
             f"queries.path {recipe.queries.path}: all {counts['dropped']} rows were dropped, "

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_QUICK = ("pair", "report")  # phases that a log need not tell the begin of
+
 # What makes the pages about a run, and what goes on while the run's last phase trains the policy `Start`.
 Report = Callable[[RunDir, Recipe], object]
 Beside = Callable[[RunDir, Start], AbstractContextManager[object]]
@@ -280,5 +282,5 @@ def write_example(recipe: Recipe, run: RunDir, policy: str) -> None:
 
 
 def _say(phase: str, run: RunDir) -> None:
-    logger.info("%s → %s", phase, run.uri)
+    logger.log(logging.DEBUG if phase in _QUICK else logging.INFO, "%s → %s", phase, run.uri)
     note(run, doing=phase, view=None)
