@@ -189,6 +189,36 @@ def test_a_lost_job_is_created_again_a_few_times(server: VideoServer, tmp_path: 
     assert len(server.requests) == 6
 
 
+def test_content_that_is_not_there_is_no_lost_job(server: VideoServer, tmp_path: Path, clip: Clip) -> None:
+    """A service with another route for it would be paid for one job after the other."""
+    server.fault = lambda what, _: failure(404) if what == "content" else None
+    account = Account()
+    service = service_of(server, tmp_path, account, endpoint={"video_price": 1})
+    with pytest.raises(EndpointError, match="is completed, and nothing is at /videos/video_1/content"):
+        service.render(["a cat"], [3])
+    assert (len(server.requests), account.spent) == (1, 1)
+    server.fault = lambda what, _: None
+    assert service.render(["a cat"], [3]) == [clip(5)], "it is asked for again"
+    server.fault = lambda what, _: failure(404) if what == "content" else None
+    [error] = service.render(["a dog"], [3])
+    assert isinstance(error, RenderError)
+    assert "is no whole video: 404" in str(error)
+    assert (len(server.requests), account.spent) == (2, 2)
+
+
+def test_a_video_that_expired_since_an_earlier_run_is_made_again(
+    server: VideoServer, tmp_path: Path, clip: Clip
+) -> None:
+    server.fault = lambda what, _: failure(401) if what == "content" else None
+    with pytest.raises(EndpointError):
+        service_of(server, tmp_path).render(["a cat"], [3])
+    first = set(server.jobs)
+    expired = [failure(404)] * openai_video.LOST_AFTER
+    server.fault = lambda what, _: expired.pop() if what == "content" and expired else None
+    assert service_of(server, tmp_path).render(["a cat"], [3]) == [clip(5)]
+    assert (len(first), len(server.requests)) == (1, 2)
+
+
 def test_one_404_is_no_lost_job(server: VideoServer, tmp_path: Path, clip: Clip) -> None:
     server.fault = once(failure(404), "poll")
     assert service_of(server, tmp_path).render(["a cat"], [3]) == [clip(5)]

@@ -114,7 +114,7 @@ class VideoService(VideoModel):
         self._jobs = Folder(settings.store) / FOLDER
         # What each video under way will still cost.
         self._coming: dict[str, float] = {}
-        self._ended = asyncio.Event()
+        self._ended, self._gives_videos = asyncio.Event(), False
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="video service", daemon=True).start()
 
@@ -174,7 +174,7 @@ class VideoService(VideoModel):
                     job = await self._created(name, prompt, seed, image)
                 self._coming[name] = 0.0 if job.paid else self.settings.endpoint.cost
                 try:
-                    return await self._made(name, job)
+                    return await self._made(name, job, kept)
                 except _Lost:
                     log.warning("render.endpoint: job %s is lost, another one is created", job.id)
                     job, kept = None, False
@@ -235,8 +235,12 @@ class VideoService(VideoModel):
             return fields, {_REFERENCE: (f"image.{kind}", data, media_type(name))}
         return {**fields, _REFERENCE: {"image_url": data_uri(name, data)}}, None
 
-    async def _made(self, name: str, job: ServiceJob) -> bytes:
-        """The mp4 of a job, paid once. Raises `_Lost`, and RenderError where there will be none."""
+    async def _made(self, name: str, job: ServiceJob, kept: bool) -> bytes:
+        """The mp4 of a job, paid once. Raises `_Lost`, and RenderError where there will be none.
+
+        Args:
+            kept: it is an earlier run's, whose video a service may keep for less time than the job.
+        """
         path = f"/videos/{quote(job.id, safe='')}"
         async with asyncio.timeout(self.settings.time_limit_s):
             await self._completed(name, path)
@@ -245,12 +249,23 @@ class VideoService(VideoModel):
             self._coming[name] = 0.0
             await asyncio.to_thread(self._keep, name, replace(job, paid=True))
         for _ in range(self.settings.endpoint.retries + 1):
-            data = await self._known(f"{path}/content")
             try:
+                data = await self._known(f"{path}/content")
                 await asyncio.to_thread(probe_video, data)
+                self._gives_videos = True
                 return data
+            except _Lost:
+                if kept:
+                    raise
+                await self._known(path)  # else another job would be paid, for as little
+                fault = "404"
             except ValueError as error:
-                fault = error
+                if isinstance(error, EndpointError):
+                    raise
+                fault = str(error)
+        if fault == "404" and not self._gives_videos:
+            told = f"job {job.id} is completed, and nothing is at {path}/content (404)"
+            raise EndpointError(f"render.endpoint: {told}: the service has another API than OpenAI's", 404)
         await asyncio.to_thread(self._drop, name)
         raise RenderError(f"the content of job {job.id} is no whole video: {fault}")
 
