@@ -140,14 +140,16 @@ def test_limits_are_of_the_policy_that_is_deployed(checkpoint: str, tmp_path: Pa
 
 
 def test_a_checkpoint_of_another_trainer_is_known_by_its_files(checkpoint: str, tmp_path: Path) -> None:
-    from vpo_ray.train.model_files import identity
+    from vpo_ray.train.model_files import content_identity
 
     Path(checkpoint, "vpo.json").unlink()
+    weights = Path(checkpoint, "model.safetensors")
+    weights.write_bytes(bytes(range(256)) * 9000)
     results = evaluated()
-    results["policies"]["dpo"]["identity"] = content_id("checkpoint", identity(checkpoint, None), digits=16)
+    results["policies"]["dpo"]["identity"] = content_id("checkpoint", content_identity(checkpoint), digits=16)
     required = Require(results=stored(tmp_path, results), fail_below=["verdict.aligned=0.9"])
     require_evaluation(shutil.copytree(checkpoint, str(tmp_path / "copy")), required)
-    Path(checkpoint, "model.safetensors").write_bytes(b"other weights")
+    weights.write_bytes(weights.read_bytes()[::-1])  # a later training wrote them
     with pytest.raises(GateError, match="evaluates other checkpoints"):
         require_evaluation(checkpoint, required)
 
@@ -172,3 +174,12 @@ def test_a_recipe_s_limits_have_their_form() -> None:
         load_serve(None, ["serve.require={results: r.json, fail_below: [aligned]}"])
     with pytest.raises(RecipeError, match=r"fail_below"):
         load_serve(None, ["serve.require={results: r.json, fail_below: []}"])
+
+
+def test_a_limit_without_its_form_is_told_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["evaluate", TINY, "--out", str(tmp_path / "run"), "--fail-below", "verdict.aligned>0.9"]
+    assert cli.main(wrong) == 2
+    assert "'verdict.aligned>0.9' is no limit" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -49,7 +49,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     if (arguments.export is None) != (arguments.to is None):
         raise RecipeError("--export and --to go together")
-    # Read first: what it takes hours to compute is not in vain for a wrong path.
+    # Read first: what it takes hours to compute is not in vain for a wrong path or limit.
+    for limit in arguments.fail_below:
+        gates.parse_limit(limit)
     earlier = gates.read_results(arguments.no_worse_than) if arguments.no_worse_than is not None else None
     done = api.evaluate(
         recipe,

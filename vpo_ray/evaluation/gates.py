@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vpo_ray.files.text_files import TextFileError, read_text
-from vpo_ray.recipe.evaluation import limit_of
+from vpo_ray.recipe.evaluation import Limit, limit_of
 from vpo_ray.recipe.serve import Require
 from vpo_ray.records import content_id
 
@@ -64,11 +64,16 @@ def below(results: Results, limits: Sequence[str], policy: str | None = None) ->
     return [reason for limit in limits for reason in _below(results, limit, policy or results["order"][-1])]
 
 
-def _below(results: Results, text: str, policy: str) -> Iterator[str]:
+def parse_limit(text: str) -> Limit:
+    """See `recipe.evaluation.limit_of`. Raises LimitError."""
     try:
-        limit = limit_of(text)
+        return limit_of(text)
     except ValueError as error:
         raise LimitError(str(error)) from None
+
+
+def _below(results: Results, text: str, policy: str) -> Iterator[str]:
+    limit = parse_limit(text)
     policy, metric = limit.policy or policy, limit.metric
     found = {
         place: entry
@@ -137,7 +142,7 @@ def require_evaluation(checkpoint: str, required: Require | None) -> None:
     """Refuse a checkpoint whose evaluation is missing or did not pass: see `serve.require`.
 
     The checkpoint is one of the evaluation's policies where its `vpo.json` names that policy's identity, or
-    where its files have the sizes and configuration of the ones that were evaluated.
+    where its files have the sizes, configuration and weights (by samples) of the ones that were evaluated.
 
     Raises:
         GateError: a limit is not kept, or the evaluation is of other checkpoints.
@@ -146,11 +151,11 @@ def require_evaluation(checkpoint: str, required: Require | None) -> None:
     """
     if required is None:
         return
-    from vpo_ray.train.model_files import identity, marker
+    from vpo_ray.train.model_files import content_identity, marker
 
     results = read_results(required.results)
     # Of a policy of the run, and of one of kind `checkpoint`: see `policies.Rival`.
-    files = content_id("checkpoint", identity(checkpoint, None), digits=16)
+    files = content_id("checkpoint", content_identity(checkpoint), digits=16)
     known = {(marker(checkpoint) or {}).get("fingerprint"), files} - {None}
     policies = [name for name, policy in results["policies"].items() if policy["identity"] in known]
     if not policies:

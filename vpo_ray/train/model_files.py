@@ -21,6 +21,8 @@ from vpo_ray.storage.model_cache import fetch as fetch
 from vpo_ray.train.examples import TrainError
 
 MARKER = "vpo.json"
+# Bytes read at each of so many places of a file of weights.
+_SAMPLE, _SAMPLES = 64 * 1024, 16
 
 
 def marker(folder: str) -> Row | None:
@@ -49,6 +51,27 @@ def identity(model: str, revision: str | None) -> str:
     sizes = [(name, place.fs.get_file_info(f"{place.path}/{name}").size) for name in place.files()]
     config = place.read("config.json").decode() if place.exists("config.json") else ""
     return content_id("folder", sizes, config, marker(model))
+
+
+def content_identity(model: str) -> str:
+    """As `identity`, and a folder also by samples of its weights: the same wherever a copy of it lies, and
+    another one where a training has written other weights into it."""
+    if "://" not in model and not os.path.isdir(model):
+        return identity(model, None)
+    place = Folder(model)
+    weights = sorted(name for name in place.files() if name.endswith(WEIGHTS))
+    return content_id(identity(model, None), [_samples(place, name) for name in weights])
+
+
+def _samples(place: Folder, name: str) -> str:
+    """A hash of parts of a file. Raises OSError."""
+    total = hashlib.sha256()
+    with place.fs.open_input_file(f"{place.path}/{name}") as file:
+        last = max(0, file.size() - _SAMPLE)
+        for part in range(_SAMPLES):
+            file.seek(last * part // (_SAMPLES - 1))
+            total.update(file.read(_SAMPLE))
+    return total.hexdigest()
 
 
 def digest(folder: str) -> str:
