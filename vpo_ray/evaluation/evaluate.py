@@ -96,7 +96,7 @@ class _Evaluating:
     def __init__(self, recipe: Recipe, run: RunDir, retry_errors: bool, vbench: Sequence[str]) -> None:
         self.vbench = vbench
         given = recipe.evaluate or Evaluation.model_validate({})
-        policies = given.policies or default_policies(recipe)
+        policies = given.policies or default_policies(recipe, run)
         self.settings = given.model_copy(update={"policies": policies})
         self.recipe, self.run, self.retry_errors = recipe, run, retry_errors
         under = asked_alone(recipe.profiles, self.settings.profile)

@@ -46,10 +46,14 @@ class Rival:
     prompts: Mapping[str, str] | None = None
 
 
-def default_policies(recipe: Recipe) -> dict[str, EvaluatedPolicy]:
-    """The user's words, and the policy before and after DPO or RL."""
+def default_policies(recipe: Recipe, run: RunDir) -> dict[str, EvaluatedPolicy]:
+    """The user's words, the policy before and after DPO or RL, and that of the last round."""
     kinds = ["query", "base" if recipe.sft is None else "sft", *([recipe.learns] if recipe.learns else [])]
-    return {kind: EvaluatedPolicy.model_validate({"kind": kind}) for kind in kinds}
+    found = {kind: EvaluatedPolicy.model_validate({"kind": kind}) for kind in kinds}
+    if recipe.learns and (last := run.last_round(recipe.learns)) > 1:
+        settings = {"kind": recipe.learns, "round": last}
+        found[f"{recipe.learns}_{last}"] = EvaluatedPolicy.model_validate(settings)
+    return found
 
 
 def rivals(recipe: Recipe, run: RunDir, settings: Evaluation, queries: Sequence[Row]) -> list[Rival]:
@@ -62,7 +66,7 @@ def rivals(recipe: Recipe, run: RunDir, settings: Evaluation, queries: Sequence[
         LoopError: one of them is not trained yet, or cannot be sampled.
         SetError: a file of prompts does not fit the queries.
     """
-    policies = settings.policies or default_policies(recipe)
+    policies = settings.policies or default_policies(recipe, run)
     return [_rival(name, policy, recipe, run, queries) for name, policy in policies.items()]
 
 

@@ -142,14 +142,19 @@ class RunDir(Folder):
         found: int = self.read_json(ROUND).get("round", 1) if self.exists(ROUND) else 1
         return found
 
-    def last_policy(self, phase: str) -> str:
-        """The folder of what a phase trained in the last round that has it; of the first where none does."""
-        name, number, found = f"checkpoints/{phase}", 2, self.at(f"checkpoints/{phase}")
+    def last_round(self, phase: str) -> int:
+        """The last round whose phase has trained a policy; 1 where none has."""
+        number, found = 2, 1
         while self.exists(f"rounds/{number}/{ROUND}"):
-            if self.exists(f"rounds/{number}/{name}/vpo.json"):
-                found = self.at(f"rounds/{number}/{name}")
+            if self.exists(f"rounds/{number}/checkpoints/{phase}/vpo.json"):
+                found = number
             number += 1
         return found
+
+    def last_policy(self, phase: str) -> str:
+        """The folder of what a phase trained in the last round that has it; of the first where none does."""
+        number = self.last_round(phase)
+        return self.at(f"rounds/{number}/checkpoints/{phase}" if number > 1 else f"checkpoints/{phase}")
 
     def newest_evaluation(self) -> Row | None:
         """The results of the run's newest evaluation, in `evaluation/<id>`."""
