@@ -314,6 +314,14 @@ def test_an_answer_may_be_the_call_of_a_tool(message: Any, serve_endpoint: Serve
     assert isinstance(none, ChatError), "nothing was asked for in JSON"
 
 
+def test_a_pause_of_hours_stops_the_run_and_fails_no_row(serve_endpoint: Serve, ask: Any) -> None:
+    server = serve_endpoint(lambda _: failure(429, "the day's requests are used", retry_after="3600"))
+    (error,) = ask(server, "q")
+    assert isinstance(error, EndpointError)
+    assert "judge.endpoint asks for a pause of 3,600 s, run again then" in str(error)
+    assert len(server.requests) == 1
+
+
 def test_a_pause_that_an_error_asks_for_in_words_is_made(
     serve_endpoint: Serve, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -414,8 +414,9 @@ class EndpointClient:
             return failure
         after = retry_after(headers, text if status in (429, 503) else "")
         if after is not None:
-            if after > MAX_RETRY_AFTER_S:
-                return failure
+            if after > MAX_RETRY_AFTER_S:  # a day's quota: every row would fail
+                later = f"{self.where} asks for a pause of {after:,.0f} s, run again then: {text[:500]}"
+                return EndpointError(later, status, text)
             await self._limiter.call("pause", after)
         return _Again(failure, after)
 
