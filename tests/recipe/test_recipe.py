@@ -520,3 +520,21 @@ def test_locate_leaves_ids_and_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert locate("model") == str(tmp_path / "model")
     assert locate("org/model") == "org/model"
     assert locate("s3://bucket/model") == "s3://bucket/model"
+
+
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [
+        ("serve.safety.query", "off"),
+        ("serve.log_queries", "no"),
+        ("serve.log_queries", "yes"),
+        ("sft.autocast", "off"),
+        ("profiles.norsk.language", "no"),
+    ],
+)
+def test_words_that_yaml_takes_for_true_or_false_are_words(key: str, word: str) -> None:
+    recipe: Any = load(TINY, ["profiles={norsk: {share: 0.5, max_words: 9}}", f"{key}={word}"])
+    for part in key.split("."):
+        recipe = recipe[part] if isinstance(recipe, dict) else getattr(recipe, part)
+    assert recipe == word
+    assert load(TINY, ["queries.rules.languages=[no, en]"]).queries.rules.languages == ["no", "en"]

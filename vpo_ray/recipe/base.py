@@ -52,6 +52,15 @@ def refuse_unused(section: Section, names: str, why: str) -> None:
         raise ValueError(f"{' and '.join(given)} {'have' if given[1:] else 'has'} no effect {why}")
 
 
+def _word(**words: str) -> BeforeValidator:
+    """YAML reads `off`, `no` and `yes` without quotation marks as true or false."""
+    known = {False: words.get("false"), True: words.get("true")}
+    return BeforeValidator(lambda given: known[given] or given if isinstance(given, bool) else given)
+
+
+# Of keys that take these as words: `off`; `no` and `yes`; `no`, which is Norwegian, too.
+OFF, NO_OR_YES, NO = _word(false="off"), _word(false="no", true="yes"), _word(false="no")
+
 Positive = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from vpo_ray.prompts.conditions import CAPTION_FIELDS, LANGUAGE_NAMES, Conditions
-from vpo_ray.recipe.base import Positive, Section, refuse_unused
+from vpo_ray.recipe.base import NO, Positive, Section, refuse_unused
 
 
 def known_language(code: str) -> str:
@@ -51,7 +51,7 @@ class Profile(Section):
     """
 
     share: Annotated[float, Field(gt=0, le=1, description="of the queries")]
-    language: LanguageCode | None = Field(
+    language: Annotated[LanguageCode, NO] | None = Field(
         default=None, description="a code such as zh; checked by its script"
     )
     max_words: Positive | None = Field(default=None, description="the most words of a prompt")

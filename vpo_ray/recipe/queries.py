@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Fraction, Positive, Section, Source, refuse_unused
+from vpo_ray.recipe.base import NO, Fraction, Positive, Section, Source, refuse_unused
 
 
 class Splits(Section):
@@ -39,7 +39,7 @@ class Rules(Section):
     max_digits: Annotated[int, Field(ge=0)] | None = None
     urls: bool = False
     keywords: Source | None = None
-    languages: Annotated[list[str], Field(min_length=1)] | None = None
+    languages: Annotated[list[Annotated[str, NO]], Field(min_length=1)] | None = None
     language_confidence: Fraction = 0.5
 
     @model_validator(mode="after")

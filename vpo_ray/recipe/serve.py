@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from vpo_ray.recipe.base import Fraction, Place, Pool, Positive, Section, Source, Temperature, refuse_unused
+from vpo_ray.recipe.base import (
+    NO_OR_YES,
+    OFF,
+    Fraction,
+    Place,
+    Pool,
+    Positive,
+    Section,
+    Source,
+    Temperature,
+    refuse_unused,
+)
 from vpo_ray.recipe.endpoint import refuse_keys
 from vpo_ray.recipe.evaluation import limit_of
 from vpo_ray.recipe.evolution import Evolve
@@ -94,7 +105,7 @@ class Safety(Section):
     order below, until one flags the text.
     """
 
-    query: Literal["off", "refuse", "rewrite"] = "off"
+    query: Annotated[Literal["off", "refuse", "rewrite"], OFF] = "off"
     prompt: bool = False
     keywords: Source | None = Field(
         default=None, description="file with a word or phrase a line; # begins a comment"
@@ -282,7 +293,7 @@ class Serve(Section):
     cors_origins: list[Origin] = Field(
         default=[], description="pages of other sites that may call; * for all, or for a part of a host"
     )
-    log_queries: Literal["no", "hash", "yes"] = "no"
+    log_queries: Annotated[Literal["no", "hash", "yes"], NO_OR_YES] = "no"
     playground: bool = True
     example: bool = Field(default=True, description="`vpo run` ends with an answer to one of its queries")
     compare: Source | None = Field(

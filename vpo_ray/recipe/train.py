@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vpo_ray.recipe.base import Amount, Fraction, Place, Positive, Section, Source, refuse_unused
+from vpo_ray.recipe.base import OFF, Amount, Fraction, Place, Positive, Section, Source, refuse_unused
 
 
 class TrainLora(Section):
@@ -121,7 +121,7 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    autocast: Literal["off", "auto", "bfloat16"] = Field(
+    autocast: Annotated[Literal["off", "auto", "bfloat16"], OFF] = Field(
         "off",
         description="with dtype: float32, matrix products in bfloat16; auto: where the device is made for it",
     )
