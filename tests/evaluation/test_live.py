@@ -262,3 +262,21 @@ def test_what_is_forgotten_while_parts_are_merged_is_gone(
     left = {row["answer_id"] for row in store.answers.rows()}
     assert "n3" not in left
     assert ("n9" in left) == ("key" not in given)
+
+
+def test_what_is_merged_while_it_is_collected_is_read_again(
+    store: FeedbackTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, parts = small_parts(store), Table.parts
+    monkeypatch.setattr(FeedbackTables, "merge", lambda self: None)
+
+    def listed(self: Table) -> list[str]:
+        found = parts(self)
+        if self.key == "answer_id":
+            # Another merges once this one has listed the parts.
+            monkeypatch.setattr(Table, "parts", parts)
+            store._merge(store.answers)
+        return found
+
+    monkeypatch.setattr(Table, "parts", listed)
+    assert collect(store.uri, str(tmp_path / "live"))["answers"] == len(rows) + 4

@@ -43,10 +43,11 @@ def collect(store: str, folder: str) -> dict[str, Any]:
             f"{out.uri} is a run directory, or the store: give a folder of its own for what is collected"
         )
     tables.merge()
-    answers = {row["answer_id"]: row for row in tables.answers.rows()}
+    answer_rows, opinion_rows = tables.rows()
+    answers = {row["answer_id"]: row for row in answer_rows}
     opinions: dict[str, list[Row]] = defaultdict(list)
     left_out: Counter[str] = Counter()
-    for row in tables.opinions.rows():
+    for row in opinion_rows:
         if row["answer_id"] in answers:
             opinions[row["answer_id"]].append(row)
         else:

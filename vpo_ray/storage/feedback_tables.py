@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -70,6 +70,7 @@ _WRITERS, _HELD_BYTES, _READS = 8, 256 * 2**20, 3
 _FEWEST, _SMALL_BYTES, _MERGED_ROWS = 16, 256 * 2**10, 5000
 
 Goes = Callable[[Row], bool]
+T = TypeVar("T")
 
 
 class Mark(NamedTuple):
@@ -161,14 +162,13 @@ class FeedbackTables:
 
     def _kept_images(self) -> set[str]:
         """Names of the images that rows keep."""
-        for left in reversed(range(_READS + 1)):
-            try:
-                found = self.answers.batches(["image_name"], pc.field("image_name").is_valid())
-                return {name for batch in found for name in batch.column(0).to_pylist()}
-            except StorageError:
-                if not left:
-                    raise  # else a part was replaced while it was read
-        raise AssertionError("unreachable")
+        named = pc.field("image_name").is_valid()
+        found = _read_whole(lambda: list(self.answers.batches(["image_name"], named)))
+        return {name for batch in found for name in batch.column(0).to_pylist()}
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """The rows of both tables, each key once, also while parts are merged. Raises StorageError."""
+        return _read_whole(lambda: list(self.answers.rows())), _read_whole(lambda: list(self.opinions.rows()))
 
     def forget(
         self, key: str | None = None, answer_id: str | None = None, before: float | None = None
@@ -260,6 +260,14 @@ class FeedbackTables:
                     f"{self._forgotten.at(file)} is no mark of `vpo forget` that can be read: {error}"
                 ) from error
         return marks
+
+
+def _read_whole(read: Callable[[], T]) -> T:
+    """What is read of a table, read again where a part was replaced meanwhile. Raises StorageError."""
+    for _ in range(_READS):
+        with suppress(StorageError):
+            return read()
+    return read()
 
 
 def _images_of(rows: Iterable[Row]) -> set[str]:
