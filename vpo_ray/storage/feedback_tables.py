@@ -176,7 +176,7 @@ class FeedbackTables:
         """Take out the rows of a key, of an answer, or that are older than a time (seconds since 1970), and
         every image that no row keeps then.
 
-        What replicas still hold of the key or the answer is not appended any more; what comes from
+        What replicas still hold of it is not appended any more; what comes of the key or the answer from
         `SKEW_S` seconds after the call on is kept. Killed on its way, it has deleted a part of the rows; the
         same call deletes the rest. An image that a row keeps may be gone then, too. One
         that a replica which is killed while it writes leaves without a row goes with the next call. Versions
