@@ -3,11 +3,13 @@
     vpo world runs/world
     python benchmarks/learning.py --seeds 10
     python benchmarks/learning.py --strategies all adaptive previews
+    python benchmarks/learning.py --transfer
 
 Each seed and strategy is a run of its own in `--out`, made by the recipe of `make demo`; run again, it goes
 on where it stopped. Truth is the share of what a query names that a detector sees, one whole thing and a
 clear look, from 0 to 1. Videos per point: those that a run renders in full to train, over 100 × the truth
-gained from SFT to DPO. The last line is one JSON object.
+gained from SFT to DPO. With `--transfer` the same prompts are rendered by the world's other video model, too,
+which no policy was trained for. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+
+from proof import other_video
 
 import vpo_ray
 from vpo_ray.evaluation.evaluate import Evaluated
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--strategies", nargs="+", default=["all"], choices=list(STRATEGIES))
+    parser.add_argument("--transfer", action="store_true", help="render by another video model, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     given = parser.parse_args()
     print(json.dumps({name: of_strategy(name, given) for name in given.strategies}))  # noqa: T201
@@ -52,9 +57,11 @@ def of_strategy(strategy: str, given: argparse.Namespace) -> dict[str, Any]:
     runs, evaluations = [], []
     for seed in range(given.first, given.first + given.seeds):
         out = given.out / f"{strategy}-{seed}"
-        recipe = vpo_ray.load_recipe(
-            given.recipe, [f"out={out}", f"seed={seed}", STRATEGIES[strategy], *given.set]
-        )
+        sets = [f"out={out}", f"seed={seed}", STRATEGIES[strategy], *given.set]
+        recipe = vpo_ray.load_recipe(given.recipe, sets)
+        if given.transfer:
+            sets.append(f"evaluate.transfer.other={json.dumps(other_video(recipe))}")
+            recipe = vpo_ray.load_recipe(given.recipe, sets)
         began = time.monotonic()
         run, evaluation = vpo_ray.run(recipe), vpo_ray.evaluate(recipe)
         runs.append(of_run(run, evaluation) | {"seed": seed, "wall_s": round(time.monotonic() - began)})
@@ -62,12 +69,12 @@ def of_strategy(strategy: str, given: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(runs[-1]), flush=True)  # noqa: T201
     assert recipe.evaluate is not None
     pooled = pool_evaluations(evaluations, recipe.evaluate, RunDir(str(given.out / strategy)))
-    truth = {name: _figure(pooled, name) for name in POLICIES}
-    gained = 100 * (truth["dpo"]["value"] - truth["sft"]["value"])
+    gained = 100 * (_figure(pooled, "dpo")["value"] - _figure(pooled, "sft")["value"])
     videos = sum(run["videos"] for run in runs) / len(runs)
+    models = {"truth": "render", **({"truth_by_other": "other"} if given.transfer else {})}
     return {
         "seeds": runs,
-        "truth": truth,
+        **{key: {name: _figure(pooled, name, model) for name in POLICIES} for key, model in models.items()},
         "raw < sft < dpo": f"{sum(run['in_order'] for run in runs)} of {len(runs)}",
         "videos_per_point": round(videos / gained, 1) if gained > 0 else None,
     }
@@ -88,8 +95,8 @@ def of_run(run: vpo_ray.Run, evaluation: Evaluated) -> dict[str, Any]:
     }
 
 
-def _figure(evaluation: Evaluated, policy: str) -> dict[str, Any]:
-    found = evaluation.results["results"]["held_out"]["render"][policy]["truth"]
+def _figure(evaluation: Evaluated, policy: str, video_model: str = "render") -> dict[str, Any]:
+    found = evaluation.results["results"]["held_out"][video_model][policy]["truth"]
     return {key: found[key] for key in ("value", "ci_low", "ci_high") if key in found}
 
 
