@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all the set-up there is: each makes .venv when it is not there.
 # The oldest of the Pythons that this runs on; requirements/ is locked for it.
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name))))
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -63,8 +63,8 @@ chaos: $(READY)
 # Complete and pinned, so nothing is resolved, and two pips can unpack, each its packages; torch's CPU build
 # comes from where pip finds it. Compiled on all cores; templates among the files are no Python, and may fail.
 $(READY): requirements/cpu.txt pyproject.toml
-	@command -v $(or $(PYTHON),none) >/dev/null || { echo "no Python 3.11 or 3.12 here$(if $(PYTHON), at $(PYTHON)): \
-	apt-get install python3.12 python3.12-venv (Ubuntu 24.04), or uv python install 3.12 and then \
+	@command -v $(or $(PYTHON),none) >/dev/null || { echo "no Python 3.11 to 3.13 here$(if $(PYTHON), at $(PYTHON)): \
+	apt-get install python3 python3-venv (Debian 13, Ubuntu 24.04), or uv python install 3.12 and then \
 	make PYTHON=\$$(uv python find 3.12)"; exit 1; }
 	@echo "making $(VENV) (a few minutes, about 4 GB)"
 	$(PYTHON) -m venv $(VENV)

@@ -50,7 +50,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path, fails: str, told: str)
 
 @pytest.mark.parametrize(
     ("pythons", "taken"),
-    [(["python3.12"], "python3.12"), (["python3.11", "python3.12"], "python3.11"), (["python3.13"], None)],
+    [(["python3.13"], "python3.13"), (["python3.11", "python3.12"], "python3.11"), (["python3.14"], None)],
 )
 def test_make_takes_the_python_that_is_there(tmp_path: Path, pythons: list[str], taken: str | None) -> None:
     make = shutil.which("make")
@@ -71,5 +71,5 @@ def test_make_takes_the_python_that_is_there(tmp_path: Path, pythons: list[str],
     if taken is not None:
         assert f"{taken} was asked to -m venv {tmp_path}/venv" in done.stdout
     else:
-        assert "no Python 3.11 or 3.12 here: apt-get install python3.12" in done.stdout
+        assert "no Python 3.11 to 3.13 here: apt-get install python3 python3-venv" in done.stdout
         assert "make PYTHON=$(uv python find 3.12)" in done.stdout

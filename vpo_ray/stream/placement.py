@@ -246,8 +246,10 @@ def require(shapes: Sequence[Shape], timeout_s: float) -> None:
 
 
 def room_for(shapes: Sequence[Shape]) -> bool:
-    """Whether the nodes that are up can take all of these at the same time."""
-    return not problems(shapes, ClusterState(cluster_state().nodes))
+    """Whether the nodes that are up can take all of these at the same time; none is without a cluster."""
+    import ray
+
+    return ray.is_initialized() and not problems(shapes, ClusterState(cluster_state().nodes))
 
 
 @contextmanager
