@@ -15,8 +15,9 @@ LARGE = (".safetensors", ".bin", ".pth")  # kept by LFS: known by their SHA-256
 
 class HubServer:
     """`models` are files by repository and name, `files` others by path; `breaks` are names whose next answer
-    ends in the middle, `gated` repositories that want a token. `asked` has method, path and Range of each
-    request. `pushed` are the files of repositories that were made, `datasets/` before a data set's name,
+    ends in the middle, `tags` whether files have an ETag, `gated` repositories that want a token. `asked` has
+    method, path and Range of each request.
+    `pushed` are the files of repositories that were made, `datasets/` before a data set's name,
     `made` what they were made with; writing takes `token`."""
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class HubServer:
         self.files: dict[str, bytes] = {}
         self.only_get = False  # of files, as behind a signed address
         self.breaks: list[str] = []
+        self.tags = True
         self.gated: set[str] = set()
         self.asked: list[tuple[str, str, str | None]] = []
         self.token = "hf_write"
@@ -85,7 +87,9 @@ class HubServer:
                 headers = {"ETag": f'"{_hash(name, data)}"', "X-Repo-Commit": COMMIT}
                 self._send_file(to, name, data, headers)
         elif path.strip("/") in self.files:
-            self._send_file(to, path.strip("/"), self.files[path.strip("/")], {})
+            name = path.strip("/")
+            tags = {"ETag": f'"{_hash(name, self.files[name])}"'} if self.tags else {}
+            self._send_file(to, name, self.files[name], tags)
         else:
             _send(to, 404, b"", {})
 
@@ -136,7 +140,10 @@ class HubServer:
 
     def _send_file(self, to: BaseHTTPRequestHandler, name: str, data: bytes, headers: dict[str, str]) -> None:
         start = 0
-        if span := re.fullmatch(r"bytes=(\d+)-", to.headers.get("Range") or ""):
+        span = re.fullmatch(r"bytes=(\d+)-", to.headers.get("Range") or "")
+        if to.headers.get("If-Range", headers.get("ETag")) != headers.get("ETag"):
+            span = None
+        if span:
             start = int(span[1])
             if start >= len(data):
                 _send(to, 416, b"", {"Content-Range": f"bytes */{len(data)}"})

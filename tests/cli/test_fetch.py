@@ -13,8 +13,10 @@ import yaml
 from hub_server import COMMIT, HubServer
 
 from vpo_ray import cli
+from vpo_ray.files.folder import StorageError
 from vpo_ray.recipe import published
 from vpo_ray.recipe.file import shipped_recipes
+from vpo_ray.storage import hub as storage_hub
 from vpo_ray.storage.hub import hub_model
 
 MODEL = {
@@ -175,6 +177,40 @@ def test_files_by_url_go_on_and_are_checked_by_their_hash(
     status, told = fetch(f"{url}#sha256={'0' * 64}")
     assert status == 1
     assert f"has SHA-256 {known}" in told
+
+
+@pytest.mark.parametrize(
+    ("tags", "changes", "second"),
+    [(True, False, "bytes=500-"), (True, True, "bytes=500-"), (False, True, None)],
+)
+def test_without_a_hash_a_download_goes_on_only_in_the_version_that_it_began(
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tags: bool,
+    changes: bool,
+    second: str | None,
+) -> None:
+    """A file that changed meanwhile must not be half the one and half the other."""
+    ask = storage_hub._request
+    # The server has no certificate.
+    monkeypatch.setattr(storage_hub, "_request", lambda url, *more: ask(url.replace("https", "http"), *more))
+    hub.tags, hub.breaks, hub.files = tags, ["sft.csv"], {"sft.csv": b"a" * 1000}
+    url, target = f"{hub.url.replace('http', 'https')}/sft.csv", tmp_path / "sft.csv"
+    with pytest.raises(StorageError, match="the same command goes on"):
+        storage_hub.download_file(url, target)
+    if changes:
+        hub.files = {"sft.csv": b"b" * 900}
+    storage_hub.download_file(url, target)
+    assert target.read_bytes() == hub.files["sft.csv"]
+    assert hub.downloads("sft.csv") == [None, second]
+    assert [path.name for path in tmp_path.iterdir()] == ["sft.csv"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.csv", "HTTP://127.0.0.1:9/a.csv"])
+def test_http_without_a_hash_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="http without a hash can be anything"):
+        storage_hub.download_file(url, tmp_path / "a.csv")
 
 
 def test_two_revisions_of_a_model_go_to_two_folders(

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,26 +226,33 @@ def download_file(url: str, target: str | Path, sha256: str | None = None) -> st
     """Download a file, or what is left of it, and check it. Returns its SHA-256.
 
     Args:
-        target: appears whole or not at all; what has arrived so far is in `target.part`.
+        target: appears whole or not at all; what has arrived so far is in `target.part`, and what its server
+            calls this version of it in `target.part.version`. Without a hash, a download goes on only where
+            the server still has that version.
 
     Raises:
         StorageError: it does not arrive or has another hash; or plain http without a hash.
     """
     target = Path(target)
-    if url.startswith("http://") and sha256 is None:
+    if url.lower().startswith("http://") and sha256 is None:
         raise StorageError(
             f"{url}: http without a hash can be anything; write https, or #sha256=... behind it"
         )
     if target.is_file():
         return _checked(target, sha256, url)
     part = target.with_name(f"{target.name}.part")
+    note = part.with_name(f"{part.name}.version")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        with urllib.request.urlopen(_request(url, "GET", have), timeout=_TIMEOUT_S) as answer:
+        version = note.read_text("latin-1") if note.exists() else ""
+        have = part.stat().st_size if part.exists() and (version or sha256) else 0
+        with urllib.request.urlopen(_request(url, "GET", have, version), timeout=_TIMEOUT_S) as answer:
             goes_on = answer.status == 206
             if have and not goes_on:
                 logger.info("%s: its server cannot go on, so it begins anew", url)
+            if not goes_on:
+                part.unlink(missing_ok=True)  # another version's
+                note.write_text(_version(answer.headers), "latin-1")
             with part.open("ab" if goes_on else "wb") as out:
                 while chunk := answer.read(_CHUNK):
                     out.write(chunk)
@@ -259,7 +267,14 @@ def download_file(url: str, target: str | Path, sha256: str | None = None) -> st
         raise StorageError(f"{url} broke off with {left} bytes left; the same command goes on")
     found = _checked(part, sha256, url)
     part.replace(target)
+    note.unlink(missing_ok=True)
     return found
+
+
+def _version(headers: Message) -> str:
+    """What `If-Range` may name: a strong ETag, or a date. Empty where there is none."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
 def _checked(path: Path, sha256: str | None, url: str) -> str:
@@ -274,10 +289,12 @@ def _checked(path: Path, sha256: str | None, url: str) -> str:
     return found
 
 
-def _request(url: str, method: str, offset: int = 0) -> urllib.request.Request:
+def _request(url: str, method: str, offset: int = 0, version: str = "") -> urllib.request.Request:
     headers = {"User-Agent": "vpo-ray", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
+        if version:
+            headers["If-Range"] = version
     return urllib.request.Request(url, headers=headers, method=method)
 
 
