@@ -140,13 +140,13 @@ def test_limits_are_of_the_policy_that_is_deployed(checkpoint: str, tmp_path: Pa
 
 
 def test_a_checkpoint_of_another_trainer_is_known_by_its_files(checkpoint: str, tmp_path: Path) -> None:
-    from vpo_ray.train.model_files import content_identity
+    from vpo_ray.train.model_files import identity
 
     Path(checkpoint, "vpo.json").unlink()
     weights = Path(checkpoint, "model.safetensors")
     weights.write_bytes(bytes(range(256)) * 9000)
     results = evaluated()
-    results["policies"]["dpo"]["identity"] = content_id("checkpoint", content_identity(checkpoint), digits=16)
+    results["policies"]["dpo"]["identity"] = content_id("checkpoint", identity(checkpoint, None), digits=16)
     required = Require(results=stored(tmp_path, results), fail_below=["verdict.aligned=0.9"])
     require_evaluation(shutil.copytree(checkpoint, str(tmp_path / "copy")), required)
     weights.write_bytes(weights.read_bytes()[::-1])  # a later training wrote them

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from vpo_ray.loop.ledger import alarms, build_ledger
 from vpo_ray.loop.opening import OtherRecipeError, open_run
 from vpo_ray.loop.pairing import make_pairs
 from vpo_ray.loop.policies import LoopError
-from vpo_ray.recipe import Recipe, load
+from vpo_ray.recipe import Recipe, load, parse
 from vpo_ray.storage.run_dir import ROUND, RunDir
 
 TINY = Path(__file__).parents[2] / "jobs/recipes/tiny.yaml"
@@ -84,15 +85,22 @@ def test_the_same_recipe_says_nothing_of_new_pairs(
     assert len(caplog.messages) == 1
 
 
-def test_a_policy_that_was_trained_on_the_old_pairs_is_not_lost(run: RunDir, tmp_path: Path) -> None:
-    run.write_json("checkpoints/dpo/vpo.json", {})
-    other = recipe_of(tmp_path, by("{vlm: 1}"))
-    with pytest.raises(
-        OtherRecipeError, match=r"formula.terms(?s:.*)delete .*checkpoints/dpo, which was trained"
-    ):
-        open_run(other)
-    run.delete("checkpoints/dpo/vpo.json")
-    open_run(other)
+@pytest.mark.parametrize(("phase", "what"), [("dpo", "pairs"), ("rl", "groups")])
+def test_a_policy_that_was_trained_by_the_old_rule_is_not_lost(phase: str, what: str, tmp_path: Path) -> None:
+    def recipe(terms: str) -> Recipe:
+        tree = yaml.safe_load(TINY.read_text())
+        tree |= {"out": str(tmp_path / "run"), "pair": {"by": "formula"}, "formula": {"terms": {terms: 1}}}
+        if phase == "rl":
+            tree |= {"dpo": None, "rl": {"epochs": 1, "lr": 1e-6, "global_batch": 4}}
+        return parse(tree, "recipe.yaml")
+
+    run = open_run(recipe("reward"))
+    run.write_json(f"checkpoints/{phase}/vpo.json", {})
+    lost = rf"formula.terms(?s:.*)delete .*checkpoints/{phase}, which was trained on the old {what}"
+    with pytest.raises(OtherRecipeError, match=lost):
+        open_run(recipe("reward.motion"))
+    run.delete(f"checkpoints/{phase}/vpo.json")
+    open_run(recipe("reward.motion"))
 
 
 def test_what_the_rows_were_made_with_is_still_refused(tmp_path: Path, run: RunDir) -> None:

@@ -142,7 +142,7 @@ def require_evaluation(checkpoint: str, required: Require | None) -> None:
     """Refuse a checkpoint whose evaluation is missing or did not pass: see `serve.require`.
 
     The checkpoint is one of the evaluation's policies where its `vpo.json` names that policy's identity, or
-    where its files have the sizes, configuration and weights (by samples) of the ones that were evaluated.
+    where it has the configuration, tokenizer and weights (by samples) of the one that was evaluated.
 
     Raises:
         GateError: a limit is not kept, or the evaluation is of other checkpoints.
@@ -151,11 +151,11 @@ def require_evaluation(checkpoint: str, required: Require | None) -> None:
     """
     if required is None:
         return
-    from vpo_ray.train.model_files import content_identity, marker
+    from vpo_ray.train.model_files import identity, marker
 
     results = read_results(required.results)
     # Of a policy of the run, and of one of kind `checkpoint`: see `policies.Rival`.
-    files = content_id("checkpoint", content_identity(checkpoint), digits=16)
+    files = content_id("checkpoint", identity(checkpoint, None), digits=16)
     known = {(marker(checkpoint) or {}).get("fingerprint"), files} - {None}
     policies = [name for name, policy in results["policies"].items() if policy["identity"] in known]
     if not policies:

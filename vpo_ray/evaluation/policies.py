@@ -24,7 +24,7 @@ from vpo_ray.stages.profiles import asked_alone
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import sft_rows
 from vpo_ray.stream.pipeline import Models
-from vpo_ray.train.model_files import content_identity
+from vpo_ray.train.model_files import identity as model_identity
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _trained(name: str, settings: EvaluatedPolicy, recipe: Recipe, run: RunDir) 
         return Start(locate(recipe.policy.model), policy_id(bare, run))
     if settings.kind == "checkpoint":
         place = locate(str(settings.path))
-        return Start(place, content_id("checkpoint", content_identity(place), digits=16))
+        return Start(place, content_id("checkpoint", model_identity(place, None), digits=16))
     if settings.kind == "sft":
         if recipe.sft is None:
             raise LoopError(f"evaluate.policies.{name}: the recipe has no sft section")

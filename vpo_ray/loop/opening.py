@@ -78,7 +78,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
 def _pairs_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
     """Whether a recipe differs only in how pairs are chosen of the feedback that is there, and no policy was
     trained on pairs of the old way."""
-    if not changed or not _differs_in_pairing(stored, recipe, changed) or _trained(run):
+    if not changed or not _differs_in_pairing(stored, recipe, changed) or _trained(run, recipe):
         return False
     logger.info("pairs are chosen anew in %s: %s", run.uri, "; ".join(changed))
     return True
@@ -105,14 +105,16 @@ def _differs_in_pairing(stored: Recipe, recipe: Recipe, changed: list[str]) -> b
 def _how_to_pair_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> str:
     if not _differs_in_pairing(stored, recipe, changed):
         return ""
+    what = "groups" if recipe.learns == "rl" else "pairs"
     return (
-        f". They only say how pairs are chosen: delete {run.at('checkpoints/dpo')}, which was trained on "
-        f"the old pairs, and {run.at('rounds')} where it is there, and the same run goes on with new pairs"
+        f". They only say how {what} are chosen: delete {run.at(f'checkpoints/{recipe.learns}')}, which was "
+        f"trained on the old {what}, and {run.at('rounds')} where it is there, and the same run goes on with "
+        f"new {what}"
     )
 
 
-def _trained(run: RunDir) -> bool:
-    return run.exists("checkpoints/dpo/vpo.json")
+def _trained(run: RunDir, recipe: Recipe) -> bool:
+    return run.exists(f"checkpoints/{recipe.learns}/vpo.json")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from vpo_ray.stream.status import Status
 from vpo_ray.train.examples import COLUMNS, TrainError, end_of_turn, row_id, tokenise
 from vpo_ray.train.held_out import hold_out
 from vpo_ray.train.images import ImagePrompts
-from vpo_ray.train.model_files import identity, marker, refuse_adapter
+from vpo_ray.train.model_files import former_identity, identity, marker, refuse_adapter
 from vpo_ray.train.phase import Job, PhaseSpec
 from vpo_ray.train.track import check_trackers
 from vpo_ray.versions import code
@@ -82,11 +82,13 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     check_trackers(settings.track)
     for name in filter(None, (spec.model, spec.reference, spec.sampler)):
         refuse_adapter(name)
-    id = job_id(spec, rows)
+    id, former = job_id(spec, rows), job_id(spec, rows, former_identity)
     done = marker(spec.out)
-    if done is not None and done["job"] == id:
+    if done is not None and done["job"] in (id, former):
         log.info("%s is already trained: %s", phase, spec.out)
         return _result(spec.out, done, trained=False)
+    if spec.kept_of(former).files("progress.json"):
+        id = former
     job = _prepare(spec, rows, id)
     rehearse(job)
     _fit(job)
@@ -101,17 +103,21 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     return result
 
 
-def job_id(spec: PhaseSpec, rows: list[Row]) -> str:
-    """The identity of everything that determines the trained weights."""
+def job_id(spec: PhaseSpec, rows: list[Row], identify: Callable[[str, str | None], str] = identity) -> str:
+    """The identity of everything that determines the trained weights.
+
+    Args:
+        identify: of a model and its revision; `former_identity` gives the id of earlier versions.
+    """
     key, columns = COLUMNS[spec.phase]
     return content_id(
         "train",
         spec.phase,
         spec.fingerprint,
         result_keys(spec.settings.model_dump(mode="json", exclude_defaults=True)),
-        identity(spec.model, spec.revision),
-        *([identity(spec.reference, spec.revision)] if spec.reference else []),
-        *([["sampler", identity(spec.sampler, spec.revision)]] if spec.sampler else []),
+        identify(spec.model, spec.revision),
+        *([identify(spec.reference, spec.revision)] if spec.reference else []),
+        *([["sampler", identify(spec.sampler, spec.revision)]] if spec.sampler else []),
         spec.task_prompt,
         spec.seed,
         [[row.get(name) for name in (key, "query", *columns)] for row in rows],

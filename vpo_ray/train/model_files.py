@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -23,6 +24,9 @@ from vpo_ray.train.examples import TrainError
 MARKER = "vpo.json"
 # Bytes read at each of so many places of a file of weights.
 _SAMPLE, _SAMPLES = 64 * 1024, 16
+# Beside weights, what loaders of a model and of its tokenizer read.
+_READ = (".json", ".jinja", ".py", ".model", ".tiktoken")
+_VOCABULARIES = ("merges.txt", "vocab.txt")
 
 
 def marker(folder: str) -> Row | None:
@@ -33,7 +37,7 @@ def marker(folder: str) -> Row | None:
 
 def refuse_adapter(model: str) -> None:
     """Raises TrainError for the folder of a LoRA adapter, which is not a model by itself."""
-    if "://" not in model and not os.path.isdir(model):
+    if not _is_folder(model):
         return
     place = Folder(model)
     if place.exists("adapter_config.json") and not place.exists("config.json"):
@@ -42,10 +46,10 @@ def refuse_adapter(model: str) -> None:
         )
 
 
-def identity(model: str, revision: str | None) -> str:
-    """Identifies a model without reading its weights: a folder by its config, the sizes of its files and
-    its `vpo.json`; a hub id by the id and the revision."""
-    if "://" not in model and not os.path.isdir(model):
+def former_identity(model: str, revision: str | None) -> str:
+    """What `identity` was in earlier versions, a folder by the sizes of all that is in it: phases that they
+    trained are known by it."""
+    if not _is_folder(model):
         return content_id("hub", model, revision)
     place = Folder(model)
     sizes = [(name, place.fs.get_file_info(f"{place.path}/{name}").size) for name in place.files()]
@@ -53,25 +57,42 @@ def identity(model: str, revision: str | None) -> str:
     return content_id("folder", sizes, config, marker(model))
 
 
-def content_identity(model: str) -> str:
-    """As `identity`, and a folder also by samples of its weights: the same wherever a copy of it lies, and
-    another one where a training has written other weights into it."""
-    if "://" not in model and not os.path.isdir(model):
-        return identity(model, None)
+def identity(model: str, revision: str | None) -> str:
+    """Identifies a model: a hub id by the id and the revision; a folder by what a loader reads of it, its
+    weights by samples (a training moves every weight). It is the same wherever a copy of the folder lies, and
+    whatever else is put into it, and another one where a training has written other weights."""
+    if not _is_folder(model):
+        return content_id("hub", model, revision)
     place = Folder(model)
-    weights = sorted(name for name in place.files() if name.endswith(WEIGHTS))
-    return content_id(identity(model, None), [_samples(place, name) for name in weights])
+    return content_id("model", [(name, *_sampled(place, name)) for name in _loaded(place.files())])
 
 
-def _samples(place: Folder, name: str) -> str:
-    """A hash of parts of a file. Raises OSError."""
+def _is_folder(model: str) -> bool:
+    return "://" in model or os.path.isdir(model)
+
+
+def _loaded(names: Sequence[str]) -> list[str]:
+    """Of the files of a folder, those that make the model and its tokenizer what they are."""
+    own = [name for name in names if "/" not in name and not name.startswith(".")]
+    weights = [name for name in own if name.endswith(WEIGHTS)]
+    # Where there are both, the others are not loaded.
+    safe = [name for name in weights if name.endswith(".safetensors")]
+    read = [name for name in own if name.endswith(_READ) or name in _VOCABULARIES]
+    return [*read, *(safe or weights)]
+
+
+def _sampled(place: Folder, name: str) -> tuple[int, str]:
+    """The size of a file, and a hash of it, or of parts where it is large. Raises OSError."""
     total = hashlib.sha256()
     with place.fs.open_input_file(f"{place.path}/{name}") as file:
-        last = max(0, file.size() - _SAMPLE)
-        for part in range(_SAMPLES):
-            file.seek(last * part // (_SAMPLES - 1))
-            total.update(file.read(_SAMPLE))
-    return total.hexdigest()
+        size = file.size()
+        if size <= _SAMPLE * _SAMPLES or not name.endswith(WEIGHTS):
+            total.update(file.read())
+        else:
+            for part in range(_SAMPLES):
+                file.seek((size - _SAMPLE) * part // (_SAMPLES - 1))
+                total.update(file.read(_SAMPLE))
+    return size, total.hexdigest()
 
 
 def digest(folder: str) -> str:

@@ -60,6 +60,14 @@ class PhaseSpec:
     image_arguments: Mapping[str, Any] = field(default_factory=dict)
     placement_timeout_s: float = Limits().placement_timeout_s
 
+    def name_of(self, id: str) -> str:
+        """The name of the Ray Train run of a job: the same for every start of it."""
+        return f"{self.phase}-{id[:16]}"
+
+    def kept_of(self, id: str) -> Folder:
+        """The folder of a job's checkpoints."""
+        return Folder(join(self.run_uri, f"checkpoints/{self.name_of(id)}"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job(PhaseSpec):
@@ -96,13 +104,11 @@ class Job(PhaseSpec):
 
     @property
     def name(self) -> str:
-        """The name of the Ray Train run: the same for every start of this job."""
-        return f"{self.phase}-{self.id[:16]}"
+        return self.name_of(self.id)
 
     @property
     def kept(self) -> Folder:
-        """The folder of its checkpoints."""
-        return Folder(join(self.run_uri, f"checkpoints/{self.name}"))
+        return self.kept_of(self.id)
 
     @cached_property
     def rows(self) -> list[Example]:

@@ -1,12 +1,15 @@
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
 from vpo_ray.engines.reward import RewardError
 from vpo_ray.engines.reward.frames import choose_frames, preprocess, read_frames
+from vpo_ray.engines.video.engine import probe_video
 
 CHAT = partial(choose_frames, strategy="chat")
 
@@ -55,6 +58,20 @@ def test_bytes_damaged_anywhere_give_frames_or_an_error(clip: Callable[..., byte
             continue
         assert frames.dtype == "uint8"
         assert frames.ndim == 4
+
+
+def test_a_title_of_another_encoding_takes_no_video_away(clip: Callable[..., bytes]) -> None:
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(clip(3))) as given, av.open(buffer, "w", format="mp4") as titled:
+        titled.metadata["title"] = "TITLE"
+        stream = titled.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                titled.mux(packet)
+    latin = buffer.getvalue().replace(b"TITLE", "café!".encode("latin-1"))
+    assert (read_frames(latin, CHAT) == read_frames(clip(3), CHAT)).all()
+    assert probe_video(latin) == probe_video(clip(3))
 
 
 @pytest.mark.parametrize(("height", "width"), [(480, 720), (720, 480), (57, 56), (56, 56), (10, 300)])

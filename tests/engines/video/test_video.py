@@ -323,6 +323,33 @@ def test_encoding_refuses_other_arrays(frames: np.ndarray) -> None:
         encode(frames, 8, 17)
 
 
+@pytest.mark.parametrize(
+    ("kind", "codec", "options"),
+    [
+        ("mp4", "libx264", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+        ("webm", "libvpx-vp9", {}),
+    ],
+)
+def test_a_video_need_not_tell_how_many_frames_it_has(
+    kind: str, codec: str, options: dict[str, str], clip: np.ndarray
+) -> None:
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind, options=options) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    data = buffer.getvalue()
+    assert probe_video(data) == VideoInfo(9, 8.0, 64, 48)
+    if kind == "mp4":
+        for bad in (data[:-300], data[: len(data) // 2]):
+            with pytest.raises(ValueError, match="video"):
+                probe_video(bad)
+
+
 def test_probe_refuses_what_is_no_whole_video(clip: np.ndarray) -> None:
     data = encode(clip, 8, 17)
     for bad in (b"", b"text", data[:-200], data[: len(data) // 2], data[100:]):

@@ -135,7 +135,7 @@ def _decode(video: bytes | str, picks: Sequence[Pick]) -> _Decoded:
     if isinstance(video, str):
         video = _fetch(video)
     try:
-        with av.open(io.BytesIO(video)) as container:
+        with av.open(io.BytesIO(video), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise RewardError("the file has no video stream")
             stream = container.streams.video[0]

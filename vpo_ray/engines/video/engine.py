@@ -342,17 +342,22 @@ def encode(frames: np.ndarray, fps: float, crf: int) -> bytes:
 
 
 def probe_video(data: bytes) -> VideoInfo:
-    """Decode every frame of an mp4. Raises ValueError for what is no whole video."""
+    """Decode every frame of an mp4, or of another file that FFmpeg reads. Raises ValueError for what is no
+    whole video."""
     import av
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError("no video stream in these bytes")
             stream = container.streams.video[0]
             frames = sum(1 for _ in container.decode(stream))
-            if frames == 0 or frames != stream.frames:
+            # Fragmented mp4 and WebM do not tell how many there are.
+            if frames == 0 or stream.frames not in (0, frames):
                 raise ValueError(f"{frames} frames can be decoded of {stream.frames}")
-            return VideoInfo(frames, float(stream.average_rate), stream.width, stream.height)
+            rate = float(stream.average_rate or stream.base_rate or 0)
+            if rate <= 0:
+                raise ValueError("the video has no frame rate")
+            return VideoInfo(frames, rate, stream.width, stream.height)
     except av.FFmpegError as error:
         raise ValueError(f"not a video: {error}") from error
