@@ -1,14 +1,17 @@
 """A job's id names the run; a second submission of it is refused. The cluster here is an HTTP endpoint
 that answers as Ray's job API does; test_jobs.py submits to a real one."""
 
+import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.job_submission import JobStatus
 
 from vpo_ray.cli import main, submit
 from vpo_ray.cli.submit import submission_id
@@ -257,3 +260,54 @@ def test_an_option_that_the_command_does_not_take(work: Path, capsys: pytest.Cap
     arguments = ["submit", str(work / "recipe.yaml"), "--working-dir", str(work), "--retry-errors"]
     assert main([*arguments, "--command", "train"]) == 2
     assert "--retry-errors: train has no rows" in capsys.readouterr().err
+
+
+class Followed:
+    """The cluster's client: each connection gives the log from its beginning, and may drop."""
+
+    def __init__(self, connections: list[list[Any]], status: str = "SUCCEEDED", code: int | None = 0) -> None:
+        self.connections, self.status, self.code = connections, status, code
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        for part in self.connections.pop(0) if len(self.connections) > 1 else self.connections[0]:
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    def get_job_status(self, name: str) -> JobStatus:
+        return JobStatus(self.status)
+
+    def get_job_info(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(message="it ended", driver_exit_code=self.code)
+
+
+def follow(*clients: Followed) -> int:
+    async def all_of_them() -> int:
+        return max([await submit._follow(client, "vpo-run-1") for client in clients])
+
+    return asyncio.run(all_of_them())
+
+
+def test_a_log_goes_on_where_the_connection_dropped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0)
+    dropped = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+    whole = ["step 1\n", "step 2\n", "step 3\n"]
+    assert follow(Followed([["step 1\nst", dropped], [OSError("refused")], whole])) == 0
+    assert capsys.readouterr().out == "".join(whole)
+
+
+def test_a_cluster_that_stays_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0)
+    monkeypatch.setattr(submit, "SILENCE_S", 0.01)
+    with pytest.raises(submit.SubmitError, match="vpo-run-1 may go on: look at it with `ray job logs"):
+        follow(Followed([["step 1\n", RuntimeError("closed")], [OSError("refused")]]))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [("FAILED", 3, 3), ("FAILED", -9, 137), ("STOPPED", None, 1), ("FAILED", 0, 1)],
+)
+def test_a_job_that_failed_is_no_success(status: str, code: int | None, told: int) -> None:
+    assert follow(Followed([["done\n"]]), Followed([[]], status, code)) == told

@@ -2,7 +2,9 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -133,19 +135,27 @@ class Odd:
     version = "1"
 
     def __init__(self, settings: recipe.Reward, options: BaseModel) -> None:
-        self.scores = [1.0, math.nan, math.inf]
+        self.scores: list[Any] = [1.0, math.nan, math.inf, None, "0.5", np.float32(0.5)]
+        self.dimensions: list[Any] = [1.0, math.nan, math.inf, 1.0, 1.0, "much", None, 10**400]
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
-        return [Scored([], {"odd": score}, score) for score in self.scores]
+        scores = self.scores + [1.0] * (len(videos) - len(self.scores))
+        given = zip(self.dimensions, scores, strict=True)
+        return [Scored([], {"odd": dimension, "even": 2}, score) for dimension, score in given]
 
 
 def test_a_score_that_is_no_number_is_an_error_of_its_row(
     store: VideoStore, clip: Callable[..., bytes]
 ) -> None:
-    settings = recipe.Reward(kind=f"{__name__}:Odd", batch_size=3)
-    for i in range(3):
+    settings = recipe.Reward(kind=f"{__name__}:Odd", batch_size=8)
+    for i in range(8):
         store.write(f"video{i}", clip(i), {})
-    done = Scorer(settings, store.folder.uri)([row(i, f"video{i}") for i in range(3)])
-    assert [r["score"] for r in done] == [1.0, None, None]
+    done = Scorer(settings, store.folder.uri)([row(i, f"video{i}") for i in range(8)])
+    assert [r["score"] for r in done] == [1.0, None, None, None, None, None, 1.0, None]
     assert "its score is nan, no finite number" in done[1]["error"]
     assert done[2]["error_stage"] == "score"
+    assert "its score is None" in done[3]["error"]
+    assert "its dimension odd is 'much', no number" in done[5]["error"]
+    # One that is not known is left out, as none of its numbers would be compared with another's.
+    assert done[6]["dimensions"] == [{"name": "even", "score": 2.0}]
+    table(done, FEEDBACK)

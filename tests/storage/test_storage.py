@@ -402,3 +402,11 @@ def test_memory_does_not_grow_with_the_number_of_parts(run: RunDir) -> None:
     before = resident()
     assert sum(batch.num_rows for batch in table.batches()) == 2001
     assert resident() - before < 100
+
+
+def test_what_a_copy_by_macos_leaves_beside_parts_is_none(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    part = run.table("pairs").append([{**dict.fromkeys(TABLES["pairs"][0].names, "x"), "margin": 0.5}])
+    (tmp_path / f"pairs/._{part}").write_bytes(b"Mac OS X")
+    assert run.table("pairs").parts() == [part]
+    assert run.table("pairs").count() == 1

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from vpo_ray.records import Shard
 
 logger = logging.getLogger(__name__)
+
+POLL_S = 1.0  # between two looks at a job
+SILENCE_S = 300.0  # of a cluster, after which a job is followed no longer
 
 # Each attempt at a run is a job of its own; the number tells them apart.
 _ATTEMPT = re.compile(r"-(\d+)$")
@@ -252,15 +256,44 @@ async def _follow_all(client: Any, names: Sequence[str]) -> int:
 
 
 async def _follow(client: Any, name: str) -> int:
+    """Show a job's log until it is over; a connection that drops is made again.
+
+    Returns:
+        The exit status of its command as a shell has it: 0 only where the job succeeded.
+
+    Raises:
+        SubmitError: the cluster has not answered for `SILENCE_S`.
+    """
     import asyncio
 
-    async for lines in client.tail_job_logs(name):
-        sys.stdout.write(lines)
-        sys.stdout.flush()
-    while not (status := client.get_job_status(name)).is_terminal():
-        await asyncio.sleep(1)
+    import aiohttp
+
+    shown, silent_since = 0, None
+    while True:
+        at = 0
+        try:
+            # Each connection gives the log from its beginning.
+            async for lines in client.tail_job_logs(name):
+                sys.stdout.write(lines[max(0, shown - at) :])
+                sys.stdout.flush()
+                at += len(lines)
+                shown, silent_since = max(shown, at), None
+            status, silent_since = client.get_job_status(name), None
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            now = time.monotonic()
+            silent_since = now if silent_since is None else silent_since
+            if now - silent_since >= SILENCE_S:
+                raise SubmitError(
+                    f"the cluster does not answer any more, {name} may go on: look at it with `ray job logs "
+                    f"--follow {name}` ({error})"
+                ) from error
+        else:
+            if status.is_terminal():
+                break
+        await asyncio.sleep(POLL_S)
     if status == "SUCCEEDED":
         return 0
     info = client.get_job_info(name)
     logger.error("%s %s: %s", name, status.lower(), info.message)
-    return info.driver_exit_code or 1
+    code: int = info.driver_exit_code or 1
+    return code if code > 0 else 128 - code  # a signal ended it

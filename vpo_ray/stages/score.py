@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -90,7 +91,7 @@ class WatchedReward:
             results = self._model.score_with_images(videos, queries, images)
         else:
             results = self._model.score(videos, queries)
-        results = [_with_number(result) for result in results]
+        results = [_with_numbers(result) for result in results]
         for result in results:
             if isinstance(result, Scored):
                 self._watch(result)
@@ -196,11 +197,29 @@ class Scorer:
             return RewardError(f"{error}; --retry-errors renders it again")
 
 
-def _with_number(result: Scored | Exception) -> Scored | Exception:
-    """The result, or an error where its score is no finite number, which is above and below any other."""
-    if isinstance(result, Scored) and not math.isfinite(result.score):
-        return RewardError(f"its score is {result.score}, no finite number")
-    return result
+def _with_numbers(result: Scored | Exception) -> Scored | Exception:
+    """The result without dimensions that are None; an error where its score is no finite number, which is
+    above and below any other, or a dimension is no number."""
+    if not isinstance(result, Scored):
+        return result
+    given = {name: value for name, value in result.dimensions.items() if value is not None}
+    dimensions = {name: _number(value) for name, value in given.items()}
+    for name, number in dimensions.items():
+        if number is None:
+            return RewardError(f"its dimension {name} is {str(given[name])[:50]!r}, no number")
+    score = _number(result.score)
+    if score is None or not math.isfinite(score):
+        return RewardError(f"its score is {str(result.score)[:50]}, no finite number")
+    known = {name: number for name, number in dimensions.items() if number is not None}
+    return replace(result, dimensions=known, score=score)
+
+
+def _number(value: Any) -> float | None:
+    """A number of any library's kind; None for what is none."""
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, of a whole tensor
+        return None
 
 
 def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: bool) -> Row:

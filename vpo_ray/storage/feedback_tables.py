@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from vpo_ray.files.folder import Folder, StorageError, join
 from vpo_ray.records import Row, content_id
 from vpo_ray.storage.images import ImageStore
-from vpo_ray.storage.tables import Table
+from vpo_ray.storage.tables import Table, is_part
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class FeedbackTables:
                 logger.info("small parts stay: %s", error)
 
     def _merge(self, table: Table) -> None:
-        sizes = {name: info.size for info in table.infos() if (name := info.base_name).endswith(".parquet")}
+        sizes = {name: info.size for info in table.infos() if is_part(name := info.base_name)}
         small = [name for name, size in sorted(sizes.items()) if size < _SMALL_BYTES]
         if len(small) < _FEWEST:
             return

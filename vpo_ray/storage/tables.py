@@ -105,7 +105,7 @@ class Table(Folder):
             if _merging(files) == _merging(before) and set(before) <= set(files):
                 files = before
                 break
-        return [name for name in files if name.endswith(".parquet") and name not in hidden]
+        return [name for name in files if is_part(name) and name not in hidden]
 
     def compact(self, fewest: int = 16, rows_per_part: int = 5000) -> int:
         """Merge the parts of single batches into larger ones. Returns the number of merged parts.
@@ -329,6 +329,12 @@ class Table(Folder):
         """The number of rows, each identity once."""
         columns = [self.key, *self.also]
         return len({row for batch in self.batches(columns) for row in self._identities(batch)})
+
+
+def is_part(name: str) -> bool:
+    """Whether a file is a part; not one that starts with a dot, such as `._a.parquet`, which a copy by macOS
+    leaves beside each."""
+    return name.endswith(".parquet") and not name.startswith(".")
 
 
 def _old_marks(files: Iterable[str]) -> list[str]:
