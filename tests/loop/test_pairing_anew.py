@@ -96,11 +96,46 @@ def test_a_policy_that_was_trained_by_the_old_rule_is_not_lost(phase: str, what:
 
     run = open_run(recipe("reward"))
     run.write_json(f"checkpoints/{phase}/vpo.json", {})
-    lost = rf"formula.terms(?s:.*)delete .*checkpoints/{phase}, which was trained on the old {what}"
+    lost = rf"formula.terms(?s:.*)how {what} are(?s:.*)delete .*checkpoints/{phase}, which was trained in"
     with pytest.raises(OtherRecipeError, match=lost):
         open_run(recipe("reward.motion"))
     run.delete(f"checkpoints/{phase}/vpo.json")
     open_run(recipe("reward.motion"))
+
+
+@pytest.mark.parametrize("strategy", ["all", "adaptive"])
+def test_a_phase_that_is_not_trained_yet_may_learn_otherwise(strategy: str, tmp_path: Path) -> None:
+    """Its feedback may have cost a week, which fewer rows a pack must not cost again."""
+    given = by("{reward: 1}"), f"render.strategy={strategy}"
+    run = open_run(recipe_of(tmp_path, *given))
+    run.table("feedback").append([feedback("a", 0, 1.0, 1.0, 1.0)])
+    other = recipe_of(tmp_path, *given, "dpo.micro_batch=7", "dpo.save_steps=50")
+    open_run(other)
+    assert load(tmp_path / "run/recipe.yaml") == other
+    run.write_json("checkpoints/dpo/vpo.json", {})
+    with pytest.raises(OtherRecipeError, match=r"dpo.micro_batch: 7 -> (?s:.*)delete .*checkpoints/dpo"):
+        open_run(recipe_of(tmp_path, *given))
+    open_run(other)
+
+
+def test_sft_may_learn_otherwise_until_there_is_what_comes_from_it(tmp_path: Path) -> None:
+    run = open_run(recipe_of(tmp_path, by("{reward: 1}")))
+    smaller = recipe_of(tmp_path, by("{reward: 1}"), "sft.micro_batch=7", "dpo.micro_batch=7")
+    open_run(smaller)
+    with pytest.raises(OtherRecipeError, match=r"sft.data"):
+        open_run(recipe_of(tmp_path, by("{reward: 1}"), "sft.data=other.jsonl"))
+    run.table("candidates").append([feedback("a", 0, 1.0, 1.0, 1.0)])
+    with pytest.raises(OtherRecipeError, match=r"sft.micro_batch"):
+        open_run(recipe_of(tmp_path, by("{reward: 1}"), "dpo.micro_batch=7"))
+
+
+def test_a_phase_may_be_added_but_not_changed_into_another(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TINY.read_text()) | {"out": str(tmp_path / "run"), "pair": {"by": "score"}}
+    rl = {"epochs": 1, "lr": 1e-6, "global_batch": 4}
+    open_run(parse(tree | {"dpo": None}, "recipe.yaml"))
+    open_run(parse(tree, "recipe.yaml"))
+    with pytest.raises(OtherRecipeError, match=r"rl.lr"):
+        open_run(parse(tree | {"dpo": None, "rl": rl}, "recipe.yaml"))
 
 
 def test_what_the_rows_were_made_with_is_still_refused(tmp_path: Path, run: RunDir) -> None:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Sections that only choose among the rows of feedback/.
 _PAIRING = frozenset({"pair", "formula"})
+# Keys of `sft` that say what is learnt, not how.
+_SFT_DATA = ("sft.data", "sft.profile_column", "sft.image_column")
 
 
 class OtherRecipeError(ValueError):
@@ -55,7 +57,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
         # Parsed, so that a key which is newer than the run counts with its default.
         stored = parse_stored(yaml.safe_load(run.read("recipe.yaml")), run.at("recipe.yaml"))
         changed = differences(stored.dump(), recipe.dump())
-        anew = _previews_anew(run, changed) or _pairs_anew(run, stored, recipe, changed)
+        anew = _previews_anew(run, changed) or _learns_anew(run, stored, recipe, changed)
         if changed and not anew:
             # One that is not here has no version to compare.
             absent = plugins.plugin_problems(plugins.plugins_of(recipe))
@@ -64,7 +66,7 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
                 f"{run.uri} was made by another recipe. These keys differ:\n  "
                 + "\n  ".join(changed)
                 + "\nGive the new recipe another `out`, or put the old values back"
-                + _how_to_pair_anew(run, stored, recipe, changed)
+                + _how_to_learn_anew(run, stored, recipe, changed)
             )
     if shard is not None:
         return run
@@ -75,12 +77,16 @@ def open_run(recipe: Recipe, shard: Shard | None = None) -> RunDir:
     return run
 
 
-def _pairs_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
-    """Whether a recipe differs only in how pairs are chosen of the feedback that is there, and no policy was
-    trained on pairs of the old way."""
-    if not changed or not _differs_in_pairing(stored, recipe, changed) or _trained(run, recipe):
+def _learns_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
+    """Whether a recipe differs only in how phases learn, or in how pairs are chosen of the feedback that is
+    there, and no policy was trained in the old way."""
+    sft = [line for line in changed if line.startswith("sft.") and not line.startswith(_SFT_DATA)]
+    last = [line for line in changed if line not in sft]
+    if not changed or (sft and _sampled(run)):
         return False
-    logger.info("pairs are chosen anew in %s: %s", run.uri, "; ".join(changed))
+    if last and (not _differs_in_learning(stored, recipe, last) or _trained(run, recipe)):
+        return False
+    logger.info("%s goes on with other settings of what is not trained yet: %s", run.uri, "; ".join(changed))
     return True
 
 
@@ -95,26 +101,36 @@ def _previews_anew(run: RunDir, changed: list[str]) -> bool:
     return True
 
 
-def _differs_in_pairing(stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
+def _differs_in_learning(stored: Recipe, recipe: Recipe, changed: list[str]) -> bool:
+    """Whether a recipe differs only in how its last phase learns and what that learns of the feedback."""
+    sections = {line.split(".")[0].split(":")[0] for line in changed}
     # Adaptive rendering makes the videos that the pairs take, and previews those of few candidates.
     whole = ("all", None)
     rendered_all = all((one.render.strategy, one.render.preview) == whole for one in (stored, recipe))
-    return rendered_all and all(line.split(".")[0].split(":")[0] in _PAIRING for line in changed)
+    if not sections <= _PAIRING | {recipe.learns} or stored.learns not in (None, recipe.learns):
+        return False
+    return rendered_all or not sections & _PAIRING
 
 
-def _how_to_pair_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> str:
-    if not _differs_in_pairing(stored, recipe, changed):
+def _how_to_learn_anew(run: RunDir, stored: Recipe, recipe: Recipe, changed: list[str]) -> str:
+    if not _differs_in_learning(stored, recipe, changed):
         return ""
     what = "groups" if recipe.learns == "rl" else "pairs"
     return (
-        f". They only say how {what} are chosen: delete {run.at(f'checkpoints/{recipe.learns}')}, which was "
-        f"trained on the old {what}, and {run.at('rounds')} where it is there, and the same run goes on with "
-        f"new {what}"
+        f". They only say how {what} are chosen and learnt: delete {run.at(f'checkpoints/{recipe.learns}')}, "
+        f"which was trained in the old way, and {run.at('rounds')} where it is there, and the same run goes "
+        "on in the new one"
     )
 
 
 def _trained(run: RunDir, recipe: Recipe) -> bool:
     return run.exists(f"checkpoints/{recipe.learns}/vpo.json")
+
+
+def _sampled(run: RunDir) -> bool:
+    """Whether there is a policy after SFT, or a candidate, which are known by how SFT learns."""
+    tables = ("candidates", "verdicts", "renders", "feedback")
+    return run.exists("checkpoints/sft/vpo.json") or any(run.table(name).parts() for name in tables)
 
 
 @contextmanager
