@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,27 @@ def test_evaluation_gives_the_held_out_rows_own_metrics_and_trains_nothing(make_
     first = worker.step(0)
     assert first["rows"] == 5
     assert worker.evaluate()["eval_chosen_logp"] != found["eval_chosen_logp"]
+
+
+@pytest.mark.engine
+def test_a_checkpoint_before_a_node_goes_is_saved_at_once_and_is_no_evaluation(
+    make_worker: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """A spot node has 30 s, and early stopping counts evaluations: an undisturbed run has the same."""
+    from vpo_ray.train import checkpoints
+
+    chosen = settings(
+        global_batch=2, epochs=2, save_steps=100, evaluate={"share": 0.5, "steps": 3, "patience": 1}
+    )
+    worker = make_worker("dpo", pairs(8), chosen, held_out=3)
+    saved: list[tuple[int, bool]] = []
+    notice = SimpleNamespace(preempted_node_ids=["a node"])
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: notice if worker.curve else None)
+    monkeypatch.setattr(checkpoints, "save", lambda worker, step, wait: saved.append((step, wait)))
+    worker._train(0)
+    assert saved == [(2, True)]
+    evaluated = [line["step"] for line in worker.curve if "eval_loss" in line]
+    assert evaluated == [3, 6]
 
 
 @pytest.mark.engine

@@ -88,15 +88,18 @@ class Worker(RankState):
             notice = ray.train.get_preemption_info() if settings.save_steps else None
             preempted = notice is not None and notice.preempted_node_ids != leaving
             leaving = notice.preempted_node_ids if notice else leaving
-            save = preempted or checkpoints.checkpoint_due(done, job)
-            due = save or evaluation_due(done, job.steps, len(job.examples), settings)
-            evaluated = job.held_out and due
+            save = checkpoints.checkpoint_due(done, job)
+            evaluated = job.held_out and (
+                save or evaluation_due(done, job.steps, len(job.examples), settings)
+            )
             if evaluated:
                 line |= self.evaluate()
             self.curve.append(line)
             self._warn(line)
             if evaluated and settings.evaluate.export == "best":
                 save |= best(self.curve, settings.evaluate) is line
+            # Not evaluated: that takes time, and an undisturbed run would not have it.
+            save |= preempted
             if self.trackers:
                 self.trackers.log(line)
             # Ray Train takes a report every 2 seconds: one a step would slow quick steps down.
