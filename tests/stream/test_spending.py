@@ -157,6 +157,13 @@ def test_many_charges_at_once_are_few_writes_and_all_there(tmp_path: Path) -> No
     assert endpoint_cost(RunDir(tmp_path)) == 25.0
 
 
+def test_what_a_copy_by_macos_leaves_in_the_account_is_nothing(recipe: Recipe) -> None:
+    run = RunDir(recipe.out)
+    pay(run, "judge", 1.0)
+    run.write("account/._ab.json", b"Mac OS X")
+    assert endpoint_cost(run) == 1.0
+
+
 def test_a_damaged_account_is_named(recipe: Recipe) -> None:
     run = RunDir(recipe.out)
     run.write("account/a.json", b"{")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
 
-from vpo_ray.loop.policies import LoopError
+from vpo_ray.loop.policies import LoopError, may_retry
 from vpo_ray.loop.streams import through
 from vpo_ray.recipe import EVOLVED, Recipe
 from vpo_ray.records import Row
@@ -65,6 +65,8 @@ def evolve_prompts(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> i
     evolving = Evolving(recipe, run)
     if not evolving.queries:
         raise LoopError("no query is in the sft split, whose prompts evolve: give queries.splits.sft a share")
+    if retry_errors and recipe.sft is not None and recipe.sft.data == EVOLVED:
+        retry_errors = may_retry(run, "prompts of the evolution")
     evolving.run_all(retry_errors)
     if targets := write_chat(run, evolved_rows(run)):
         return targets

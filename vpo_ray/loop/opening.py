@@ -17,6 +17,7 @@ import yaml
 
 from vpo_ray.files.folder import DamagedError, StorageError
 from vpo_ray.loop.ledger import build_ledger, reconcile
+from vpo_ray.loop.policies import is_sampled
 from vpo_ray.recipe import Recipe, differences, parse_stored, plugins
 from vpo_ray.records import Shard
 from vpo_ray.stages.preview import MEASURED
@@ -129,8 +130,7 @@ def _trained(run: RunDir, recipe: Recipe) -> bool:
 
 def _sampled(run: RunDir) -> bool:
     """Whether there is a policy after SFT, or a candidate, which are known by how SFT learns."""
-    tables = ("candidates", "verdicts", "renders", "feedback")
-    return run.exists("checkpoints/sft/vpo.json") or any(run.table(name).parts() for name in tables)
+    return run.exists("checkpoints/sft/vpo.json") or is_sampled(run)
 
 
 @contextmanager

@@ -21,7 +21,15 @@ from vpo_ray.loop.grouping import make_groups
 from vpo_ray.loop.ledger import build_ledger, reconcile
 from vpo_ray.loop.opening import accounted, opened, write_ledger
 from vpo_ray.loop.pairing import make_pairs
-from vpo_ray.loop.policies import LoopError, Start, learnt_id, policy_id, refuse_other_policy, training_rows
+from vpo_ray.loop.policies import (
+    LoopError,
+    Start,
+    learnt_id,
+    may_retry,
+    policy_id,
+    refuse_other_policy,
+    training_rows,
+)
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import Recipe, locate
 from vpo_ray.records import Row
@@ -66,6 +74,8 @@ def draft_sft(recipe: Recipe, run: RunDir, retry_errors: bool = False) -> dict[s
 
     if recipe.draft is None:
         raise LoopError("the recipe has no draft section: add one, or name SFT data in sft.data")
+    if retry_errors and recipe.sft is not None and recipe.sft.data is None:
+        retry_errors = may_retry(run, "drafts")
     counts = generate(recipe, run, Models("", ""), ("draft",), retry_errors)
     if not write_chat(run, draft_rows(run)):
         entry = build_ledger(run, recipe)["stages"]["draft"]

@@ -6,6 +6,7 @@ so that candidates have the same ids wherever the policy was trained.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,13 +17,15 @@ from vpo_ray.prompts.conditions import Conditions, asked_of
 from vpo_ray.prompts.policy_prompt import read_prompt
 from vpo_ray.recipe import EVOLVED, Recipe
 from vpo_ray.records import Row, candidate_id, content_id, query_id
-from vpo_ray.stages.chains import Models, rows_of_stage
+from vpo_ray.stages.chains import Models, rows_of_stage, table_of_stage
 from vpo_ray.stages.curate.images import QueryImages
 from vpo_ray.stages.profiles import under
 from vpo_ray.stages.sample import identity_key
 from vpo_ray.storage.images import images_of, shown_images
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.sft_data import distinct, draft_rows, evolved_rows, sft_files, sft_rows
+
+logger = logging.getLogger(__name__)
 
 
 class LoopError(RuntimeError):
@@ -170,6 +173,28 @@ def refuse_other_policy(recipe: Recipe, run: RunDir, identity: str) -> None:
             "task prompt changed since, or it was made by a version of vpo that learnt one prompt of a query "
             "only or did not look at engine_kwargs. Give the recipe another `out`"
         )
+
+
+def is_sampled(run: RunDir) -> bool:
+    """Whether the run has candidates, which are known by what SFT learnt."""
+    return table_of_stage(run, "sample") is not None
+
+
+def may_retry(run: RunDir, what: str) -> bool:
+    """Whether rows of SFT data that failed may be taken once more. Where candidates of the policy that learnt
+    the others are there, more data would make it another, and the run could not go on.
+
+    Args:
+        what: the rows, for messages.
+    """
+    if not is_sampled(run):
+        return True
+    logger.warning(
+        "%s that failed are not taken again: %s has candidates of the policy that learnt the others",
+        what,
+        run.uri,
+    )
+    return False
 
 
 def learnt_id(recipe: Recipe, run: RunDir, start: Start) -> str:

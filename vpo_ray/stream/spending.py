@@ -163,7 +163,7 @@ def _account(root: Folder, but: str = "") -> dict[str, dict[str, Charges]]:
     folder = root / ACCOUNT
     found: dict[str, dict[str, Charges]] = {}
     for name in folder.files(".json"):
-        if f"{ACCOUNT}/{name}" == but:
+        if f"{ACCOUNT}/{name}" == but or name.startswith("."):  # a copy by macOS leaves such
             continue
         try:
             book = folder.read_json(name)

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vpo_ray.files.folder import Folder
+from vpo_ray.files.folder import Folder, join, parent_of
 from vpo_ray.recipe import locate
 from vpo_ray.storage.model_cache import fetch_for_engine
 
@@ -52,7 +52,19 @@ def adapter_of(model: str) -> Adapter | None:
     path = place.at(_SETTINGS)
     try:
         config = json.loads(place.read(_SETTINGS))
-        base, rank = locate(config["base_model_name_or_path"]), int(config["r"])
+        base, rank = _base_of(place, config["base_model_name_or_path"]), int(config["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the settings of a LoRA adapter: {error}") from error
     return Adapter(place.uri, base, rank)
+
+
+def _base_of(place: Folder, named: str) -> str:
+    """The base model of an adapter. Where its folder is gone and one of its name lies beside the adapter, as
+    in a run directory that was moved, it is that."""
+    base = locate(named)
+    if "://" not in base and not (os.path.isabs(base) and not os.path.exists(base)):
+        return base
+    if "://" in base and Folder(base).exists("config.json"):
+        return base
+    beside = join(parent_of(place.uri), base.partition("?")[0].rstrip("/").rpartition("/")[2])
+    return beside if Folder(beside).exists("config.json") else base
