@@ -23,6 +23,13 @@ def test_tiny_checkpoints_are_fine(tiny: dict[str, Any]) -> None:
     check_recipe(recipe(tiny))
 
 
+def test_rl_learns_from_all_candidates_so_all_are_rendered(tiny: dict[str, Any]) -> None:
+    unset = {"dpo": "null", "pair": "{}", "rl": "{epochs: 1, lr: 1.0e-6, global_batch: 4}"}
+    check_recipe(recipe(tiny, **unset))
+    [found] = problems(tiny, **unset, render__strategy="adaptive")
+    assert found.endswith("rl learns from all candidates: write strategy: all")
+
+
 def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -65,7 +65,13 @@ def check_recipe(recipe: Recipe) -> None:
 def problems_of(recipe: Recipe) -> list[str]:
     """A line for each model, prompt or data file of the recipe that cannot be used, or is not here."""
     missing = list(_of_files(recipe))
-    return [*missing, *models.model_problems(recipe, {line.partition(": ")[0] for line in missing})]
+    apart = []
+    if recipe.rl is not None and recipe.render.strategy == "adaptive":
+        apart.append(
+            "render.strategy: adaptive renders no more videos of a query than a pair takes, and rl learns "
+            "from all candidates: write strategy: all"
+        )
+    return [*missing, *apart, *models.model_problems(recipe, {line.partition(": ")[0] for line in missing})]
 
 
 def refuse_problems(recipe: Recipe, problems: Sequence[str]) -> None:
