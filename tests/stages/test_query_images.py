@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +33,20 @@ def picture(colour: str = "red", kind: str = "PNG", size: tuple[int, int] = (6, 
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, kind, **how)
     return file.getvalue()
+
+
+@pytest.mark.parametrize(("there", "named"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_may_be_in_another_normal_form_of_unicode(there: str, named: str, tmp_path: Path) -> None:
+    """Files that were copied from macOS have decomposed names, and rows that were typed composed ones."""
+    one = picture()
+    settings = write(
+        tmp_path,
+        [{"query": "a cat", "image": f"pictures/{normalize(named, 'café.png')}"}],
+        **{normalize(there, "café.png"): one},
+    )
+    queries, dropped = run(settings, tmp_path / "store")
+    assert dropped == []
+    assert queries[0]["image"] == image_name(one)
 
 
 def bomb(width: int, height: int) -> bytes:

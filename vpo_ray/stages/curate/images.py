@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from vpo_ray.files.image_files import MAX_BYTES, ImageError
 from vpo_ray.files.input_files import READ_ERRORS, InputError, InputFile, file_at, why_unreadable
@@ -69,8 +70,18 @@ def image_beside(file: InputFile, path: str) -> InputFile:
         except InputError as error:
             raise ImageError(MISSING, f"{path}: {error}") from error
     if file.root is None:
-        return InputFile(str(Path(file.path).parent / os.path.expanduser(path)))
+        return InputFile(_as_written(str(Path(file.path).parent / os.path.expanduser(path))))
     return InputFile(posixpath.join(posixpath.dirname(file.path), path), file.root)
+
+
+def _as_written(path: str) -> str:
+    """A local path, or the same in another normal form of Unicode where only that is there: a copy by macOS
+    writes é as two characters."""
+    if not os.path.exists(path):
+        for form in ("NFC", "NFD"):
+            if os.path.exists(other := normalize(form, path)):
+                return other
+    return path
 
 
 def _read(file: InputFile, key: str) -> bytes:
