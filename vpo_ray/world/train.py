@@ -1,8 +1,8 @@
 """Trains the world's models from nothing: `python -m vpo_ray.world.train PART [--out FOLDER]`.
 
 Those in the repository were made by its parts in several runs, but for `other_video`, which is what one run
-of it made (`weights/figures.json`). Each part is a module `train_PART` with a function `train(folder, minutes)`,
-which writes the weights and returns what was measured.
+of it made (`weights/figures.json`). Each part is a module `train_PART` with a function
+`train(folder, minutes)`, which writes the weights and returns what was measured.
 """
 
 from __future__ import annotations
