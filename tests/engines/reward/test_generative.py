@@ -107,7 +107,7 @@ def test_its_video_is_decoded_once_with_other_rewards(
 ) -> None:
     model = build(reward(serve_endpoint(lambda _: completion(VS2))))
     video, opened, real = clip(1, frames=49), [], av.open
-    monkeypatch.setattr(av, "open", lambda file: opened.append(file) or real(file))
+    monkeypatch.setattr(av, "open", lambda file, **more: opened.append(file) or real(file, **more))
     with decoding_once([four_frames, model.pick]):
         read_frames(video, four_frames)
         alone = scored(model.score([video], ["a cat"])[0])
