@@ -18,6 +18,7 @@ NOISE = r"""
 2026-11-29 01:35:52,563	INFO streaming_executor.py:215 -- Starting execution of Dataset dataset_0355
 [2026-11-29 01:35:52,595 E 2200 2200] core_worker.cc:2465: Actor with class name: 'MapWorker(MapBatches(sample))' and ID: '2b7f' has constructor arguments in the object store and max_restarts > 0. If they go out of scope
 [2026-11-29 01:35:52,595 I 2200 2200] core_worker.cc:100: all is well
+2026-11-29 17:54:22,391	WARNING worker.py:1681 -- SIGTERM handler is not set because current thread is not the main thread.
 2026-11-29 01:35:52,706	WARNING __init__.py:28 -- Progress bars disabled. To enable, set it
 [2026-11-29 01:31:23,962] [WARNING] [real_accelerator.py:213:get_accelerator] Setting accelerator to CPU. If you have one
 [2026-11-29 01:31:23,962] [INFO] [comm.py:652:init_distributed] cdb=None

@@ -40,6 +40,7 @@ NOT_FOR_USERS = {
     "has constructor arguments in the object store and max_restarts": "the driver, which owns the arguments, "
     "lives as long as its actors",
     "Calling ray.init() again after it has already been called": "Ray's own libraries do so",
+    "SIGTERM handler is not set because current thread": "Ray's own libraries join from threads, too",
     "Started a local Ray instance": "a command without a cluster always does",
     "No cloud storage mirror configured": "models are fetched by our own cache",
     "Progress bars disabled": "the command has a status of its own",

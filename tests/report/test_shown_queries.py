@@ -68,17 +68,6 @@ def test_of_two_queries_or_one_policy_there_are_no_examples(evaluated):
     assert examples_text([], 80) == ""
 
 
-def test_elsewhere_than_on_a_terminal_each_text_takes_a_line() -> None:
-    samples = [
-        {"policy": name, "prompt": f"{name} " + "wide shot " * 30, "error": None} for name in ("a", "b")
-    ]
-    example = ShownQuery("gained most", "truth", "a cat", [(row, 0.5) for row in samples])
-    lines = examples_text([example], 60, most=1).splitlines()
-    assert [len(lines), max(map(len, lines)) <= 60] == [3, True]
-    assert lines[1].startswith("  a    0.50  a wide shot")
-    assert lines[1].endswith(" …")
-
-
 def test_the_picture_has_frames_of_both_videos_and_grey_for_none(evaluated):
     folder, rows = evaluated
     picture = np.asarray(Image.open(io.BytesIO(examples_picture(pick_examples(made(rows), rows), folder))))

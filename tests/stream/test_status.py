@@ -159,6 +159,10 @@ def test_a_log_gets_a_line_when_something_has_changed(
     assert caplog.messages == ["dpo: step 1 of 9, loss 0.500", "dpo: step 2 of 9, loss 0.500"]
     [state] = states(RunDir(tmp_path))
     assert (state["state"], state["view"]["step"]) == ("done", 2)
+    caplog.clear()
+    with Status(RunDir(tmp_path), look([view_of(9)]), line_s=60):
+        time.sleep(0.2)
+    assert caplog.messages == [], "it is over before anyone asks how far it is"
 
 
 def test_a_wait_in_which_nothing_moves_takes_few_lines(

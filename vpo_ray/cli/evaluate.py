@@ -60,17 +60,18 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
     )
     samples = done.samples()
-    examples, width = pick_examples(done.results, samples), shutil.get_terminal_size((100, 24)).columns
     if sys.stdout.isatty():
-        sys.stdout.write(f"{table_text(done.results, width)}\n{examples_text(examples, width)}\n")
-    else:  # the report has the intervals and the other queries
-        sys.stdout.write(log_text(done.results) + examples_text(examples[:1], width, most=1))
+        width = shutil.get_terminal_size((100, 24)).columns
+        examples = examples_text(pick_examples(done.results, samples), width)
+        sys.stdout.write(f"{table_text(done.results, width)}\n{examples}\n")
+    else:  # the report has the intervals and the examples
+        sys.stdout.write(log_text(done.results))
     if arguments.export is not None:
         counts = export_vbench(samples, done.queries, arguments.to)
         sys.stdout.write(
             f"vbench   {counts['written']} videos, {counts['left_out']} left out: {arguments.to}\n"
         )
-    sys.stdout.write(f"results  {done.folder.at('results.json')}\nreport   {done.folder.at('report.html')}\n")
+    sys.stdout.write(f"report   {done.folder.at('report.html')}, beside results.json\n")
     reasons = gates.below(done.results, arguments.fail_below)
     if earlier is not None:
         reasons += gates.worse(done.results, earlier, arguments.by)

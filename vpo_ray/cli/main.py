@@ -260,7 +260,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     options = {"retry_errors": arguments.retry_errors, "verbose": arguments.verbose}
     run = api.run(_load(arguments), rounds=arguments.rounds, **options)
-    sys.stdout.write(run_summary(run.dir, None if sys.stdout.isatty() else 1))
+    if sys.stdout.isatty():
+        sys.stdout.write(run_summary(run.dir))
+    else:
+        lines = run_summary(run.dir, most=1).splitlines(keepends=True)
+        sys.stdout.writelines(line for line in lines if line.strip())
     return 0
 
 

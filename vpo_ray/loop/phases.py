@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_QUICK = ("pair", "report")  # phases that a log need not tell the begin of
+_QUICK = ("curate", "pair", "report")  # phases that a log need not tell the begin of
 
 # What makes the pages about a run, and what goes on while the run's last phase trains the policy `Start`.
 Report = Callable[[RunDir, Recipe], object]

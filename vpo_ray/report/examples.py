@@ -66,9 +66,9 @@ def pick_examples(results: Mapping[str, Any], samples: Iterable[Row]) -> list[Sh
     ]
 
 
-def examples_text(examples: Sequence[ShownQuery], width: int, most: int | None = None) -> str:
-    """What each policy wrote for these queries, wrapped to `width` columns, in at most `most` lines each."""
-    return "".join(f"{line}\n" for example in examples for line in _lines(example, width, most))
+def examples_text(examples: Sequence[ShownQuery], width: int) -> str:
+    """What each policy wrote for these queries, wrapped to `width` columns."""
+    return "".join(f"{line}\n" for example in examples for line in _lines(example, width))
 
 
 def examples_picture(examples: Sequence[ShownQuery], folder: Folder) -> bytes | None:
@@ -99,7 +99,7 @@ def examples_picture(examples: Sequence[ShownQuery], folder: Folder) -> bytes | 
     return stream.getvalue()
 
 
-def _lines(example: ShownQuery, width: int, most: int | None) -> Iterator[str]:
+def _lines(example: ShownQuery, width: int) -> Iterator[str]:
     def figure(row: Row, value: float) -> str:
         return row["verdict"] or "none" if example.metric == ALIGNED else f"{value:.2f}"
 
@@ -120,8 +120,6 @@ def _lines(example: ShownQuery, width: int, most: int | None) -> Iterator[str]:
             max(width, len(head) + 20),
             initial_indent=head,
             subsequent_indent=" " * len(head),
-            max_lines=most,
-            placeholder=" …",
         ) or [head.rstrip()]
 
 

@@ -1,5 +1,6 @@
 """The status of a work that takes a while: one live view on a terminal; elsewhere a line now and then, when
-something has changed. Either way the run's state has the same view, for those who look from elsewhere."""
+something has changed, and none of what is over sooner. Either way the run's state has the same view, for
+those who look from elsewhere."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class Status:
                     line = status_line(view)
                     wait = max(self._line_s, (now - began) / SPARSER)
                     due = now - said_at >= (wait if _moved(view) != moved else STILL * wait)
-                    if line != shown and (last or (due and update is None)):
+                    ends = last and (shown or now - began >= self._line_s)
+                    if line != shown and (ends or (due and update is None)):
                         shown, said_at, moved = line, now, _moved(view)
                         logger.info("%s", line)
                 if last:

@@ -85,7 +85,7 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     id, former = job_id(spec, rows), job_id(spec, rows, former_identity)
     done = marker(spec.out)
     if done is not None and done["job"] in (id, former):
-        log.info("%s is already trained: %s", phase, spec.out)
+        log.debug("%s is already trained: %s", phase, spec.out)
         return _result(spec.out, done, trained=False)
     if spec.kept_of(former).files("progress.json"):
         id = former
