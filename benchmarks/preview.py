@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = parse(yaml.safe_load(Path(RECIPE).read_text().replace("runs/world", given.world)), RECIPE)
+    recipe = parse(yaml.safe_load(Path(RECIPE).read_text("utf-8").replace("runs/world", given.world)), RECIPE)
     rows = candidates(given.queries, given.k, given.seed)
     reward = build(recipe.reward)
     previews = {text: Preview.model_validate(yaml.safe_load(text)) for text in given.looks}

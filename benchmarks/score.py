@@ -248,7 +248,7 @@ def peak(folder: Path, way: str) -> dict[str, int]:
     scorer = reward(folder, 29)
     video = (folder / "clip.mp4").read_bytes()
     loaded = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM, the peak, anew
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")  # starts VmHWM, the peak, anew
     if way == "one_pass":
         one_pass(scorer, video)
     else:
@@ -257,7 +257,7 @@ def peak(folder: Path, way: str) -> dict[str, int]:
 
 
 def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sb", dir="/tmp") as folder:
         checkpoint = make_checkpoint(Path(folder) / "policy")
         key, line = make_key("benchmark")
-        (Path(folder) / "keys").write_text(line)
+        (Path(folder) / "keys").write_text(line, "utf-8")
         settings = load(TINY, [f"serve.max_tokens={arguments.tokens}", "serve.port=0"]).serve
         settings = settings.model_copy(update={"keys": f"{folder}/keys"})
         with vllm_server(checkpoint, settings) as url:

@@ -130,7 +130,7 @@ def measure(
                 env = os.environ | {"OMP_NUM_THREADS": "2", "LOCAL_RANK": "0"}
                 env["OMP_WAIT_POLICY"] = "passive"  # so that CPU seconds count work, not waiting
                 subprocess.run(command, check=True, env=env, stdout=sys.stderr)
-                result = json.loads((Path(name) / f"{variant}.json").read_text())
+                result = json.loads((Path(name) / f"{variant}.json").read_text("utf-8"))
                 results[variant].append(result)
                 sys.stderr.write(f"{variant}: { {k: v for k, v in result.items() if k != 'weights'} }\n")
     return results
@@ -138,7 +138,7 @@ def measure(
 
 def keep(chosen: Chosen, result: dict[str, Any]) -> None:
     """Where `measure` looks for it."""
-    Path(chosen.folder, f"{chosen.variant}.json").write_text(json.dumps(result))
+    Path(chosen.folder, f"{chosen.variant}.json").write_text(json.dumps(result), "utf-8")
 
 
 def medians(results: dict[str, list[dict[str, Any]]], unit: str) -> dict[str, Any]:

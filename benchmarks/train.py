@@ -210,7 +210,9 @@ def run_zero(workers: int, chosen: Chosen) -> dict[str, Any]:
     import torch.multiprocessing
 
     torch.multiprocessing.spawn(_zero_rank, (workers, chosen), workers)
-    ranks = [json.loads(Path(chosen.folder, f"zero-{rank}.json").read_text()) for rank in range(workers)]
+    ranks = [
+        json.loads(Path(chosen.folder, f"zero-{rank}.json").read_text("utf-8")) for rank in range(workers)
+    ]
     return {"state_bytes": max(r["bytes"] for r in ranks), "losses": ranks[0]["losses"]}
 
 
@@ -225,7 +227,7 @@ def _zero_rank(rank: int, workers: int, chosen: Chosen) -> None:
     held += optimizer.fp32_partitioned_groups_flat
     held += [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     result = {"bytes": sum(t.numel() * t.element_size() for t in held), "losses": losses}
-    Path(chosen.folder, f"zero-{rank}.json").write_text(json.dumps(result))
+    Path(chosen.folder, f"zero-{rank}.json").write_text(json.dumps(result), "utf-8")
 
 
 def run_checkpoints(chosen: Chosen) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _wait_for(port: int, node: subprocess.Popen[bytes], log: Path) -> None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        assert node.poll() is None, log.read_text()
+        assert node.poll() is None, log.read_text("utf-8")
         assert time.monotonic() < deadline, "the head node did not start in time"
         time.sleep(0.5)
 
@@ -208,7 +208,7 @@ def autoscaled(log: Path, node_types: Mapping[str, Mapping[str, Any]], idle_s: f
         "file_mounts_sync_continuously": False,
     }
     file = log.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(config), "utf-8")
     # The last --port counts.
     options = (f"--autoscaling-config={file}", f"--port={gcs}")
     with head(log, *options, env=env, cpus=0) as (_, _):

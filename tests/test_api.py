@@ -79,7 +79,7 @@ def test_a_type_checker_sees_the_types(tmp_path: Path) -> None:
     """As a user's does, to whom the libraries behind are untyped."""
     settings = "[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n"
     skipped = "[mypy-ray.*,torch.*,transformers.*,diffusers.*,pandas.*,pyarrow.*,vllm.*,numpy.*]\n"
-    (tmp_path / "mypy.ini").write_text(f"{settings}{skipped}follow_imports = skip\n")
+    (tmp_path / "mypy.ini").write_text(f"{settings}{skipped}follow_imports = skip\n", "utf-8")
     command = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini")]
     done = subprocess.run(
         [*command, "--cache-dir", str(tmp_path / "cache"), "-c", TYPED],

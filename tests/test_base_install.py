@@ -81,7 +81,7 @@ def vpo(hidden: str, tmp_path: Path):
 
 
 def test_a_recipe_is_written_planned_and_listed(vpo, tmp_path: Path) -> None:
-    (tmp_path / "queries.txt").write_text("a cat\na dog\n")
+    (tmp_path / "queries.txt").write_text("a cat\na dog\n", "utf-8")
     words = ["--video", "cogvideox-5b", "--judge", "gpt-4o", "--gpus", "8", "--queries", "queries.txt"]
     done = vpo("init", "ours.yaml", *words)
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_a_recipe_is_written_planned_and_listed(vpo, tmp_path: Path) -> None:
 
 
 def test_a_submission_reaches_for_the_cluster(vpo, tmp_path: Path) -> None:
-    (tmp_path / "queries.txt").write_text("a cat\n")
+    (tmp_path / "queries.txt").write_text("a cat\n", "utf-8")
     done = vpo("submit", "laptop", "--address", "http://127.0.0.1:1", "--set", "queries.path=queries.txt")
     assert done.returncode != 0
     assert "127.0.0.1:1" in done.stderr

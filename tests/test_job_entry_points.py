@@ -71,7 +71,7 @@ def test_the_recipe_may_be_given_in_three_ways(monkeypatch: pytest.MonkeyPatch) 
 def test_training_waits_for_what_it_needs(tmp_path: Path) -> None:
     """Nothing of this touches Ray: it is told before a worker is asked for."""
     queries = tmp_path / "q.txt"
-    queries.write_text("a cat\n")
+    queries.write_text("a cat\n", "utf-8")
     sets = [f"out={tmp_path / 'run'}", f"queries.path={queries}", "queries.splits={dpo: 1}", "sft=null"]
     neither = load(TINY, [*sets, "dpo=null", f"out={tmp_path / 'other'}"])
     with pytest.raises(LoopError, match="no sft, dpo or rl section"):
@@ -94,7 +94,7 @@ def test_training_waits_for_what_it_needs(tmp_path: Path) -> None:
 def test_a_job_that_is_terminated_leaves_its_ledger(tiny_sets: list[str], tmp_path: Path) -> None:
     """SIGTERM while it samples, as `ray job stop` and a spot node's end send it: status 143."""
     queries = tmp_path / "q.txt"
-    queries.write_text("\n".join(f"a cat, number {n}" for n in range(200)))
+    queries.write_text("\n".join(f"a cat, number {n}" for n in range(200)), "utf-8")
     out = tmp_path / "run"
     sets = [f"queries.path={queries}", "queries.splits={dpo: 1}", "sft=null", "sample.engine.batch_size=4"]
     options = [part for item in sets for part in ("--set", item)]

@@ -72,7 +72,7 @@ def head(tmp_path: Path, out: str) -> Iterator[dict[str, str]]:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
                     break
-            assert node.poll() is None, (tmp_path / "head.log").read_text()
+            assert node.poll() is None, (tmp_path / "head.log").read_text("utf-8")
             assert time.monotonic() < deadline, "the head node did not start in time"
             time.sleep(0.5)
         yield {**user, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -98,7 +98,7 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
 ) -> None:
     queries = tmp_path / "queries.txt"
     animals = ["cat", "dog", "owl", "fox", "hen", "eel"]
-    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
+    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals), "utf-8")
     run = RunDir(out)
     entry = [sys.executable, "jobs/run.py", "--recipe", "jobs/recipes/tiny.yaml", "--out", out]
     entry += [*tiny_sets, "--set", f"queries.path={queries}", "--set", "queries.splits={dpo: 1}"]
@@ -119,7 +119,7 @@ def test_a_submitted_job_runs_the_loop_and_again_finds_it_done(
     shutil.copytree(ROOT / "vpo_ray/data", work / "vpo_ray/data")
     submit = [sys.executable, "-m", "vpo_ray.cli", "submit", str(work / "jobs/recipes/tiny.yaml")]
     submit += ["--working-dir", str(work), "--follow", *entry[4:]]
-    with open(tmp_path / "job.log", "w+") as log:
+    with open(tmp_path / "job.log", "w+", encoding="utf-8") as log:
         deadline = time.monotonic() + 240
         while True:
             job = subprocess.Popen(submit, stdout=log, stderr=log, env=head)

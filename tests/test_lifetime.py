@@ -107,11 +107,11 @@ def test_a_kernel_without_lists_of_children_serves_too(monkeypatch: pytest.Monke
         assert child.pid in lifetime._children(os.getpid())
     finally:
         child.communicate(b"\n", timeout=LIMIT_S)
-    assert lifetime._born(child.pid) == 0
+    assert lifetime.start_ticks(child.pid) == 0
 
 
 def guards_of(pid: int) -> list[psutil.Process]:
-    born = str(lifetime._born(pid))
+    born = str(lifetime.start_ticks(pid))
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []

@@ -26,9 +26,9 @@ def data(tmp_path: Path) -> Path:
     outside, data = tmp_path / "outside", tmp_path / "data"
     (outside / "deep").mkdir(parents=True)
     (data / "own").mkdir(parents=True)
-    (outside / "deep/c.txt").write_text("three\n")
-    (outside / "b.txt").write_text("two\n")
-    (data / "own/a.txt").write_text("one\n")
+    (outside / "deep/c.txt").write_text("three\n", "utf-8")
+    (outside / "b.txt").write_text("two\n", "utf-8")
+    (data / "own/a.txt").write_text("one\n", "utf-8")
     (data / "b.txt").symlink_to(outside / "b.txt")
     (data / "b-again.txt").symlink_to(outside / "b.txt")
     (data / "linked").symlink_to(outside / "deep")
@@ -53,7 +53,7 @@ def test_queries_are_found_behind_links_and_read_once(data: Path, tmp_path: Path
 
 def test_sft_data_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
-    (tmp_path / "far/s.jsonl").write_text('{"query": "a", "prompt": "b"}\n')
+    (tmp_path / "far/s.jsonl").write_text('{"query": "a", "prompt": "b"}\n', "utf-8")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/x").symlink_to(tmp_path / "far")
     (tmp_path / "s.jsonl").symlink_to("far/s.jsonl")
@@ -95,7 +95,7 @@ def test_a_models_linked_weights_count(tmp_path: Path) -> None:
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"first")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/model_index.json").write_text("{}")
+    (tmp_path / "model/model_index.json").write_text("{}", "utf-8")
     (tmp_path / "model/transformer").symlink_to(weights)
     before = model_identity(str(tmp_path / "model"), None)
     (weights / "model.safetensors").write_bytes(b"other")

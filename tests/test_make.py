@@ -28,7 +28,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path: Path, fails: str, told: str)
     (tmp_path / "bin").mkdir()
     for name in ("ruff", "mypy", "pytest"):
         tool = tmp_path / "bin" / name
-        tool.write_text(TOOL.replace("$FAILS", fails))
+        tool.write_text(TOOL.replace("$FAILS", fails), "utf-8")
         tool.chmod(0o755)
     (tmp_path / ".ready").touch()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "LANG", "LC_"))}
@@ -58,7 +58,7 @@ def test_make_takes_the_python_that_is_there(tmp_path: Path, pythons: list[str],
     (tmp_path / "bin").mkdir()
     for name in pythons:
         tool = tmp_path / "bin" / name
-        tool.write_text(f"#!/bin/sh\necho {name} was asked to $*\nexit 1\n")
+        tool.write_text(f"#!/bin/sh\necho {name} was asked to $*\nexit 1\n", "utf-8")
         tool.chmod(0o755)
     done = subprocess.run(
         [make, "-C", str(ROOT), f"VENV={tmp_path}/venv", "lint"],

@@ -36,3 +36,13 @@ def test_every_public_function_has_a_name_of_its_own() -> None:
 def test_every_test_module_has_a_name_of_its_own() -> None:
     # pytest imports them by their name alone.
     assert not twice([path.name for path in Path(__file__).parent.rglob("test_*.py")])
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    root = PACKAGE.parent
+    files = [
+        path
+        for part in ("vpo_ray", "tests", "jobs", "benchmarks", "docs")
+        for path in (root / part).rglob("*.py")
+    ]
+    assert [str(path) for path in files if len(path.read_text("utf-8").splitlines()) > 500] == []

@@ -97,8 +97,8 @@ def answer(server: subprocess.Popen[bytes], port: int, log: Path) -> str:
     """What the endpoint makes of a query, once it is up."""
     end = time.monotonic() + 300
     while True:
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
+        assert server.poll() is None, log.read_text("utf-8")
+        assert time.monotonic() < end, log.read_text("utf-8")
         try:
             reply = httpx.post(
                 f"http://127.0.0.1:{port}/v1/optimize",

@@ -41,7 +41,7 @@ def bind_worker() -> None:
     if _guarded == os.getpid() or not sys.platform.startswith("linux"):
         return
     pid = os.getpid()
-    program = [sys.executable, "-I", "-S", __file__, str(pid), str(_born(pid))]
+    program = [sys.executable, "-I", "-S", __file__, str(pid), str(start_ticks(pid))]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     # It double-forks: Ray kills a worker's children with the worker.
     subprocess.run(
@@ -63,7 +63,7 @@ def _guard(pid: int, born: int) -> None:
     orphan_since: float | None = None
     known: dict[int, int] = {}
     end = _end_of(pid)
-    while _born(pid) == born:
+    while start_ticks(pid) == born:
         known = _with_children({pid: born, **known})
         if raylet is not None and _parent(pid) != raylet:
             orphan_since = orphan_since or time.monotonic()
@@ -101,7 +101,7 @@ def _stat(pid: int) -> list[str]:
     return [] if fields[:1] in (["Z"], ["X"]) else fields
 
 
-def _born(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """The start of a process in ticks since boot, which with its id identifies it; 0 for none."""
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
@@ -123,10 +123,10 @@ def _is_raylet(pid: int) -> bool:
 def _with_children(known: dict[int, int]) -> dict[int, int]:
     """The known processes (id: start) that still run, and all that they started."""
     found: dict[int, int] = {}
-    waiting = [pid for pid, born in known.items() if _born(pid) == born]
+    waiting = [pid for pid, born in known.items() if start_ticks(pid) == born]
     while waiting:
         pid = waiting.pop()
-        if pid not in found and (born := _born(pid)):
+        if pid not in found and (born := start_ticks(pid)):
             found[pid] = born
             waiting += _children(pid)
     return found
@@ -154,7 +154,7 @@ def _children_of_thread(path: str) -> list[int]:
 
 
 def _kill(pid: int, born: int) -> None:
-    if _born(pid) == born:
+    if start_ticks(pid) == born:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

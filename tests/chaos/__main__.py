@@ -31,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(arguments.work or tempfile.mkdtemp(prefix="vpo-chaos-"))
     work.mkdir(parents=True, exist_ok=True)
     results = work / "results.jsonl"
-    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    records = (
+        [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    )
     try:
         for record in attack(arguments, work, {(record["seed"], record["number"]) for record in records}):
             records.append(record)
-            with open(results, "a") as lines:
+            with open(results, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
     finally:
         sys.stdout.write(table(records))

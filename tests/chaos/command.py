@@ -42,8 +42,8 @@ class Command(Scene):
             if self._drive(self.reference, disturber, log):
                 raise ChaosError(f"the undisturbed run failed: {log}")
             told = {"wall_s": time.monotonic() - began, "lives": disturber.seen_lives()}
-            facts.write_text(json.dumps(told))
-        told = json.loads(facts.read_text())
+            facts.write_text(json.dumps(told), "utf-8")
+        told = json.loads(facts.read_text("utf-8"))
         self.lives, self.wall_s = {**told["lives"], "driver": told["wall_s"]}, told["wall_s"]
 
     def disturb(self, faults: Sequence[Fault], name: str) -> Disturbed:

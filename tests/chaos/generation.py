@@ -25,7 +25,7 @@ class Generation(Command):
         queries = self.folder / "queries.json"
         if not queries.exists():
             lines = (ROOT / "vpo_ray/data/queries.jsonl").read_text("utf-8").splitlines()
-            queries.write_text(json.dumps([json.loads(line)["query"] for line in lines[:QUERIES]]))
+            queries.write_text(json.dumps([json.loads(line)["query"] for line in lines[:QUERIES]]), "utf-8")
         return {
             "queries.path": queries,
             "queries.splits": "{dpo: 1}",

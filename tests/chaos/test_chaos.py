@@ -127,7 +127,7 @@ class Videos(Generation):
 
     def prepare(self) -> None:
         queries = ["a cat", "the ocean at night", "two dogs", "a red kite", "rain on a window", "an owl"]
-        (self.folder / "few.json").write_text(json.dumps(queries))
+        (self.folder / "few.json").write_text(json.dumps(queries), "utf-8")
         given = self.command(self.reference)
         recipe = load(RECIPE, [given[i + 1] for i, part in enumerate(given) if part == "--set"])
         run = RunDir(self.reference)

@@ -54,7 +54,7 @@ class TwoDrivers(Alone):
         while second.poll() is None and time.monotonic() < deadline:
             for claim in (folder / FOLDER).glob("*.json"):
                 try:
-                    told = json.loads(claim.read_text())
+                    told = json.loads(claim.read_text("utf-8"))
                 except (FileNotFoundError, ValueError):
                     continue  # it is being written, or was taken back
                 if told["pid"] == second.pid and told["state"] == "held":

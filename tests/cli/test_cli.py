@@ -265,7 +265,7 @@ def test_plan_of_the_tiny_recipe(vpo: Any, tiny_models: Path, monkeypatch: pytes
     "name", ["with: colon", "123", "null", "[a, b]", "# hash", "é\U0001f600", 'it\'s "x"']
 )
 def test_any_folder_may_be_the_run_directory(vpo: Any, tmp_path: Path, name: str) -> None:
-    (tmp_path / "q.txt").write_text("a cat\n")
+    (tmp_path / "q.txt").write_text("a cat\n", "utf-8")
     status, out, err = vpo("curate", *sets(queries__path=tmp_path / "q.txt"), "--out", str(tmp_path / name))
     assert status == 0, err
     assert out == f"curate: done, see {tmp_path / name}/ledger.json\n"
@@ -274,7 +274,7 @@ def test_any_folder_may_be_the_run_directory(vpo: Any, tmp_path: Path, name: str
 
 def test_curate_writes_what_it_kept_and_dropped_once(vpo: Any, tmp_path: Path) -> None:
     queries = tmp_path / "q.txt"
-    queries.write_text("a cat\n\na dog\na cat\n")
+    queries.write_text("a cat\n\na dog\na cat\n", "utf-8")
     assert vpo("curate", *sets(queries__path=queries))[0] == 0
     run = RunDir(tmp_path / "run")
     before = run.files()
@@ -286,7 +286,7 @@ def test_curate_writes_what_it_kept_and_dropped_once(vpo: Any, tmp_path: Path) -
 
 
 def test_a_run_directory_of_another_recipe_names_the_keys(vpo: Any, tmp_path: Path) -> None:
-    (tmp_path / "q.txt").write_text("a cat\n")
+    (tmp_path / "q.txt").write_text("a cat\n", "utf-8")
     path = sets(queries__path=tmp_path / "q.txt")
     assert vpo("curate", *path, *sets(sample__k=4, render__steps=3))[0] == 0
     stored = (tmp_path / "run/recipe.yaml").read_bytes()
@@ -309,7 +309,7 @@ def test_a_run_directory_of_another_recipe_names_the_keys(vpo: Any, tmp_path: Pa
     ("text", "says"), [("", "the input holds no rows"), ("\n \n\n", "all 3 rows were dropped")]
 )
 def test_input_without_a_query(vpo: Any, tmp_path: Path, text: str, says: str) -> None:
-    (tmp_path / "q.txt").write_text(text)
+    (tmp_path / "q.txt").write_text(text, "utf-8")
     for _ in range(2):
         status, _, err = vpo("curate", *sets(queries__path=tmp_path / "q.txt"))
         assert status == 2
@@ -397,7 +397,7 @@ def test_the_exit_status_tells_who_stopped_it(
 
 def test_a_recipe_of_the_users_own_is_not_overwritten(vpo: Any, tmp_path: Path) -> None:
     own = tmp_path / "recipe.yaml"
-    own.write_text(f"# mine\n{Path(TINY).read_text('utf-8')}")
+    own.write_text(f"# mine\n{Path(TINY).read_text('utf-8')}", "utf-8")
     status, _, err = vpo("curate", "--out", str(tmp_path))
     assert status == 2
     assert "holds a recipe.yaml that no run wrote" in one_line(err)

@@ -42,7 +42,7 @@ def side(pair: BlindPair, policy: str) -> str:
 
 def votes(path: Path, rater: Any, given: Any) -> Path:
     listed = [{"pair": pair, "vote": vote} for pair, vote in given]
-    path.write_text(json.dumps({"page": "p", "rater": rater, "votes": listed}))
+    path.write_text(json.dumps({"page": "p", "rater": rater, "votes": listed}), "utf-8")
     return path
 
 

@@ -32,7 +32,7 @@ def say(folder: Path, shell: str = '"$PY" -c "$SAYS"', **variables: str) -> tupl
     environment = {**os.environ, "PYTHONPATH": ROOT, "PY": sys.executable, "SAYS": SAYS, **variables}
     done = subprocess.run(["bash", "-c", shell], cwd=folder, env=environment, capture_output=True, timeout=60)
     assert b"Traceback" not in done.stderr, done.stderr.decode("latin-1")
-    assert (folder / "done").read_text() == "whole"
+    assert (folder / "done").read_text("utf-8") == "whole"
     return done.returncode, done.stdout, done.stderr
 
 

@@ -96,9 +96,9 @@ def test_a_clock_and_a_silent_node(good: dict[str, Any]) -> None:
 def test_paths_are_tried_and_not_only_looked_at(tmp_path: Path) -> None:
     model, empty, file = tmp_path / "model", tmp_path / "empty", tmp_path / "file"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text("{}", "utf-8")
     empty.mkdir()
-    file.write_text("no folder")
+    file.write_text("no folder", "utf-8")
     ask = doctor.Ask(
         {"a": str(model), "b": str(empty), "c": str(tmp_path / "gone")},
         {"out": str(tmp_path / "run"), "store": str(file / "videos")},

@@ -50,8 +50,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 def written(tmp_path: Path) -> Any:
     """Writes the recipe, with changes, and returns its path."""
     tree = yaml.safe_load(shipped_recipes()["tiny"].read_text("utf-8"))
-    (tmp_path / "list.yaml").write_text("questions: []\n")
-    (tmp_path / "q.txt").write_text("a\n")
+    (tmp_path / "list.yaml").write_text("questions: []\n", "utf-8")
+    (tmp_path / "q.txt").write_text("a\n", "utf-8")
     tree["queries"]["path"] = tree["sft"]["data"] = str(tmp_path / "q.txt")
     tree["policy"] = {"model": "org/llm"}
     tree["judge"] = {"model": "gpt-4o", "backend": "openai"}
@@ -128,7 +128,7 @@ def test_without_a_folder_a_model_is_where_engines_find_it_by_its_id(
     assert cli.main(["fetch", written()]) == 0
     snapshot = tmp_path / "cache/models--org--llm/snapshots" / COMMIT
     assert (snapshot / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
-    assert (tmp_path / "cache/models--org--llm/refs/main").read_text() == COMMIT
+    assert (tmp_path / "cache/models--org--llm/refs/main").read_text("utf-8") == COMMIT
 
 
 def test_a_store_gets_it_once(
@@ -260,7 +260,7 @@ def test_published_files_go_where_the_recipe_looks_for_them(
     }
     reward = {"model": f"{folder}/VisionReward-Video", "checklist": checklist}
     assert cli.main(["fetch", written(reward=reward)]) == 0
-    assert json.loads((folder / "q/weight_64.json").read_text()) == [0.25, 0, 0.5]
+    assert json.loads((folder / "q/weight_64.json").read_text("utf-8")) == [0.25, 0, 0.5]
     assert (folder / "q/VisionReward_video_qa.txt").read_bytes() == texts["VisionReward_video_qa.txt"]
     assert (folder / "VisionReward-Video/model.safetensors").is_file()
 

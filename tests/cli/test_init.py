@@ -25,7 +25,7 @@ def init(*words: str) -> int:
 
 
 def test_a_recipe_by_options_is_planned(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "q.txt").write_text("a cat\na dog on a bike\nrain\n")
+    (here / "q.txt").write_text("a cat\na dog on a bike\nrain\n", "utf-8")
     options = ["--video", "ltx-video", "--judge", "gpt-4o", "--reward", "vbench", "--gpus", "4"]
     assert (
         init("mine.yaml", *options, "--queries", "q.txt", "--policy", "org/llm", "--out", "s3://b/run") == 0
@@ -43,7 +43,7 @@ def test_a_recipe_by_options_is_planned(here: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_recipe_in_a_folder_finds_its_examples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "q.txt").write_text("a cat\na dog on a bike\nrain\n")
+    (here / "q.txt").write_text("a cat\na dog on a bike\nrain\n", "utf-8")
     (here / "my recipes").mkdir()
     options = ["--video", "http", "--judge", "gpt-4o", "--reward", "vbench", "--gpus", "1"]
     assert init("my recipes/mine.yaml", *options, "--queries", "q.txt") == 0
@@ -117,8 +117,8 @@ def test_the_laptops_example_and_what_makes_its_files(here: Path, capsys: pytest
 def test_what_cannot_be_is_told(
     here: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "there.yaml").write_text("mine")
-    (here / "file").write_text("")
+    (here / "there.yaml").write_text("mine", "utf-8")
+    (here / "file").write_text("", "utf-8")
     assert init(*words) == 2
     assert message in capsys.readouterr().err
-    assert (here / "there.yaml").read_text() == "mine"
+    assert (here / "there.yaml").read_text("utf-8") == "mine"

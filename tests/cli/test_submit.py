@@ -108,7 +108,7 @@ def work(tmp_path: Path) -> Path:
     """A working directory with a recipe in it."""
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(Path(TINY).read_text())
+    (folder / "recipe.yaml").write_text(Path(TINY).read_text("utf-8"), "utf-8")
     return folder
 
 

@@ -145,7 +145,7 @@ def test_the_rest_is_what_ray_packs(work: Work, monkeypatch: pytest.MonkeyPatch,
     (work.folder / "none").symlink_to("nothing")
     outside = work.folder.parent / "outside"
     outside.mkdir()
-    (outside / "x").write_text("x")
+    (outside / "x").write_text("x", "utf-8")
     (work.folder / "linked").symlink_to(outside)
     packed = work.pack()
     excludes = [*ray_constants.get_runtime_env_default_excludes(), *submit_package.EXCLUDES]
@@ -170,7 +170,7 @@ def test_folders_globs_and_links_that_a_recipe_names(work: Work) -> None:
         work.write(name)
     store = work.folder.parent / "store"
     store.mkdir()
-    (store / "sft.jsonl").write_text("far away")
+    (store / "sft.jsonl").write_text("far away", "utf-8")
     (work.folder / "sft.jsonl").symlink_to(store / "sft.jsonl")
     work.set("queries", path=["set", "more/*.jsonl"])
     work.set("sft", data="sft.jsonl")
@@ -185,7 +185,7 @@ def test_a_file_of_the_current_directory_travels_to_where_the_job_looks(
 ) -> None:
     elsewhere = work.folder.parent / "elsewhere"
     (elsewhere / "data").mkdir(parents=True)
-    (elsewhere / "data/q.jsonl").write_text("x")
+    (elsewhere / "data/q.jsonl").write_text("x", "utf-8")
     monkeypatch.chdir(elsewhere)
     work.set("queries", path="data/q.jsonl")
     assert work.pack() == ["data/q.jsonl", "recipe.yaml"]
@@ -209,7 +209,7 @@ def test_a_glob_of_all_folders_gives_each_file_once(work: Work) -> None:
 
 def test_what_cannot_travel_is_refused_by_name(work: Work) -> None:
     outside = work.folder.parent / "sft.jsonl"
-    outside.write_text("x")
+    outside.write_text("x", "utf-8")
     inside = work.write("q.jsonl")
     work.write("blocked words")
     with work.write("large.jsonl").open("wb") as file:
@@ -237,7 +237,7 @@ def test_what_cannot_travel_is_refused_by_name(work: Work) -> None:
 
 def test_a_path_that_is_the_same_on_the_cluster_stays_where_it_is(work: Work) -> None:
     outside = work.folder.parent / "sft.jsonl"
-    outside.write_text("x")
+    outside.write_text("x", "utf-8")
     work.set("sft", data=str(outside))
     work.set("queries", path="/no/such/path/here.jsonl")
     assert work.pack(everywhere=True) == ["recipe.yaml"]

@@ -197,8 +197,8 @@ def test_a_run_that_is_not_there_keeps_nothing_so_it_is_refused(
 
 def test_the_store_of_a_recipe(vpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "recipe.yaml"
-    text = (Path(__file__).parents[2] / "jobs/recipes/tiny.yaml").read_text()
-    recipe.write_text(text.replace("out: runs/demo", f"out: {tmp_path}/run"))
+    text = (Path(__file__).parents[2] / "jobs/recipes/tiny.yaml").read_text("utf-8")
+    recipe.write_text(text.replace("out: runs/demo", f"out: {tmp_path}/run"), "utf-8")
     VideoStore(tmp_path / "run/videos").write(KEYS[0], b"1", {"prompt": "a cat", **SHAPE})
     status, out, _ = vpo("ls", recipe)
     assert status == 0

@@ -16,7 +16,7 @@ class KustomizeError(ValueError):
 
 def build(folder: Path) -> list[dict[str, Any]]:
     """The manifests that `kubectl kustomize FOLDER` gives, in the order of their files."""
-    tree = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    tree = yaml.safe_load((folder / "kustomization.yaml").read_text("utf-8"))
     if unknown := set(tree) - KNOWN:
         raise KustomizeError(f"{folder}: {unknown} is not understood here")
     manifests = [made for name in tree["resources"] for made in _resource(folder, name)]
@@ -44,7 +44,7 @@ def _resource(folder: Path, name: str) -> list[dict[str, Any]]:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise KustomizeError(f"{path} does not exist")
-    return path.read_text()
+    return path.read_text("utf-8")
 
 
 def _selected(manifest: dict[str, Any], target: dict[str, str]) -> bool:

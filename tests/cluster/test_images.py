@@ -13,7 +13,7 @@ FILES = ["Dockerfile", "Dockerfile.cpu"]
 
 def instructions(name: str) -> list[tuple[str, str]]:
     """(instruction, arguments), continued lines joined and comments left out."""
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "cluster" / name).read_text(), flags=re.M)
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "cluster" / name).read_text("utf-8"), flags=re.M)
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [(head, rest) for head, _, rest in (line.partition(" ") for line in lines) if head]
 
@@ -29,7 +29,7 @@ def test_the_linter_is_content(name: str) -> None:
 def test_the_base_is_the_ray_that_is_locked(name: str) -> None:
     [(_, base)] = [line for line in instructions(name) if line[0] == "FROM"]
     locked = "cpu.txt" if name.endswith("cpu") else "gpu.txt"
-    requirements = (ROOT / "requirements" / locked).read_text()
+    requirements = (ROOT / "requirements" / locked).read_text("utf-8")
     [version] = re.findall(r"^ray(?:\[.*\])?==([\d.]+)", requirements, re.M)
     kind = "cpu" if name.endswith("cpu") else "gpu"
     assert base == f"rayproject/ray:{version}-py311-{kind}"
@@ -43,7 +43,7 @@ def test_it_runs_as_a_user_without_rights(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_everything_that_is_copied_or_installed_is_here_and_locked(name: str) -> None:
-    allowed = (ROOT / f"cluster/{name}.dockerignore").read_text().splitlines()
+    allowed = (ROOT / f"cluster/{name}.dockerignore").read_text("utf-8").splitlines()
     assert "*" in allowed, "nothing goes to the builder that is not named"
     for head, rest in instructions(name):
         assert head != "ADD"
@@ -59,5 +59,5 @@ def test_everything_that_is_copied_or_installed_is_here_and_locked(name: str) ->
 
 
 def test_torch_of_the_cpu_image_is_the_locked_one() -> None:
-    [locked] = re.findall(r"^(torch==\S+)", (ROOT / "requirements/cpu.txt").read_text(), re.M)
+    [locked] = re.findall(r"^(torch==\S+)", (ROOT / "requirements/cpu.txt").read_text("utf-8"), re.M)
     assert any(locked in rest.split() for head, rest in instructions("Dockerfile.cpu") if head == "RUN")

@@ -17,7 +17,7 @@ GENERATE = "{vpo-group: generate}"
 
 
 def config(cloud: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / f"cluster/launcher-{cloud}.yaml").read_text())
+    return yaml.safe_load((ROOT / f"cluster/launcher-{cloud}.yaml").read_text("utf-8"))
 
 
 def prepared(tree: dict[str, Any]) -> dict[str, Any]:

@@ -141,14 +141,14 @@ def test_a_patch_of_a_path_that_is_not_there_is_told(tmp_path: Path, patch: str,
     shutil.copy(KUBERAY / "base/shared/storage.yaml", tmp_path)
     tree: dict[str, Any] = {"resources": ["storage.yaml"]}
     tree["patches"] = [{"target": {"kind": "PersistentVolumeClaim"}, "patch": patch}]
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     with pytest.raises(KustomizeError, match=told):
         build(tmp_path)
     tree["patches"][0]["target"]["kind"] = "Secret"
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     with pytest.raises(KustomizeError, match="Secret"):
         build(tmp_path)
-    (tmp_path / "kustomization.yaml").write_text("resources: [gone.yaml]")
+    (tmp_path / "kustomization.yaml").write_text("resources: [gone.yaml]", "utf-8")
     with pytest.raises(KustomizeError, match=r"gone\.yaml"):
         build(tmp_path)
 
@@ -156,7 +156,7 @@ def test_a_patch_of_a_path_that_is_not_there_is_told(tmp_path: Path, patch: str,
 def test_every_file_belongs_to_a_kustomization() -> None:
     used = set()
     for path in KUBERAY.rglob("kustomization.yaml"):
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text("utf-8"))
         named = [
             *tree["resources"],
             *(patch.get("path", "kustomization.yaml") for patch in tree.get("patches", [])),
@@ -177,7 +177,7 @@ def test_the_cluster_of_a_job_is_the_one_that_stays() -> None:
 @pytest.mark.parametrize("name", ray_folders())
 def test_what_holds_for_every_cluster(name: str) -> None:
     spec = cluster_of(ray_of(name))
-    requirements = (ROOT / "requirements/gpu.txt").read_text()
+    requirements = (ROOT / "requirements/gpu.txt").read_text("utf-8")
     assert re.search(rf"^ray(\[.*\])?=={re.escape(spec['rayVersion'])}\b", requirements, re.M)
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}

@@ -17,10 +17,10 @@ from vpo_ray.metrics import SERVING, STAGES
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "cluster/grafana"
-DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboard.json").read_text())
+DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboard.json").read_text("utf-8"))
 RULES = [
     rule
-    for group in yaml.safe_load((GRAFANA / "alerts.yaml").read_text())["groups"]
+    for group in yaml.safe_load((GRAFANA / "alerts.yaml").read_text("utf-8"))["groups"]
     for rule in group["rules"]
 ]
 METRIC = re.compile(r"\bray_\w+")
@@ -41,7 +41,7 @@ def ours() -> dict[str, tuple[str, set[str]]]:
 def rays() -> set[str]:
     """The metrics of Ray's own dashboards."""
     folder = Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards"
-    return {name for path in folder.glob("*.py") for name in METRIC.findall(path.read_text())}
+    return {name for path in folder.glob("*.py") for name in METRIC.findall(path.read_text("utf-8"))}
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -89,7 +89,7 @@ def test_brackets_match(where: str, expr: str) -> None:
 
 
 def test_every_alert_has_a_place_in_the_run_book() -> None:
-    headings = re.findall(r"^## (.*)$", (ROOT / "docs/operations.md").read_text(), re.M)
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs/operations.md").read_text("utf-8"), re.M)
     for rule in RULES:
         assert rule["labels"]["severity"] in {"warning", "critical"}
         assert rule["annotations"]["run_book"] in headings
@@ -110,9 +110,11 @@ def test_panels_do_not_overlap() -> None:
 
 def test_the_lines_of_the_run_book_are_ours() -> None:
     """Of every quoted line, the pieces between its values are in the code."""
-    code = "".join(path.read_text() for path in (ROOT / "vpo_ray").rglob("*.py"))
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "vpo_ray").rglob("*.py"))
     code = re.sub(r'"\s*\n\s*f?"', "", code)
-    text = re.sub("```.*?```", "", (ROOT / "docs/operations.md").read_text(), flags=re.S).replace("\n", " ")
+    text = re.sub("```.*?```", "", (ROOT / "docs/operations.md").read_text("utf-8"), flags=re.S).replace(
+        "\n", " "
+    )
     lines = [line for line in re.findall(r"`([^`]+)`", text) if line.count(" ") > 3 and "vpo " not in line]
     assert len(lines) > 10
     for line in lines:
@@ -122,7 +124,7 @@ def test_the_lines_of_the_run_book_are_ours() -> None:
 
 
 def test_each_alert_fires_when_it_is_to_and_not_else(tmp_path: Path) -> None:
-    cases = yaml.safe_load((ROOT / "tests/cluster/alerts_test.yaml").read_text())["tests"]
+    cases = yaml.safe_load((ROOT / "tests/cluster/alerts_test.yaml").read_text("utf-8"))["tests"]
     tried = {
         case["alertname"] for test in cases for case in test["alert_rule_test"] if case.get("exp_alerts")
     }

@@ -118,7 +118,7 @@ def test_what_is_not_vbenchs_file_is_refused(tmp_path: Path, content: Any, messa
 
 
 def test_vbenchs_folder_is_not_its_file(tmp_path: Path) -> None:
-    (tmp_path / "scene.txt").write_text("a kite\n")
+    (tmp_path / "scene.txt").write_text("a kite\n", "utf-8")
     with pytest.raises(SetError, match=r"directory; expected VBench_full_info\.json"):
         queries("vbench", tmp_path)
 
@@ -142,7 +142,7 @@ def test_monetbench_is_one_parquet_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a kite"]}), tmp_path / "train.parquet")
     with pytest.raises(SetError, match="holds 2 Parquet files: name the one of the folder monetbench"):
         queries("monetbench", tmp_path)
-    (tmp_path / "prompts.csv").write_text("prompt\na kite\n")
+    (tmp_path / "prompts.csv").write_text("prompt\na kite\n", "utf-8")
     with pytest.raises(SetError, match="unknown kind; use one of"):
         queries("monetbench", tmp_path / "prompts.csv")
 
@@ -173,7 +173,7 @@ def test_repeated_queries_are_one_in_any_order(tmp_path: Path, caplog: pytest.Lo
     hashes = set()
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
         file = tmp_path / "queries.jsonl"
-        file.write_text("".join(json.dumps(lines[n]) + "\n" for n in order))
+        file.write_text("".join(json.dumps(lines[n]) + "\n" for n in order), "utf-8")
         settings = EvaluatedSet(path=str(file), category="kind")
         with caplog.at_level(logging.INFO, "vpo_ray.evaluation.sets"):
             rows = read_set("mine", settings, None)
@@ -206,7 +206,7 @@ def test_prompts_that_cannot_be_read_name_their_row(tmp_path: Path, data: bytes,
 
 def test_a_missing_prompt_quotes_a_long_query_in_part(tmp_path: Path) -> None:
     query = "好" * 3000
-    (tmp_path / "prompts.csv").write_text("query,prompt\n")
+    (tmp_path / "prompts.csv").write_text("query,prompt\n", "utf-8")
     with pytest.raises(SetError) as error:
         prompts_of_file(str(tmp_path / "prompts.csv"), [{"query": query, "query_id": query_id(query)}])
     assert len(str(error.value)) < 600

@@ -223,7 +223,7 @@ def test_what_is_forgotten_is_gone_from_what_was_collected(
 ) -> None:
     live = tmp_path / "live"
     collect(store.uri, str(live))
-    (live / "images/notes.txt").write_text("mine")
+    (live / "images/notes.txt").write_text("mine", "utf-8")
     assert main(["forget", store.uri, "--key", "other", "--collected", str(live)]) == 0
     assert "4 rows and 1 images are gone" in capsys.readouterr().out
     for folder in (live, tmp_path / "store"):

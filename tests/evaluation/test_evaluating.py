@@ -82,7 +82,7 @@ def test_every_prompt_of_every_policy_is_scored(ray_cluster: None, recipe: Recip
     assert found.results["results"]["four"]["render"].keys() == {"query", "theirs"}
     for folder in Path(recipe.out, "evaluation").iterdir():
         if (folder / "ledger.json").exists():
-            assert reconcile(json.loads((folder / "ledger.json").read_text())) == []
+            assert reconcile(json.loads((folder / "ledger.json").read_text("utf-8"))) == []
 
     again = evaluated(recipe)
     assert without_date(again.results) == without_date(found.results)

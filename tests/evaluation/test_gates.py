@@ -99,10 +99,10 @@ def test_what_does_not_pass_has_an_exit_status_of_its_own() -> None:
 def test_a_file_that_is_no_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LimitError, match="No such file"):
         read_results(str(tmp_path / "results.json"))
-    (tmp_path / "results.json").write_text("{")
+    (tmp_path / "results.json").write_text("{", "utf-8")
     with pytest.raises(LimitError, match="is not JSON"):
         read_results(str(tmp_path / "results.json"))
-    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}", "utf-8")
     with pytest.raises(LimitError, match=r"is not the results\.json of an evaluation"):
         read_results(str(tmp_path / "results.json"))
 
@@ -111,13 +111,13 @@ def test_a_file_that_is_no_results_is_refused(tmp_path: Path) -> None:
 def checkpoint(tmp_path: Path) -> str:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "vpo.json").write_text(json.dumps({"phase": "dpo", "fingerprint": "id of dpo"}))
+    (folder / "config.json").write_text("{}", "utf-8")
+    (folder / "vpo.json").write_text(json.dumps({"phase": "dpo", "fingerprint": "id of dpo"}), "utf-8")
     return str(folder)
 
 
 def stored(tmp_path: Path, results: dict[str, Any]) -> str:
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "results.json").write_text(json.dumps(results), "utf-8")
     return str(tmp_path / "results.json")
 
 
@@ -127,14 +127,14 @@ def test_a_checkpoint_needs_the_evaluation_that_it_passed(checkpoint: str, tmp_p
     require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
     with pytest.raises(GateError, match=r"verdict\.aligned of dpo is 0\.9"):
         require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
-    Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of another"}))
+    Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of another"}), "utf-8")
     with pytest.raises(GateError, match=r"evaluates other checkpoints .* has its identity"):
         require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.9"]))
 
 
 def test_limits_are_of_the_policy_that_is_deployed(checkpoint: str, tmp_path: Path) -> None:
     """Not of the last one of the evaluation."""
-    Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of sft"}))
+    Path(checkpoint, "vpo.json").write_text(json.dumps({"fingerprint": "id of sft"}), "utf-8")
     place = stored(tmp_path, evaluated(10))
     require_evaluation(checkpoint, Require(results=place, fail_below=["verdict.aligned=0.95"]))
 

@@ -61,7 +61,7 @@ def test_killed_among_verdicts_and_among_videos(tiny_sets: list[str], tmp_path: 
             )
         deadline = time.monotonic() + 400
         while parts(out, kind, table) < 2 and process.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text("utf-8")[-3000:]
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -197,7 +197,7 @@ def test_collected_data_replaces_no_run_and_no_store(
     there = tmp_path / which
     if which == "run":
         there.mkdir()
-        (there / "recipe.yaml").write_text("out: run\n")
+        (there / "recipe.yaml").write_text("out: run\n", "utf-8")
     image = there / "images" / f"{'a' * 64}.png"
     image.parent.mkdir()
     image.write_bytes(b"an image of the run, or of a row that came meanwhile")

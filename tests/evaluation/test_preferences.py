@@ -158,7 +158,7 @@ def test_both_orders_are_asked_once_and_a_place_is_no_preference(
     assert "dpo" not in json.dumps(server.requests)
 
     folders = [name for name in (tmp_path / "run/evaluation").iterdir() if (name / "ledger.json").exists()]
-    ledger = json.loads((folders[0] / "ledger.json").read_text())
+    ledger = json.loads((folders[0] / "ledger.json").read_text("utf-8"))
     assert reconcile(ledger) == []
     assert ledger["stages"]["prefer"]["out"] == 12
     assert sum(ledger["stages"]["prefer"]["answers"].values()) == 12

@@ -85,7 +85,7 @@ def test_the_guard_is_asked_once_about_every_prompt(
         assert guard(recipe, run, samples) == {"A cat.": False, "blood": True}
     assert len(server.requests) == 2 + 2, "each once, and a repair round for the one that babbles"
     (folder,) = [name for name in (tmp_path / "run/evaluation").iterdir() if (name / "ledger.json").exists()]
-    ledger = json.loads((folder / "ledger.json").read_text())
+    ledger = json.loads((folder / "ledger.json").read_text("utf-8"))
     assert reconcile(ledger) == []
     assert ledger["stages"]["label"]["verdicts"] == {"safe": 1, "unsafe": 1}
     assert endpoint_cost(RunDir(str(folder))) == pytest.approx(4 / 1000)

@@ -49,7 +49,7 @@ def test_a_file_is_read_as_curation_reads_it(tmp_path: Path, caplog: pytest.LogC
         {"text": "no query here"},
     ]
     file = tmp_path / "queries.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n", "utf-8")
     with caplog.at_level(logging.INFO, "vpo_ray.evaluation.sets"):
         rows = by_query(read("file", file, category="topic"))
     assert {query: row["category"] for query, row in rows.items()} == {
@@ -67,15 +67,15 @@ def test_a_file_has_any_format_of_queries(tmp_path: Path, kind: str) -> None:
     if kind == "parquet":
         pq.write_table(pa.table({"text": ["a pond", "a lake"]}), file)
     else:
-        file.write_text(("text\n" if kind == "csv" else "") + "a pond\na lake\n")
+        file.write_text(("text\n" if kind == "csv" else "") + "a pond\na lake\n", "utf-8")
     assert set(by_query(read("file", file, column="text"))) == {"a pond", "a lake"}
 
 
 def test_a_file_without_the_category_names_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "queries.csv").write_text("query,topic\na pond,water\n")
+    (tmp_path / "queries.csv").write_text("query,topic\na pond,water\n", "utf-8")
     with pytest.raises(SetError, match=r"set mine: evaluate\.sets\.mine\.path .*no column 'kind'.*'topic'"):
         read("file", tmp_path / "queries.csv", category="kind")
-    (tmp_path / "queries.txt").write_text("a pond\n")
+    (tmp_path / "queries.txt").write_text("a pond\n", "utf-8")
     with pytest.raises(SetError, match="a text file has no columns"):
         read("file", tmp_path / "queries.txt", category="kind")
 
@@ -99,7 +99,7 @@ VBENCH: list[Any] = [
 def test_vbench_has_dimensions_and_a_repeated_prompt_has_all_of_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "VBench_full_info.json").write_text(json.dumps(VBENCH))
+    (tmp_path / "VBench_full_info.json").write_text(json.dumps(VBENCH), "utf-8")
     with caplog.at_level(logging.INFO, "vpo_ray.evaluation.sets"):
         rows = by_query(read("vbench", tmp_path / "VBench_full_info.json"))
     assert len(rows) == 3
@@ -137,10 +137,10 @@ def test_monetbench_is_parquet_with_a_column_of_prompts(tmp_path: Path) -> None:
 
 def test_t2vsafetybench_is_a_file_an_aspect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in (1, 6, 14):
-        (tmp_path / f"{number}.txt").write_text(f"harm {number}\r\n\r\nmore harm {number}")
+        (tmp_path / f"{number}.txt").write_text(f"harm {number}\r\n\r\nmore harm {number}", "utf-8")
     (tmp_path / "Tiny-T2VSafetyBench").mkdir()
-    (tmp_path / "Tiny-T2VSafetyBench/1.txt").write_text("tiny harm\n")
-    (tmp_path / "notes.txt").write_text("not a prompt\n")
+    (tmp_path / "Tiny-T2VSafetyBench/1.txt").write_text("tiny harm\n", "utf-8")
+    (tmp_path / "notes.txt").write_text("not a prompt\n", "utf-8")
     rows = by_query(read("t2vsafetybench", tmp_path))
     assert {query: row["category"] for query, row in rows.items()} == {
         f"{more}harm {number}": ASPECTS[number - 1] for number in (1, 6, 14) for more in ("", "more ")
@@ -224,7 +224,7 @@ def test_the_largest_remainders_are_rounded_up() -> None:
 
 
 def test_a_size_that_the_set_does_not_have_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "queries.txt").write_text("a kite\na pond\na lake\n")
+    (tmp_path / "queries.txt").write_text("a kite\na pond\na lake\n", "utf-8")
     assert len(read("file", tmp_path / "queries.txt", size=2)) == 2
     with pytest.raises(SetError, match="set mine has 3 queries, fewer than size 4"):
         read("file", tmp_path / "queries.txt", size=4)
@@ -265,7 +265,7 @@ def test_what_was_trained_on_is_refused(tmp_path: Path, where: str) -> None:
 
 def prompts_file(folder: Path, rows: list[Any]) -> str:
     file = folder / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return str(file)
 
 
@@ -300,7 +300,8 @@ def test_a_file_may_name_images(tmp_path: Path, caplog: pytest.LogCaptureFixture
     values: list[Any] = ["red.png", "blue.png", None, " ", "gone.png", "cut.png", 5]
     file = tmp_path / "data/queries.jsonl"
     file.write_text(
-        "".join(json.dumps({"query": "a kite", "image": value, "topic": "t"}) + "\n" for value in values)
+        "".join(json.dumps({"query": "a kite", "image": value, "topic": "t"}) + "\n" for value in values),
+        "utf-8",
     )
     settings = EvaluatedSet(path=str(file), image_column="image", category="topic")
     run = RunDir(tmp_path / "run")
@@ -317,9 +318,9 @@ def test_a_file_may_name_images(tmp_path: Path, caplog: pytest.LogCaptureFixture
         assert why in caplog.text
     # A plan counts rows without looking; a file of prompts tells queries by their words.
     assert len(read_set("mine", settings, None)) >= 3
-    (tmp_path / "prompts.jsonl").write_text('{"query": "a kite", "prompt": "A kite climbs."}')
+    (tmp_path / "prompts.jsonl").write_text('{"query": "a kite", "prompt": "A kite climbs."}', "utf-8")
     prompts = prompts_of_file(str(tmp_path / "prompts.jsonl"), rows)
     assert prompts == dict.fromkeys([row["query_id"] for row in rows], "A kite climbs.")
-    (tmp_path / "q.txt").write_text("a kite\n")
+    (tmp_path / "q.txt").write_text("a kite\n", "utf-8")
     with pytest.raises(SetError, match="a text file has no columns, see image_column"):
         read_set("mine", EvaluatedSet(path=str(tmp_path / "q.txt"), image_column="image"), run)

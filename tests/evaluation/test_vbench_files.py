@@ -74,7 +74,7 @@ def vbench_rows(folder: Path) -> list[Row]:
         },
         {"prompt_en": "nobody rendered this", "dimension": ["scene"]},
     ]
-    (folder / "full.json").write_text(json.dumps(entries))
+    (folder / "full.json").write_text(json.dumps(entries), "utf-8")
     return read_set("vb", EvaluatedSet(kind="vbench", path=str(folder / "full.json")), None)
 
 
@@ -108,7 +108,7 @@ def test_videos_have_the_names_that_vbench_looks_for(tmp_path: Path, store: Vide
         name = f"{row['query']}{' ' * (row['query'] == 'a person is rowing')}-{row['seed']}.mp4"
         copied = (tmp_path / "out/vb/render" / row["policy"] / name).read_bytes()
         assert copied == f"video of {row['sample_id']}".encode()
-    info = json.loads((tmp_path / "out/vb/vbench_full_info.json").read_text())
+    info = json.loads((tmp_path / "out/vb/vbench_full_info.json").read_text("utf-8"))
     assert sorted(info, key=lambda entry: entry["prompt_en"]) == [
         {
             "prompt_en": "a blue teapot",
@@ -118,7 +118,7 @@ def test_videos_have_the_names_that_vbench_looks_for(tmp_path: Path, store: Vide
         {"prompt_en": "a person is rowing ", "dimension": ["human_action"]},
     ]
     assert export_vbench(samples, rows, str(tmp_path / "out"))["written"] == 8
-    manifest = json.loads((tmp_path / "out/vb/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out/vb/manifest.json").read_text("utf-8"))
     assert {entry["file"] for entry in manifest["videos"]} == {
         name for name in listing(tmp_path / "out/vb") if name.endswith(".mp4")
     }
@@ -152,7 +152,7 @@ def test_what_has_no_video_or_no_name_is_left_out_with_its_reason(tmp_path: Path
     }
     why = {
         entry["query"]: entry["why"]
-        for entry in json.loads((tmp_path / "out/here/vb/manifest.json").read_text())["left_out"]
+        for entry in json.loads((tmp_path / "out/here/vb/manifest.json").read_text("utf-8"))["left_out"]
     }
     for query in ("either/or", "../../../escape", "/etc/passwd"):
         assert why[query].startswith("the query cannot be the name of a file")
@@ -189,7 +189,7 @@ def test_an_export_between_object_stores(tmp_path: Path, s3_options: str) -> Non
 def results_file(folder: Path, content: Any, name: str = "results_1") -> str:
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}_eval_results.json"
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), "utf-8")
     return str(file)
 
 
@@ -241,7 +241,7 @@ def test_dimensions_in_files_of_their_own(tmp_path: Path) -> None:
         for dimension, percent in PUBLISHED.items():
             content = {dimension: [percent / 100, [entry(row, percent / 100)]]}
             results_file(tmp_path / "results", content, f"{row['policy']}_{dimension}")
-    (tmp_path / "results/x_full_info.json").write_text("[]")
+    (tmp_path / "results/x_full_info.json").write_text("[]", "utf-8")
     found = import_vbench(str(tmp_path / "results"), rows)
     assert [one.policy for one in found] == ["dpo", "query"]
     assert [one.total for one in found] == [pytest.approx(0.8161, abs=1e-4)] * 2
@@ -316,10 +316,10 @@ def test_results_of_other_videos_are_refused(tmp_path: Path, path: str) -> None:
 
 def test_results_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     rows = [sample("a kite")]
-    (tmp_path / "broken.json").write_text('{"scene": [0.5,')
+    (tmp_path / "broken.json").write_text('{"scene": [0.5,', "utf-8")
     with pytest.raises(SetError, match=r"broken\.json: not JSON"):
         import_vbench(str(tmp_path / "broken.json"), rows)
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}", "utf-8")
     with pytest.raises(SetError, match="no file is called <name>_eval_results"):
         import_vbench(str(tmp_path), rows)
     with pytest.raises(SetError, match=r"absent\.json: No such file"):

@@ -134,7 +134,8 @@ def test_classes_are_refused_or_stood_in_for_and_never_imported(tmp_path: Path) 
         "        self.act = torch.nn.functional.gelu\n"
         "        self.register_buffer('steps', torch.arange(3))\n"
         "if 'seen' in os.environ: torch.save(Model(), os.environ['seen'])\n"
-        "else: raise SystemError('imported')\n"
+        "else: raise SystemError('imported')\n",
+        "utf-8",
     )
     source, target = tmp_path / "model.pth", tmp_path / "out.safetensors"
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "seen": str(source)}

@@ -155,8 +155,8 @@ def test_bytes_that_are_no_utf8_cost_their_row(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_needed_may_be_there_once_only(tmp_path: Path) -> None:
-    (tmp_path / "s.csv").write_text("query,prompt,query\na,b,c\n")
-    (tmp_path / "s.tsv").write_text("query\tprompt\tquery\na\tb\tc\n")
+    (tmp_path / "s.csv").write_text("query,prompt,query\na,b,c\n", "utf-8")
+    (tmp_path / "s.tsv").write_text("query\tprompt\tquery\na\tb\tc\n", "utf-8")
     twice = pa.table([["a"], ["b"], ["c"]], names=["query", "prompt", "query"])
     pq.write_table(twice, tmp_path / "s.parquet")
     with pa.ipc.new_file(tmp_path / "s.arrow", twice.schema) as writer:
@@ -174,8 +174,8 @@ def test_a_name_given_twice_in_an_object_costs_the_row(tmp_path: Path) -> None:
         '{"query": "a", "query": "b", "prompt": "c"}',
         '{"query": "d", "of": {"query": 1, "query": 2}}',
     )
-    (tmp_path / "s.jsonl").write_text(f"{twice}\n{beside}\n")
-    (tmp_path / "s.json").write_text(f"[{twice}, {beside}]")
+    (tmp_path / "s.jsonl").write_text(f"{twice}\n{beside}\n", "utf-8")
+    (tmp_path / "s.json").write_text(f"[{twice}, {beside}]", "utf-8")
     for kind in ("jsonl", "json"):
         assert queries(tmp_path / f"s.{kind}") == ["d"]
         with pytest.raises(InputError, match=r"row 1 cannot be read: not JSON"):

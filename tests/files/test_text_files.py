@@ -73,7 +73,7 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_where_text_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.txt").write_text("one", "utf-8")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one"))
     fsspec.filesystem("memory").pipe("/texts/a.txt", b"one")
     for source in ("~/a.txt", "~/a.txt.gz", (tmp_path / "a.txt").as_uri(), "memory://texts/a.txt"):
@@ -121,7 +121,7 @@ def test_every_file_of_text_may_have_a_mark(tmp_path: Path, encoding: str) -> No
 @pytest.mark.parametrize("mark", SEPARATORS)
 def test_lists_of_lines_end_them_at_newlines_only(tmp_path: Path, mark: str) -> None:
     (tmp_path / "q.txt").write_text(f"Is it{mark}good?\nIs it red?\n", "utf-8")
-    (tmp_path / "w.json").write_text("[1, 2]")
+    (tmp_path / "w.json").write_text("[1, 2]", "utf-8")
     settings = Checklist(questions=str(tmp_path / "q.txt"), weights=str(tmp_path / "w.json"))
     assert [q.text for q in load_checklist(settings).questions] == [
         f"Is it{mark}good?",
@@ -130,7 +130,7 @@ def test_lists_of_lines_end_them_at_newlines_only(tmp_path: Path, mark: str) -> 
 
 
 def test_a_key_given_twice_in_a_checklist_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("questions:\n- {question: Good, weight: 1, weight: 2}\n")
+    (tmp_path / "c.yaml").write_text("questions:\n- {question: Good, weight: 1, weight: 2}\n", "utf-8")
     with pytest.raises(ChecklistError, match="given twice"):
         load_checklist(Checklist(file=str(tmp_path / "c.yaml")))
 

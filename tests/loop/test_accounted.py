@@ -23,7 +23,7 @@ TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     queries = tmp_path / "q.txt"
-    queries.write_text("\n".join(f"a cat, number {n}" for n in range(20)))
+    queries.write_text("\n".join(f"a cat, number {n}" for n in range(20)), "utf-8")
     given = [f"out={tmp_path / 'run'}", f"queries.path={queries}", "sft=null"]
     return recipes.load(TINY, [*given, "queries.splits={dpo: 0.5, eval: 0.5}"])
 
@@ -83,7 +83,7 @@ def test_a_ledger_that_cannot_be_written_hides_no_error(
 
 def test_a_command_of_one_stage_leaves_its_ledger(tmp_path: Path) -> None:
     """Really failing: all rows dropped, and no feedback to pair."""
-    (tmp_path / "q.txt").write_text("\n\n\n")
+    (tmp_path / "q.txt").write_text("\n\n\n", "utf-8")
     curate = [TINY, "--out", str(tmp_path / "a"), "--set", f"queries.path={tmp_path / 'q.txt'}"]
     assert cli.main(["curate", *curate]) == 2
     assert RunDir(tmp_path / "a").read_json("ledger.json")["stages"]["curate"]["dropped"] == {"empty": 3}

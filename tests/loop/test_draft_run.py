@@ -85,10 +85,10 @@ def test_a_policy_that_is_an_adapter(tmp_path: Path, adapted: tuple[Path, Any], 
 def test_what_is_an_adapter(tmp_path: Path, tiny_models: Path) -> None:
     assert adapter_of(str(tiny_models / "policy")) is None
     assert adapter_of("org/model") is None
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model", "r": 9}')
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model", "r": 9}', "utf-8")
     found = adapter_of(str(tmp_path))
     assert found is not None
     assert (found.base, found.engine_kwargs()["max_lora_rank"]) == ("org/model", 16)
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("{}", "utf-8")
     with pytest.raises(AdapterError, match="adapter_config"):
         adapter_of(str(tmp_path))

@@ -165,7 +165,7 @@ def test_one_query_now_and_once(
     assert (again, len(server.requests)) == (found, asked), "it is read"
     assert not RunDir(recipe.out).exists("recipe.yaml"), "the run of the recipe is another"
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.dump()))
+    path.write_text(yaml.safe_dump(recipe.dump()), "utf-8")
     assert cli.main(["refine", "a fox", "--recipe", str(path), "--budget", "3"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == found.prompt
@@ -187,7 +187,7 @@ def vpo(command: str, path: Path, out: Path) -> list[str]:
 def test_killed_in_every_round_and_learnt(tmp_path: Path, tiny_models: Path, serve_endpoint: Serve) -> None:
     """The commands, killed once among the prompts and once among the videos of each round, and SFT behind."""
     server = serve_endpoint(answer)
-    (tmp_path / "queries.txt").write_text("\n".join(f"a cat, number {n}" for n in range(6)))
+    (tmp_path / "queries.txt").write_text("\n".join(f"a cat, number {n}" for n in range(6)), "utf-8")
     recipe = recipe_for(
         tmp_path,
         tiny_models,
@@ -198,7 +198,7 @@ def test_killed_in_every_round_and_learnt(tmp_path: Path, tiny_models: Path, ser
         "evolve.fitness={reward: -1}",  # by these random weights, queries as they are move least
     )
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.dump()))
+    path.write_text(yaml.safe_dump(recipe.dump()), "utf-8")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for out in (whole, killed):
         subprocess.run(vpo("curate", path, out), check=True, cwd=ROOT, timeout=300)
@@ -212,7 +212,7 @@ def test_killed_in_every_round_and_learnt(tmp_path: Path, tiny_models: Path, ser
             )
         deadline = time.monotonic() + 600
         while len(list(table.glob("*.parquet"))) < number and process.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text("utf-8")[-3000:]
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -267,7 +267,7 @@ def test_one_query_with_its_image(
     assert names == {image_name((tmp_path / "red.png").read_bytes())}
     assert len(set(shown)) == 2
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.dump()))
+    path.write_text(yaml.safe_dump(recipe.dump()), "utf-8")
     asked = ["refine", "a fox", "--recipe", str(path), "--budget", "2", "--json"]
     requests = len(server.requests)
     assert cli.main([*asked, "--image", str(tmp_path / "red.png")]) == 0

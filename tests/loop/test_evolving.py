@@ -294,7 +294,9 @@ def test_a_gate_that_nothing_passes_is_one_message(tmp_path: Path, run: RunDir) 
 
 
 def test_a_plan_counts_the_videos_of_evolution(tmp_path: Path) -> None:
-    (tmp_path / "queries.txt").write_text("\n".join(f"a cat, number {number}" for number in range(40)))
+    (tmp_path / "queries.txt").write_text(
+        "\n".join(f"a cat, number {number}" for number in range(40)), "utf-8"
+    )
     sets = [f"queries.path={tmp_path}/queries.txt", "queries.splits={sft: 0.5, dpo: 0.5}", "evolve.budget=5",
             "reward={kind: vbench, dimensions: [temporal_flickering]}", "pair.dominance=none"]  # fmt: skip
     made = plan(recipe_at(tmp_path, *sets))
@@ -313,7 +315,7 @@ def test_a_plan_counts_the_videos_of_evolution(tmp_path: Path) -> None:
 def test_the_prompt_of_the_llm_needs_its_slots(tmp_path: Path) -> None:
     from vpo_ray.plan import PlanError
 
-    (tmp_path / "p.txt").write_text("Write {count} prompts for {query}")
+    (tmp_path / "p.txt").write_text("Write {count} prompts for {query}", "utf-8")
     with pytest.raises(PlanError, match=r"evolve.prompt: .*needs the slot {history} once"):
         plan(recipe_at(tmp_path, f"evolve.prompt={tmp_path}/p.txt"))
 

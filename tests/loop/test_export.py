@@ -28,7 +28,7 @@ def pair(number: int, query: str, kind: str = "text") -> dict[str, Any]:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_models: Path) -> Recipe:
-    (tmp_path / "task.txt").write_text(TASK)
+    (tmp_path / "task.txt").write_text(TASK, "utf-8")
     sets = [f"out={tmp_path / 'run'}", f"policy.model={tiny_models / 'policy'}"]
     return load(TINY, [*sets, f"policy.task_prompt={tmp_path / 'task.txt'}"])
 
@@ -79,7 +79,7 @@ def test_only_what_a_run_has_is_written(recipe: Recipe, tmp_path: Path) -> None:
         export(recipe, run, "trl", str(tmp_path / "to"))
     run.table("pairs").append([pair(1, "a cat")])
     assert export(recipe, run, "llamafactory", str(tmp_path / "to")) == {"preference.jsonl": 1}
-    assert list(json.loads((tmp_path / "to/dataset_info.json").read_text())) == ["vpo_preference"]
+    assert list(json.loads((tmp_path / "to/dataset_info.json").read_text("utf-8"))) == ["vpo_preference"]
     run.table("drafts").append(
         [{"draft_id": "1", "query_id": "q", "query": "a cat", "seed": 1, "target": "A cat."}]
     )
@@ -167,10 +167,10 @@ def test_data_of_somebody_else_is_not_overwritten(
 ) -> None:
     path = tmp_path / "to" / name
     path.parent.mkdir()
-    path.write_text(text)
+    path.write_text(text, "utf-8")
     with pytest.raises(ExportError, match=rf"{name} is there"):
         export(recipe, run, "trl", str(path.parent))
-    assert [file.read_text() for file in path.parent.iterdir()] == [text]
+    assert [file.read_text("utf-8") for file in path.parent.iterdir()] == [text]
 
 
 def test_an_export_is_replaced_by_a_later_one_of_its_run(recipe: Recipe, run: RunDir, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def command(tiny_sets: list[str], queries: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("queries") / "queries.json"
-    path.write_text(json.dumps(picked()))
+    path.write_text(json.dumps(picked()), "utf-8")
     return path
 
 
@@ -93,7 +93,7 @@ def made(run: RunDir) -> dict[str, object]:
 
 
 def test_every_real_query_ends_in_a_row_or_a_counted_reason(undisturbed: RunDir, queries: Path) -> None:
-    given = json.loads(queries.read_text())
+    given = json.loads(queries.read_text("utf-8"))
     kept = list(undisturbed.table("queries").rows())
     dropped = list(undisturbed.table("dropped").rows())
     assert len(kept) + len(dropped) == len(given)
@@ -148,7 +148,7 @@ def test_a_driver_killed_twice_gives_what_an_undisturbed_run_gives(
             driver.kill()
             driver.wait(timeout=30)
         if number == signal.SIGTERM:
-            assert status == 143, (tmp_path / f"{table}.log").read_text()[-4000:]
+            assert status == 143, (tmp_path / f"{table}.log").read_text("utf-8")[-4000:]
             assert run.read_json("ledger.json")["stages"]["sample"]["out"] > 0
     done = subprocess.run(start, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

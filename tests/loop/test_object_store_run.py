@@ -74,7 +74,7 @@ def recipe(tiny_models: Path, options: str, tmp_path_factory: pytest.TempPathFac
     """The tiny recipe with every model at a URI, as words of a command."""
     queries = tmp_path_factory.mktemp("queries") / "queries.txt"
     animals = ["cat", "dog", "owl", "fox", "hen", "eel", "emu", "yak"]
-    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
+    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals), "utf-8")
     models = {
         key: upload(tiny_models / name, f"s3://vpo/models/{name}?{options}") for key, name in MODELS.items()
     }
@@ -96,7 +96,7 @@ def run(recipe: list[str], options: str, tmp_path_factory: pytest.TempPathFactor
             while not any(re.match(what, name) for name in run.files()) and driver.poll() is None:
                 assert time.monotonic() < deadline, f"no {what} in time"
                 time.sleep(0.2)
-            assert driver.poll() is None, (logs / f"{number}.log").read_text()[-6000:]
+            assert driver.poll() is None, (logs / f"{number}.log").read_text("utf-8")[-6000:]
         finally:
             driver.send_signal(signal.SIGKILL)
             driver.wait(timeout=30)
@@ -173,6 +173,6 @@ def answered(port: int, server: subprocess.Popen[bytes], log: Path) -> Any:
             with urllib.request.urlopen(request, timeout=120) as reply:
                 return json.load(reply)
         except OSError:
-            assert server.poll() is None, log.read_text()[-6000:]
-            assert time.monotonic() < deadline, log.read_text()[-6000:]
+            assert server.poll() is None, log.read_text("utf-8")[-6000:]
+            assert time.monotonic() < deadline, log.read_text("utf-8")[-6000:]
             time.sleep(1)

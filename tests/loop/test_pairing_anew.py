@@ -88,7 +88,7 @@ def test_the_same_recipe_says_nothing_of_new_pairs(
 @pytest.mark.parametrize(("phase", "what"), [("dpo", "pairs"), ("rl", "groups")])
 def test_a_policy_that_was_trained_by_the_old_rule_is_not_lost(phase: str, what: str, tmp_path: Path) -> None:
     def recipe(terms: str) -> Recipe:
-        tree = yaml.safe_load(TINY.read_text())
+        tree = yaml.safe_load(TINY.read_text("utf-8"))
         tree |= {"out": str(tmp_path / "run"), "pair": {"by": "formula"}, "formula": {"terms": {terms: 1}}}
         if phase == "rl":
             tree |= {"dpo": None, "rl": {"epochs": 1, "lr": 1e-6, "global_batch": 4}}
@@ -130,7 +130,7 @@ def test_sft_may_learn_otherwise_until_there_is_what_comes_from_it(tmp_path: Pat
 
 
 def test_a_phase_may_be_added_but_not_changed_into_another(tmp_path: Path) -> None:
-    tree = yaml.safe_load(TINY.read_text()) | {"out": str(tmp_path / "run"), "pair": {"by": "score"}}
+    tree = yaml.safe_load(TINY.read_text("utf-8")) | {"out": str(tmp_path / "run"), "pair": {"by": "score"}}
     rl = {"epochs": 1, "lr": 1e-6, "global_batch": 4}
     open_run(parse(tree | {"dpo": None}, "recipe.yaml"))
     open_run(parse(tree, "recipe.yaml"))

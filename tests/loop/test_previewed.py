@@ -120,7 +120,7 @@ def test_killed_among_previews_and_among_full_renders(
     killed = recipe.model_copy(update={"out": str(tmp_path / "killed/run")})
     run = judged_run(killed)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.dump()))
+    path.write_text(yaml.safe_dump(recipe.dump()), "utf-8")
     looks = preview_run(killed, run)
     stops = [(looks.table("feedback"), 1), (run.table("feedback"), 1), (looks.table("renders"), 6)]
     for table, number in stops:
@@ -129,9 +129,9 @@ def test_killed_among_previews_and_among_full_renders(
             driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
         deadline = time.monotonic() + 300
         while table.count() < number and driver.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text("utf-8")[-3000:]
             time.sleep(0.05)
-        assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert driver.poll() is None, (tmp_path / "log").read_text("utf-8")[-3000:]
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     assert len(finished(run)) < QUERIES * K

@@ -65,7 +65,7 @@ def recipe_at(folder: Path, tiny_models: Path, server: EndpointServer) -> Recipe
     tiny_scorers.make_tiny_heads(folder)
     tiny_scorers.make_tiny_mps(folder / "mps")
     tiny_scorers.make_tiny_videoscore(folder / "videoscore")
-    (folder / "queries.txt").write_text("\n".join(f"a cat on roof number {n}" for n in range(24)))
+    (folder / "queries.txt").write_text("\n".join(f"a cat on roof number {n}" for n in range(24)), "utf-8")
     tiny = load(str(ROOT / "jobs/recipes/tiny.yaml")).dump()
     endpoint = {"base_url": server.url, "api_key_env": None, "retries": 0, "timeout_s": 60}
     terms = {f"reward.{name}": {"weight": FILTER[name]} for name in DIMENSIONS}
@@ -126,7 +126,7 @@ def test_it_evolves_learns_twice_and_is_evaluated(
     server = serve_endpoint(answer)
     recipe = recipe_at(tmp_path, tiny_models, server)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.dump()))
+    path.write_text(yaml.safe_dump(recipe.dump()), "utf-8")
     vpo("plan", str(path))
     vpo("run", str(path), "--rounds", "2")
     run = RunDir(recipe.out)

@@ -38,9 +38,9 @@ def words(tmp_path: Path, tiny_models: Path) -> list[str]:
     sets = [f"policy.model={tiny_models / 'policy'}", f"render.model={tiny_models / 'video'}"]
     checkpoint = tmp_path / "run/checkpoints/dpo"
     shutil.copytree(tiny_models / "policy", checkpoint)
-    (checkpoint / "vpo.json").write_text(json.dumps(FACTS))
-    (checkpoint / "README.md").write_text("trained from /home/somebody")
-    (tmp_path / "run/recipe.yaml").write_text("name: tiny\n")
+    (checkpoint / "vpo.json").write_text(json.dumps(FACTS), "utf-8")
+    (checkpoint / "README.md").write_text("trained from /home/somebody", "utf-8")
+    (tmp_path / "run/recipe.yaml").write_text("name: tiny\n", "utf-8")
     cats, dogs = query_id("cats"), query_id("dogs")
     query = {"split": "dpo", "source": "/home/somebody/log.jsonl", "flags": None}
     run.table("queries").append(
@@ -63,12 +63,18 @@ def words(tmp_path: Path, tiny_models: Path) -> list[str]:
         {"a": "reward", "b": "motion|<b>", "mean": -0.25},
         {"a": "reward", "b": "none", "mean": None},
     ]
-    (tmp_path / "run/ledger.json").write_text(json.dumps({"stages": {"score": {"agreement": agreement}}}))
+    (tmp_path / "run/ledger.json").write_text(
+        json.dumps({"stages": {"score": {"agreement": agreement}}}), "utf-8"
+    )
     for name, date in (("old", "2026-01-01"), ("new", "2026-02-01")):
         (tmp_path / f"run/evaluation/{name}").mkdir(parents=True)
-        (tmp_path / f"run/evaluation/{name}/results.json").write_text(json.dumps({"id": name, "date": date}))
-        (tmp_path / f"run/evaluation/{name}/report.html").write_text(name)
-    (tmp_path / "run/evaluation.json").write_text(json.dumps({"results": "evaluation/new/results.json"}))
+        (tmp_path / f"run/evaluation/{name}/results.json").write_text(
+            json.dumps({"id": name, "date": date}), "utf-8"
+        )
+        (tmp_path / f"run/evaluation/{name}/report.html").write_text(name, "utf-8")
+    (tmp_path / "run/evaluation.json").write_text(
+        json.dumps({"results": "evaluation/new/results.json"}), "utf-8"
+    )
     return ["push", TINY, "--out", str(tmp_path / "run"), *(word for s in sets for word in ("--set", s))]
 
 
@@ -99,9 +105,9 @@ def test_the_policy_of_the_last_round_goes(hub: HubServer, words: list[str], tmp
     run = tmp_path / "run"
     for number in (2, 3):
         (run / f"rounds/{number}").mkdir(parents=True)
-        (run / f"rounds/{number}/round.json").write_text("{}")
+        (run / f"rounds/{number}/round.json").write_text("{}", "utf-8")
     shutil.copytree(run / "checkpoints/dpo", run / "rounds/2/checkpoints/dpo")
-    (run / "rounds/2/checkpoints/dpo/vpo.json").write_text(json.dumps({**FACTS, "steps": 77}))
+    (run / "rounds/2/checkpoints/dpo/vpo.json").write_text(json.dumps({**FACTS, "steps": 77}), "utf-8")
     assert main([*words, "--policy", "team/optimiser"]) == 0
     assert json.loads(hub.pushed["team/optimiser"]["vpo.json"])["steps"] == 77, "the third trains still"
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 def recipe_of(tiny_sets: list[str], folder: Path, **changes: object) -> Recipe:
     queries = folder / "queries.txt"
-    queries.write_text("\n".join(f"a {animal} in the rain" for animal in ("cat", "dog", "owl", "fox")))
+    queries.write_text(
+        "\n".join(f"a {animal} in the rain" for animal in ("cat", "dog", "owl", "fox")), "utf-8"
+    )
     values = {
         "out": folder / "run",
         "queries.path": queries,

@@ -112,7 +112,7 @@ def test_a_shard_reads_past_what_a_killed_merge_left(tmp_path: Path) -> None:
 
 def recipe_for(out: Path, *more: str) -> Recipe:
     queries = out.parent / "queries.txt"
-    queries.write_text("\n".join(f"a cat on chair {n}" for n in range(12)))
+    queries.write_text("\n".join(f"a cat on chair {n}" for n in range(12)), "utf-8")
     return load(
         TINY, [f"out={out}", f"queries.path={queries}", "queries.splits={dpo: 1}", f"sft.data={SFT}", *more]
     )
@@ -228,7 +228,7 @@ def finished(recipe: Recipe, sets: list[str], *commands: list[str]) -> None:
 def logs(recipe: Recipe) -> str:
     out = Path(recipe.out)
     found = sorted(out.parent.glob(f"{out.name}-*.log"))
-    return "\n".join(f"{path.name}:\n{path.read_text()[-2500:]}" for path in found)
+    return "\n".join(f"{path.name}:\n{path.read_text('utf-8')[-2500:]}" for path in found)
 
 
 def wait_for(recipe: Recipe, table: str, shard: Shard) -> None:
@@ -264,7 +264,7 @@ def test_a_shard_that_is_killed_and_run_again_beside_another(
         judge.go_on.set()
         finished(recipe, sets, ["judge", "--shard", "1/2"])
         assert second.wait(300) == 0, logs(recipe)
-    assert "shard 2/2: " in Path(f"{recipe.out}-judge---shard-2of2.log").read_text()
+    assert "shard 2/2: " in Path(f"{recipe.out}-judge---shard-2of2.log").read_text("utf-8")
     assert len(run.table("verdicts").parts()) == run.table("verdicts").count() == 24
     assert not run.exists("ledger.json")
     asked = len(server.requests)

@@ -11,7 +11,9 @@ from plan_recipes import ROOT
 def tiny(tiny_models: Path, tmp_path: Path) -> dict[str, Any]:
     """Overrides that make tiny.yaml usable from any folder."""
     queries = tmp_path / "queries.txt"
-    queries.write_text("\n".join(f"query number {number}" for number in range(100)) + "\n\nquery number 1\n")
+    queries.write_text(
+        "\n".join(f"query number {number}" for number in range(100)) + "\n\nquery number 1\n", "utf-8"
+    )
     return {
         "out": tmp_path / "run",
         "queries.path": queries,

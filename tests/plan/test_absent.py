@@ -55,7 +55,7 @@ def test_text_says_what_is_not_here_and_no_number_is_made_up(capsys: pytest.Capt
 def test_what_is_wrong_is_no_plan_whatever_else_is_missing(
     tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "sft.jsonl").write_text('{"query": "a"}\n')
+    (tmp_path / "sft.jsonl").write_text('{"query": "a"}\n', "utf-8")
     changed = {**tiny, "reward.model": tmp_path / "none"}
     sets = [part for key, value in changed.items() for part in ("--set", f"{key}={value}")]
     status, found, _ = planned(capsys, "tiny", *sets)
@@ -90,5 +90,5 @@ def test_a_problem_of_a_file_that_is_here_is_not_its_absence(tmp_path: Path) -> 
     assert absent_sources(named)["sft.data"] == f"{tmp_path}/a.jsonl"
     lines = [f"sft.data: no such file: {tmp_path}/a.jsonl", f"x {tmp_path}/a.jsonl.gz: bad", "pair.margin: 3"]
     assert only_absent(named, lines) == (lines[:1], lines[1:])
-    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "a.jsonl").write_text("{}\n", "utf-8")
     assert only_absent(named, lines) == ([], lines)

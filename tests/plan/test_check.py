@@ -34,9 +34,9 @@ def test_every_problem_is_listed_at_once(tiny: dict[str, Any], tmp_path: Path) -
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare/config.json").write_text("{}")
-    (tmp_path / "task.txt").write_text("no slot")
-    (tmp_path / "critique.txt").write_text("{query} {query} {prompt}")
+    (tmp_path / "bare/config.json").write_text("{}", "utf-8")
+    (tmp_path / "task.txt").write_text("no slot", "utf-8")
+    (tmp_path / "critique.txt").write_text("{query} {query} {prompt}", "utf-8")
     found = problems(
         tiny,
         policy__model=tmp_path / "none",
@@ -87,14 +87,14 @@ def test_a_reward_behind_an_endpoint_is_no_folder(tiny: dict[str, Any]) -> None:
 def test_a_checklist_that_cannot_be_used_is_told_before_a_video_is_made(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "q.txt").write_text("One?\nTwo?\n")
-    (tmp_path / "w.json").write_text("[1.0]")
+    (tmp_path / "q.txt").write_text("One?\nTwo?\n", "utf-8")
+    (tmp_path / "w.json").write_text("[1.0]", "utf-8")
     files = f"{{questions: {tmp_path}/q.txt, weights: {tmp_path}/w.json}}"
     changed = {key: value for key, value in tiny.items() if not key.startswith("reward.checklist")}
     [line] = problems(changed, reward__checklist=files)
     assert line.startswith("reward.checklist:")
     assert "has 1 weights" in line
-    (tmp_path / "w.json").write_text("[1.0, 0]")
+    (tmp_path / "w.json").write_text("[1.0, 0]", "utf-8")
     check_recipe(recipe(changed, reward__checklist=files))
     assert problems(changed, reward__checklist=files, pair__dominance="dimension") == [
         "pair.dominance: dimension needs a checklist with dimensions, this one has none"
@@ -120,14 +120,14 @@ def test_the_judge_may_be_at_an_endpoint_or_an_adapter(tiny: dict[str, Any], tmp
     remote = recipe(tiny, judge__model="gpt-4o", judge__backend="openai")
     check_recipe(remote)
     assert hub_ids(recipe(tiny, judge__model="org/gpt", judge__backend="openai")) == []
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("{}", "utf-8")
     check_recipe(recipe(tiny, judge__model=tmp_path))
 
 
 def test_what_drafts_need_is_checked(tiny: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2)
-    (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n')
-    (tmp_path / "draft.txt").write_text("{query}")
+    (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2, "utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n', "utf-8")
+    (tmp_path / "draft.txt").write_text("{query}", "utf-8")
     check_recipe(recipe(tiny, draft__examples=tmp_path / "two.jsonl", draft__shots=2))
     assert problems(tiny, draft__examples=tmp_path / "two.jsonl") == [
         f"draft.shots 3: {tmp_path}/two.jsonl has 2 examples only"
@@ -187,7 +187,7 @@ def test_a_node_without_the_model_of_another_is_named(
 ) -> None:
     check_nodes(recipe(tiny))
     text = "import pydantic\nclass Model:\n    class Options(pydantic.BaseModel):\n        pass\n"
-    (tmp_path / "only_at_the_driver.py").write_text(text)
+    (tmp_path / "only_at_the_driver.py").write_text(text, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     there = recipe(tiny, more_rewards="{mine: {kind: 'only_at_the_driver:Model'}}")
     check_recipe(there)
@@ -228,9 +228,9 @@ def test_files_of_prompt_a_videos_rewards_are_looked_for(tiny: dict[str, Any], t
 
 
 def test_what_an_evaluation_asks_and_reads_is_looked_for(tiny: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("# nothing\n")
-    (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2)
-    (tmp_path / "critique.txt").write_text("{query}")
+    (tmp_path / "empty.txt").write_text("# nothing\n", "utf-8")
+    (tmp_path / "two.jsonl").write_text('{"query": "a", "prompt": "b"}\n' * 2, "utf-8")
+    (tmp_path / "critique.txt").write_text("{query}", "utf-8")
     gone = {"model": str(tmp_path / "gone")}
     shown = {"kind": "few_shot", "examples": str(tmp_path / "two.jsonl"), "llm": gone}
     found = problems(
@@ -276,7 +276,7 @@ def test_further_pairs_are_looked_for(tiny: dict[str, Any], tmp_path: Path) -> N
 def test_profiles_of_sft_data_are_looked_at(
     tiny: dict[str, Any], tmp_path: Path, row: dict[str, str], says: str | None
 ) -> None:
-    (tmp_path / "s.jsonl").write_text(json.dumps({"query": "a", "prompt": "b", **row}) + "\n")
+    (tmp_path / "s.jsonl").write_text(json.dumps({"query": "a", "prompt": "b", **row}) + "\n", "utf-8")
     changes: dict[str, Any] = {
         "sft__data": tmp_path / "s.jsonl",
         "sft__profile_column": "profile",
@@ -284,7 +284,7 @@ def test_profiles_of_sft_data_are_looked_at(
     }
     if says is None:
         check_recipe(recipe(tiny, **changes))
-        (tmp_path / "s.csv").write_text("query,prompt\na,b\n")
+        (tmp_path / "s.csv").write_text("query,prompt\na,b\n", "utf-8")
         changes["sft__data"], says = tmp_path / "s.csv", "no column 'profile'"
     [line] = problems(tiny, **changes)
     assert says in line

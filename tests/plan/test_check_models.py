@@ -18,13 +18,13 @@ Change = Callable[[Path], Any]
 
 
 def write(name: str, text: str) -> Change:
-    return lambda folder: (folder / name).write_text(text)
+    return lambda folder: (folder / name).write_text(text, "utf-8")
 
 
 def config(**changes: Any) -> Change:
     def change(folder: Path) -> None:
-        found = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**found, **changes}))
+        found = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(json.dumps({**found, **changes}), "utf-8")
 
     return change
 
@@ -90,11 +90,11 @@ def test_the_check_looks_at_them_and_imports_no_torch(
     tiny: dict[str, Any], tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "work/json.py").write_text("raise SystemExit('a file of the working directory')")
+    (tmp_path / "work/json.py").write_text("raise SystemExit('a file of the working directory')", "utf-8")
     monkeypatch.chdir(tmp_path / "work")
     model = tmp_path / "policy"
     shutil.copytree(tiny_models / "policy", model)
-    (model / "chat_template.jinja").write_text("hello")
+    (model / "chat_template.jinja").write_text("hello", "utf-8")
     with pytest.raises(PlanError, match=r"1 problem\(s\)\n  policy.model: .* leaves out what a user says"):
         check_recipe(recipe(tiny, policy__model=model))
     code = (
@@ -136,7 +136,7 @@ def test_rows_of_sft_data_are_read(tiny: dict[str, Any], tmp_path: Path) -> None
 
 def test_lists_of_words_and_keys_are_read(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "words").write_bytes(b"one\ncaf\xe9\n")
-    (tmp_path / "label.txt").write_text("no slot")
+    (tmp_path / "label.txt").write_text("no slot", "utf-8")
     with pytest.raises(PlanError) as caught:
         check_recipe(
             recipe(

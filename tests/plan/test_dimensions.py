@@ -34,11 +34,11 @@ class Fixed(Silent):
 
 @pytest.fixture
 def checklist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "said_dimensions.py").write_text(MODULE)
+    (tmp_path / "said_dimensions.py").write_text(MODULE, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     plugins.load_builder.cache_clear()
     path = tmp_path / "checklist.yaml"
-    path.write_text(CHECKLIST)
+    path.write_text(CHECKLIST, "utf-8")
     yield path
     plugins.load_builder.cache_clear()
 

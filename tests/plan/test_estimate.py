@@ -71,7 +71,7 @@ def test_only_the_dpo_split_is_rendered(tiny: dict[str, Any]) -> None:
 
 def test_rows_that_are_no_text_do_not_stop_it(tiny: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
-    path.write_text(json.dumps(["fine", "half \ud800", None, 3, {"other": 1}]))
+    path.write_text(json.dumps(["fine", "half \ud800", None, 3, {"other": 1}]), "utf-8")
     assert "5 rows read, 4 dropped, 1 for feedback" in show.text(plan(recipe(tiny, queries__path=path)))
 
 
@@ -83,7 +83,9 @@ def test_the_runs_own_ledger_predicts_the_rest_of_it(tiny: dict[str, Any], tmp_p
     assert (render.rows, render.work, render.hours(4)) == (200, 5.0, 1.25)
     assert stage(made, "score").rows == 200
     assert stage(made, "dpo").rows == 75
-    assert stage(made, "sft").rows == len(Path(ROOT / "vpo_ray/data/sft.jsonl").read_text().splitlines())
+    assert stage(made, "sft").rows == len(
+        Path(ROOT / "vpo_ray/data/sft.jsonl").read_text("utf-8").splitlines()
+    )
     assert stage(made, "score").work is None
     assert f"measured, {tmp_path}/run/ledger.json" in show.text(made)
 
@@ -219,7 +221,7 @@ def test_drafting_is_planned_with_the_llm_that_drafts(tiny: dict[str, Any], tmp_
 
 def test_labelling_takes_every_query_that_the_rules_keep(tiny: dict[str, Any], tmp_path: Path) -> None:
     queries = [f"a cat, number {number}" for number in range(12)]
-    (tmp_path / "queries.txt").write_text("\n".join([*queries, "", queries[1]]))
+    (tmp_path / "queries.txt").write_text("\n".join([*queries, "", queries[1]]), "utf-8")
     tiny["queries"] = {
         "path": str(tmp_path / "queries.txt"), "size": 6, "unsafe_share": 0.5, "unsafe_judge": True
     }  # fmt: skip

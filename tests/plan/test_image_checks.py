@@ -16,8 +16,8 @@ def image_video(tmp_path: Path) -> str:
     """What the plan looks at of an image-to-video checkpoint."""
     folder = tmp_path / "image_video"
     (folder / "vae").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
-    (folder / "vae/w.safetensors").write_text("")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}), "utf-8")
+    (folder / "vae/w.safetensors").write_text("", "utf-8")
     return str(folder)
 
 
@@ -62,9 +62,9 @@ def test_a_policy_that_sees_images_is_trained_where_packing_fits_it(
 ) -> None:
     seeing = tmp_path / "seeing"
     shutil.copytree(tiny_models / "policy", seeing)
-    config = json.loads((seeing / "config.json").read_text())
+    config = json.loads((seeing / "config.json").read_text("utf-8"))
     more = {"model_type": kind, "vision_config": {"hidden_size": 8}}
-    (seeing / "config.json").write_text(json.dumps({**config, **more}))
+    (seeing / "config.json").write_text(json.dumps({**config, **more}), "utf-8")
     images = {"queries__image_column": "image", "render__model": image_video, "judge__images": "ignore"}
     if kind == "idefics3":
         check_recipe(recipe(tiny, **images, policy__model=seeing))
@@ -77,7 +77,7 @@ def test_a_policy_that_sees_images_is_trained_where_packing_fits_it(
 def test_a_set_of_an_evaluation_has_what_the_video_model_takes(
     tiny: dict[str, Any], image_video: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "set.jsonl").write_text('{"query": "a cat", "image": "cat.png"}\n')
+    (tmp_path / "set.jsonl").write_text('{"query": "a cat", "image": "cat.png"}\n', "utf-8")
     path = {"path": str(tmp_path / "set.jsonl")}
     images = {"queries__image_column": "image", "render__model": image_video, **BLIND}
     (found,) = problems(tiny, **images, evaluate={"sets": {"mine": path}, "policies": ["query"]})

@@ -154,10 +154,10 @@ def judged(recipe: Recipe, run: RunDir, **more: Any) -> None:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     (tmp_path / "judge").mkdir()
-    (tmp_path / "judge/config.json").write_text("{}")
-    (tmp_path / "judge/README.md").write_text("a model")
-    (tmp_path / "critique.txt").write_text("Judge {query} and {prompt}")
-    (tmp_path / "checklist.yaml").write_text("questions: []")
+    (tmp_path / "judge/config.json").write_text("{}", "utf-8")
+    (tmp_path / "judge/README.md").write_text("a model", "utf-8")
+    (tmp_path / "critique.txt").write_text("Judge {query} and {prompt}", "utf-8")
+    (tmp_path / "checklist.yaml").write_text("questions: []", "utf-8")
     sets = {"out": "run", "judge.model": "judge", "judge.critique_prompt": "critique.txt",
             "reward.checklist.file": "checklist.yaml"}  # fmt: skip
     return load(TINY, [f"{key}={tmp_path / value}" for key, value in sets.items()])
@@ -176,10 +176,10 @@ def test_another_file_under_the_same_name_adds_no_rows_to_a_table(
     run = RunDir(recipe.out)
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run)
-    (tmp_path / "judge/README.md").write_text("a fine model")
+    (tmp_path / "judge/README.md").write_text("a fine model", "utf-8")
     refuse_other_inputs(recipe, run, ["judge"])
     read_prompt.cache_clear()
-    (tmp_path / file).write_text(text)
+    (tmp_path / file).write_text(text, "utf-8")
     with pytest.raises(OtherInputsError, match=says):
         refuse_other_inputs(recipe, run, ["judge"])
     read_prompt.cache_clear()
@@ -191,7 +191,7 @@ def test_a_table_without_a_good_row_takes_what_is_there_now(recipe: Recipe, tmp_
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run, error="JudgeError: no verdict", error_stage="judge")
     read_prompt.cache_clear()
-    (tmp_path / "critique.txt").write_text("Judge {query} better, and {prompt}")
+    (tmp_path / "critique.txt").write_text("Judge {query} better, and {prompt}", "utf-8")
     refuse_other_inputs(recipe, run, ["judge"])
     judged(recipe, run)
     refuse_other_inputs(recipe, run, ["judge"])
@@ -217,7 +217,7 @@ def test_another_engine_adds_no_rows_to_a_table(recipe: Recipe, monkeypatch: pyt
 
 def test_the_checklist_is_what_scores_were_made_with(recipe: Recipe, tmp_path: Path) -> None:
     before = made_with.facts(recipe, "score")
-    (tmp_path / "checklist.yaml").write_text("questions: [{question: Is it a cat?}]")
+    (tmp_path / "checklist.yaml").write_text("questions: [{question: Is it a cat?}]", "utf-8")
     after = made_with.facts(recipe, "score")
     assert {key for key in before if before[key] != after[key]} == {"reward.checklist.file"}
 
@@ -230,7 +230,7 @@ def test_a_run_of_a_version_that_did_not_note_it_goes_on(recipe: Recipe) -> None
 
 
 def test_an_interrupted_curation_of_other_input_leaves_no_query(tmp_path: Path) -> None:
-    (tmp_path / "q.txt").write_text("a cat\na dog\n")
+    (tmp_path / "q.txt").write_text("a cat\na dog\n", "utf-8")
     recipe = load(TINY, [f"out={tmp_path / 'run'}", f"queries.path={tmp_path / 'q.txt'}"])
     run = RunDir(recipe.out)
     left = {"query_id": "x", "query": "of the old file", "source": "q.txt", "split": "dpo"}
@@ -243,8 +243,8 @@ def test_an_interrupted_curation_of_other_input_leaves_no_query(tmp_path: Path) 
 def test_input_that_changes_after_curation_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, words: str
 ) -> None:
-    (tmp_path / "q.txt").write_text("a cat\na dog\n")
-    (tmp_path / "words.txt").write_text("cow bell\n")
+    (tmp_path / "q.txt").write_text("a cat\na dog\n", "utf-8")
+    (tmp_path / "words.txt").write_text("cow bell\n", "utf-8")
     words = words.replace("file:", "file://").replace("words.txt", f"{tmp_path}/words.txt")
     sets = [f"out={tmp_path / 'run'}", f"queries.path={tmp_path / 'q.txt'}"]
     recipe = load(TINY, [*sets, f"queries.rules.keywords={words}"])
@@ -252,7 +252,7 @@ def test_input_that_changes_after_curation_is_told(
     for _ in range(2):
         phases.curate_queries(recipe, run)
     assert "changed since" not in caplog.text
-    (tmp_path / "q.txt").write_text(json.dumps("a cow") + "\n")
+    (tmp_path / "q.txt").write_text(json.dumps("a cow") + "\n", "utf-8")
     phases.curate_queries(recipe, run)
     assert f"{tmp_path / 'q.txt'} changed since the run's queries were curated" in caplog.text
     assert run.table("queries").count() == 2

@@ -71,15 +71,15 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     plugins.load_builder.cache_clear()
 
     def put(version: str | None = "1.2", text: str = MODULE, points: str = "", name: str = "others") -> Path:
-        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").write_text(text, "utf-8")
         if version is not None:
             info = tmp_path / f"{name}_models-1.dist-info"
             info.mkdir(exist_ok=True)
             (info / "METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: {name}-models\nVersion: {version}\n"
+                f"Metadata-Version: 2.1\nName: {name}-models\nVersion: {version}\n", "utf-8"
             )
-            (info / "top_level.txt").write_text(name)
-            (info / "entry_points.txt").write_text(points)
+            (info / "top_level.txt").write_text(name, "utf-8")
+            (info / "entry_points.txt").write_text(points, "utf-8")
         sys.modules.pop(name, None)
         plugins.load_builder.cache_clear()
         return tmp_path
@@ -272,7 +272,7 @@ def test_what_a_models_options_name_is_found_and_located_and_travels(
     install()
     for name in ("clip", "scorer"):
         (tmp_path / name).mkdir()
-    (tmp_path / "words.txt").write_text("ball")
+    (tmp_path / "words.txt").write_text("ball", "utf-8")
     monkeypatch.chdir(tmp_path)
     reward = Reward.model_validate(
         {"kind": "others:Reads", "model": "scorer", "options": {"clip": "clip", "words": "words.txt"}}

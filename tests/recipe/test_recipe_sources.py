@@ -92,8 +92,8 @@ def test_every_field_of_text_is_a_place_or_known_to_be_none(tmp_path: Path) -> N
 
 def test_a_home_wherever_a_path_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "p.txt").write_text("Ask {query}")
-    (tmp_path / "s.jsonl").write_text('{"query": "a", "prompt": "b"}\n')
+    (tmp_path / "p.txt").write_text("Ask {query}", "utf-8")
+    (tmp_path / "s.jsonl").write_text('{"query": "a", "prompt": "b"}\n', "utf-8")
     (tmp_path / "recipe.yaml").write_bytes(TINY.read_bytes())
     assert read_prompt("~/p.txt") == "Ask {query}"
     assert len(list(sft_rows("~/s.jsonl"))) == 1

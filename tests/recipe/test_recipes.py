@@ -200,7 +200,9 @@ def test_the_published_checklist_scores_as_published(name: str, files: Path) -> 
     ).reward.checklist
     made = checklist.load_checklist(settings)
     assert len(made.questions) == 64
-    assert [q.weight for q in made.questions if q.weight] == json.loads((files / "weight.json").read_text())
+    assert [q.weight for q in made.questions if q.weight] == json.loads(
+        (files / "weight.json").read_text("utf-8")
+    )
     score, dimensions = made.score([True] * 64, "sum01")
     assert score == pytest.approx(6.2771726)
     assert {name: round(value, 4) for name, value in dimensions.items()} == {

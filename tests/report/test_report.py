@@ -30,7 +30,7 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
     checklist += [
         {"question": f"Is part {n} sharp?", "weight": 0.1, "dimension": "quality"} for n in range(9)
     ]
-    (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": checklist}))
+    (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": checklist}), "utf-8")
     where = [f"out={folder / 'run'}", f"reward.checklist.file={folder / 'checklist.yaml'}"]
     return load(TINY, [*where, *overrides])
 

@@ -294,7 +294,7 @@ def test_two_calls_that_forget_at_once_bring_nothing_back(
 
 def test_a_broken_mark_keeps_rows_waiting(tmp_path: Path) -> None:
     (tmp_path / "forgotten").mkdir()
-    (tmp_path / "forgotten" / "abc.json").write_text("{")
+    (tmp_path / "forgotten" / "abc.json").write_text("{", "utf-8")
     tables = FeedbackTables(str(tmp_path))
     with pytest.raises(StorageError, match=r"forgotten/abc.json is no mark of `vpo forget` that can be read"):
         tables.append(tables.answers, [])

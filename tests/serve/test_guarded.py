@@ -44,7 +44,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {name: make_key(name) for name in ("web", "slow", "narrow", "single")}
     options = {"slow": "requests_per_minute=6", "narrow": "scopes=videos", "single": "concurrency=1"}
     path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text("\n".join(f"{line} {options.get(name, '')}" for name, (_, line) in made.items()))
+    path.write_text("\n".join(f"{line} {options.get(name, '')}" for name, (_, line) in made.items()), "utf-8")
     return {**{name: key for name, (key, _) in made.items()}, "file": str(path)}
 
 
@@ -127,7 +127,7 @@ SLOW = {"timeout_s": 0.02, "max_tokens": 1700}
 def test_the_gate_and_the_fallback_where_the_engines_answer_is_passed_on(
     endpoint: Callable[..., str], tmp_path: Path
 ) -> None:
-    (tmp_path / "words").write_text("knife\n")
+    (tmp_path / "words").write_text("knife\n", "utf-8")
     safety = {"query": "refuse", "keywords": str(tmp_path / "words")}
     where = endpoint("plain", **SLOW, safety=safety, fallback=True)
     found = post(where, {"query": "a Knife"}).json()
@@ -166,7 +166,7 @@ def test_an_empty_answer_is_replaced_by_the_query(endpoint: Callable[..., str]) 
 
 
 def test_what_comes_back_raw_is_checked_as_a_prompt_is(endpoint: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "words").write_text("knife\n")
+    (tmp_path / "words").write_text("knife\n", "utf-8")
     safety = {"prompt": True, "keywords": str(tmp_path / "words")}
     where = endpoint("late", **SLOW, fallback=True, safety=safety)
     found = post(where, {"query": "a cat", "temperature": 0}).json()
@@ -208,7 +208,7 @@ def log_lines(name: str) -> str:
     import ray
 
     folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve"
-    return "\n".join(file.read_text() for file in folder.glob(f"*{name}*") if file.is_file())
+    return "\n".join(file.read_text("utf-8") for file in folder.glob(f"*{name}*") if file.is_file())
 
 
 def test_logs_name_the_request_and_not_its_secrets(guarded: str, keys: dict[str, str]) -> None:

@@ -42,7 +42,7 @@ def test_a_made_key_is_known_by_its_line_alone(tmp_path: Path) -> None:
     key, line = make_key("web")
     assert key not in line
     assert len(key) > 40
-    (tmp_path / "keys").write_text(f"# callers\n\n{line} requests_per_minute=5 scopes=optimize\n")
+    (tmp_path / "keys").write_text(f"# callers\n\n{line} requests_per_minute=5 scopes=optimize\n", "utf-8")
     found = KeyRing(tmp_path / "keys").find(f"Bearer {key}")
     assert (found.name, found.requests_per_minute, found.concurrency) == ("web", 5, None)
     assert found.scopes == ("optimize",)
@@ -53,14 +53,14 @@ def test_a_made_key_is_known_by_its_line_alone(tmp_path: Path) -> None:
 )
 def test_who_has_no_key_is_refused(tmp_path: Path, header: str | None) -> None:
     key, line = make_key("web")
-    (tmp_path / "keys").write_text(line)
+    (tmp_path / "keys").write_text(line, "utf-8")
     assert status(KeyRing(tmp_path / "keys"), header and header.format(key=key)) == 401
 
 
 def test_the_command_prints_a_key_and_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["key", "mobile.app"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    (tmp_path / "keys").write_text(second.partition(":")[2])
+    (tmp_path / "keys").write_text(second.partition(":")[2], "utf-8")
     assert KeyRing(tmp_path / "keys").find(f"bearer {first.split()[-1]}").name == "mobile.app"
     assert main(["key", "two words"]) == 2
     assert "cannot name a key" in capsys.readouterr().err
@@ -69,16 +69,16 @@ def test_the_command_prints_a_key_and_its_line(tmp_path: Path, capsys: pytest.Ca
 def test_keys_come_and_go_without_a_restart(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "keys"
     (old, old_line), (new, new_line) = make_key("old"), make_key("new")
-    path.write_text(old_line)
+    path.write_text(old_line, "utf-8")
     ring = KeyRing(path, clock)
-    path.write_text(f"{new_line}\nbroken line\n")
+    path.write_text(f"{new_line}\nbroken line\n", "utf-8")
     assert status(ring, f"Bearer {old}") == 200, "not looked at again yet"
     clock.time += 2
     assert (status(ring, f"Bearer {old}"), status(ring, f"Bearer {new}")) == (401, 200)
     path.unlink()
     clock.time += 2
     assert status(ring, f"Bearer {new}") == 401
-    path.write_text(old_line)
+    path.write_text(old_line, "utf-8")
     clock.time += 2
     assert status(ring, f"Bearer {old}") == 200
 
@@ -90,7 +90,7 @@ def test_a_mounted_secret_is_a_folder_of_keys(tmp_path: Path) -> None:
     for version, lines in (("..v1", [one_line, two_line]), ("..v2", [two_line])):
         (tmp_path / version).mkdir()
         for number, line in enumerate(lines):
-            (tmp_path / version / f"key{number}").write_text(line)
+            (tmp_path / version / f"key{number}").write_text(line, "utf-8")
     (tmp_path / "..data").symlink_to("..v1")
     for name in ("key0", "key1"):
         (tmp_path / name).symlink_to(f"..data/{name}")
@@ -107,14 +107,14 @@ def test_a_file_of_a_folder_that_cannot_be_read_shuts_nobody_else_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, (one, one_line), (two, two_line) = Clock(), make_key("one"), make_key("two")
-    (tmp_path / "a").write_text(one_line)
+    (tmp_path / "a").write_text(one_line, "utf-8")
     ring = KeyRing(tmp_path, clock)
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00 no text")
     for _ in range(3):
         clock.time += 2
         assert (status(ring, f"Bearer {one}"), status(ring, f"Bearer {two}")) == (200, 401)
     assert caplog.text.count("its keys are not admitted") == 1
-    (tmp_path / "b").write_text(two_line)
+    (tmp_path / "b").write_text(two_line, "utf-8")
     clock.time += 2
     assert (status(ring, f"Bearer {one}"), status(ring, f"Bearer {two}")) == (200, 200)
     (tmp_path / "a").unlink()
@@ -137,7 +137,7 @@ def test_a_bad_line_says_what_is_wrong_and_no_secret(line: str, told: str, tmp_p
     with pytest.raises(KeyFileError, match=told) as error:
         parse_line(line)
     assert "in-the-clear" not in str(error.value)
-    (tmp_path / "keys").write_text(line)
+    (tmp_path / "keys").write_text(line, "utf-8")
     with pytest.raises(KeyFileError, match="line 1"):
         KeyRing(tmp_path / "keys")
 
@@ -145,7 +145,7 @@ def test_a_bad_line_says_what_is_wrong_and_no_secret(line: str, told: str, tmp_p
 def test_no_keys_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="does not exist"):
         KeyRing(tmp_path / "keys")
-    (tmp_path / "keys").write_text("# nobody\n")
+    (tmp_path / "keys").write_text("# nobody\n", "utf-8")
     with pytest.raises(KeyFileError, match="holds no key"):
         KeyRing(tmp_path / "keys")
 

@@ -15,9 +15,9 @@ VIDEO = bytes(range(100))
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "page"
     (folder / "videos").mkdir(parents=True)
-    (folder / "index.html").write_text("<!doctype html><title>Which is better?</title>")
+    (folder / "index.html").write_text("<!doctype html><title>Which is better?</title>", "utf-8")
     (folder / "videos/ab12.mp4").write_bytes(VIDEO)
-    (folder / "secret.txt").write_text("secret")
+    (folder / "secret.txt").write_text("secret", "utf-8")
     (tmp_path / "ab.mp4").write_bytes(b"outside")
     return folder
 

@@ -74,7 +74,7 @@ def test_effort_is_offered_where_candidates_are_ranked() -> None:
 
 def test_a_picture_is_offered_where_it_is_taken(tmp_path: Path) -> None:
     service: Any = {"store": str(tmp_path), "render": {"kind": "openai", "model": "m"}}
-    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}', "utf-8")
     of_text: Any = {"store": str(tmp_path), "render": {"model": str(tmp_path)}}
     for settings, sees, animates in (
         (Serve(), False, False),
@@ -127,8 +127,8 @@ def locked(endpoint: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
     """An endpoint that asks for a key and rewrites flagged queries, and the key."""
     folder = tmp_path_factory.mktemp("playground")
     key, line = make_key("page")
-    (folder / "keys").write_text(line)
-    (folder / "words").write_text("knife\n")
+    (folder / "keys").write_text(line, "utf-8")
+    (folder / "words").write_text("knife\n", "utf-8")
     safety = {"query": "rewrite", "prompt": True, "keywords": str(folder / "words")}
     where = endpoint("locked", keys=str(folder / "keys"), safety=safety)
     return where.removesuffix("/v1") + "/", key

@@ -231,7 +231,7 @@ def test_where_no_prompt_passes_it_is_an_error_or_the_query_as_the_endpoint_fall
 def test_the_safety_gate_looks_at_the_query_and_before_a_prompt_is_rendered(
     tmp_path: Path, tiny_models: Path, serve_endpoint: Start
 ) -> None:
-    (tmp_path / "words").write_text("sky\nknife\n")
+    (tmp_path / "words").write_text("sky\nknife\n", "utf-8")
     gate = f"serve.safety={{query: refuse, prompt: true, keywords: {tmp_path / 'words'}}}"
     settings = settings_for(tmp_path, tiny_models, serve_endpoint(answer), gate, "evolve.rounds=1")
 
@@ -245,7 +245,7 @@ def test_the_safety_gate_looks_at_the_query_and_before_a_prompt_is_rendered(
     found = asyncio.run(ask("a fox"))
     assert (found.videos, {one.verdict for one in found.trace[1:]}) == (1, {"unsafe"})
     assert not any(one.prompt for one in found.trace[1:])
-    stored = [json.loads(path.read_text()) for path in (tmp_path / "store").rglob("*.json")]
+    stored = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "store").rglob("*.json")]
     assert [one["prompt"] for one in stored if "fps" in one] == ["a fox"]
 
 
@@ -397,7 +397,7 @@ def test_the_routes_take_a_query_and_give_its_job_to_who_asked(
     tmp_path: Path, tiny_models: Path, serve_endpoint: Start
 ) -> None:
     (mine, line), (other, other_line) = make_key("mine"), make_key("other")
-    (tmp_path / "keys").write_text(f"{line} requests_per_minute=6\n{other_line}\n")
+    (tmp_path / "keys").write_text(f"{line} requests_per_minute=6\n{other_line}\n", "utf-8")
     keys = f"serve.keys={tmp_path / 'keys'}"
     settings = settings_for(tmp_path, tiny_models, serve_endpoint(answer), keys)
 
@@ -443,7 +443,7 @@ def test_a_query_is_asked_for_and_polled(
     server = serve_endpoint(answer)
     settings = settings_for(tmp_path, tiny_models, server)
     (mine, line), (other, other_line) = make_key("mine"), make_key("other")
-    (tmp_path / "keys").write_text(f"{line} requests_per_minute=6\n{other_line}\n")
+    (tmp_path / "keys").write_text(f"{line} requests_per_minute=6\n{other_line}\n", "utf-8")
     assert settings.videos is not None
     where = endpoint("search", keys=str(tmp_path / "keys"), videos=settings.videos.model_dump())
     headers = {"Authorization": f"Bearer {mine}"}

@@ -178,10 +178,10 @@ def test_a_policy_that_reads_refuses_images_and_their_bodies() -> None:
 def test_the_checkpoint_and_the_recipe_say_whether_the_policy_sees(tmp_path: Path) -> None:
     for name, config in (("eyes", {"vision_config": {"depth": 2}}), ("text", {"hidden_size": 4})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "x", **config}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "x", **config}), "utf-8")
     (tmp_path / "adapter").mkdir()
     base = {"base_model_name_or_path": str(tmp_path / "eyes"), "r": 4}
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(base))
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(base), "utf-8")
     eyes, text, adapter = (str(tmp_path / name) for name in ("eyes", "text", "adapter"))
     assert as_seen(eyes, Serve()).images == "show"
     assert as_seen(adapter, Serve()).images == "show"
@@ -192,7 +192,7 @@ def test_the_checkpoint_and_the_recipe_say_whether_the_policy_sees(tmp_path: Pat
     with pytest.raises(RecipeError, match="cannot see"):
         as_seen(text, Serve(images="show"))
     base["base_model_name_or_path"] = str(tmp_path / "elsewhere")
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(base))
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(base), "utf-8")
     assert as_seen(adapter, Serve()).images == "ignore"
     assert as_seen(adapter, Serve(images="show")).images == "show", "who serves it knows"
     tiny = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
@@ -217,7 +217,7 @@ def test_the_gate_shows_the_image_to_checkers_that_see(outside: Outside, images:
         return chat_reply({"reason": "a knife in the picture", "unsafe": seen})
 
     service = outside(reply).service().model_copy(update={"images": images})
-    (tmp_path / "words").write_text("axe\n")
+    (tmp_path / "words").write_text("axe\n", "utf-8")
     words = str(tmp_path / "words")
     gate = Gate(Safety(query="refuse", keywords=words, moderation=service, judge=service))
     verdict = asyncio.run(gate.check("a cat", given(RED)))

@@ -24,7 +24,7 @@ def checked(settings: Safety, text: str) -> SafetyVerdict:
 
 
 def words(folder: Path, *lines: str) -> Safety:
-    (folder / "words.txt").write_text("\n".join(lines))
+    (folder / "words.txt").write_text("\n".join(lines), "utf-8")
     return Safety(query="refuse", keywords=str(folder / "words.txt"))
 
 

@@ -29,7 +29,7 @@ class Endpoint:
     def __init__(self, endpoint: Callable[..., str], folder: Path) -> None:
         made = {name: make_key(name) for name in NAMES}
         lines = "".join(f"{line} {NAMES[name]}\n" for name, (_, line) in made.items())
-        (folder / "keys").write_text(lines)
+        (folder / "keys").write_text(lines, "utf-8")
         self.store = folder / "store"
         self.clients = {
             name: httpx.Client(headers={"Authorization": f"Bearer {key}"}) for name, (key, _) in made.items()
@@ -53,7 +53,7 @@ def text_of(folder: Path) -> str:
     if (folder / "answers").exists():
         tables = FeedbackTables(str(folder))
         rows += [tables.answers.rows(), tables.opinions.rows()]
-    files = [path.read_text() for path in folder.glob("*.json*")]
+    files = [path.read_text("utf-8") for path in folder.glob("*.json*")]
     return json.dumps([list(some) for some in rows]) + "".join(files)
 
 

@@ -163,8 +163,8 @@ def test_a_query_becomes_a_video(
 ) -> None:
     recipe = load(TINY, [part for part in tiny_sets if part != "--set"])
     (mine, line), (other, other_line) = make_key("mine"), make_key("other")
-    (tmp_path / "keys").write_text(f"{line}\n{other_line}\n")
-    (tmp_path / "words").write_text("knife\n")
+    (tmp_path / "keys").write_text(f"{line}\n{other_line}\n", "utf-8")
+    (tmp_path / "words").write_text("knife\n", "utf-8")
     # What a replica that died has left: the next one finishes it.
     JobFolder(str(tmp_path / "store")).write(job(id="videoleft", owner="mine", status="in_progress"))
     videos = {

@@ -118,7 +118,7 @@ def test_what_was_written_is_the_answer_where_asking_again_fails(error: Exceptio
 
 
 def test_a_safe_prompt_is_the_answer_though_an_unsafe_one_meets_more_wishes(tmp_path: Path) -> None:
-    (tmp_path / "words").write_text("knife")
+    (tmp_path / "words").write_text("knife", "utf-8")
     safety = Safety(prompt=True, keywords=str(tmp_path / "words"))
     policy = Policy(["A red knife.", "A ball of any colour.", "A ball."])
     optimiser = Optimiser(policy, Gate(safety), None, Serve(safety=safety))  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def test_a_long_query_is_left_as_it_is() -> None:
 def test_a_long_query_that_the_gate_flags_is_rewritten_where_the_recipe_says_so(
     tmp_path: Path, query: Any
 ) -> None:
-    (tmp_path / "words").write_text("knife")
+    (tmp_path / "words").write_text("knife", "utf-8")
     safety = Safety(query=query, prompt=True, keywords=str(tmp_path / "words"))
     optimiser = Optimiser(Policy(["A ball."]), Gate(safety), None, Serve(safety=safety))  # type: ignore[arg-type]
     fields = {"n": 1, "temperature": 0.7, "seed": 5}

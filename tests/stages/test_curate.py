@@ -164,7 +164,7 @@ def test_files_of_windows(tmp_path: Path, name: str, data: str, ends: str) -> No
 
 def test_lines_that_are_no_json(tmp_path: Path) -> None:
     lines = ["{", '"one"', "[" * 100_000, "1" * 5000, '{"query": "two"} trailing', "NaN", "", '"three"']
-    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines), "utf-8")
     queries, dropped = run(tmp_path / "q.jsonl")
     assert texts(queries) == ["one", "three"]
     assert reasons(dropped) == {"not JSON": 4, "not text": 1}
@@ -174,7 +174,7 @@ def test_lines_that_are_no_json(tmp_path: Path) -> None:
 def test_a_row_without_the_column(tmp_path: Path, kind: str) -> None:
     rows = [{"query": "one"}, {"prompt": "\ud800"}, {}, {"query": "two", "more": 1}]
     text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
-    (tmp_path / f"q.{kind}").write_text(text)
+    (tmp_path / f"q.{kind}").write_text(text, "utf-8")
     queries, dropped = run(tmp_path / f"q.{kind}")
     assert texts(queries) == ["one", "two"]
     assert reasons(dropped) == {"no such column": 2}
@@ -182,7 +182,7 @@ def test_a_row_without_the_column(tmp_path: Path, kind: str) -> None:
 
 def test_a_csv_row_that_is_short_or_huge(tmp_path: Path) -> None:
     lines = ["id,query", "1,one", "2", "", f"3,{'x' * 200_000}", '4,"two, and ""three"""', "5,four,extra"]
-    (tmp_path / "q.csv").write_text("\n".join(lines))
+    (tmp_path / "q.csv").write_text("\n".join(lines), "utf-8")
     queries, dropped = run(tmp_path / "q.csv")
     assert texts(queries) == ["one", 'two, and "three"', "four"]
     assert reasons(dropped) == {"null": 1, "not CSV": 1}
@@ -283,7 +283,7 @@ def test_limits(tmp_path: Path) -> None:
 
 
 def test_another_column(tmp_path: Path) -> None:
-    (tmp_path / "q.csv").write_text("prompt,query\none,two\n")
+    (tmp_path / "q.csv").write_text("prompt,query\none,two\n", "utf-8")
     assert texts(run(tmp_path / "q.csv", column="prompt")[0]) == ["one"]
 
 
@@ -344,6 +344,6 @@ def test_every_row_is_in_the_tables_and_the_ledger(tmp_path: Path) -> None:
     assert flags.count([{"name": "ar", "value": "16:9"}]) >= 2
     # Finished once, it is kept.
     before = {name: directory.table(name).parts() for name in ("queries", "dropped")}
-    path.write_text("")
+    path.write_text("", "utf-8")
     curate_queries(recipe, directory)
     assert {name: directory.table(name).parts() for name in before} == before

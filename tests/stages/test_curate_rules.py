@@ -76,7 +76,7 @@ def test_keywords(tmp_path: Path) -> None:
 
 def test_rules_that_cannot_be_applied(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
-    empty.write_text("\n \n")
+    empty.write_text("\n \n", "utf-8")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
     for path, says in ((tmp_path / "none.txt", "cannot read"), (empty, "no word"), (binary, "cannot read")):
@@ -183,7 +183,7 @@ def test_labels_that_are_none(tmp_path: Path) -> None:
         "bad unsafe label": 5,
         "dpo": 2,
     }
-    (tmp_path / "q.txt").write_text("a cat")
+    (tmp_path / "q.txt").write_text("a cat", "utf-8")
     with pytest.raises(InputError, match=r"a text file has no columns, see queries\.unsafe_columns"):
         curate(Queries(path=str(tmp_path / "q.txt"), unsafe_columns=["label"]))
 

@@ -56,9 +56,9 @@ def test_a_folder_as_the_hub_has_it(tmp_path: Path) -> None:
     data.mkdir()
     pq.write_table(table("one", "two"), data / "train-00000-of-00002.parquet")
     pq.write_table(table("three"), data / "train-00001-of-00002.parquet")
-    (tmp_path / "README.md").write_text("# a card")
-    (tmp_path / "dataset_infos.json").write_text("{}")
-    (tmp_path / ".gitattributes").write_text("")
+    (tmp_path / "README.md").write_text("# a card", "utf-8")
+    (tmp_path / "dataset_infos.json").write_text("{}", "utf-8")
+    (tmp_path / ".gitattributes").write_text("", "utf-8")
     (tmp_path / ".cache").mkdir()
     pq.write_table(table("hidden"), tmp_path / ".cache/x.parquet")
     assert texts(tmp_path) == ["one", "two", "three"]
@@ -66,10 +66,10 @@ def test_a_folder_as_the_hub_has_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_lines(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text('{"query": "two"}\n')
-    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.jsonl").write_text('{"query": "two"}\n', "utf-8")
+    (tmp_path / "a.txt").write_text("one\n", "utf-8")
     (tmp_path / "deeper").mkdir()
-    (tmp_path / "deeper/c.csv").write_text("query\nthree\n")
+    (tmp_path / "deeper/c.csv").write_text("query\nthree\n", "utf-8")
     assert texts(tmp_path) == ["one", "two", "three"]
     assert texts([tmp_path / "b.jsonl", tmp_path / "deeper"]) == ["two", "three"]
     for pattern in ("**", "**/*", "*"):
@@ -97,7 +97,7 @@ def test_a_store_that_fsspec_knows() -> None:
 
 def test_a_store_that_pyarrow_opens(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/q1.txt").write_text("one")
+    (tmp_path / "a/q1.txt").write_text("one", "utf-8")
     pq.write_table(table("two"), tmp_path / "a/q2.parquet")
     uri = tmp_path.as_uri()
     assert texts(f"{uri}/a/q1.txt") == ["one"]
@@ -120,7 +120,7 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("nothing else")
+    (tmp_path / "README.md").write_text("nothing else", "utf-8")
     with pytest.raises(InputError, match="no file matches"):
         texts(tmp_path)
 
@@ -128,9 +128,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_columns_of_labels(tmp_path: Path) -> None:
     rows = {"query": ["one", "two", "three"], "toxicity": [0.9, 0.1, None], "threat": [0.0, 0.2, None]}
     pq.write_table(pa.table(rows), tmp_path / "q.parquet")
-    (tmp_path / "q.csv").write_text("query,toxicity,threat\none,0.9,0\ntwo,0.1,.2\nthree,,\n")
+    (tmp_path / "q.csv").write_text("query,toxicity,threat\none,0.9,0\ntwo,0.1,.2\nthree,,\n", "utf-8")
     (tmp_path / "q.json").write_text(
-        json.dumps([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+        json.dumps([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]), "utf-8"
     )
     for kind in ("parquet", "csv", "json"):
         curated = run(tmp_path / f"q.{kind}", unsafe_columns=["toxicity", "threat"])

@@ -26,9 +26,9 @@ def queries(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     texts += [f"{text} {rng.choice(('', '', 'now'))}" for text in rng.choices(texts, k=400)]
     rng.shuffle(texts)
     rows = [{"query": text, "unsafe": rng.random() < 0.2} for text in texts]
-    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:900])) + "\nno json\n")
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:900])) + "\nno json\n", "utf-8")
     pq.write_table(pa.Table.from_pylist(rows[900:1600]), folder / "b.parquet")
-    (folder / "c.json").write_text(json.dumps([*rows[1600:], None, {}, {"query": 1}]))
+    (folder / "c.json").write_text(json.dumps([*rows[1600:], None, {}, {"query": 1}]), "utf-8")
     return [str(folder / name) for name in ("a.jsonl", "b.parquet", "c.json")]
 
 
@@ -67,8 +67,8 @@ def test_a_file_that_fails_on_a_worker(queries: list[str], tmp_path: Path) -> No
 
 
 def test_a_file_without_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("")
-    (tmp_path / "b.txt").write_text("one\ntwo")
+    (tmp_path / "a.txt").write_text("", "utf-8")
+    (tmp_path / "b.txt").write_text("one\ntwo", "utf-8")
     assert curate(Queries(path=f"{tmp_path}/*.txt", workers=2)).counts() == {"dpo": 2}
     with pytest.raises(InputError, match="holds no rows"):
         curate(Queries(path=f"{tmp_path}/a.txt", workers=2))

@@ -212,6 +212,6 @@ def test_sft_needs_data_or_drafts() -> None:
 
 def test_examples_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
-    path.write_text('{"query": "a"}\n')
+    path.write_text('{"query": "a"}\n', "utf-8")
     with pytest.raises(InputError, match=r"draft.examples .*: row 1 needs"):
         list(sft_rows(str(path), "draft.examples"))

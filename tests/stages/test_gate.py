@@ -105,7 +105,7 @@ def test_adaptive_rendering_goes_on_to_the_next_prompt() -> None:
 
 
 def test_several_dimensions_must_all_be_reached(tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text("cat")
+    (tmp_path / "words.txt").write_text("cat", "utf-8")
     options = {"words": [2, 5], "required": str(tmp_path / "words.txt")}
     gate = PromptGate(RenderGate(options=options, least={"required": 1, "length": 0.5, "score": 0.8}))
     texts = ["a dog", "a cat", "a cat " * 6, "cat"]

@@ -135,7 +135,7 @@ def test_the_stage_is_that_of_the_one_preference(tmp_path: Path) -> None:
 
 
 def test_a_question_has_its_slots(tmp_path: Path) -> None:
-    (tmp_path / "q.txt").write_text("Which fits {query}: {first}?")
+    (tmp_path / "q.txt").write_text("Which fits {query}: {first}?", "utf-8")
     recipe = recipe_with(prefer_prompts={"llm": LLM, "question": str(tmp_path / "q.txt")})
     with pytest.raises(PlanError, match=r"prefer_prompts.question: \S+ needs the slot {second} once"):
         check_recipe(recipe)

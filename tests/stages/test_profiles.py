@@ -309,7 +309,7 @@ def recipe_of(folder: Path, *more: str) -> Recipe:
 
 def sft_recipe(folder: Path, rows: list[dict[str, str]]) -> Recipe:
     data = folder / "sft.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return recipe_of(folder, f"sft.data={data}", "sft.profile_column=kind")
 
 
@@ -421,7 +421,7 @@ def test_the_endpoint_tells_a_policy_that_learnt_profiles(tmp_path: Path) -> Non
     dumped = {name: profile.model_dump(mode="json") for name, profile in PROFILES.items()}
     for folder, facts in ((learnt, {"job": "x", "profiles": dumped}), (plain, {"job": "y"})):
         folder.mkdir()
-        (folder / "vpo.json").write_text(json.dumps(facts))
+        (folder / "vpo.json").write_text(json.dumps(facts), "utf-8")
 
     def told(folder: Path, **more: Any) -> tuple[bool | None, list[str] | None]:
         found = as_learnt(str(folder), Serve.model_validate(more))

@@ -64,7 +64,7 @@ def write(folder: Path, rows: list[dict[str, Any]], **images: bytes) -> Queries:
     (folder / "pictures").mkdir(exist_ok=True)
     for name, data in images.items():
         (folder / "pictures" / name).write_bytes(data)
-    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     return Queries(path=str(folder / "q.jsonl"), image_column="image")
 
 
@@ -147,14 +147,14 @@ def test_tables_have_a_column_of_images(tmp_path: Path, kind: str) -> None:
     (tmp_path / "one.webp").write_bytes(picture(kind="WEBP"))
     path = tmp_path / f"q.{kind}"
     if kind == "csv":
-        path.write_text("picture,query\none.webp,a cat\n,a dog\n")
+        path.write_text("picture,query\none.webp,a cat\n,a dog\n", "utf-8")
     else:
         pq.write_table(pa.table({"query": ["a cat", "a dog"], "picture": ["one.webp", None]}), path)
     queries, _ = run(Queries(path=str(path), image_column="picture"), tmp_path / "store")
     assert [row["image"] for row in queries] == [image_name(picture(kind="WEBP")), None]
     with pytest.raises(InputError, match="no column 'image'"):
         run(Queries(path=str(path), image_column="image"), tmp_path / "store")
-    (tmp_path / "q.txt").write_text("a cat")
+    (tmp_path / "q.txt").write_text("a cat", "utf-8")
     with pytest.raises(InputError, match=r"see queries\.image_column"):
         run(Queries(path=str(tmp_path / "q.txt"), image_column="image"), tmp_path / "store")
 

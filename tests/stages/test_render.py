@@ -135,7 +135,7 @@ def test_a_slow_render_is_an_error_row(settings: Render, tmp_path: Path) -> None
 
 
 def test_a_store_that_cannot_be_written_stops_the_run(settings: Render, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", "utf-8")
     with pytest.raises(StorageError, match="file/videos"):
         Renderer(settings, str(tmp_path / "file" / "videos"), 7)([candidate("a cat")])
 

@@ -82,7 +82,7 @@ def test_an_endpoint_is_sent_the_query_alone() -> None:
 
 
 def test_a_template_quotes_the_query(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("Improve: {query}")
+    (tmp_path / "t.txt").write_text("Improve: {query}", "utf-8")
     _, endpoint = rewrite("x", prompt=str(tmp_path / "t.txt"))
     assert endpoint.asked[0][0] == 'Improve: "a cat"'
 
@@ -132,7 +132,7 @@ def test_other_recipes_have_no_such_stage(policies: str, tmp_path: Path) -> None
 def test_what_a_policy_lacks_is_told_when_the_recipe_is_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"evaluate.policies.p-1.5.examples is missing"):
         recipe_with({"kind": "few_shot"})
-    (tmp_path / "t.txt").write_text("Improve this")
+    (tmp_path / "t.txt").write_text("Improve this", "utf-8")
     recipe = recipe_with({"kind": "endpoint", "llm": LLM, "prompt": str(tmp_path / "t.txt")})
     with pytest.raises(PlanError, match=r"policies.p-1.5.prompt: \S+ needs the slot {query} once"):
         check_recipe(recipe)

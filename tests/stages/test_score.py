@@ -115,7 +115,7 @@ def test_a_video_that_one_reward_cannot_score_keeps_no_half_of_its_scores(
 ) -> None:
     store.write("video0", clip(0), {})
     question = "Is it " + "very " * 5000 + "sharp?"
-    (tmp_path / "long.yaml").write_text(f"questions: [{{question: '{question}', weight: 1}}]")
+    (tmp_path / "long.yaml").write_text(f"questions: [{{question: '{question}', weight: 1}}]", "utf-8")
     long = scorer.settings.model_copy(
         update={"checklist": recipe.Checklist(file=str(tmp_path / "long.yaml"))}
     )

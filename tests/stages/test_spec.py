@@ -180,9 +180,9 @@ def test_a_stage_of_ones_own_has_a_command_and_a_place_in_the_cluster(small: Non
 
 def test_a_stage_of_ones_own_is_planned_and_submitted(registered: None, tmp_path: Path) -> None:
     queries = tmp_path / "queries.jsonl"
-    queries.write_text("\n".join(f'{{"query": "{query}"}}' for query in QUERIES))
+    queries.write_text("\n".join(f'{{"query": "{query}"}}' for query in QUERIES), "utf-8")
     checklist = tmp_path / "checklist.yaml"
-    checklist.write_text("questions:\n- {question: 'Is it sharp?', weight: 1, dimension: quality}\n")
+    checklist.write_text("questions:\n- {question: 'Is it sharp?', weight: 1, dimension: quality}\n", "utf-8")
     sets = [f"queries.path={queries}", "queries.splits={dpo: 1}", f"reward.checklist.file={checklist}"]
     recipe = load(TINY, [*recipe_for(tmp_path), *sets])
     plan = estimate.plan(recipe)

@@ -233,8 +233,8 @@ def test_copies_that_nobody_uses_go_and_those_in_use_stay(
 
 def test_other_files_in_the_cache_are_let_be(cache: Path, uri: str) -> None:
     cache.mkdir(mode=0o700)
-    (cache / "notes.txt").write_text("mine")
-    (cache / "notes.json").write_text("{}")
+    (cache / "notes.txt").write_text("mine", "utf-8")
+    (cache / "notes.json").write_text("{}", "utf-8")
     (cache / "models").mkdir()
     fetch(uri)
     assert {"notes.txt", "notes.json", "models"} <= {path.name for path in cache.iterdir()}

@@ -291,7 +291,7 @@ def test_the_commands_without_an_engine(
 ) -> None:
     """Curate, resume, pair, report and the store's own command, all on the server."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    (tmp_path / "q.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "q.txt").write_text("a cat\n\na dog\n", "utf-8")
     tiny = [TINY, "--out", uri, "--set", f"queries.path={tmp_path / 'q.txt'}"]
     tiny += ["--set", "queries.splits={dpo: 1}", "--set", "pair.dominance=none"]
     for _ in range(2):

@@ -97,6 +97,19 @@ def test_one_process_may_have_it_again_inside(tmp_path: Path) -> None:
     assert claims(tmp_path) == []
 
 
+def test_a_process_may_have_any_name(tmp_path: Path) -> None:
+    """The kernel cuts a program's name at 15 bytes, and so within a letter; another may run under Latin-1."""
+    comm = Path("/proc/self/comm")
+    before = comm.read_bytes()
+    comm.write_bytes("größer als gewöhnlich".encode()[:14] + b"\xc3")
+    try:
+        with driving(tmp_path):
+            assert len(claims(str(tmp_path))) == 1
+    finally:
+        comm.write_bytes(before.strip())
+    assert claims(str(tmp_path)) == []
+
+
 def test_the_second_driver_is_refused_by_name(uri: str) -> None:
     other = Elsewhere(uri)
     with other.living(), pytest.raises(RunInUseError) as caught, driving(uri):
@@ -266,7 +279,7 @@ def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def tiny(tmp_path: Path) -> list[str]:
-    (tmp_path / "q.txt").write_text("a cat\n")
+    (tmp_path / "q.txt").write_text("a cat\n", "utf-8")
     return [
         "jobs/recipes/tiny.yaml",
         "--out",

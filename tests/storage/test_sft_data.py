@@ -34,7 +34,7 @@ DOUBLED = [
 
 
 def written(path: Path, rows: list[tuple[str, str]]) -> Path:
-    path.write_text("".join(json.dumps({"query": q, "prompt": p}) + "\n" for q, p in rows))
+    path.write_text("".join(json.dumps({"query": q, "prompt": p}) + "\n" for q, p in rows), "utf-8")
     return path
 
 
@@ -169,7 +169,7 @@ def test_a_file_gives_prompts_for_queries_with_an_image(
     Image.new("RGB", (6, 4), "red").save(tmp_path / "red.png")
     rows = [{"query": "a cat", "prompt": "A cat.", "image": image} for image in ("red.png", "", "no.png")]
     path = tmp_path / "seen.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows[:2])))
+    path.write_text("\n".join(map(json.dumps, rows[:2])), "utf-8")
     given = [f"out={tmp_path / 'run'}", f"sft.data={path}", "sft.image_column=image"]
     recipe = load(TINY, [*given, "queries.image_column=image"])
     run = opening.open_run(recipe)
@@ -179,7 +179,7 @@ def test_a_file_gives_prompts_for_queries_with_an_image(
     assert learnt == {(query_id("a cat"), None), (query_id("a cat", image_hash(name)), name)}
     assert [row["image"] for row in trained[0]["rows"]].count(name) == 1
 
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     with pytest.raises(policies.LoopError, match=r"row 3: no such image: .*no\.png"):
         phases.train_sft(recipe, run)
     with pytest.raises(RecipeError, match=r"sft.image_column has no effect without queries.image_column"):

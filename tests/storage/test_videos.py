@@ -155,7 +155,7 @@ def _cut_sidecar(store: VideoStore) -> None:
 
 
 def _other_sidecar(store: VideoStore) -> None:
-    at(store, "json").write_text(json.dumps({"key": KEY}))
+    at(store, "json").write_text(json.dumps({"key": KEY}), "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_hit_reads_no_video_and_a_copied_store_is_hashed_once(
 def test_a_video_of_a_store_without_times_is_hashed(store: VideoStore) -> None:
     info = store.write(KEY, DATA, {})
     del info["mtime_ns"]
-    at(store, "json").write_text(json.dumps(info))
+    at(store, "json").write_text(json.dumps(info), "utf-8")
     assert store.has(KEY)
     rot(at(store, "mp4"), DATA[:-1] + b"x")
     assert store.has(KEY), "noted by the first look-up"
@@ -305,13 +305,13 @@ def test_a_key_is_never_a_path(store: VideoStore, bad: str) -> None:
 def test_a_video_is_listed_under_any_key_that_it_can_be_written_under(store: VideoStore, key: str) -> None:
     store.write(key, DATA, {})
     at = Path(store.uri(key))
-    at.with_name(f"{key}.txt").write_text("about it")
+    at.with_name(f"{key}.txt").write_text("about it", "utf-8")
     store.folder.write(f"elsewhere/{at.name}", DATA)
     assert [entry.key for entry in store.entries()] == [key]
 
 
 def test_a_store_that_cannot_be_used_says_where(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", "utf-8")
     store = VideoStore(tmp_path / "file" / "store")
     with pytest.raises(StorageError, match="file/store"):
         store.write(KEY, DATA, {})

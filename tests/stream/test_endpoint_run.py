@@ -143,7 +143,7 @@ def test_the_judge_labels_the_unsafe_share(tmp_path: Path, ray_cluster: None, se
         return completion({"reason": "it barks", "unsafe": "dog" in query})
 
     server = serve_endpoint(label)
-    (tmp_path / "queries.txt").write_text("\n".join([*QUERIES, QUERIES[0], "babble on"]))
+    (tmp_path / "queries.txt").write_text("\n".join([*QUERIES, QUERIES[0], "babble on"]), "utf-8")
     queries = f"queries={{path: {tmp_path / 'queries.txt'}, size: 6, unsafe_share: 0.5, unsafe_judge: true}}"
     recipe = recipe_for(tmp_path, server, queries)
     run = RunDir(recipe.out)

@@ -42,7 +42,7 @@ def full_node(cluster: Simulated, store: Path, log: Path) -> Iterator[None]:
         for _ in range(120):
             if len(alive(cluster.address)) > count:
                 break
-            assert node.poll() is None, log.read_text()
+            assert node.poll() is None, log.read_text("utf-8")
             with pytest.raises(subprocess.TimeoutExpired):
                 node.wait(0.5)
         yield

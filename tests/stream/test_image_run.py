@@ -31,7 +31,7 @@ def test_a_judge_sees_the_image_of_a_query(
     server = serve_endpoint(lambda _: completion(VERDICT))
     Image.new("RGB", (6, 4), "red").save(tmp_path / "red.png")
     rows = [{"query": "a cat", "image": "red.png"}, {"query": "a cat"}]
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     endpoint = {"base_url": server.url, "api_key_env": None, "retries": 0, "timeout_s": 20}
     judge = {"model": "m", "backend": "openai", "endpoint": endpoint, "images": images,
              "pool": {"size": 1, "num_cpus": 0.1}}  # fmt: skip
@@ -69,7 +69,7 @@ def test_a_policy_that_sees_samples_with_the_image(tmp_path: Path, ray_cluster: 
     for colour in ("red", "blue"):
         Image.new("RGB", (120, 90), colour).save(tmp_path / f"{colour}.png")
         rows.append({"query": "a cat", "image": f"{colour}.png"})
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     queries = {"path": str(tmp_path / "q.jsonl"), "image_column": "image"}
     sets = [f"queries={json.dumps(queries)}", "sft=null", "dpo=null", "evaluate=null", "sample.k=1"]
     sets += [f"policy.model={tmp_path}/vlm", "sample.temperature=0", "sample.max_tokens=24"]

@@ -97,7 +97,7 @@ def test_the_log_of_a_replica_that_was_killed_is_kept_and_of_one_that_lives_show
     assert "\nanother\n" in done.stdout
     [log] = (tmp_path / "logs").iterdir()
     assert log.name.startswith("Replica-")
-    assert log.read_text() == "<secret>: CUDA out of memory\n"
+    assert log.read_text("utf-8") == "<secret>: CUDA out of memory\n"
     # Those that live are asked.
     [alive] = [line for line in done.stdout.splitlines() if line.startswith("alive: ")]
     assert alive.startswith("alive: render, process ")

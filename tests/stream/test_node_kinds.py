@@ -43,7 +43,7 @@ def recipe_of(tiny_sets: list[str], folder: Path, *more: str) -> tuple[Recipe, l
     """The recipe and its overrides as arguments of `vpo`."""
     queries = folder / "queries.txt"
     animals = ["cat", "dog", "owl", "fox", "hen", "eel", "bat", "elk", "ram", "ant"]
-    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals))
+    queries.write_text("\n".join(f"a {animal} in the rain" for animal in animals), "utf-8")
     sets = [f"out={folder / 'run'}", f"queries.path={queries}", "sft=null", *POOLS, *more]
     return load(TINY, [*tiny_sets[1::2], *sets]), [*tiny_sets, *options(sets)]
 

@@ -43,8 +43,8 @@ class Small:
     def __init__(self, name: str, faults: str) -> None:
         self.name, self.faults = name, Path(faults)
         loads = self.faults / f"load-{name}"
-        if loads.exists() and (left := int(loads.read_text())):
-            loads.write_text(str(left - 1))
+        if loads.exists() and (left := int(loads.read_text("utf-8"))):
+            loads.write_text(str(left - 1), "utf-8")
             raise RuntimeError("the engine died while it loaded")
 
     def wants(self, row):
@@ -63,9 +63,11 @@ class Small:
     def _one(self, row):
         fault = self.faults / f"{self.name}-{row['query'].split()[0]}-{row['k']}"
         if fault.exists():
-            if fault.read_text() == "kill":
+            if fault.read_text("utf-8") == "kill":
                 os._exit(1)
-            raise (StorageError if fault.read_text() == "disk full" else ValueError)(fault.read_text())
+            raise (StorageError if fault.read_text("utf-8") == "disk full" else ValueError)(
+                fault.read_text("utf-8")
+            )
         if self.name == "sample":
             return row | {"prompt": f"{row['query']} shown well, take {row['k']}", "completion_tokens": 5}
         if self.name == "judge":
@@ -137,7 +139,7 @@ def outputs(run: RunDir) -> dict[tuple, tuple]:
 def test_shards_and_then_the_whole_make_what_one_driver_makes(
     tmp_path: Path, faults: Path, strategy: str
 ) -> None:
-    (faults / "score-q2-1").write_text("the frames are black")
+    (faults / "score-q2-1").write_text("the frames are black", "utf-8")
     recipe = recipe_for(tmp_path, [f"render.strategy={strategy}"])
     run = run_of(recipe)
     for index in (2, 3):
@@ -212,8 +214,8 @@ def test_a_run_goes_on_behind_the_last_table_that_has_a_row(tmp_path: Path, faul
 
 
 def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults: Path) -> None:
-    (faults / "judge-q3-1").write_text("no verdict")
-    (faults / "render-q4-0").write_text("black frames")
+    (faults / "judge-q3-1").write_text("no verdict", "utf-8")
+    (faults / "render-q4-0").write_text("black frames", "utf-8")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe)
     generate(recipe, run, MODELS)
@@ -239,7 +241,7 @@ def test_a_bad_row_keeps_its_error_and_harms_no_neighbour(tmp_path: Path, faults
 @pytest.mark.slow
 def test_a_video_that_is_gone_when_it_is_scored_is_rendered_again(tmp_path: Path, faults: Path) -> None:
     for fault in ("score-q1-0", "score-q2-1"):
-        (faults / fault).write_text("other bytes than were written")
+        (faults / fault).write_text("other bytes than were written", "utf-8")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe, 4)
     generate(recipe, run, MODELS)
@@ -262,7 +264,7 @@ def test_a_video_that_is_gone_when_it_is_scored_is_rendered_again(tmp_path: Path
 
 
 def test_a_row_that_kills_its_process_is_given_up_alone(tmp_path: Path, faults: Path) -> None:
-    (faults / "judge-q5-2").write_text("kill")
+    (faults / "judge-q5-2").write_text("kill", "utf-8")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe, 6)
     generate(recipe, run, MODELS)
@@ -278,7 +280,7 @@ def test_a_pass_in_which_a_node_was_lost_gives_up_no_row(
     tmp_path: Path, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = faults / "sample-q5-2"
-    fault.write_text("kill")
+    fault.write_text("kill", "utf-8")
     up = [{"head", "spot"}, {"head"}]
 
     def nodes() -> set[str]:
@@ -297,30 +299,30 @@ def test_a_pass_in_which_a_node_was_lost_gives_up_no_row(
 
 def test_a_replica_that_is_lost_while_it_loads_is_started_again(tmp_path: Path, faults: Path) -> None:
     loads = faults / "load-sample"
-    loads.write_text("2")
+    loads.write_text("2", "utf-8")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe, 4)
     generate(recipe, run, MODELS, ["sample"])
     assert run.table("candidates").count() == 16
 
-    loads.write_text("100")
+    loads.write_text("100", "utf-8")
     recipe = recipe_for(tmp_path / "broken")
     with pytest.raises(GenerationError, match=r"a replica failed to start.*the engine died while it loaded"):
         generate(recipe, run_of(recipe, 4), MODELS, ["sample"])
-    assert int(loads.read_text()) == 97
+    assert int(loads.read_text("utf-8")) == 97
 
 
 def test_a_run_that_mostly_fails_is_stopped(tmp_path: Path, faults: Path) -> None:
     for i in range(COUNT):
         for k in range(4):
-            (faults / f"sample-q{i}-{k}").write_text("the model is upside down")
+            (faults / f"sample-q{i}-{k}").write_text("the model is upside down", "utf-8")
     recipe = recipe_for(tmp_path, min_rows=8)
     with pytest.raises(GenerationError, match=r"upside down.*--retry-errors"):
         generate(recipe, run_of(recipe), MODELS)
 
 
 def test_storage_that_fails_stops_the_run_and_makes_no_error_rows(tmp_path: Path, faults: Path) -> None:
-    (faults / "render-q2-1").write_text("disk full")
+    (faults / "render-q2-1").write_text("disk full", "utf-8")
     recipe = recipe_for(tmp_path)
     run = run_of(recipe)
     with pytest.raises(GenerationError, match="disk full"):
@@ -383,7 +385,7 @@ def test_adaptive_rendering_goes_on_after_a_kill_and_a_full_disk(tmp_path: Path,
     generate(recipe, run, MODELS)
     complete = outputs(run)
 
-    (faults / "render-q1-1").write_text("disk full")
+    (faults / "render-q1-1").write_text("disk full", "utf-8")
     recipe, run = adaptive_run(tmp_path / "broken", faults, 6)
     with pytest.raises(GenerationError, match="disk full"):
         generate(recipe, run, MODELS)
@@ -398,8 +400,8 @@ def test_adaptive_rendering_goes_on_after_a_kill_and_a_full_disk(tmp_path: Path,
 
 @pytest.mark.slow
 def test_adaptive_rendering_gives_up_and_retries_row_by_row(tmp_path: Path, faults: Path) -> None:
-    (faults / "render-q0-0").write_text("black frames")
-    (faults / "render-q2-1").write_text("kill")
+    (faults / "render-q0-0").write_text("black frames", "utf-8")
+    (faults / "render-q2-1").write_text("kill", "utf-8")
     recipe, run = adaptive_run(tmp_path, faults, 4)
     generate(recipe, run, MODELS)
     rows = {(r["query"][:2], r["k"]): r for r in run.table("feedback").rows()}

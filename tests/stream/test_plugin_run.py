@@ -120,8 +120,8 @@ def run(installed: Path, *command: Any) -> str:
 def test_the_command_lists_what_is_here_and_what_cannot_be_imported(installed: Path) -> None:
     info = installed / "broken-2.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2\n")
-    (info / "entry_points.txt").write_text("[vpo_ray.video]\nworse = nowhere_at_all:Model\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2\n", "utf-8")
+    (info / "entry_points.txt").write_text("[vpo_ray.video]\nworse = nowhere_at_all:Model\n", "utf-8")
     listed = run(installed, "-m", "vpo_ray.cli", "plugins")
     lines = {tuple(line.split()[:2]): line for line in listed.splitlines()}
     assert "built in" in lines["render.kind", "diffusers"]
@@ -133,8 +133,8 @@ def test_the_command_lists_what_is_here_and_what_cannot_be_imported(installed: P
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
-    (installed / "others.py").write_text(OTHERS)
-    text = (ROOT / "jobs/recipes/tiny.yaml").read_text()
+    (installed / "others.py").write_text(OTHERS, "utf-8")
+    text = (ROOT / "jobs/recipes/tiny.yaml").read_text("utf-8")
     changes = {
         "out": str(tmp_path / "run"),
         "judge": {"backend": "others:Kind", "pool": {"num_cpus": 0.1}},
@@ -146,12 +146,12 @@ def test_a_run_on_models_of_others(installed: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     tree = yaml.safe_load(text) | changes
     tree["sample"]["k"] = 5
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), "utf-8")
+    (tmp_path / "run.py").write_text(RUN, "utf-8")
     # The paths of Ray's sockets may have 107 characters, so its folder has a short name.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
         run(installed, tmp_path / "run.py", tmp_path / "recipe.yaml", folder, tmp_path / "told.json")
-    told = json.loads((tmp_path / "told.json").read_text())
+    told = json.loads((tmp_path / "told.json").read_text("utf-8"))
     rows = told["rows"]
     assert told["judge"].startswith("others:Kind@")
     assert [row["verdict"] for row in rows] == ["aligned"] * 5

@@ -48,7 +48,7 @@ def servers() -> Iterator[dict[str, EndpointServer]]:
 
 
 def recipe_for(folder: Path, servers: dict[str, EndpointServer], *more: str) -> Recipe:
-    (folder / "template.txt").write_text("Rate it: {query}")
+    (folder / "template.txt").write_text("Rate it: {query}", "utf-8")
     endpoint = {"api_key_env": None, "retries": 0, "timeout_s": 20}
     video = {**endpoint, "base_url": servers["video"].url, "request": {"size": "48x32", "num_frames": 9}}
     written = {**endpoint, "base_url": servers["marks"].url, "prompt_price": PRICE}

@@ -24,7 +24,7 @@ def test_an_export_is_published_with_its_marker_last_and_fetched_whole(
     local = tmp_path / "policy"
     local.mkdir()
     for name, text in (("config.json", "{}"), ("model.safetensors", "one"), (MARKER, '{"job": "1"}')):
-        (local / name).write_text(text)
+        (local / name).write_text(text, "utf-8")
     assert marker(target) is None
     publish(local, target)
     assert marker(target) == {"job": "1"}
@@ -39,7 +39,7 @@ def test_an_export_is_published_with_its_marker_last_and_fetched_whole(
     assert Folder(target).files() == ["config.json", "model-00001-of-00002.safetensors", MARKER]
 
     # A copy that ends half-way leaves no marker: the folder is not taken for a finished one.
-    (local / MARKER).write_text('{"job": "2"}')
+    (local / MARKER).write_text('{"job": "2"}', "utf-8")
     (local / "model-00001-of-00002.safetensors").unlink()
     (local / "model-00001-of-00002.safetensors").symlink_to(tmp_path / "lost")
     with pytest.raises(OSError, match=r"lost|No such file"):

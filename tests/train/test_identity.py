@@ -47,10 +47,10 @@ def test_a_finished_phase_stays_finished_whatever_else_lies_beside_its_model(
 ) -> None:
     spec = spec_of(model, tmp_path / "run")
     finish(spec, job_id(spec, pairs(8)))
-    (model / "README.md").write_text("# A model\n")
-    (model / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (model / "README.md").write_text("# A model\n", "utf-8")
+    (model / ".gitattributes").write_text("*.safetensors filter=lfs\n", "utf-8")
     (model / ".cache/huggingface/download").mkdir(parents=True)
-    (model / ".cache/huggingface/download/config.json").write_text("{}")
+    (model / ".cache/huggingface/download/config.json").write_text("{}", "utf-8")
     (model / "original").mkdir()
     (model / "original/consolidated.pth").write_bytes(b"the same weights in another format")
     (model / "pytorch_model.bin").write_bytes(b"the same weights, not loaded")

@@ -70,9 +70,9 @@ def test_the_export_is_a_plain_hugging_face_folder(trained: tuple[Path, TrainRes
     assert model.generation_config.eos_token_id[0] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
     assert load_tokenizer(str(folder)).chat_template == load_tokenizer(str(folder), TASK_PROMPT).chat_template
-    marker = json.loads((folder / "vpo.json").read_text())
+    marker = json.loads((folder / "vpo.json").read_text("utf-8"))
     assert (marker["phase"], marker["fingerprint"], marker["steps"]) == ("dpo", "0123456789abcdef", 12)
-    assert "0123456789abcdef" in (folder / "README.md").read_text()
+    assert "0123456789abcdef" in (folder / "README.md").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
         driver.kill()
         kill_workers()  # before they notice and end by themselves
         driver.wait(timeout=30)
-    assert not (tmp_path / "policy").exists(), (tmp_path / "driver.log").read_text()
+    assert not (tmp_path / "policy").exists(), (tmp_path / "driver.log").read_text("utf-8")
 
     killed: list[int] = []
 
@@ -130,7 +130,7 @@ def test_a_killed_driver_and_then_a_killed_worker_end_with_the_same_weights(
     result = run(tmp_path, tiny_models / "policy", OFTEN_SAVED)
     killer.join()
     assert killed
-    assert json.loads((tmp_path / "policy" / "vpo.json").read_text())["resumed_after"] >= 6
+    assert json.loads((tmp_path / "policy" / "vpo.json").read_text("utf-8"))["resumed_after"] >= 6
     assert result.steps == 12
     undisturbed, disturbed = (f / "policy" / "model.safetensors" for f in (trained[0], tmp_path))
     assert disturbed.read_bytes() == undisturbed.read_bytes()
@@ -185,7 +185,7 @@ def test_early_stopping_exports_the_best_of_its_evaluations(
     losses = [line["eval_loss"] for line in curve]
     top = losses.index(min(losses))
     assert len(losses) == result.steps == top + 3 < 40 * 3
-    facts = json.loads((tmp_path / "policy" / "vpo.json").read_text())
+    facts = json.loads((tmp_path / "policy" / "vpo.json").read_text("utf-8"))
     assert (facts["exported_step"], facts["metrics"]["eval_loss"]) == (top + 1, losses[top])
 
     tokenizer = load_tokenizer(str(tmp_path / "policy"))
@@ -218,7 +218,7 @@ def test_of_equal_evaluations_the_first_is_exported_though_more_follow_than_are_
     run(tmp_path, tiny_models / "policy", chosen)
     found = [line["eval_accuracy"] for line in RunDir(tmp_path).metrics("dpo")]
     assert found.count(max(found)) > 3
-    facts = json.loads((tmp_path / "policy" / "vpo.json").read_text())
+    facts = json.loads((tmp_path / "policy" / "vpo.json").read_text("utf-8"))
     assert facts["exported_step"] == found.index(max(found)) + 1
 
 
@@ -268,7 +268,7 @@ def latest_checkpoint(folder: Path) -> str:
     """Name of the checkpoint that a restart would take, "" for none."""
     found = list((folder / "checkpoints").glob("dpo-*/checkpoint_manager_snapshot.json"))
     try:
-        state = json.loads(found[0].read_text()) if found else {}
+        state = json.loads(found[0].read_text("utf-8")) if found else {}
     except ValueError:  # it is being written
         return ""
     return (state.get("latest_checkpoint_result") or {}).get("checkpoint_dir_name", "")
@@ -282,7 +282,7 @@ def kill_workers(at_most: int = 9) -> list[int]:
     killed: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((process / "stat").read_text("utf-8").rpartition(")")[2].split()[1])
             worker = b"ray::RayTrainWorker" in (process / "cmdline").read_bytes()
         except OSError:  # it has ended meanwhile
             continue

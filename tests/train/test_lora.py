@@ -86,7 +86,7 @@ def test_the_export_gives_the_trained_log_probabilities(make_worker: Any, tmp_pa
         expected = worker.engine(pack([example]))[: len(example.responses[0])]
     actual = logps.gather(1, torch.from_numpy(example.responses[0]).long()[:, None])[:, 0]
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text("utf-8")
     assert "LoRA adapters (rank 4" in card
     assert (folder / "generation_config.json").is_file()
     if merge:

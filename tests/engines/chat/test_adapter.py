@@ -13,7 +13,7 @@ def run_with_adapter(folder: Path, base: str) -> Path:
         ("dpo", "adapter_config.json", {"base_model_name_or_path": base, "r": 16}),
     ):
         (folder / "checkpoints" / name).mkdir(parents=True)
-        (folder / "checkpoints" / name / file).write_text(json.dumps(content))
+        (folder / "checkpoints" / name / file).write_text(json.dumps(content), "utf-8")
     return folder
 
 

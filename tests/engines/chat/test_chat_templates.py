@@ -64,7 +64,9 @@ def saved(tmp_path: Path) -> Callable[..., str]:
         made.save_pretrained(tmp_path / name)
         if isinstance(chat_template, list):
             path = tmp_path / name / "tokenizer_config.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": chat_template}))
+            path.write_text(
+                json.dumps({**json.loads(path.read_text("utf-8")), "chat_template": chat_template}), "utf-8"
+            )
         return str(tmp_path / name)
 
     return save
@@ -97,7 +99,7 @@ def test_of_several_templates_it_is_the_default_one(
     folder = Path(saved(named(default=PLAIN, tool_use="tools" + PLAIN) if form == "list" else PLAIN))
     if form == "files":
         (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates/rag.jinja").write_text("documents" + PLAIN)
+        (folder / "additional_chat_templates/rag.jinja").write_text("documents" + PLAIN, "utf-8")
     tokenizer = load_tokenizer(str(folder), TASK)
     expected = f"<|bos|><|head|>user<|/head|>{SHOWN}<|end|><|head|>assistant<|/head|>"
     assert shown(tokenizer) == expected

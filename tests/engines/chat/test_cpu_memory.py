@@ -23,10 +23,10 @@ def test_a_container_with_less_counts(monkeypatch: pytest.MonkeyPatch, tmp_path)
     machine = free_memory()
     assert machine > 2**20
     monkeypatch.setattr(cpu_memory, "_CGROUP", tmp_path)
-    (tmp_path / "memory.current").write_text("50\n")
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("50\n", "utf-8")
+    (tmp_path / "memory.max").write_text("max\n", "utf-8")
     assert free_memory() > 2**20
-    (tmp_path / "memory.max").write_text("150\n")
+    (tmp_path / "memory.max").write_text("150\n", "utf-8")
     assert free_memory() == 100
 
 

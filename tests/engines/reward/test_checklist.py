@@ -25,14 +25,14 @@ RANGES = {
 
 
 def published(folder: Path, questions: str, weights: Any, **options: Any) -> LoadedChecklist:
-    (folder / "questions.txt").write_text(questions)
-    (folder / "weight.json").write_text(weights if isinstance(weights, str) else json.dumps(weights))
+    (folder / "questions.txt").write_text(questions, "utf-8")
+    (folder / "weight.json").write_text(weights if isinstance(weights, str) else json.dumps(weights), "utf-8")
     paths = {"questions": str(folder / "questions.txt"), "weights": str(folder / "weight.json")}
     return load_checklist(recipe.Checklist(**paths, **options))
 
 
 def ours(folder: Path, questions: Any) -> LoadedChecklist:
-    (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": questions}))
+    (folder / "checklist.yaml").write_text(yaml.safe_dump({"questions": questions}), "utf-8")
     return load_checklist(recipe.Checklist(file=str(folder / "checklist.yaml")))
 
 

@@ -46,7 +46,7 @@ def test_laion_v1_is_kept_as_it_is(tmp_path: Path) -> None:
     card = convert_reward("laion_aesthetic", source, target)
     found = load_file(target / "head.safetensors")
     assert all(torch.equal(found[name], given[name]) for name in given)
-    assert card == json.loads((target / "card.json").read_text())
+    assert card == json.loads((target / "card.json").read_text("utf-8"))
     assert card["variant"] == "v1"
     assert card["linear_map"]["norm"] == pytest.approx(float(given["weight"].norm()))
     assert card["linear_map"]["bias"] == pytest.approx(float(given["bias"]))
@@ -177,8 +177,8 @@ def test_mps_is_read_from_its_pickled_module_without_its_classes(
     del wanted["model.text_model.embeddings.position_ids"]
 
     (tmp_path / "clip").mkdir()
-    (tmp_path / "clip/config.json").write_text("{}")
-    (tmp_path / "clip/pytorch_model.bin").write_text("no text")
+    (tmp_path / "clip/config.json").write_text("{}", "utf-8")
+    (tmp_path / "clip/pytorch_model.bin").write_text("no text", "utf-8")
     card = convert_reward("mps", source, tmp_path / "out", tmp_path / "clip")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"card.json", "config.json", "mps.safetensors"}
@@ -215,15 +215,17 @@ def test_videoscore_is_checked_and_passed_on(tmp_path: Path, caplog: pytest.LogC
               "score.bias": torch.randn(5)}  # fmt: skip
     save_file(first, source / "model-00001-of-00002.safetensors")
     save_file(second, source / "model-00002-of-00002.safetensors")
-    (source / "config.json").write_text("{}")
-    (source / "modeling.py").write_text("raise SystemError")
+    (source / "config.json").write_text("{}", "utf-8")
+    (source / "modeling.py").write_text("raise SystemError", "utf-8")
     script = tmp_path / "run_videoscore.py"
-    script.write_text('import nothing\nREGRESSION_QUERY_PROMPT = """\nRate {text_prompt}\n"""\nOTHER = "x"\n')
+    script.write_text(
+        'import nothing\nREGRESSION_QUERY_PROMPT = """\nRate {text_prompt}\n"""\nOTHER = "x"\n', "utf-8"
+    )
     card = convert_reward("videoscore", source, tmp_path / "out", template=script)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     shards = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
     assert names == {*shards, "config.json", "card.json", "template.txt"}
-    assert (tmp_path / "out/template.txt").read_text() == "\nRate {text_prompt}\n"
+    assert (tmp_path / "out/template.txt").read_text("utf-8") == "\nRate {text_prompt}\n"
     assert card["template"]["sha256"] == hashlib.sha256(b"\nRate {text_prompt}\n").hexdigest()
     assert card["template"]["trained_with"] == "49b386d9ea300376"
     assert "the weights were trained with one of 49b386d9ea300376" in caplog.text
@@ -237,7 +239,7 @@ def test_videoscore_is_checked_and_passed_on(tmp_path: Path, caplog: pytest.LogC
     save_file(second, source / "model-00002-of-00002.safetensors")
     with pytest.raises(ConvertError, match=r"1 missing: model\.text_model\."):
         convert_reward("videoscore", source, tmp_path / "other")
-    script.write_text("PROMPT = 'x'")
+    script.write_text("PROMPT = 'x'", "utf-8")
     with pytest.raises(ConvertError, match="has no text REGRESSION_QUERY_PROMPT"):
         convert_reward("videoscore", source, tmp_path / "other", template=script)
 
@@ -271,7 +273,7 @@ def published(folder: Path, rows: int) -> dict[str, torch.Tensor]:
     torch.save(legacy, checkpoint / "model.pth")
     tiny_tokenizer().save_pretrained(checkpoint / "tokenizer")
     settings = {"peft_lora_config": {"lora_r": 4, "lora_alpha": 8}, "inference_config": {"VQ_mean": 3.6757}}
-    (folder / "model_config.json").write_text(json.dumps(settings))
+    (folder / "model_config.json").write_text(json.dumps(settings), "utf-8")
     merged = adapted.merge_and_unload().state_dict()
     return {name: tensor for name, tensor in merged.items() if name != "lm_head.weight"}
 
@@ -286,7 +288,9 @@ def converted(
     base = tiny_config(tiny_tokenizer())
     base.text_config.vocab_size += 100  # rows that the checkpoint has not
     base.save_pretrained(folder / "base")
-    (folder / "prompt_template.py").write_text(f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = {TEMPLATE!r}\n")
+    (folder / "prompt_template.py").write_text(
+        f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = {TEMPLATE!r}\n", "utf-8"
+    )
     card = convert_reward(
         "videoreward", folder / "hub", folder / "out", folder / "base", folder / "prompt_template.py"
     )
@@ -307,7 +311,7 @@ def test_videoreward_is_merged_and_renamed(
     assert card["head_rows"] == 3
     assert card["positions"] == "sequential on all three axes of the rotary embedding"
     assert card["normalisation"] == {"VQ_mean": 3.6757}
-    assert (folder / "out/template.txt").read_text() == TEMPLATE
+    assert (folder / "out/template.txt").read_text("utf-8") == TEMPLATE
 
 
 def test_what_was_converted_is_read_by_its_reward(
@@ -348,7 +352,7 @@ def test_a_videoreward_that_does_not_fit_is_refused(
     deeper.save_pretrained(tmp_path / "deeper")
     other = tmp_path / "hub"
     (other / "checkpoint-2").mkdir(parents=True)
-    (other / "model_config.json").write_text((hub / "model_config.json").read_text())
+    (other / "model_config.json").write_text((hub / "model_config.json").read_text("utf-8"), "utf-8")
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     save_file(weights, other / "checkpoint-2/model.safetensors")
     with pytest.raises(ConvertError, match=r"12 missing: model\.language_model\.layers\.2\."):

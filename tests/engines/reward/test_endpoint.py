@@ -84,7 +84,7 @@ def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], Reply]], Server]]:
 def reward(tmp_path: Path) -> Callable[..., EndpointReward]:
     path = tmp_path / "checklist.yaml"
     questions = [('Is "[[prompt]]" there?', 2), ("Is it sharp?", 1)]
-    path.write_text(json.dumps({"questions": [{"question": q, "weight": w} for q, w in questions]}))
+    path.write_text(json.dumps({"questions": [{"question": q, "weight": w} for q, w in questions]}), "utf-8")
 
     def make(server: Server, **options: Any) -> EndpointReward:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -41,7 +41,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def reward(tmp_path: Path) -> Callable[..., Reward]:
     path = tmp_path / "template.txt"
-    path.write_text(TEMPLATE)
+    path.write_text(TEMPLATE, "utf-8")
 
     def make(server: EndpointServer, endpoint: dict[str, Any] | None = None, **options: Any) -> Reward:
         known = {
@@ -356,7 +356,7 @@ def test_a_plan_looks_into_the_template(tmp_path: Path, serve_endpoint: Any, rew
 
     path = tmp_path / "mine.txt"
     assert "reward.options.template: no such file" in problems()
-    path.write_text("Rate it: {t2v_prompt}")
+    path.write_text("Rate it: {t2v_prompt}", "utf-8")
     assert "needs the slot {query} once" in problems()
     assert "needs the slot" not in problems(slot="{t2v_prompt}")
     assert "model is missing: its name at the endpoint" in problems()
@@ -369,12 +369,12 @@ def test_a_template_that_changes_makes_other_rows(tmp_path: Path, reward: Any, s
     from vpo_ray.stages import made_with
 
     path = tmp_path / "t.txt"
-    path.write_text("one {query}")
+    path.write_text("one {query}", "utf-8")
     tree = json.dumps({"kind": "generative", "model": "m",
                        "options": {"preset": "unifiedreward", "template": str(path)}})  # fmt: skip
     recipe = load(TINY, [f"reward={tree}"])
     first = made_with.facts(recipe, "score")
-    path.write_text("two {query}")
+    path.write_text("two {query}", "utf-8")
     second = made_with.facts(recipe, "score")
     assert {k for k in first if first[k] != second[k]} == {"reward.options.template"}
     assert recipe.limits.max_cost is None

@@ -28,24 +28,24 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(5)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), "utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=32, initializer_range=0.5,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}', "utf-8")
     (folder / "1_Pooling").mkdir()
     pooling = {
         "word_embedding_dimension": 16,
         "pooling_mode_mean_tokens": True,
         "pooling_mode_cls_token": False,
     }
-    (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    (folder / "1_Pooling/config.json").write_text(json.dumps(pooling), "utf-8")
     kinds = ["Transformer", "Pooling", "Normalize"]
     modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
-    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "modules.json").write_text(json.dumps(modules), "utf-8")
     return folder
 
 
@@ -111,13 +111,13 @@ def test_an_encoder_that_is_made_otherwise_is_refused(encoder: Path, tmp_path: P
         else:
             new: Any = [{"type": "sentence_transformers.models.Dense"}]
             new = new if change == "modules.json" else {"pooling_mode_cls_token": True}
-            (folder / change).write_text(json.dumps(new))
+            (folder / change).write_text(json.dumps(new), "utf-8")
         with pytest.raises(PluginError, match=says):
             text_reward(encoder=str(folder))
 
 
 def test_length_and_required_words(tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text("cat\nred mat\n")
+    (tmp_path / "words.txt").write_text("cat\nred mat\n", "utf-8")
     reward = text_reward(words=[4, 8], required=str(tmp_path / "words.txt"))
     cases = {
         ("a cat sits still", "a Cat"): (1.0, 1.0),
@@ -148,7 +148,7 @@ def test_options_without_sense_are_refused(options: str, says: str) -> None:
 
 
 def test_a_plan_checks_the_encoder_and_the_words(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "empty.txt").write_text("# nothing\n", "utf-8")
     tree = f"{{kind: text, options: {{encoder: /not/here, required: {tmp_path}/empty.txt}}}}"
     with pytest.raises(PlanError) as refused:
         check_recipe(load(TINY, [f"more_rewards.kept={tree}"]))

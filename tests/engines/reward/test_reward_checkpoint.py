@@ -22,7 +22,7 @@ def load(folder: Path) -> model.CogVLM2Video:
 
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -33,7 +33,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
 
 
 def test_every_tensor_of_the_published_layout_is_expected(golden: Path) -> None:
-    index = json.loads((golden / "model.safetensors.index.json").read_text())
+    index = json.loads((golden / "model.safetensors.index.json").read_text("utf-8"))
     assert set(tensor_shapes(read_config(golden))) == set(index["weight_map"])
 
 
@@ -71,7 +71,7 @@ def test_a_config_that_does_not_fit_is_refused(
 
 def test_an_absent_shard_is_named(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors"):
         load(folder)
 

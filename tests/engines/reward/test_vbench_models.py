@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "auxiliary_info": {"appearance_style": {"appearance_style": "Van Gogh style"}},
         },
     ]
-    (place / "info.json").write_text(json.dumps(entries))
+    (place / "info.json").write_text(json.dumps(entries), "utf-8")
     return place
 
 
@@ -201,12 +201,12 @@ def test_what_a_measure_is_made_with_is_known(folder: Path, monkeypatch: pytest.
     assert before.keys() == {f"reward.{key}" for key in places} | {
         "torch", "transformers", "opencv-python-headless",
     }  # fmt: skip
-    text = (folder / "info.json").read_text()
+    text = (folder / "info.json").read_text("utf-8")
     try:
-        (folder / "info.json").write_text("[]")
+        (folder / "info.json").write_text("[]", "utf-8")
         after = dict(score.facts(given))
     finally:
-        (folder / "info.json").write_text(text)
+        (folder / "info.json").write_text(text, "utf-8")
     assert {key for key in before if before[key] != after[key]} == {"reward.styles"}
 
 
@@ -227,5 +227,5 @@ def test_what_is_no_such_model_is_refused(folder: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1, 7)}, tmp_path / "head.safetensors")
     wide = recipe.video.Aesthetic(clip=large, head=str(tmp_path / "head.safetensors"))
     assert "weight (1, 24)" in refused("aesthetic_quality", aesthetic=wide)
-    (tmp_path / "info.json").write_text('{"a": 1}')
+    (tmp_path / "info.json").write_text('{"a": 1}', "utf-8")
     assert "VBench_full_info" in refused("appearance_style", styles=str(tmp_path / "info.json"))

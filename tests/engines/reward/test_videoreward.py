@@ -257,7 +257,7 @@ def test_a_template_is_checked(
         (TEMPLATE.replace("{text_prompt}", ""), r"must have \{text_prompt\} once"),
         (TEMPLATE + "<|VQ_reward|>", r"must have <\|VQ_reward\|> once"),
     ):
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         with pytest.raises(PluginError, match=says) as caught:
             build(reward(folder, template=str(path)))
         assert caught.value.stops_run

@@ -201,7 +201,7 @@ def test_another_query_prompt_is_used_with_a_warning(folder: Path, caplog: pytes
 
 
 def test_what_is_no_videoscore_is_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "twice.txt").write_text(QUERY_PROMPT + "{text_prompt}")
+    (tmp_path / "twice.txt").write_text(QUERY_PROMPT + "{text_prompt}", "utf-8")
     with pytest.raises(PluginError, match=r"twice.txt has {text_prompt} 2 times, not once"):
         build(settings(folder, query_prompt=f"{tmp_path}/twice.txt"))
     with pytest.raises(PluginError, match="absent"):
@@ -219,7 +219,7 @@ def test_what_is_no_videoscore_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_identity_of_videoscore_names_what_changes_marks(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "other.txt").write_text(QUERY_PROMPT + " ")
+    (tmp_path / "other.txt").write_text(QUERY_PROMPT + " ", "utf-8")
     sections = [
         settings(folder),
         settings(folder, "bfloat16"),

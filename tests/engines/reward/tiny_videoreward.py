@@ -61,5 +61,5 @@ def save_tiny(folder: Path, rows: int) -> Path:
     weights = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in weights.items()}
     weights["rm_head.weight"] = torch.randn(rows, 32)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "template.txt").write_text(TEMPLATE)
+    (folder / "template.txt").write_text(TEMPLATE, "utf-8")
     return folder

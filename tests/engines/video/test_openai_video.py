@@ -347,7 +347,7 @@ def test_a_job_of_another_service_or_a_damaged_file_is_none(server: VideoServer,
         "{",
         '{"id": 1, "x": 2}',
     ):
-        file.write_text(text)
+        file.write_text(text, "utf-8")
         count = len(server.requests)
         service_of(server, tmp_path).render(["a cat"], [3])
         assert len(server.requests) == count + 1

@@ -217,8 +217,8 @@ def _with_weights_cut_short(folder: Path) -> None:
 
 def _of_class(name: str) -> Any:
     def change(folder: Path) -> None:
-        index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}), "utf-8")
 
     return change
 
@@ -228,7 +228,7 @@ def _without_index(folder: Path) -> None:
 
 
 def _with_broken_index(folder: Path) -> None:
-    (folder / "model_index.json").write_text("{")
+    (folder / "model_index.json").write_text("{", "utf-8")
 
 
 @pytest.mark.engine

@@ -118,7 +118,7 @@ def test_a_model_that_cannot_be_split_is_refused(
 @pytest.mark.parametrize("killed", ["rank 0", "rank 1"])
 def test_no_rank_outlives_another(killed: str, models: dict[str, Path], tmp_path: Path) -> None:
     script = tmp_path / "endless.py"
-    script.write_text(ENDLESS)
+    script.write_text(ENDLESS, "utf-8")
     settings = Render(**tiny_settings("wan2.1-1.3b", models["wan2.1-1.3b"]) | {"steps": 200} | RANKS)
     command = [sys.executable, str(script), settings.model_dump_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
