@@ -156,6 +156,10 @@ def test_a_value_that_cannot_be_is_named(override: str, key: str) -> None:
             "evaluate: refine_prompt and word_limit have no effect in evaluate.judge",
         ),
         (
+            "serve.videos={store: v, refine: {judge: {model: m, refine_prompt: mine.txt}}}",
+            "serve.videos.refine: refine_prompt has no effect in serve.videos.refine",
+        ),
+        (
             "judge={model: m, backend: openai, endpoint: {base_url: 'https://a/v1/chat/completions?x=1'}}",
             "judge.endpoint.base_url: leave /chat/completions out",
         ),

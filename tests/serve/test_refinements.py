@@ -351,6 +351,7 @@ def test_equal_queries_are_one_job_and_what_decides_its_result_another(
         return names.name(asked.queries[0], asked.flags[0], budget)
 
     assert name() == name("  a fox\r\n") == name("a fox", 4, "serve.max_n=3", "serve.videos.score=true")
+    assert name() == name("a fox", 4, "judge.refine_prompt=mine.txt")
     others = [
         name("a dog"), name("a fox", 3), name("a fox --ar 16:9"), name("a fox", 4, "evolve.top=2"),
         name("a fox", 4, "render.steps=1"), name("a fox", 4, "evolve.fitness={flicker: 1}"),

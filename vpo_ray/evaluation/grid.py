@@ -44,9 +44,7 @@ def verdicts(
     Raises:
         PlacementError, GenerationError: see `pipeline.generate`.
     """
-    judge = (settings.judge or recipe.judge).model_copy(
-        update={"refine": False, "refine_prompt": "builtin:refine"}
-    )
+    judge = (settings.judge or recipe.judge).without_refining()
     own = recipe.model_copy(update={"judge": judge, "evaluate": None})
     under = asked_alone(recipe.profiles, settings.profile)
     profile = {name: profile.model_dump(mode="json") for name, profile in under.items()}

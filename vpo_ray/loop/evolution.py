@@ -139,13 +139,12 @@ class Evolving:
     def _scoring(self) -> Recipe:
         """The recipe of the run directory in which prompts are judged, rendered and scored."""
         recipe = self.recipe
-        judge = {"refine": False, "refine_prompt": "builtin:refine"}
         store = recipe.render.store or self.run.at("videos")
         render = {"store": store, "strategy": "all", "preview": None}
         return recipe.model_copy(
             update={
                 "out": self.run.at(EVOLUTION_SCORED),
-                "judge": recipe.judge.model_copy(update=judge),
+                "judge": recipe.judge.without_refining(),
                 "render": recipe.render.model_copy(update=render),
                 "evolve": None,
                 "sft": None,

@@ -448,7 +448,11 @@ def serve_of(recipe: Recipe) -> Serve:
         "reward": videos.reward or recipe.reward,
     }
     if videos.refine is not None:
-        own = {name: getattr(recipe, name) for name in ("evolve", "judge", "more_rewards")}
+        own = {
+            "evolve": recipe.evolve,
+            "judge": recipe.judge.without_refining(),
+            "more_rewards": recipe.more_rewards,
+        }
         unset = {name: value for name, value in own.items() if getattr(videos.refine, name) is None}
         filled["refine"] = videos.refine.model_copy(update=unset)
     return settings.model_copy(update={"videos": videos.model_copy(update=filled)})

@@ -193,6 +193,14 @@ class Refine(Section):
     judge: Judge | None = Field(default=None, description="the recipe's when unset")
     more_rewards: dict[str, Reward] | None = Field(default=None, description="the recipe's when unset")
 
+    @model_validator(mode="after")
+    def _judges_only(self) -> Refine:
+        if self.judge is not None:
+            refuse_unused(
+                self.judge, "refine_prompt", "in serve.videos.refine, whose judge gives verdicts only"
+            )
+        return self
+
 
 class Videos(Section):
     """`/v1/videos`: query in, video out. `render` and `reward` are the recipe's own when unset."""

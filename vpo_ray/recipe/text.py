@@ -152,6 +152,10 @@ class Judge(ChatModel):
             refuse_unused(self, "refine_prompt", "with refine: false")
         return self
 
+    def without_refining(self) -> Judge:
+        """The same judge for verdicts only."""
+        return self.model_copy(update={"refine": False, "refine_prompt": "builtin:refine"})
+
 
 class Draft(Section):
     """SFT data: a strong LLM writes a prompt for every query of the sft split, shown some examples.
