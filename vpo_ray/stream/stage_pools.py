@@ -25,7 +25,11 @@ def add_pool(stream: Dataset, spec: StageSpec, this: Pass, outcome: Outcome) -> 
     """The stream behind one more stage."""
     recipe, replicas = this.recipe, this.replicas(spec)
     account = RunAccount(
-        limit=recipe.limits.max_cost, spent=outcome.spent, progress=outcome.progress, stage=spec.name
+        limit=recipe.limits.max_cost,
+        spent=outcome.spent,
+        answers=this.run.root()[0].at("answers"),
+        progress=outcome.progress,
+        stage=spec.name,
     )
     make = spec.make(Making(recipe, this.store, account, images_of(this.run).folder.uri))
     if spec.runs_on == "batch":

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vpo_ray import recipe
+from vpo_ray.engines.endpoint.account import Account
 from vpo_ray.engines.reward import RewardError, Scored, build
 from vpo_ray.engines.reward.checklist import Question
 from vpo_ray.engines.reward.endpoint import EndpointError, EndpointReward
@@ -86,14 +87,14 @@ def reward(tmp_path: Path) -> Callable[..., EndpointReward]:
     questions = [('Is "[[prompt]]" there?', 2), ("Is it sharp?", 1)]
     path.write_text(json.dumps({"questions": [{"question": q, "weight": w} for q, w in questions]}), "utf-8")
 
-    def make(server: Server, **options: Any) -> EndpointReward:
+    def make(server: Server, account: Account | None = None, **options: Any) -> EndpointReward:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         endpoint = recipe.Endpoint(base_url=url, api_key_env=None, timeout_s=10, retries=2)
         checklist = recipe.Checklist(file=str(path))
         settings = recipe.Reward(
             kind="openai", model="vlm", endpoint=endpoint, checklist=checklist, **options
         )
-        found = build(settings)
+        found = build(settings, account)
         assert isinstance(found, EndpointReward)
         return found
 
@@ -165,6 +166,31 @@ def test_an_answer_that_is_neither_is_an_error_of_this_video(serve: Any, reward:
     assert scored(results[0]).score == 3.0
     assert "question 1: the endpoint answered 'maybe'" in str(results[1])
     assert isinstance(results[2], RewardError)
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"[]", b'{"Is it sharp?": 3}'])
+def test_what_is_paid_for_is_not_asked_again_when_another_question_failed(
+    tmp_path: Path, serve: Any, reward: Any, clip: Any, damage: bytes | None
+) -> None:
+    unsure = True
+
+    def reply(request: dict[str, Any]) -> Reply:
+        return completion("maybe") if unsure and "cat" in question(request) else yes(request)
+
+    server = serve(reply)
+    kept = tmp_path / "answers"
+    model = reward(server, Account(answers=str(kept)))
+    assert "question 1" in str(model.score([clip(1)], ["a cat"])[0])
+    unsure = False
+    for path in kept.rglob("*.json") if damage is not None else ():
+        path.write_bytes(damage or b"")
+    again = reward(server, Account(answers=str(kept)))
+    results = [scored(one) for one in again.score([clip(1), clip(2)], ["a cat", "a cat"])]
+    assert [a.question for a in results[0].answers] == [1, 2]
+    assert results[0].score == results[1].score == 3.0
+    asked = list(map(question, server.requests))
+    assert asked.count("Is it sharp?") == (2 if damage is None else 3)
+    assert asked.count('Is "a cat" there?') == 3
 
 
 def test_too_many_requests_are_tried_again(serve: Any, reward: Any, clip: Any) -> None:

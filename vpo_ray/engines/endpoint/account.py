@@ -24,11 +24,13 @@ class Account:
     Args:
         add: adds a cost, and returns the total of the run over all its processes.
         limit: `limits.max_cost`.
+        answers: URI of the folder in which what was paid for and is of no use yet is kept for a later try.
     """
 
     add: Callable[[float], Awaitable[float]] | None = None
     limit: float | None = None
     spent: float = 0.0
+    answers: str | None = None
 
     async def pay(self, cost: float) -> None:
         self.spent = self.spent + cost if self.add is None else await self.add(cost)

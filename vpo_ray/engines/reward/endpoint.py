@@ -25,8 +25,10 @@ from vpo_ray.engines.endpoint.client import (
 from vpo_ray.engines.endpoint.completion import Completion, TokenLogprob
 from vpo_ray.engines.endpoint.failures import about_system
 from vpo_ray.engines.reward import QuestionAnswer, RewardError, Scored, checklist, frames
+from vpo_ray.files.folder import DamagedError, Folder
 from vpo_ray.prompts.answers import find_object, schema_fault
 from vpo_ray.recipe import Reward
+from vpo_ray.records import content_id
 
 __all__ = ["EndpointError", "EndpointReward", "build"]
 
@@ -45,7 +47,8 @@ _LEAST = {"type": "object", "properties": {"answer": {"type": "string"}}, "requi
 
 
 class EndpointReward:
-    """Asks every question in its own request, `reward.endpoint.concurrency` at once.
+    """Asks every question in its own request, `reward.endpoint.concurrency` at once. Where one fails, the
+    answers to the others are kept in the account's folder, and a later try asks the rest.
 
     Attributes:
         prompt_tokens, completion_tokens: what the endpoint reported so far.
@@ -59,6 +62,7 @@ class EndpointReward:
         self.pick = partial(frames.choose_frames, strategy=settings.frame_strategy)
         self.prompt_tokens = self.completion_tokens = 0
         self._with_system = True
+        self._kept = None if account is None or account.answers is None else Folder(account.answers)
 
     def score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
         """Score videos for their queries; see `RewardModel.score`.
@@ -77,11 +81,51 @@ class EndpointReward:
         try:
             images = [frames.image_part(frame) for frame in frames.read_frames(video, self.pick)]
             asked = [question.ask_quoted(query) for question in self.checklist.questions]
-            answers = await results_of_all(self._ask(images, text, i) for i, text in enumerate(asked, 1))
+            answers = await self._answers(images, asked)
         except RewardError as error:
             return error
         score, dimensions = self.checklist.score([a.yes for a in answers], self.settings.convention)
         return Scored(answers, dimensions, score)
+
+    async def _answers(self, images: list[dict[str, Any]], asked: list[str]) -> list[QuestionAnswer]:
+        """The answers to all questions, those that an earlier try was given among them.
+
+        Raises:
+            RewardError: a question has no answer. What the others were answered is kept.
+        """
+        name = self._file(images)
+        known = await asyncio.to_thread(self._find, name)
+        before = len(known)
+
+        async def ask(text: str, number: int) -> QuestionAnswer:
+            if text not in known:
+                found = await self._ask(images, text, number)
+                known[text] = [found.yes, found.probability]
+            return QuestionAnswer(number, *known[text])
+
+        try:
+            return await results_of_all(ask(text, number) for number, text in enumerate(asked, 1))
+        except Exception:
+            if self._kept is not None and len(known) > before:
+                await asyncio.to_thread(self._kept.write_json, name, known)
+            raise
+
+    def _find(self, name: str) -> dict[str, Any]:
+        """By question, whether yes and P(yes); empty where no try failed. A damaged file counts as none."""
+        if self._kept is None:
+            return {}
+        try:
+            found = self._kept.read_json(name)
+            return {text: [bool(yes), float(probability)] for text, (yes, probability) in found.items()}
+        except (FileNotFoundError, DamagedError, AttributeError, TypeError, ValueError):
+            return {}
+
+    def _file(self, images: list[dict[str, Any]]) -> str:
+        """The name of a video's answers, in the folder of those that are kept."""
+        endpoint = self.settings.endpoint
+        where = [endpoint.base_url, endpoint.azure_api_version, endpoint.structured, endpoint.request]
+        key = content_id("reward", self.settings.model, where, endpoint.logprobs, self.settings.rule, images)
+        return f"{key[:2]}/{key}.json"
 
     async def _ask(self, images: list[dict[str, Any]], text: str, number: int) -> QuestionAnswer:
         try:
