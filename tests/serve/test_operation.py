@@ -246,3 +246,13 @@ def test_prometheus_has_callers_outcomes_and_tokens(brief: str) -> None:
         until(lambda text=text: exported(text), 40)
     for name in ("seconds_bucket", "tokens", "running"):
         until(lambda name=name: exported(f"vpo_serve_{name}"), 40)
+
+    # A stream counts, too, whether its client asked for its usage or not.
+    def read() -> float:
+        return sum(float(line.split()[-1]) for line in exported('kind="prompt"'))
+
+    before = read()
+    messages = [{"role": "user", "content": "a very " * 300 + "red cat"}]
+    body = {"model": SETTINGS.model_name, "messages": messages, "max_tokens": 4, "stream": True}
+    assert "[DONE]" in httpx.post(f"{brief}/chat/completions", json=body, timeout=60).text
+    until(lambda: read() >= before + 300, 40)

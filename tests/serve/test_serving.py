@@ -78,6 +78,9 @@ def test_streaming_gives_the_same_text_in_parts(client: openai.OpenAI) -> None:
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == whole.choices[0].message.content
     assert parts[-1].usage.completion_tokens == whole.usage.completion_tokens
+    unasked = list(ask(client, "a quiet harbour", stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in unasked) == text
+    assert all(part.usage is None for part in unasked)
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -32,6 +32,12 @@ def usage_in(part: str) -> dict[str, Any] | None:
     return next((chunk["usage"] for chunk in chunks_in(part) if chunk.get("usage")), None)
 
 
+def without_usage(part: str) -> str:
+    """A piece of a stream without the chunk that is the usage alone."""
+    events = part.split("\n\n")
+    return "\n\n".join(e for e in events if all(c.get("choices") or not c.get("usage") for c in chunks_in(e)))
+
+
 def texts_of(answer: dict[str, Any]) -> list[str]:
     """The texts of a chat completion, without the space around them."""
     return [(choice["message"].get("content") or "").strip() for choice in answer["choices"]]

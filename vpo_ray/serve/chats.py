@@ -7,7 +7,14 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
-from vpo_ray.serve.answers import completion, completion_events, delta_texts, texts_of, usage_in
+from vpo_ray.serve.answers import (
+    completion,
+    completion_events,
+    delta_texts,
+    texts_of,
+    usage_in,
+    without_usage,
+)
 from vpo_ray.serve.feedback import FeedbackDesk, noted
 from vpo_ray.serve.http import Events
 from vpo_ray.serve.images import GivenImage
@@ -49,9 +56,11 @@ class ChatDesk:
             raise refusal(result.safety)
         try:
             if fields["stream"]:
-                parts = await self.policy.stream(query, fields, request_id, image)
+                asked = {**fields, "stream_options": {"include_usage": True}}
+                parts = await self.policy.stream(query, asked, request_id, image)
                 opening = await self._opening(parts)
-                return Events(self._passed(opening, parts, key), source=parts)
+                self.metrics.optimised(result, key.name)
+                return Events(self._passed(opening, parts, key, _wants_usage(fields)), source=parts)
             answer = await self.policy.answer(query, fields, request_id, image)
             if self.settings.fallback and not any(texts_of(answer)):
                 raise PolicyFailed("the prompt is empty")
@@ -82,16 +91,20 @@ class ChatDesk:
             await parts.aclose()
             raise
 
-    async def _passed(self, opening: list[str], parts: Parts, key: Key) -> AsyncIterator[str]:
+    async def _passed(
+        self, opening: list[str], parts: Parts, key: Key, with_usage: bool
+    ) -> AsyncIterator[str]:
         def counted(part: str) -> str:
             if usage := usage_in(part):
                 self.metrics.tokens(usage, key.name)
+                return part if with_usage else without_usage(part)
             return part
 
         for part in opening:
             yield counted(part)
         async for part in parts:
-            yield counted(part)
+            if text := counted(part):
+                yield text
 
     async def _checked(
         self, query: str, fields: dict[str, Any], image: GivenImage | None, key: Key, request_id: str
@@ -107,5 +120,8 @@ class ChatDesk:
         whole = completion(result, request_id)
         if not fields["stream"]:
             return JSONResponse(whole)
-        with_usage = fields.get("stream_options", {}).get("include_usage", False)
-        return Events(completion_events(whole, with_usage))
+        return Events(completion_events(whole, _wants_usage(fields)))
+
+
+def _wants_usage(fields: dict[str, Any]) -> bool:
+    return bool(fields.get("stream_options", {}).get("include_usage"))
