@@ -67,6 +67,9 @@ def rivals(recipe: Recipe, run: RunDir, settings: Evaluation, queries: Sequence[
         SetError: a file of prompts does not fit the queries.
     """
     policies = settings.policies or default_policies(recipe, run)
+    for key, against in settings.bases().items():
+        if against not in policies:
+            raise LoopError(f"evaluate.{key}.against: no policy {against!r}, but {', '.join(policies)}")
     return [_rival(name, policy, recipe, run, queries) for name, policy in policies.items()]
 
 

@@ -15,6 +15,8 @@ from vpo_ray.recipe.video import Render, Reward
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LIMIT = re.compile(r"(?:([^/=]+)/([^/=]+)/)?([^/=]+)=([^/=]+)")
+# What policies are called where a recipe names none: see `evaluation.policies.default_policies`.
+_DEFAULT_NAME = re.compile(r"query|base|sft|(dpo|rl)(_\d+)?")
 PolicyKind = Literal["query", "base", "few_shot", "sft", "dpo", "rl", "checkpoint", "endpoint", "file"]
 
 
@@ -119,7 +121,7 @@ class Preference(Section):
     max_tokens: Positive = 1024
     frames: Positive = Field(8, description="of each video that are shown, where videos are compared")
     against: str | None = Field(
-        None, description="policy that the others are compared with; all pairs if unset"
+        None, min_length=1, description="policy that the others are compared with; all pairs if unset"
     )
 
 
@@ -183,10 +185,10 @@ class Evaluation(Section):
             raise ValueError("sets: name at least one")
         if not self.videos:
             refuse_unused(self, "transfer rewards prefer_videos render_unsafe seeds", "with videos: false")
-        for key in ("prefer_prompts", "prefer_videos"):
-            preference = getattr(self, key)
-            if preference is not None and preference.against not in (None, *self.policies):
-                raise ValueError(f"{key}.against: no policy {preference.against!r}")
+        for key, against in self.bases().items():
+            if against not in self.policies and (self.policies or not _DEFAULT_NAME.fullmatch(against)):
+                known = ", ".join(self.policies or ("query", "base", "sft", "dpo", "rl"))
+                raise ValueError(f"{key}.against: no policy {against!r}, but {known}")
         if self.prefer_prompts is not None:
             refuse_unused(self.prefer_prompts, "frames", "in prefer_prompts")
         if self.prefer_videos is not None and self.prefer_videos.llm.backend != "openai":
@@ -195,6 +197,11 @@ class Evaluation(Section):
                 "openai, with the `endpoint` of a vision-language model"
             )
         return self
+
+    def bases(self) -> dict[str, str]:
+        """The policies that others are compared with, by the key that names them."""
+        preferences = {"prefer_prompts": self.prefer_prompts, "prefer_videos": self.prefer_videos}
+        return {key: of.against for key, of in preferences.items() if of is not None and of.against}
 
     def llms(self) -> list[ChatModel]:
         """The LLMs that it asks, beside those of the run."""
