@@ -88,6 +88,19 @@ def test_brackets_match(where: str, expr: str) -> None:
     assert depth == []
 
 
+@pytest.mark.parametrize(("where", "expr"), [(w, e) for w, e in expressions() if w.startswith("panel")])
+def test_a_panel_shows_the_stages_apart(where: str, expr: str) -> None:
+    if any("stage" in ours()[name][1] for name in METRIC.findall(expr) if name in ours()):
+        assert re.search(r"by \([^)]*\bstage\b", expr), where
+
+
+@pytest.mark.parametrize(("where", "expr"), expressions())
+def test_actors_are_counted_once(where: str, expr: str) -> None:
+    """Ray counts one in its controller (ALIVE), and one that lives in its own process too (ALIVE_IDLE)."""
+    for selector in re.findall(r"ray_actors{(.*?)}", expr):
+        assert "Source=" in selector or 'State="RESTARTING"' in selector, where
+
+
 def test_every_alert_has_a_place_in_the_run_book() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "docs/operations.md").read_text("utf-8"), re.M)
     for rule in RULES:
