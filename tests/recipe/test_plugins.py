@@ -43,6 +43,10 @@ class Model:
         self.settings, self.options = settings, options
         if options.level == 13:
             raise OSError("no such weights")
+    def score(self, videos, queries): ...
+    async def complete(self, messages, sampling, schema=None): ...
+    def render(self, prompts, seeds): ...
+    animate_files = warm_up = cut = stored = render
 class Bare:
     Options = BaseModel
 class Reads(Model):
@@ -305,6 +309,27 @@ class Paid:
     @staticmethod
     def dimensions(settings, options):
         return ["a", "b"]
+    def score(self, videos, queries): ...
+"""
+LACKING = """
+from pydantic import BaseModel
+class Empty:
+    class Options(BaseModel):
+        pass
+    def __init__(self, settings, options):
+        pass
+class Bare(Empty):
+    def render(self, prompts, seeds): ...
+class Delegates(Empty):
+    def __getattr__(self, name): ...
+class Told(Bare):
+    @staticmethod
+    def problems(settings, options):
+        return "no such weights"
+    animate_files = warm_up = cut = stored = Bare.render
+def make(settings, options):
+    return Empty(settings, options)
+make.Options = Empty.Options
 """
 
 
@@ -321,6 +346,34 @@ def test_a_builder_may_take_the_account_and_look_at_its_section(install: Install
     assert plugins.find(section).dimensions(section) == {"a", "b"}
     ask = asked(tiny("reward={kind: 'others:Paid', model: m, options: {level: 7}}"))
     assert "KEY_7" in ask.variables
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "says"),
+    [
+        (Reward, "Empty", "Empty has no score or score_prompts: let it have what vpo_ray.engines.reward."),
+        (Judge, "Bare", "Bare has no complete: let it have what vpo_ray.engines.chat.Chat has"),
+        (Render, "Bare", "Bare has no animate_files, warm_up, cut, stored: let it have"),
+        (Render, "Told", "no such weights"),
+    ],
+)
+def test_the_plan_says_what_a_model_has_to_have(
+    install: Install, kind: type[Any], name: str, says: str
+) -> None:
+    install(text=LACKING)
+    section = kind.model_validate({kind.key: f"others:{name}"})
+    assert says in plugins.plugin_problems({"it": section})["it"]
+    with pytest.raises(PluginError, match=re.escape(says)):
+        plugins.find(section).build(section)
+
+
+def test_what_a_function_makes_is_looked_at_too_and_what_passes_all_on_is_not(install: Install) -> None:
+    install(text=LACKING)
+    section = Reward.model_validate({"kind": "others:make"})
+    assert plugins.plugin_problems({"it": section}) == {}
+    with pytest.raises(PluginError, match="Empty has no score or score_prompts"):
+        rewards.build(section)
+    rewards.build(Reward.model_validate({"kind": "others:Delegates"}))
 
 
 def test_options_that_are_refused_name_nothing(install: Install) -> None:

@@ -49,6 +49,16 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "vpo_ray.chat": {},
 }
 
+# What a model has, of every tuple one, and the class that says what each does.
+_INTERFACES: Mapping[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "vpo_ray.rewards": ("engines.reward.RewardModel", (("score", "score_prompts"),)),
+    "vpo_ray.video": (
+        "engines.video.VideoModel",
+        (("render",), ("animate_files",), ("warm_up",), ("cut",), ("stored",)),
+    ),
+    "vpo_ray.chat": ("engines.chat.Chat", (("complete",),)),
+}
+
 _NAME = re.compile(r"(?P<name>[\w.-]+|[\w.]+:[\w.]+)(@(?P<version>[\w.!+-]+))?")
 
 
@@ -148,7 +158,8 @@ class Plugin:
         """What is wrong with the section and the files that it names. Raises PluginError for options that the
         builder does not take."""
         self.checked(section)
-        return self._listed("problems", section) or []
+        lacks = self._lacks(section, self.builder) if isinstance(self.builder, type) else []
+        return [*lacks, *(self._listed("problems", section) or [])]
 
     def variables(self, section: Modelled) -> list[str]:
         """The environment variables that it reads where it runs. Raises PluginError."""
@@ -159,7 +170,7 @@ class Plugin:
         PluginError where it cannot say them of these."""
         given = getattr(self.builder, "dimensions", None)
         found = self._asked(given, section) if callable(given) else given
-        return None if found is None else frozenset(found)
+        return None if found is None else frozenset([found] if isinstance(found, str) else found)
 
     def build(self, section: Modelled, account: Any = None) -> Any:
         """The model. Raises PluginError where it cannot be built, whatever the builder raises.
@@ -170,7 +181,20 @@ class Plugin:
         if wrong := self.problems(section):
             raise PluginError(f"{self.pin}: {'; '.join(wrong)}")
         paid = (account,) if getattr(self.builder, "takes_account", False) else ()
-        return self._asked(self.builder, section, *paid)
+        model = self._asked(self.builder, section, *paid)
+        if lacks := self._lacks(section, model):
+            raise PluginError(f"{self.pin}: {lacks[0]}")
+        return model
+
+    def _lacks(self, section: Modelled, model: Any) -> list[str]:
+        """What a model, or its class, has to have and has not; nothing where that is made when asked for."""
+        if hasattr(model, "__getattr__"):
+            return []
+        interface, parts = _INTERFACES[section.group]
+        missing = [" or ".join(names) for names in parts if not any(hasattr(model, n) for n in names)]
+        name = model.__name__ if isinstance(model, type) else type(model).__name__
+        advice = f"let it have what vpo_ray.{interface} has, or inherit from that"
+        return [f"{name} has no {', '.join(missing)}: {advice}"] if missing else []
 
     def checked(self, section: Modelled) -> BaseModel:
         """The section's options. Raises PluginError for those that the builder does not take."""
@@ -185,7 +209,7 @@ class Plugin:
         ask = getattr(self.builder, name, None)
         if ask is None:
             return None
-        found: list[str] = self._asked(lambda section, options: list(ask(section, options)), section)
+        found: list[str] = self._asked(lambda section, options: _sentences(ask(section, options)), section)
         return found
 
     def _asked(self, part: Any, section: Modelled, *more: Any) -> Any:
@@ -194,6 +218,10 @@ class Plugin:
             return part(section, options, *more)
         except Exception as error:
             raise PluginError(f"{self.pin}: {type(error).__name__}: {error}") from error
+
+
+def _sentences(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def find(section: Modelled) -> Plugin:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from vpo_ray.engines.results import said_by
 from vpo_ray.engines.reward import Scored
+from vpo_ray.engines.reward.results import checked_scores
 from vpo_ray.recipe import Recipe, RenderGate
 from vpo_ray.recipe.plugins import PluginError, find
 from vpo_ray.records import Row, failed
@@ -36,14 +38,13 @@ class PromptGate:
         Raises:
             PluginError: `least` has a dimension that the reward does not give.
         """
-        found: list[Scored | Exception] = self._reward.score_prompts(
-            [row["prompt"] for row in rows], [row["query"] for row in rows]
-        )
+        given = self._reward.score_prompts([row["prompt"] for row in rows], [row["query"] for row in rows])
+        found = checked_scores(given, len(rows), f"gate: {type(self._reward).__name__}.score_prompts")
         return [self._row(*pair) for pair in zip(rows, found, strict=True)]
 
     def _row(self, row: Row, result: Scored | Exception) -> Row:
         if isinstance(result, Exception):
-            return failed(row, "render", f"the gate: {result}")
+            return failed(row, "render", f"the gate: {said_by(result)}")
         marks = {"score": result.score, **result.dimensions}
         for name, least in self.settings.least.items():
             if name not in marks:

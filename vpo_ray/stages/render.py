@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpo_ray.engines.endpoint.account import Account
+from vpo_ray.engines.results import one_for_each, said_by
 from vpo_ray.engines.video import DeviceLostError, VideoModel, prepare
 from vpo_ray.engines.video.engine import VideoInfo, encode, probe_video
 from vpo_ray.files.folder import chunks
@@ -258,12 +259,14 @@ class Renderer:
         shown = [(job, job.image) for job in batch if job.image is not None]
         if plain:
             videos = engine.render([job.prompt for job in plain], [job.seed for job in plain])
+            videos = one_for_each(videos, len(plain), f"render: {type(engine).__name__}.render")
             made.update(zip((job.key for job in plain), videos, strict=True))
         if shown:
             assert self.images is not None, "rows with an image come with a place of images"
             files = [(name, self.images.read(name)) for _, name in shown]
             asked = [job.prompt for job, _ in shown], [job.seed for job, _ in shown]
             videos = engine.animate_files(files, *asked)
+            videos = one_for_each(videos, len(shown), f"render: {type(engine).__name__}.animate_files")
             made.update(zip((job.key for job, _ in shown), videos, strict=True))
         return [made[job.key] for job in batch]
 
@@ -279,8 +282,12 @@ class Renderer:
         self, job: _Job, video: np.ndarray | bytes | Exception, seconds: float, cut: int | None
     ) -> Made:
         if isinstance(video, Exception):
-            log.warning("video %s was not rendered: %s", job.key, video)
-            return str(video)
+            reason = said_by(video)
+            log.warning("video %s was not rendered: %s", job.key, reason)
+            return reason
+        if not isinstance(video, np.ndarray | bytes):
+            kind = type(video).__name__
+            return f"the video model returned what is no video: {kind}, no array of frames and no bytes"
         try:
             if isinstance(video, bytes):
                 data, encoder, shape = video, None, probe_video(video)

@@ -8,16 +8,16 @@ see the same bytes, decoded once, and fill columns of their own.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from vpo_ray.engines.endpoint.account import Account
+from vpo_ray.engines.results import said_by
 from vpo_ray.engines.reward import ImageReward, PromptReward, RewardError, RewardModel, Scored, build
+from vpo_ray.engines.reward.results import checked_scores
 from vpo_ray.engines.reward.shared_decoding import Pick, decoding_once
 from vpo_ray.recipe import Recipe, Reward
 from vpo_ray.recipe.plugins import PluginError, find_usable
@@ -85,17 +85,19 @@ class WatchedReward:
         """
         assert self._model is not None, "load() comes first"
         queries = [row["query"] for row in rows]
+        results: object
         if isinstance(self._model, PromptReward):
             results = self._model.score_prompts([row["prompt"] for row in rows], queries)
         elif any(images) and isinstance(self._model, ImageReward):
             results = self._model.score_with_images(videos, queries, images)
         else:
             results = self._model.score(videos, queries)
-        results = [_with_numbers(result) for result in results]
-        for result in results:
+        for result in (
+            found := checked_scores(results, len(rows), f"{self.name}: {type(self._model).__name__}")
+        ):
             if isinstance(result, Scored):
                 self._watch(result)
-        return results
+        return found
 
     def _watch(self, result: Scored) -> None:
         self.scored += 1
@@ -197,34 +199,9 @@ class Scorer:
             return RewardError(f"{error}; --retry-errors renders it again")
 
 
-def _with_numbers(result: Scored | Exception) -> Scored | Exception:
-    """The result without dimensions that are None; an error where its score is no finite number, which is
-    above and below any other, or a dimension is no number."""
-    if not isinstance(result, Scored):
-        return result
-    given = {name: value for name, value in result.dimensions.items() if value is not None}
-    dimensions = {name: _number(value) for name, value in given.items()}
-    for name, number in dimensions.items():
-        if number is None:
-            return RewardError(f"its dimension {name} is {str(given[name])[:50]!r}, no number")
-    score = _number(result.score)
-    if score is None or not math.isfinite(score):
-        return RewardError(f"its score is {str(result.score)[:50]}, no finite number")
-    known = {name: number for name, number in dimensions.items() if number is not None}
-    return replace(result, dimensions=known, score=score)
-
-
-def _number(value: Any) -> float | None:
-    """A number of any library's kind; None for what is none."""
-    try:
-        return None if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, of a whole tensor
-        return None
-
-
 def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: bool) -> Row:
     if isinstance(result, Exception):
-        return _failed(row, result if first else RewardError(f"{reward.name}: {result}"))
+        return _failed(row, result if first else RewardError(f"{reward.name}: {said_by(result)}"))
     columns = _columns(result, reward.label)
     if first:
         return {**row, **columns, "error": None}
@@ -232,10 +209,11 @@ def _filled(row: Row, result: Scored | Exception, reward: WatchedReward, first: 
 
 
 def _failed(row: Row, error: Exception) -> Row:
-    log.warning("video %s was not scored: %s", row["video_key"], error)
+    reason = said_by(error)
+    log.warning("video %s was not scored: %s", row["video_key"], reason)
     # Half a set of scores would look like a whole one.
     empty: Row = dict.fromkeys(("reward", "answers", "dimensions", "score", "more_rewards"))
-    return failed({**row, **empty}, "score", str(error))
+    return failed({**row, **empty}, "score", reason)
 
 
 def _label(settings: Reward) -> str:

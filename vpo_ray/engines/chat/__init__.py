@@ -8,7 +8,8 @@ A backend is the package's own, which its pool builds, or another's (see `recipe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import isawaitable
 from typing import Any, Protocol
 
 from vpo_ray.recipe import ChatModel, plugins
@@ -98,12 +99,31 @@ class Metered:
         self, messages: Sequence[Message], sampling: Sampling, schema: dict[str, Any] | None = None
     ) -> Answer:
         try:
-            answer = await self.chat.complete(messages, sampling, schema)
+            asked: Any = self.chat.complete(messages, sampling, schema)
+            if not isawaitable(asked):
+                engine = type(self.chat).__name__
+                raise ChatError(f"{engine}.complete is not asynchronous: define it with `async def`")
+            answer = _checked(await asked, self.chat)
         except ChatError as error:
             self.usage += error.usage
             raise
         self.usage += answer.usage
         return answer
+
+
+def _checked(answer: Any, chat: Chat) -> Answer:
+    """The answer with numbers that a table takes. Raises ChatError for what is none."""
+    gave = f"{type(chat).__name__}.complete gave"
+    if not isinstance(answer, Answer):
+        raise ChatError(f"{gave} {type(answer).__name__}, not an Answer")
+    if not isinstance(answer.text, str):
+        raise ChatError(f"{gave} an Answer whose text is {type(answer.text).__name__}")
+    try:
+        prompt, completion = int(answer.prompt_tokens or 0), int(answer.completion_tokens or 0)
+        cost = float(answer.cost or 0)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ChatError(f"{gave} an Answer whose tokens or cost are no numbers: {error}") from error
+    return replace(answer, prompt_tokens=prompt, completion_tokens=completion, cost=cost)
 
 
 class ChatStage(Protocol):

@@ -318,7 +318,7 @@ def encode(frames: np.ndarray, fps: float, crf: int) -> bytes:
             the resolution of colour) to 51 (worst). Few browsers play crf 0.
 
     Raises:
-        ValueError: the frames have another shape or type.
+        ValueError: the frames have another shape or type, or a size that x264 does not take.
     """
     import av
 
@@ -328,16 +328,19 @@ def encode(frames: np.ndarray, fps: float, crf: int) -> bytes:
     if height % 2 or width % 2:
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        # Else x264's fastest code reads memory that it never wrote, and its choices follow from that.
-        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "cpu-independent=1"}
-        stream.thread_count = 1  # x264 divides its work, and so its choices, by the number of threads
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    try:
+        with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            # Else x264's fastest code reads memory that it never wrote, and its choices follow from that.
+            stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "cpu-independent=1"}
+            stream.thread_count = 1  # x264 divides its work, and so its choices, by the number of threads
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    except av.error.FFmpegError as error:
+        raise ValueError(f"x264 takes no frames of {frames.shape[2]} x {frames.shape[1]}: {error}") from error
     return buffer.getvalue()
 
 
