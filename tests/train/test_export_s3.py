@@ -47,6 +47,20 @@ def test_an_export_is_published_with_its_marker_last_and_fetched_whole(
     assert marker(target) is None
 
 
+def test_the_weights_that_a_killed_export_left_are_deleted(tmp_path: Path) -> None:
+    local = tmp_path / "policy"
+    local.mkdir()
+    (local / MARKER).write_text("{}", "utf-8")
+    run = tmp_path / "run [1]"
+    left = [run / f".dpo.{'a' * 32}", run / f".dpo.{'b' * 32}.old"]
+    others = [run / f".sft.{'a' * 32}", run / ".dpo.notes", run / f".dpo.{'c' * 32}.txt"]
+    for folder in (*left, *others):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    publish(local, str(run / "dpo"))
+    assert sorted(run.iterdir()) == sorted([run / "dpo", *others])
+
+
 def test_whoever_may_read_new_files_may_read_an_exports_weights(tmp_path: Path) -> None:
     local, usual = tmp_path / "policy", tmp_path / "usual"
     for folder in (local, usual):

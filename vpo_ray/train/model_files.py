@@ -6,8 +6,10 @@ its `job` says what made it.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -104,6 +106,18 @@ def digest(folder: str) -> str:
     return total.hexdigest()[:16]
 
 
+def discard_leftovers(out: str) -> None:
+    """Delete the copies of weights that killed publishers left beside a local `out`. Nobody else publishes to
+    it meanwhile: a run has one driver."""
+    place = Folder(out)
+    if not place.is_local:
+        return
+    target = Path(place.path)
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if re.fullmatch(r"[0-9a-f]{32}(\.old)?", path.name.removeprefix(f".{target.name}.")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def publish(folder: Path, out: str) -> None:
     """Move a finished local folder to `out`, replacing an older one: a local folder by renaming, an
     object store by a copy that ends with the marker."""
@@ -117,6 +131,7 @@ def publish(folder: Path, out: str) -> None:
         return
     target = Path(place.path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    discard_leftovers(out)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copytree(folder, aside)
     share(aside)

@@ -24,6 +24,7 @@ from vpo_ray.storage.model_cache import fetch
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.images import image_tokens, load_processor
 from vpo_ray.train.lora import attach, merge
+from vpo_ray.train.model_files import discard_leftovers
 from vpo_ray.train.phase import Job
 from vpo_ray.train.portable import for_older_readers
 from vpo_ray.train.save_pretrained import generation_config, write_generation, write_policy
@@ -205,6 +206,7 @@ def check_room(out: str, size: int) -> None:
     place = Folder(out)
     if place.is_local and os.path.lexists(place.path) and not os.path.isdir(place.path):
         raise TrainError(f"{out} is where the trained policy goes, but it is not a folder: move it away")
+    discard_leftovers(out)
     parent = Folder(str(Path(place.path).resolve().parent)) if place.is_local else place
     name = f".vpo-{uuid.uuid4().hex}"
     try:
