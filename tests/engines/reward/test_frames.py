@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vpo_ray.engines.reward import RewardError
-from vpo_ray.engines.reward.frames import choose_frames, preprocess, read_frames
+from vpo_ray.engines.reward.frames import choose_frames, every_frame, preprocess, read_frames
 from vpo_ray.engines.video.engine import probe_video
 
 CHAT = partial(choose_frames, strategy="chat")
@@ -32,6 +32,35 @@ def test_frames_are_those_chosen(clip: Callable[..., bytes]) -> None:
     every = read_frames(video, lambda times, _: list(range(len(times))))
     assert every.shape == (17, 64, 96, 3)
     assert (read_frames(video, CHAT) == every[[0, 8, 16]]).all()
+
+
+def _moved(video: bytes, seconds: float, kind: str) -> bytes:
+    """The same packets at other times, as a cut that encodes nothing anew leaves them."""
+    moved = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(moved, "w", format=kind) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts += int(seconds / packet.time_base)
+                packet.dts += int(seconds / packet.time_base)
+                packet.stream = stream
+                target.mux(packet)
+    return moved.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mpegts", "matroska"])
+def test_a_video_may_begin_late(kind: str, clip: Callable[..., bytes]) -> None:
+    video = clip(1, frames=33)
+    assert (read_frames(_moved(video, 10.0, kind), CHAT) == read_frames(video, CHAT)).all()
+
+
+def test_frames_from_before_a_cut_are_left_out(clip: Callable[..., bytes]) -> None:
+    video = clip(1, frames=33)
+    every = read_frames(video, every_frame)
+    cut = _moved(video, -0.75, "mp4")
+    assert (read_frames(cut, every_frame) == every[6:]).all()
+    assert (read_frames(cut, CHAT) == every[[6, 14, 22, 30]]).all()
+    assert probe_video(cut).frames == 27
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut off", "no frames", "sound only"])

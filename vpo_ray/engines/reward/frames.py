@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Strategy = Literal["chat", "base"] | float
 MAX_FRAMES = 24
 BASE_SECONDS = 60
+# Seconds of a first frame that is not the nearest to second 0 alone.
+LATE_S = 0.5
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -117,8 +119,12 @@ def _fetch(uri: str) -> bytes:
 
 
 def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[float], float]:
-    """Timestamps in display order and the average rate, from packet headers: nothing is decoded."""
-    stamps = [packet.pts for packet in container.demux(stream) if packet.size]
+    """Timestamps in display order and the average rate, from packet headers: nothing is decoded.
+
+    A video that was cut without encoding it anew holds frames from before the cut, which players and decoders
+    leave out, and an MPEG transport stream begins anywhere.
+    """
+    stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
     if not stamps:
         raise RewardError("the video has no frames")
     rate = float(stream.average_rate or stream.base_rate or 0)
@@ -126,7 +132,9 @@ def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tu
         raise RewardError("the video has no frame rate")
     if any(pts is None for pts in stamps):
         return [i / rate for i in range(len(stamps))], rate
-    return [float(pts * stream.time_base) for pts in sorted(stamps)], rate
+    times = [float(pts * stream.time_base) for pts in sorted(stamps)]
+    begin = times[0] if times[0] > LATE_S else 0.0
+    return [time - begin for time in times], rate
 
 
 def _decode(video: bytes | str, picks: Sequence[Pick]) -> _Decoded:

@@ -354,10 +354,13 @@ def probe_video(data: bytes) -> VideoInfo:
             if not container.streams.video:
                 raise ValueError("no video stream in these bytes")
             stream = container.streams.video[0]
-            frames = sum(1 for _ in container.decode(stream))
+            frames = cut = 0
+            for packet in container.demux(stream):
+                frames += len(packet.decode())
+                cut += bool(packet.size) and packet.is_discard  # from before a cut that encoded nothing anew
             # Fragmented mp4 and WebM do not tell how many there are.
-            if frames == 0 or stream.frames not in (0, frames):
-                raise ValueError(f"{frames} frames can be decoded of {stream.frames}")
+            if frames == 0 or stream.frames not in (0, frames + cut):
+                raise ValueError(f"{frames} frames can be decoded of {stream.frames - cut}")
             rate = float(stream.average_rate or stream.base_rate or 0)
             if rate <= 0:
                 raise ValueError("the video has no frame rate")
