@@ -23,6 +23,7 @@ from typing import Any
 from proof import other_video
 
 import vpo_ray
+from vpo_ray.cli import console
 from vpo_ray.evaluation.evaluate import Evaluated
 from vpo_ray.evaluation.pooled import pool_evaluations
 from vpo_ray.storage.run_dir import RunDir
@@ -49,6 +50,9 @@ def main() -> None:
     parser.add_argument("--transfer", action="store_true", help="render by another video model, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     given = parser.parse_args()
+    # As the commands do: a line every half minute, and nothing of what libraries say to each other.
+    console.forgive()
+    console.log_to_stderr()
     print(json.dumps({name: of_strategy(name, given) for name in given.strategies}))  # noqa: T201
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import vpo_ray
+from vpo_ray.cli import console
 from vpo_ray.evaluation.evaluate import Evaluated
 from vpo_ray.evaluation.pooled import pool_evaluations
 from vpo_ray.evaluation.results_table import table_text
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=150, help="queries of the evaluation")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     given = parser.parse_args()
+    # As the commands do: a line every half minute, and nothing of what libraries say to each other.
+    console.forgive()
+    console.log_to_stderr()
     began, seconds = time.monotonic(), {}
     evaluations = []
     for seed in range(1, given.seeds + 1):

@@ -34,11 +34,11 @@ STREAM = """
 import json, sys
 from vpo_ray.loop import phases
 from vpo_ray.stream import pipeline
-from vpo_ray.cli.main import _log_to_stderr
+from vpo_ray.cli import console
 from vpo_ray.recipe import load
 from vpo_ray.storage.run_dir import RunDir
 
-_log_to_stderr(verbose=False)
+console.log_to_stderr()
 recipe = load(sys.argv[1], json.loads(sys.argv[2]))
 phases.connect()
 pipeline.generate(recipe, RunDir(recipe.out), pipeline.Models("none", "p"), ("judge", "render", "score"))

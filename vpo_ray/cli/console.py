@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vpo_ray import terminal
+
+if TYPE_CHECKING:
+    from vpo_ray.records import Shard
 
 
 def forgive() -> None:
@@ -28,6 +32,21 @@ def sift_stderr() -> None:
     but not where somebody else's stream is in the place of stderr, who reads it as it is."""
     if isinstance(getattr(getattr(sys.stderr, "buffer", None), "raw", None), _Output):
         terminal.set_apart(_stream(os.dup(2), sys.stderr.encoding, "backslashreplace"))
+
+
+def log_to_stderr(verbose: bool = False, shard: Shard | None = None) -> None:
+    """Our log lines on stderr, others' only from warnings on (and see `terminal`). Ray's libraries put
+    handlers of their own on the root logger, so ours does not pass its lines up."""
+    if not verbose:
+        sift_stderr()
+    handler = logging.StreamHandler(terminal.Lines())
+    name = f"shard {shard}: " if shard else ""
+    line = f"%(asctime)s %(levelname).1s {name}%(message)s"
+    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
+    ours = logging.getLogger("vpo_ray")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 class _Output(io.FileIO):

@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: see `reference.EXIT_STATUS`."""
     console.forgive()
     arguments = _parser().parse_args(argv)
-    if not arguments.verbose:
-        console.sift_stderr()
-    _log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
+    console.log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt as stop:
@@ -87,19 +85,6 @@ def job(command: str) -> int:
     parser.add_argument("--recipe")
     given, rest = parser.parse_known_args()
     return main([command, *filter(None, [given.recipe]), *rest])
-
-
-def _log_to_stderr(verbose: bool, shard: Shard | None) -> None:
-    """Our log lines on stderr, others' only from warnings on (and see `terminal`). Ray's libraries put
-    handlers of their own on the root logger, so ours does not pass its lines up."""
-    handler = logging.StreamHandler(terminal.Lines())
-    name = f"shard {shard}: " if shard else ""
-    line = f"%(asctime)s %(levelname).1s {name}%(message)s"
-    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
-    ours = logging.getLogger("vpo_ray")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.DEBUG if verbose else logging.INFO)
-    logging.getLogger().setLevel(logging.WARNING)
 
 
 def _fail(message: str, status: int) -> int:
