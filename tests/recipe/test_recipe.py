@@ -58,7 +58,7 @@ def test_the_smallest_recipe_needs_no_training() -> None:
     ("text", "says"),
     [
         ("- a\n- b\n", "this is list"),
-        ("", "this is NoneType"),
+        ("", "this is an empty file"),
         ("a: [1\n", "not a YAML file"),
         (b"\x00\x01", "not a YAML file"),
         (b"name: \xff\n", "not a YAML file"),

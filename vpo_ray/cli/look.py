@@ -54,11 +54,12 @@ def _add_folder(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _folder(arguments: argparse.Namespace) -> str:
-    if arguments.folder and arguments.out and arguments.folder != arguments.out:
+    if None not in (arguments.folder, arguments.out) and arguments.folder != arguments.out:
         from vpo_ray.recipe import RecipeError
 
         raise RecipeError(f"{arguments.folder} and --out {arguments.out}: give one folder")
-    return str(arguments.folder or arguments.out or "runs")
+    named = arguments.folder if arguments.folder is not None else arguments.out
+    return "runs" if named is None else str(named)
 
 
 def show_status(arguments: argparse.Namespace) -> int:
@@ -295,13 +296,20 @@ def _run(uri: str) -> RunDir:
 
 
 def _runs(uri: str) -> list[RunDir]:
-    """The run itself, or those in a folder."""
+    """The run itself, or those in a folder, with what may be one and cannot be read: see `_of_each`."""
+    from vpo_ray.files.folder import StorageError
     from vpo_ray.storage.run_dir import RunDir
+
+    def may_be_one(found: RunDir) -> bool:
+        try:
+            return found.exists("versions.json")
+        except StorageError:
+            return True
 
     folder = RunDir(uri)
     if folder.exists("versions.json"):
         return [folder]
-    return [run for name in folder.folders() if (run := RunDir(folder.at(name))).exists("versions.json")]
+    return [run for name in folder.folders() if may_be_one(run := RunDir(folder.at(name)))]
 
 
 def _printable(value: Any) -> str:

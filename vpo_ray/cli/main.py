@@ -22,6 +22,7 @@ vpo key NAME                        a key for a caller of that endpoint
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
     from vpo_ray.records import Shard
 
+# What a machine refuses for reasons of its own or its user's: the path and the reason say all.
+_OF_THE_MACHINE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: see `reference.EXIT_STATUS`."""
@@ -68,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError) and (advice := install_advice(error)):
             return _fail(advice, 1)
         ours = type(error).__module__.startswith("vpo_ray")
+        if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_MACHINE:
+            logging.getLogger("vpo_ray").debug("the trace of it", exc_info=True)
+            return _fail(f"{error.filename}: {error.strerror}", 1)
         if not ours:
             logging.getLogger(__name__).exception("unexpected failure")
         message = str(error) or type(error).__name__
@@ -235,7 +245,8 @@ def _load(arguments: argparse.Namespace) -> Recipe:
     from vpo_ray import api
 
     # As a JSON string, so that no name of a folder is read as another YAML value.
-    out = [f"out={json.dumps(arguments.out, ensure_ascii=False)}"] if arguments.out else []
+    given = arguments.out
+    out = [] if given is None else [f"out={json.dumps(given, ensure_ascii=False)}"]
     return api.load_recipe(arguments.recipe, [*arguments.set, *out])
 
 

@@ -100,15 +100,20 @@ class Folder:
             environment, where pyarrow looks for them.
 
     Raises:
-        StorageError: a URI of an unknown filesystem or with a password, a bucket that is not found, or the
-            home of an unknown user.
+        StorageError: no name, a URI of an unknown filesystem, without a bucket or with a password, a bucket
+            that is not found, or the home of an unknown user.
     """
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri)
+        if not text or "\0" in text:
+            # An empty variable of a script would otherwise mean the working directory.
+            raise StorageError(f"{text!r} names no folder: give a path or a URI")
         if "://" in text:
             place, sign, options = text.partition("?")
             self.uri = f"{place.rstrip('/')}{sign}{options}"
+            if "://" not in self.uri:
+                raise StorageError(f"{text} names no bucket: write it as {place.rstrip('/')}//bucket/folder")
         else:
             try:
                 self.uri = str(Path(text).expanduser().resolve())

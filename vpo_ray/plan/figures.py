@@ -105,7 +105,8 @@ def read_ledger(recipe: Recipe, given: str | None) -> Ledger | None:
         stages = json.loads(run.read(name))["stages"]
         then = _recipe_of(run)
     except (OSError, StorageError, ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"--ledger {given or recipe.out}: no ledger.json of a run there ({error})") from error
+        where = f"out {recipe.out}" if given is None else f"--ledger {given}"
+        raise PlanError(f"{where}: no ledger.json of a run there ({error})") from error
     if then is None:
         return Ledger(run.at(name), stages)
     workers = {

@@ -430,6 +430,10 @@ def load_serve(path: str | None, overrides: Iterable[str]) -> Serve:
     tree: dict[str, Any] = {"serve": {}}
     for item in overrides:
         set_key(tree, item)
+    if others := ", ".join(key for key in tree if key != "serve"):
+        raise RecipeError(
+            f"--set {others}: without a recipe there are keys of `serve` only, e.g. serve.port=9000"
+        )
     try:
         return Serve.model_validate(tree["serve"])
     except ValidationError as error:

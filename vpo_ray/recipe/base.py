@@ -69,7 +69,7 @@ Amount = Annotated[float, Field(ge=0)]
 
 # Where something is: a path, a URI or a hub id. `~` at the beginning of a path is the home of who reads
 # the recipe. A Source is read by a run; a Place is written to, or is each node's own.
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 _SOURCE = "source"
 Source = Annotated[str, AfterValidator(os.path.expanduser), _SOURCE]
 

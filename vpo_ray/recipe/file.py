@@ -42,7 +42,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a YAML mapping of sections, this is {type(tree).__name__}")
+        what = "an empty file" if tree is None else type(tree).__name__
+        raise RecipeError(f"{path}: a recipe is a YAML mapping of sections, this is {what}")
     return tree
 
 
@@ -52,7 +53,7 @@ def set_key(tree: dict[str, Any], item: str) -> None:
     if not sign or not key.strip():
         raise RecipeError(f"--set {item}: write it as key.path=value, e.g. --set render.steps=30")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {item}: the value is not YAML: {error}") from error
     *parents, leaf = key.strip().split(".")
@@ -67,8 +68,16 @@ def set_key(tree: dict[str, Any], item: str) -> None:
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError, also for a key that is given twice."""
-    return yaml.load(text, _Loader)
+    """The value of a YAML text. Raises yaml.YAMLError, also for a key that is given twice, a date that no
+    calendar has, and brackets in brackets without end."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("its brackets are too deep") from error
+    except ValueError as error:
+        raise yaml.YAMLError(
+            f"{error}: a text that looks like a date or a number needs quotation marks"
+        ) from error
 
 
 class _Loader(yaml.SafeLoader):
