@@ -61,3 +61,12 @@ def test_everything_that_is_copied_or_installed_is_here_and_locked(name: str) ->
 def test_torch_of_the_cpu_image_is_the_locked_one() -> None:
     [locked] = re.findall(r"^(torch==\S+)", (ROOT / "requirements/cpu.txt").read_text("utf-8"), re.M)
     assert any(locked in rest.split() for head, rest in instructions("Dockerfile.cpu") if head == "RUN")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_folders_above_a_cache_belong_to_the_user(name: str) -> None:
+    """The builder makes those that are not there for root, and an engine's own caches would find no place."""
+    text = " ".join(rest for _, rest in instructions(name))
+    (made,) = re.findall(r"install -d -o 1000 -g 100 ([^&]*)", text)
+    for target in re.findall(r"type=cache,target=(\S+?),", text):
+        assert str(Path(target).parent) in made.split()
