@@ -10,6 +10,8 @@ from plan_recipes import recipe
 from vpo_ray.plan import PlanError, check_recipe
 from vpo_ray.plan.check import absent_measures, check_nodes, hub_ids
 
+NO_TENSORS = b"\x02" + bytes(7) + b"{}"  # a safetensors file
+
 
 def problems(tiny: dict[str, Any], **changes: Any) -> list[str]:
     with pytest.raises(PlanError) as caught:
@@ -120,7 +122,9 @@ def test_the_judge_may_be_at_an_endpoint_or_an_adapter(tiny: dict[str, Any], tmp
     remote = recipe(tiny, judge__model="gpt-4o", judge__backend="openai")
     check_recipe(remote)
     assert hub_ids(recipe(tiny, judge__model="org/gpt", judge__backend="openai")) == []
-    (tmp_path / "adapter_config.json").write_text("{}", "utf-8")
+    settings = {"base_model_name_or_path": "org/base", "r": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings), "utf-8")
+    (tmp_path / "adapter_model.safetensors").write_bytes(NO_TENSORS)
     check_recipe(recipe(tiny, judge__model=tmp_path))
 
 
@@ -156,6 +160,7 @@ def test_what_drafts_need_is_checked(tiny: dict[str, Any], tmp_path: Path) -> No
         ("{path: FOLDER/weights.bin}", "is no *.safetensors file"),
         ("{path: FOLDER}", "has a.safetensors, b.safetensors; name one"),
         ("{path: FOLDER/empty}", "has none; name one"),
+        ("{path: FOLDER/broken}", "FOLDER/broken/a.safetensors is no safetensors file"),
         (
             "{path: FOLDER, weight_name: c.safetensors}",
             "weight_name: FOLDER has no c.safetensors",
@@ -168,9 +173,10 @@ def test_what_drafts_need_is_checked(tiny: dict[str, Any], tmp_path: Path) -> No
 def test_the_video_models_lora_is_looked_for(
     tiny: dict[str, Any], tmp_path: Path, lora: str, says: str | None
 ) -> None:
-    for name in ("a.safetensors", "b.safetensors", "weights.bin", "empty/readme"):
+    for name in ("a.safetensors", "b.safetensors", "weights.bin", "empty/readme", "broken/a.safetensors"):
         (tmp_path / "lora" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "lora" / name).write_bytes(b"")
+        (tmp_path / "lora" / name).write_bytes(NO_TENSORS)
+    (tmp_path / "lora/broken/a.safetensors").write_text("a page that says 404", "utf-8")
     asked = lora.replace("FOLDER", str(tmp_path / "lora"))
     if says is None:
         check_recipe(recipe(tiny, render__lora=asked))

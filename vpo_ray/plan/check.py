@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from vpo_ray.files.folder import StorageError
 from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.loop.policies import LoopError, with_profiles
-from vpo_ray.plan import models
+from vpo_ray.plan import folders, models
 from vpo_ray.plan.dimensions import fitness_problems, formula_problems
 from vpo_ray.plan.images import image_problems
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
@@ -26,7 +25,6 @@ from vpo_ray.recipe import (
     Checklist,
     Draft,
     Evaluation,
-    Lora,
     Pair,
     Recipe,
     RenderGate,
@@ -47,7 +45,6 @@ from vpo_ray.storage.sft_data import sft_rows
 from vpo_ray.storage.tables import Table
 
 TEXT = "{text}"  # the slot of prompts that ask for a verdict on a text
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class PlanError(ValueError):
@@ -97,7 +94,7 @@ def hub_ids(recipe: Recipe) -> list[str]:
         f"{key}: {name} is not a folder here; taken as a hub id"
         + (f" (there is a folder {name.split('/')[0]}, without it)" if Path(name).parent.is_dir() else "")
         for key, name in named.items()
-        if "://" not in name and not Path(name).exists() and _HUB_ID.fullmatch(name)
+        if "://" not in name and not Path(name).exists() and folders.HUB_ID.fullmatch(name)
     ]
 
 
@@ -116,14 +113,15 @@ def check_nodes(recipe: Recipe) -> None:
 
 
 def _of_files(recipe: Recipe) -> Iterator[str]:
-    yield from _folder("policy.model", recipe.policy.model, "config.json", "*.safetensors")
+    is_trained = recipe.sft is not None or recipe.learning is not None
+    yield from folders.policy_folder("policy.model", recipe.policy.model, is_trained)
     for key, llm in chat_models(recipe).items():
-        yield from _chat_model(key, llm)
+        yield from folders.chat_folder(key, llm)
     yield from (f"{key}: {why}" for key, why in plugins.plugin_problems(plugins.plugins_of(recipe)).items())
     if recipe.render.kind == "diffusers":
-        yield from _folder("render.model", recipe.render.model, "model_index.json", "*/*.safetensors")
+        yield from folders.pipeline_folder("render.model", recipe.render.model)
     if recipe.render.lora is not None:
-        yield from _lora(recipe.render.lora)
+        yield from folders.lora_problems(recipe.render.lora)
     if recipe.render.cache is None and recipe.render.cache_options:
         yield "render.cache_options has no effect without render.cache: name a cache"
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
@@ -197,14 +195,14 @@ def absent_measures(recipe: Recipe) -> list[str]:
 
 def _reward(key: str, reward: Reward) -> Iterator[str]:
     for name, model in reward.models().items():
-        yield from _folder(f"{key}.{name}", model, "config.json", "*.safetensors")
+        yield from folders.model_folder(f"{key}.{name}", model)
     if reward.kind == "vbench" or reward.is_plugin:
         yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
 
 
 def _gate(settings: RenderGate) -> Iterator[str]:
     for name, model in settings.models().items():
-        yield from _folder(f"gate.{name}", model, "config.json", "*.safetensors")
+        yield from folders.model_folder(f"gate.{name}", model)
     yield from (line for name, path in settings.files().items() for line in _file(f"gate.{name}", path))
     if plugins.find_usable(settings) is not None:
         yield from gate_problems(settings)
@@ -217,30 +215,6 @@ def chat_models(recipe: Recipe) -> dict[str, ChatModel]:
         if section is not None and section.llm is not None:
             found[key] = section.llm
     return found
-
-
-def _chat_model(key: str, model: ChatModel) -> Iterator[str]:
-    # An adapter names the model that it is for: the engine finds that.
-    if model.backend == "vllm" and not Path(model.model, "adapter_config.json").is_file():
-        yield from _folder(f"{key}.model", model.model, "config.json", "*.safetensors")
-
-
-def _lora(settings: Lora) -> Iterator[str]:
-    """As the video engine reads it: a safetensors file, or a folder with one that has to be named where
-    there are several."""
-    path = Path(settings.path)
-    if path.is_dir():
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-        if settings.weight_name is not None and not (path / settings.weight_name).is_file():
-            yield f"render.lora.weight_name: {settings.path} has no {settings.weight_name}"
-        elif settings.weight_name is None and len(names) != 1:
-            given = f"has {', '.join(names) or 'none'}"
-            yield f"render.lora.path: {settings.path} {given}; name one of *.safetensors with weight_name"
-    elif path.is_file():
-        if path.suffix != ".safetensors":
-            yield f"render.lora.path: {settings.path} is no *.safetensors file"
-    elif "://" not in settings.path and not _HUB_ID.fullmatch(settings.path):
-        yield f"render.lora.path: no such file or folder: {settings.path}"
 
 
 def _sft_data(recipe: Recipe, sft: Sft) -> Iterator[str]:
@@ -303,7 +277,7 @@ def _asked_in_evaluation(settings: Evaluation) -> Iterator[str]:
     llms |= {f"policies.{name}.llm": policy.llm for name, policy in settings.policies.items()}
     for name, llm in llms.items():
         if llm is not None:
-            yield from _chat_model(f"evaluate.{name}", llm)
+            yield from folders.chat_folder(f"evaluate.{name}", llm)
     for name, policy in settings.policies.items():
         if policy.examples is not None:
             yield from _examples(f"evaluate.policies.{name}", policy.examples, policy.shots)
@@ -373,14 +347,3 @@ def _elsewhere(path: str) -> bool:
 def _here(path: str) -> Path:
     """A path, or a `file://` URI, on this machine."""
     return Path(path_of_uri(path) if path.startswith("file://") else path)
-
-
-def _folder(key: str, name: str, marker: str, weights: str) -> Iterator[str]:
-    path = Path(name)
-    if path.is_dir():
-        if not (path / marker).is_file():
-            yield f"{key}: {name} is no checkpoint folder of this kind, it has no {marker}"
-        elif not any(path.glob(weights)):
-            yield f"{key}: {name} holds no weights ({weights})"
-    elif "://" not in name and not _HUB_ID.fullmatch(name):
-        yield f"{key}: no such folder: {name}"

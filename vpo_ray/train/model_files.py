@@ -38,11 +38,12 @@ def marker(folder: str) -> Row | None:
 
 
 def refuse_adapter(model: str) -> None:
-    """Raises TrainError for the folder of a LoRA adapter, which is not a model by itself."""
+    """Raises TrainError for the folder of a LoRA adapter, which is no model by itself: whatever lies beside
+    its settings, transformers loads the base model that they name."""
     if not _is_folder(model):
         return
     place = Folder(model)
-    if place.exists("adapter_config.json") and not place.exists("config.json"):
+    if place.exists("adapter_config.json"):
         raise TrainError(
             f"{model} is a LoRA adapter, not a whole model: train it with lora.merge true to continue from it"
         )

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.files.weight_files import folder_problems
 from vpo_ray.recipe import Training
 from vpo_ray.train.examples import TrainError
 from vpo_ray.train.lora import attach
@@ -125,7 +126,8 @@ def load_model(
     What a vision-language model sees with is set apart (see `vision`).
 
     Raises:
-        TrainError: the folder is not a causal language model, or cannot take these adapters.
+        TrainError: the folder's files are not whole, it is not a causal language model, or cannot take these
+            adapters.
     """
     import torch
     from transformers import AutoConfig
@@ -133,6 +135,8 @@ def load_model(
 
     from vpo_ray.train import attention, vision
 
+    if Path(model).is_dir() and (problems := list(folder_problems(Path(model), weights=False))):
+        raise TrainError("; ".join(problems))
     attention.register_attention()
     keep = HfDeepSpeedConfig(config) if settings.zero_stage == 3 else None
     given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}

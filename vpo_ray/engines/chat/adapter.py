@@ -14,6 +14,7 @@ from vpo_ray.storage.model_cache import fetch_for_engine
 _SETTINGS = "adapter_config.json"
 # The maximum ranks that vLLM supports.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_UNFIT = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 class AdapterError(ValueError):
@@ -27,8 +28,19 @@ class Adapter:
     folder: str
     base: str
     rank: int
+    unfit: str | None = None  # why vLLM cannot do what it says
 
     def engine_kwargs(self) -> dict[str, Any]:
+        """What makes room for it in vLLM.
+
+        Raises:
+            AdapterError: vLLM refuses such an adapter, or computes something else.
+        """
+        if self.unfit is not None:
+            raise AdapterError(
+                f"{self.folder}: vLLM takes no adapter with {self.unfit}: merge it into its base model "
+                "(merge_and_unload of peft), and name the whole model"
+            )
         room = next((rank for rank in _RANKS if rank >= self.rank), _RANKS[-1])
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
@@ -52,10 +64,25 @@ def adapter_of(model: str) -> Adapter | None:
     path = place.at(_SETTINGS)
     try:
         config = json.loads(place.read(_SETTINGS))
-        base, rank = _base_of(place, config["base_model_name_or_path"]), int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind, named = config.get("peft_type", "LORA"), config.get("base_model_name_or_path")
+        if kind != "LORA":
+            raise ValueError(f"peft_type is {kind}")
+        if not isinstance(named, str) or not named:
+            raise ValueError(f"base_model_name_or_path is {named!r}: write the base model's folder or hub id")
+        base, rank = _base_of(place, named), int(config.get("r"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path}: not the settings of a LoRA adapter: {error}") from error
-    return Adapter(place.uri, base, rank)
+    return Adapter(place.uri, base, rank, _unfit(config, rank))
+
+
+def _unfit(config: dict[str, Any], rank: int) -> str | None:
+    """What of an adapter vLLM refuses, or passes over: it scales all layers by the one rank and alpha."""
+    if rank > _RANKS[-1]:
+        return f"the rank {rank}, at most {_RANKS[-1]}"
+    named = next((key for key in _UNFIT if config.get(key)), None)
+    if named is None and config.get("bias", "none") != "none":
+        named = "bias"
+    return named and f"{named} {json.dumps(config[named])}"
 
 
 def _base_of(place: Folder, named: str) -> str:

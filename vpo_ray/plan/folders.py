@@ -1,0 +1,140 @@
+"""Folders of models that a recipe names, as far as they can be looked at without loading anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vpo_ray.engines.chat.adapter import AdapterError, adapter_of
+from vpo_ray.files.weight_files import folder_problems, lone_problems
+from vpo_ray.recipe import ChatModel, Lora
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ADAPTER = "adapter_config.json"
+
+
+def model_folder(key: str, name: str) -> Iterator[str]:
+    """Problems of a folder with `config.json` and weights beside it."""
+    path = Path(name)
+    if not path.is_dir():
+        yield from _nowhere(key, name)
+    elif not (path / "config.json").is_file():
+        yield f"{key}: {_other_folder(path, 'config.json')}"
+    else:
+        yield from (f"{key}: {line}" for line in folder_problems(path))
+
+
+def policy_folder(key: str, name: str, trained: bool) -> Iterator[str]:
+    """Problems of a policy's folder, which training loads by transformers: its weights are in one file or in
+    those of an index, and beside an adapter's settings the adapter's base model would be loaded."""
+    path = Path(name)
+    if (path / _ADAPTER).is_file():
+        yield (
+            f"{key}: {name} has an {_ADAPTER}, so it is a LoRA adapter and not a whole model: merge it into "
+            "its base model (merge_and_unload of peft), save that with its tokenizer, and name its folder"
+        )
+        return
+    problems = list(model_folder(key, name))
+    yield from problems
+    indexed = any((path / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
+    if trained and path.is_dir() and not problems and not indexed:
+        yield (
+            f"{key}: {name} has neither model.safetensors nor model.safetensors.index.json, by which "
+            "training finds weights: download it again, or save it once with transformers (save_pretrained)"
+        )
+
+
+def chat_folder(key: str, model: ChatModel) -> Iterator[str]:
+    """Problems of the folder of an LLM that runs here, which may be an adapter with its base model."""
+    if model.backend != "vllm":
+        return
+    if not Path(model.model, _ADAPTER).is_file():
+        yield from model_folder(f"{key}.model", model.model)
+        return
+    try:
+        adapter = adapter_of(model.model)
+        assert adapter is not None
+        adapter.engine_kwargs()
+    except AdapterError as error:
+        yield f"{key}.model: {error}"
+        return
+    binary = Path(model.model, "adapter_model.bin").is_file()  # which vLLM takes
+    yield from (f"{key}.model: {line}" for line in folder_problems(Path(model.model), not binary))
+    base = model_folder(f"{key}.model", adapter.base)
+    yield from (f"{line}, which {model.model}/{_ADAPTER} names as its base model" for line in base)
+
+
+def pipeline_folder(key: str, name: str) -> Iterator[str]:
+    """Problems of a folder with a diffusers pipeline: `model_index.json`, and a folder for each component."""
+    path = Path(name)
+    if not path.is_dir():
+        yield from _nowhere(key, name)
+        return
+    if not (path / "model_index.json").is_file():
+        yield f"{key}: {_other_folder(path, 'model_index.json')}"
+        return
+    try:
+        index = json.loads((path / "model_index.json").read_text("utf-8"))
+        # A component that a model does without is listed as [null, null].
+        listed = sorted(part for part, kind in index.items() if isinstance(kind, list) and any(kind[:1]))
+    except (ValueError, AttributeError) as error:
+        yield f"{key}: {path / 'model_index.json'} is no index of a pipeline: {error}"
+        return
+    components = [part for part in listed if not part.startswith("_")]
+    if absent := [part for part in components if not (path / part).is_dir()]:
+        yield f"{key}: {name} lacks the component {', '.join(absent)} of its model_index.json"
+    for part in components:
+        if part not in absent:
+            yield from (f"{key}: {line}" for line in _component(path / part))
+
+
+def _component(folder: Path) -> Iterator[str]:
+    """Of a model, a tokenizer or a scheduler, each of which has a configuration under a name of its own."""
+    is_model = (folder / "config.json").is_file()
+    if not is_model and not any(folder.glob("*_config.json")):
+        yield f"{folder} has no config.json"
+        return
+    binary = any(folder.glob("*.bin"))  # which diffusers takes
+    yield from folder_problems(folder, is_model and not binary)
+
+
+def lora_problems(settings: Lora) -> Iterator[str]:
+    """Problems of a video model's LoRA, as the engine reads it: a safetensors file, or a folder with one that
+    has to be named where there are several."""
+    path = Path(settings.path)
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if settings.weight_name is not None:
+            names = [settings.weight_name]
+            if not (path / settings.weight_name).is_file():
+                yield f"render.lora.weight_name: {settings.path} has no {settings.weight_name}"
+                return
+        if len(names) != 1:
+            given = f"has {', '.join(names) or 'none'}"
+            yield f"render.lora.path: {settings.path} {given}; name one of *.safetensors with weight_name"
+            return
+        path /= names[0]
+    elif path.is_file():
+        if path.suffix != ".safetensors":
+            yield f"render.lora.path: {settings.path} is no *.safetensors file"
+            return
+    else:
+        if "://" not in settings.path and not HUB_ID.fullmatch(settings.path):
+            yield f"render.lora.path: no such file or folder: {settings.path}"
+        return
+    yield from (f"render.lora.path: {line}" for line in lone_problems(path))
+
+
+def _nowhere(key: str, name: str) -> Iterator[str]:
+    if "://" not in name and not HUB_ID.fullmatch(name):
+        yield f"{key}: no such folder: {name}"
+
+
+def _other_folder(path: Path, marker: str) -> str:
+    """A folder that lacks a file, and those in it that have one: a hub's cache, a run, several adapters."""
+    within = [place.parent for depth in ("*", "*/*") for place in path.glob(f"{depth}/{marker}")]
+    found = [str(place) for place in sorted(within)[:3]]
+    named = f"; did you mean {' or '.join(found)}?" if found else ""
+    return f"{path} is no checkpoint folder of this kind, it has no {marker}{named}"
