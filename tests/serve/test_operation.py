@@ -45,6 +45,12 @@ def test_the_config_file_is_one_that_serve_takes(
     assert tree["http_options"]["host"] == "0.0.0.0"
     with pytest.raises(PromptError, match="checkpoints/dpo does not exist"):
         build(app, application.args)
+    cloned = tmp_path / "runs/demo/checkpoints/dpo"
+    cloned.mkdir(parents=True)
+    (cloned / "config.json").write_text("{}", "utf-8")
+    (cloned / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", "utf-8")
+    with pytest.raises(PromptError, match="git-LFS pointers"):
+        build(app, application.args)
 
 
 def test_a_canary_takes_its_share_and_keeps_its_queries() -> None:

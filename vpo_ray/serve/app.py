@@ -7,6 +7,7 @@ changing its `base_url`. Ray's own tools take it as `vpo_ray.serve.app:app`:
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -15,6 +16,7 @@ from ray.serve.deployment import Application
 from vpo_ray.engines.chat.eyes import checkpoint_has_eyes
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder
+from vpo_ray.files.weight_files import folder_problems
 from vpo_ray.prompts.policy_prompt import PromptError, control_tokens
 from vpo_ray.recipe import Pool, RecipeError, Section, Serve
 from vpo_ray.serve.config import operation
@@ -216,4 +218,6 @@ def _checked(checkpoint: str) -> tuple[str, tuple[str, ...]]:
         raise PromptError(
             f"{checkpoint} holds no weights (*.safetensors); give the folder that training wrote"
         )
+    if place.is_local and (problems := list(folder_problems(Path(place.path)))):
+        raise PromptError("; ".join(problems))
     return place.uri, control_tokens(load_tokenizer(place.uri))
