@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from vpo_ray.engines.video.components import language_models, only_variant, refuse_unloaded
 from vpo_ray.engines.video.ranks import rank_device, split_sequence
 from vpo_ray.engines.video.weights import VideoModelError, add_lora, quantise
 from vpo_ray.recipe import Render
@@ -57,21 +59,27 @@ def load_pipeline(settings: Render) -> Any:
     from safetensors import SafetensorError
 
     where = f"render.model {settings.model!r}"
-    _check_index(settings, where)
+    index = _check_index(settings, where)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     dtype: Any = getattr(torch, settings.dtype)
     if settings.vae_dtype is not None:
         dtype = {"default": dtype, "vae": getattr(torch, settings.vae_dtype)}
+    variant = only_variant(settings.model)
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             settings.model,
             revision=settings.revision,
             dtype=dtype,
             trust_remote_code=settings.trust_remote_code,
+            variant=variant,
+            **language_models(settings.model, settings.revision, index, dtype, variant),
         )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        if isinstance(error, VideoModelError):
+            raise
         raise VideoModelError(f"{where} cannot be loaded: {error}") from error
+    refuse_unloaded(settings.model, pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     # Pipelines log the text that they cut off a prompt; here it is counted instead.
     logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
@@ -158,18 +166,20 @@ def text_limit(pipeline: Any, settings: Render) -> int | None:
     return most if isinstance(most, int) and 0 < most < 10**6 else None
 
 
-def _check_index(settings: Render, where: str) -> None:
-    """Refuse what is no text- or image-to-video pipeline from its `model_index.json` alone."""
+def _check_index(settings: Render, where: str) -> Mapping[str, Any]:
+    """The pipeline's `model_index.json`; what is no text- or image-to-video one is refused by it alone."""
     import diffusers
 
     try:
         index = diffusers.DiffusionPipeline.load_config(settings.model, revision=settings.revision)
     except (OSError, ValueError) as error:
         raise VideoModelError(f"{where} is no diffusers pipeline with a model_index.json: {error}") from error
+    if not isinstance(index, Mapping):
+        raise VideoModelError(f"{where}: its model_index.json is no object with the names of components")
     name = index.get("_class_name")
     if not isinstance(name, str):
         if settings.trust_remote_code:
-            return
+            return index
         raise VideoModelError(f"{where} brings its own code: set render.trust_remote_code if you trust it")
     pipeline = getattr(diffusers, name, None)
     if pipeline is None:
@@ -190,6 +200,7 @@ def _check_index(settings: Render, where: str) -> None:
         absent = [name for name in listed if not (folder / name).is_dir()]
         if absent:
             raise VideoModelError(f"{where} lacks the component {', '.join(absent)} of its model_index.json")
+    return index
 
 
 def _check_shape(pipeline: Any, settings: Render) -> None:
