@@ -195,14 +195,14 @@ def absent_measures(recipe: Recipe) -> list[str]:
 
 def _reward(key: str, reward: Reward) -> Iterator[str]:
     for name, model in reward.models().items():
-        yield from folders.model_folder(f"{key}.{name}", model)
+        yield from folders.checkpoint_folder(f"{key}.{name}", model)
     if reward.kind == "vbench" or reward.is_plugin:
         yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
 
 
 def _gate(settings: RenderGate) -> Iterator[str]:
     for name, model in settings.models().items():
-        yield from folders.model_folder(f"gate.{name}", model)
+        yield from folders.checkpoint_folder(f"gate.{name}", model)
     yield from (line for name, path in settings.files().items() for line in _file(f"gate.{name}", path))
     if plugins.find_usable(settings) is not None:
         yield from gate_problems(settings)

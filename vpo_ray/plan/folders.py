@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ADAPTER = "adapter_config.json"
 
 
-def model_folder(key: str, name: str) -> Iterator[str]:
+def checkpoint_folder(key: str, name: str) -> Iterator[str]:
     """Problems of a folder with `config.json` and weights beside it."""
     path = Path(name)
     if not path.is_dir():
@@ -36,7 +36,7 @@ def policy_folder(key: str, name: str, trained: bool) -> Iterator[str]:
             "its base model (merge_and_unload of peft), save that with its tokenizer, and name its folder"
         )
         return
-    problems = list(model_folder(key, name))
+    problems = list(checkpoint_folder(key, name))
     yield from problems
     indexed = any((path / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     if trained and path.is_dir() and not problems and not indexed:
@@ -51,7 +51,7 @@ def chat_folder(key: str, model: ChatModel) -> Iterator[str]:
     if model.backend != "vllm":
         return
     if not Path(model.model, _ADAPTER).is_file():
-        yield from model_folder(f"{key}.model", model.model)
+        yield from checkpoint_folder(f"{key}.model", model.model)
         return
     try:
         adapter = adapter_of(model.model)
@@ -62,7 +62,7 @@ def chat_folder(key: str, model: ChatModel) -> Iterator[str]:
         return
     binary = Path(model.model, "adapter_model.bin").is_file()  # which vLLM takes
     yield from (f"{key}.model: {line}" for line in folder_problems(Path(model.model), not binary))
-    base = model_folder(f"{key}.model", adapter.base)
+    base = checkpoint_folder(f"{key}.model", adapter.base)
     yield from (f"{line}, which {model.model}/{_ADAPTER} names as its base model" for line in base)
 
 
