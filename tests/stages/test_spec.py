@@ -3,6 +3,7 @@
 Small functions stand in for the models of the other stages; the stream, its tables and its workers are real.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -202,11 +203,34 @@ def test_without_it_all_is_as_it_was() -> None:
 def test_what_cannot_be_registered(registered: None) -> None:
     spec.register(TRANSLATE, before="sample")  # once more: nothing happens
     assert spec.names("generation").count("translate") == 1
-    for wrong, before in (
-        (replace(TRANSLATE, table="other"), None),
-        (replace(TRANSLATE, name="upscale", table="renders"), None),
-        (replace(TRANSLATE, name="Up-scale", table="upscaled"), None),
-        (replace(TRANSLATE, name="upscale", table="upscaled"), "draft"),
+    other = replace(TRANSLATE, name="upscale", table="upscaled", columns=[])
+    kept = dict(TABLES)
+    for wrong, before, says in (
+        (replace(TRANSLATE, table="other"), None, "a stage translate or a table other is there already"),
+        (replace(other, table="renders"), None, "a stage upscale or a table renders"),
+        (replace(other, name="Up-scale"), None, "'Up-scale' is no name for a stage"),
+        (replace(other, table="../upscaled"), None, "'../upscaled' is no name for a table"),
+        (other, "draft", "no stage draft is in the chain generation"),
+        (replace(other, chain="generating"), None, "chain 'generating': write one of labelling, drafting"),
+        (replace(other, runs_on="gpu"), None, "runs_on 'gpu': write one of policy, chat, batch"),
+        (replace(other, columns=["sharp"]), None, "column sharp: give a field"),
+        (replace(other, columns=[pa.field("score", pa.float64())]), None, "column score: give a field"),
+        (replace(other, columns=[pa.field("sharp", pa.string(), nullable=False)]), None, "column sharp: "),
+        (replace(other, columns=[pa.field("sharp", pa.string())] * 2), None, "column sharp: "),
     ):
-        with pytest.raises(StageError):
-            spec.register(wrong, before)
+        with pytest.raises(StageError, match=re.escape(says)):
+            spec.register(wrong, before)  # type: ignore[arg-type]
+    assert kept == TABLES
+
+
+@pytest.mark.parametrize("name", ["plan", "runs", "pair", "generate"])
+def test_a_stage_called_like_a_command_is_told(
+    registered: None, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    spec.register(replace(TRANSLATE, name=name, table="others", columns=[]))
+    assert cli.main(["--help"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"vpo: error: a stage that was registered is called {name}, as a command of vpo is: rename it\n"
+    )

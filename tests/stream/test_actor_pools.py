@@ -1,10 +1,14 @@
 """The arithmetic of busy time and of the status table; pools themselves are tested with Ray."""
 
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,3 +130,65 @@ def test_a_replica_with_another_code_makes_nothing(tmp_path: Path) -> None:
     assert stopped["error"] is None
     assert "the driver has another: give every node the same image" in stopped["stop"]["reason"]
     assert stored.count() == 1, "the next run takes the row again"
+
+
+def rows_of(schema: pa.Schema, *ids: str) -> list[Row]:
+    known = {"query_id": "q", "query": "a cat", "k": 0, "seed": 0}
+    return [dict.fromkeys(schema.names) | known | {"candidate_id": name} for name in ids]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda rows: None, "the stage render gave NoneType, and not a list of 2 results"),
+        (lambda rows: rows[:1], "the stage render gave 1 results for 2"),
+        (lambda rows: [None, rows[1]], "the stage render gave NoneType in the place of a"),
+        (lambda rows: rows[::-1], "the stage render gave another row in the place of a"),
+    ],
+)
+def test_a_stage_that_gives_other_rows_is_told_of_them(
+    tmp_path: Path, make: Callable[[list[Row]], Any], says: str
+) -> None:
+    stored, out = through(tmp_path, make)
+    assert [row["error_stage"] for row in stored] == ["render", "render"]
+    assert all(says in row["error"] for row in (*stored, *out))
+
+
+def test_a_row_that_fits_no_table_costs_no_other(tmp_path: Path) -> None:
+    wrong = ({"frames": "many"}, {"frames": 2**40}, {"generator": "\ud800"}, {"unheard_of": 1})
+    for number, columns in enumerate(wrong):
+        change = partial(_changed, columns)
+        stored, out = through(tmp_path / str(number), change)
+        assert [row["frames"] for row in stored] == [None, 9]
+        assert [row["error_stage"] for row in stored] == ["render", None]
+        assert stored[0]["query"] == "a cat"
+        assert out[0]["error"] == stored[0]["error"]
+
+
+def _changed(columns: Row, rows: list[Row]) -> list[Row]:
+    return [rows[0] | columns, rows[1] | {"frames": 9}]
+
+
+def test_what_a_stage_leaves_out_of_a_row_is_kept(tmp_path: Path) -> None:
+    stored, _ = through(
+        tmp_path, lambda rows: [{"candidate_id": r["candidate_id"], "frames": 9} for r in rows]
+    )
+    assert [(row["query"], row["frames"], row["error"]) for row in stored] == [("a cat", 9, None)] * 2
+
+
+def through(folder: Path, make: Callable[[list[Row]], Any]) -> tuple[list[Row], list[Row]]:
+    """Two rows through a batch stage that gives this: as they are stored, and as they go on."""
+
+    class Gives:
+        name, warming = "render", nullcontext
+
+        def wants(self, row: Row) -> bool:
+            return True
+
+        def __call__(self, rows: list[Row]) -> Any:
+            return make(rows)
+
+    kept = RunDir(folder).table("renders")
+    actor = StageActor(Gives, Outcome("render", kept, Mock()))
+    out = actor(table(rows_of(kept.schema, "a", "b"), kept.schema)).to_pylist()
+    return sorted(kept.rows(), key=lambda row: row["candidate_id"]), out

@@ -45,7 +45,8 @@ from vpo_ray.cli import refine as refine_command
 from vpo_ray.cli import submit as submit_command
 from vpo_ray.cli import videos as videos_command
 from vpo_ray.cli.extras import install_advice
-from vpo_ray.cli.steps import retrying_commands, sharded_commands, step_commands
+from vpo_ray.cli.steps import command_taken, retrying_commands, sharded_commands, step_commands
+from vpo_ray.stages.spec import StageError
 
 if TYPE_CHECKING:
     from vpo_ray.recipe import Recipe
@@ -61,7 +62,11 @@ _OF_THE_MACHINE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: see `reference.EXIT_STATUS`."""
     console.forgive()
-    arguments = _parser().parse_args(argv)
+    try:
+        parser = _parser()
+    except StageError as error:  # a stage of the user's own
+        return _fail(str(error), 2)
+    arguments = parser.parse_args(argv)
     console.log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
     try:
         return arguments.command(arguments)
@@ -118,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        if name in commands.choices:
+            raise command_taken(name)
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(command=run, name=name)
         return sub

@@ -23,6 +23,8 @@ _BEHIND: dict[str, spec.ChainName] = {"curate": "drafting", "generate": "generat
 
 def step_commands() -> dict[str, str]:
     """The help of every such command, in the order of the loop."""
+    if clash := next((stage.name for stage in spec.stages() if stage.help and stage.name in STEPS), None):
+        raise command_taken(clash)
     *most, last = spec.names("generation")
     found: dict[str, str] = {}
     for name, text in STEPS.items():
@@ -30,6 +32,11 @@ def step_commands() -> dict[str, str]:
         if name in _BEHIND:
             found |= {stage.name: stage.help for stage in spec.stages(_BEHIND[name]) if stage.help}
     return found
+
+
+def command_taken(name: str) -> spec.StageError:
+    """What is wrong with a stage of one's own that is called like another command."""
+    return spec.StageError(f"a stage that was registered is called {name}, as a command of vpo is: rename it")
 
 
 def retrying_commands() -> set[str]:

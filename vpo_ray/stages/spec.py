@@ -15,10 +15,11 @@ Nothing heavy is imported here: the functions of an entry are imported when they
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # `vpo --help` reads this list
     import pyarrow as pa
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # `vpo --help` reads this list
     from vpo_ray.stages.tally import Tally
 
 ChainName = Literal["labelling", "drafting", "evolving", "generation", "rewriting", "preferring"]
+RunsOn = Literal["policy", "chat", "batch"]
 CHAINS: tuple[ChainName, ...] = (
     "labelling",
     "drafting",
@@ -98,7 +100,7 @@ class StageSpec:
     chain: ChainName
     table: str
     section: str | Callable[[Recipe], tuple[str, Any]]
-    runs_on: Literal["policy", "chat", "batch"]
+    runs_on: RunsOn
     make: Callable[[Making], Callable[[], Any]]
     tally: Callable[[], Tally] = _no_more
     facts: Callable[[Recipe], Iterable[tuple[str, str]]] = lambda recipe: ()
@@ -218,20 +220,35 @@ def register(new: StageSpec, before: str | None = None) -> None:
     Rows of all its chain's tables get its `columns`, and a place for its seconds and tokens.
 
     Raises:
-        StageError: another stage or table has its name, or `before` is no stage of its chain.
+        StageError: another stage or table has its name, `before` is no stage of its chain, or a run could not
+            hold what it adds.
     """
     if STAGES.get(new.name) == new:
         return
+    import pyarrow as pa
+
     from vpo_ray.storage.run_dir import TABLES, widen
 
     if new.name in STAGES or new.table in TABLES:
         raise StageError(f"a stage {new.name} or a table {new.table} is there already")
-    if not new.name.replace("_", "").isalpha() or not new.name.islower():
-        raise StageError(f"{new.name!r} is no name for a stage: use a-z and _")
+    for what, name in (("stage", new.name), ("table", new.table)):
+        if not re.fullmatch("[a-z_]+", name):
+            raise StageError(f"{name!r} is no name for a {what}: use a-z and _")
+    for what, value, known in (("chain", new.chain, CHAINS), ("runs_on", new.runs_on, get_args(RunsOn))):
+        if value not in known:
+            raise StageError(f"{what} {value!r}: write one of {', '.join(known)}")
     own = names(new.chain)
     if before is not None and before not in own:
         raise StageError(f"no stage {before} is in the chain {new.chain}: {', '.join(own)}")
     tables = [spec.table for spec in stages(new.chain)]
+    taken = set(TABLES[tables[0]][0].names)
+    for column in new.columns:
+        if not isinstance(column, pa.Field) or not column.nullable or column.name in taken:
+            raise StageError(
+                f"column {getattr(column, 'name', column)}: give a field of pyarrow that may be null, under "
+                f"a name that the tables of {new.chain} do not have"
+            )
+        taken.add(column.name)
     TABLES[new.table] = TABLES[tables[0]]
     widen([*tables, new.table], new.name, new.columns)
     after = own[own.index(before) :] if before is not None else ()

@@ -21,10 +21,11 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from vpo_ray.engines.chat import Chat, ChatStage, Metered, Usage
 from vpo_ray.engines.chat.images import ShownImages
+from vpo_ray.engines.results import ResultsError, one_for_each
 from vpo_ray.files.folder import StorageError
 from vpo_ray.lifetime import bind_worker
 from vpo_ray.recipe import Pool
-from vpo_ray.records import Row, failed
+from vpo_ray.records import Row, failed, table
 from vpo_ray.storage.tables import Table
 from vpo_ray.stream.progress import Progress, StageMetrics, beside_driver
 from vpo_ray.stream.ray_compat import repartition
@@ -160,7 +161,8 @@ class Outcome:
         made = {row[key]: row for row in done}
         out = [made.get(row[key], row) for row in rows]
         try:
-            self.table.append([stored(row) for row in out if not is_stopped(row)])
+            out = self._stored(rows, out)
+            done = [row for row in out if row[key] in made]
         except StorageError as error:
             out = [stopped(row, str(error), error) for row in out]
         errors = sum(row["error"] is not None for row in done)
@@ -179,6 +181,35 @@ class Outcome:
         result = result_schema(self.table)
         names = [*result.names, STOP.name]
         return stream_block([{name: row.get(name) for name in names} for row in out], result)
+
+    def _stored(self, rows: Sequence[Row], out: list[Row]) -> list[Row]:
+        """The rows as they are in the table now: one that does not fit it as it came, with an error."""
+        try:
+            self.table.append([stored(row) for row in out if not is_stopped(row)])
+        except StorageError:
+            raise
+        except ValueError:
+            out = [self._fitting(*pair) for pair in zip(rows, out, strict=True)]
+            self.table.append([stored(row) for row in out if not is_stopped(row)])
+        return out
+
+    def _fitting(self, before: Row, after: Row) -> Row:
+        try:
+            table([stored(after)], self.table.schema)
+        except ValueError as error:
+            return failed(before, self.stage, str(error))
+        return after
+
+    def same_rows(self, given: Any, rows: Sequence[Row]) -> list[Row]:
+        """What a stage gave, with what it left out of each row. Raises ResultsError for anything but the rows
+        in their order."""
+        key, name = self.table.key, f"the stage {self.stage}"
+        found = one_for_each(given, len(rows), name)
+        for before, after in zip(rows, found, strict=True):
+            if not isinstance(after, dict) or after.get(key) != before[key]:
+                what = type(after).__name__ if not isinstance(after, dict) else "another row"
+                raise ResultsError(f"{name} gave {what} in the place of {before[key]}")
+        return [{**before, **after} for before, after in zip(rows, found, strict=True)]
 
     def _name(self) -> str:
         """This process, as the progress knows it; the first time it says that it has begun."""
@@ -234,7 +265,7 @@ class ChatRunner:
             self.outcome.check_code()
             if self.images is not None and row.get("image") is not None:
                 chat = await asyncio.to_thread(self.images.beside, chat, row["image"])
-            return await self.stage(row, chat)
+            return self.outcome.same_rows([await self.stage(row, chat)], [row])[0]
         except self.fatal:
             self.leave()
             raise
@@ -262,7 +293,7 @@ class StageActor:
             with self.outcome.timed(len(wanted)) as seconds:
                 try:
                     self.outcome.check_code()
-                    done = self.stage(wanted)
+                    done = self.outcome.same_rows(self.stage(wanted), wanted)
                 except Exception as error:  # noqa: BLE001  a stage's failure belongs to its batch
                     reason = f"{type(error).__name__}: {error}"
                     ends = ends_run(error)
