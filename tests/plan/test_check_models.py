@@ -42,6 +42,36 @@ BROKEN = {
         ("policy",),
         "is quantised",
     ),
+    "T5": (
+        config(model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        ("policy",),
+        "is a T5ForConditionalGeneration, which is not trained to continue a text",
+    ),
+    "Bart": (
+        config(model_type="bart", is_encoder_decoder=True),
+        ("policy",),
+        "not trained to continue a text",
+    ),
+    "classifier": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        ("policy",),
+        "is a LlamaForSequenceClassification, which is not trained to continue a text",
+    ),
+    "unknown": (
+        config(model_type="brandnew9"),
+        ("policy",),
+        "its config.json does not load: The checkpoint you are trying to load has model type `brandnew9`",
+    ),
+    "own code": (
+        config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"}),
+        ("policy",),
+        "own code brings its own code: write trust_remote_code: true beside its name",
+    ),
+    "embeddings": (
+        config(vocab_size=1000),
+        ("policy", "judge"),
+        "a prompt has the token '<|eot_id|>' (1032), and its config.json makes 1000 embeddings",
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer, load_tokenizer
-from vpo_ray.prompts.policy_prompt import PromptError, read_prompt
+from vpo_ray.prompts.policy_prompt import PromptError, chat_ids, read_prompt
 from vpo_ray.recipe import Recipe, locate
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,9 @@ def _problems(ask: ModelCheck) -> Iterator[str]:
     except PromptError as error:
         yield f"{ask.key}: {error}"
         return
+    if strange := _strange_token(ask.model, tokenizer):
+        yield f"{ask.key}: {strange}"
+        return
     if ask.task_prompt is not None and ask.trained:
         yield from _exports(ask, tokenizer, ask.task_prompt)
 
@@ -140,8 +143,31 @@ def _loaded(ask: ModelCheck) -> Any:
     except PromptError:
         raise
     except Exception as error:  # whatever the files of others lead transformers to
+        if "trust_remote_code" in str(error):
+            from vpo_ray.train.rehearsal import OWN_CODE
+
+            raise PromptError(f"{ask.model} {OWN_CODE}") from error
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise PromptError(f"{ask.model}: its tokenizer does not load: {why}") from error
+
+
+def _strange_token(model: str, tokenizer: Any) -> str | None:
+    """What is wrong where a prompt has tokens that the model has no embedding of."""
+    from vpo_ray.train.rehearsal import PROBE
+
+    try:
+        config = json.loads(Path(model, "config.json").read_text("utf-8"))
+        size = int((config.get("text_config") or config)["vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # the class decides
+    largest = max(chat_ids(tokenizer, [{"role": "user", "content": PROBE}]))
+    if largest < size:
+        return None
+    token = tokenizer.convert_ids_to_tokens(largest)
+    return (
+        f"{model}: a prompt has the token {token!r} ({largest}), and its config.json makes {size} "
+        "embeddings: tokens were added to the tokenizer and not to the model, or they do not belong together"
+    )
 
 
 def _exports(ask: ModelCheck, tokenizer: Any, task_prompt: str) -> Iterator[str]:

@@ -32,6 +32,8 @@ from vpo_ray.train.save_pretrained import generation_config, write_generation, w
 # Must be tokenised the same before and after: case, spaces, accents, other scripts, digits.
 PROBE = "A cat  naps,\nun café — 一只猫 🐈 don't (12.5%)"
 
+OWN_CODE = "brings its own code: write trust_remote_code: true beside its name if you trust it"
+
 
 def rehearse(job: Job) -> None:
     """Write what an export holds beside its weights, and read it back.
@@ -72,11 +74,9 @@ def rehearse_texts(
     Raises:
         TrainError: see `rehearse`.
     """
-    from transformers import AutoConfig
-
     with _explained(model):
         local = fetch(model, weights=False)
-        config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
+        config = _config_of(model, local, revision, trust_remote_code)
         own = _generation_of(model, local, revision)
         like: Any = SimpleNamespace(config=config, **({} if own is None else {"generation_config": own}))
         _refuse_quantised(like, model, keeps_base)
@@ -107,12 +107,11 @@ def _explained(model: str) -> Iterator[None]:
 def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
     """The model without weights, with the generation config that it loads with."""
     import torch
-    from transformers import AutoConfig
 
     from vpo_ray.train.vision import auto_class, freeze_vision
 
     local = fetch(model, weights=False)
-    config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust)
+    config = _config_of(model, local, revision, trust)
     try:
         with torch.device("meta"):
             made = auto_class(config).from_config(config, trust_remote_code=trust)
@@ -123,6 +122,41 @@ def _skeleton(model: str, revision: str | None, trust: bool) -> Any:
     if own is not None:
         made.generation_config = own
     return made
+
+
+def _config_of(model: str, local: str, revision: str | None, trust: bool) -> Any:
+    """The configuration of a model that can be trained.
+
+    Raises:
+        TrainError: it does not load, or is that of another kind of model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(local, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise TrainError(f"{model} {OWN_CODE}") from error
+        why = " ".join(str(error).split())[:200]
+        raise TrainError(f"{model}: its config.json does not load: {why}") from error
+    heads = set(getattr(config, "architectures", None) or ())
+    others = (
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+        *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+    )
+    taken = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *TRAINED_PLACES}
+    writes = config.model_type in taken or getattr(config, "auto_map", None)
+    if not writes or getattr(config, "is_encoder_decoder", False) or heads.intersection(others):
+        raise TrainError(
+            f"{model} is a {', '.join(sorted(heads)) or config.model_type}, which is not trained to continue "
+            "a text: name a causal language model, such as a Llama or a Qwen that follows instructions"
+        )
+    return config
 
 
 def _generation_of(model: str, local: str, revision: str | None) -> Any:
