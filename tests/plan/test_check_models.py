@@ -45,17 +45,12 @@ BROKEN = {
     "T5": (
         config(model_type="t5", architectures=["T5ForConditionalGeneration"]),
         ("policy",),
-        "is a T5ForConditionalGeneration, which is not trained to continue a text",
-    ),
-    "Bart": (
-        config(model_type="bart", is_encoder_decoder=True),
-        ("policy",),
-        "not trained to continue a text",
+        "is not a causal language model but a t5 T5ForConditionalGeneration",
     ),
     "classifier": (
         config(architectures=["LlamaForSequenceClassification"]),
         ("policy",),
-        "is a LlamaForSequenceClassification, which is not trained to continue a text",
+        "is not a causal language model but a llama LlamaForSequenceClassification",
     ),
     "unknown": (
         config(model_type="brandnew9"),

@@ -93,6 +93,19 @@ def test_a_policy_is_one_that_training_loads(tiny: dict[str, Any], tiny_models: 
     assert "is a LoRA adapter and not a whole model" in line
 
 
+def test_the_weights_of_a_reward_are_those_of_its_configuration(
+    tiny: dict[str, Any], tiny_models: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_models / "reward", tmp_path / "reward")
+    (folder / "tokenizer.json").unlink()
+    [line] = told(tiny, reward__model=folder)
+    assert line.startswith(f"reward.model: {folder} has no tokenizer.json")
+    tree = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(tree | {"vocab_size": 1000}), "utf-8")
+    [line] = told(tiny, reward__model=folder)
+    assert "2 misshapen: lm_head.weight is [1088, 64], config.json makes it [1000, 64]" in line
+
+
 def adapter(folder: Path, base: Any, **settings: Any) -> Path:
     folder.mkdir()
     tree = {"base_model_name_or_path": base, "r": 8, "peft_type": "LORA", **settings}

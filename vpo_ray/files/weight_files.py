@@ -58,8 +58,11 @@ def lone_problems(path: Path) -> Iterator[str]:
     """A line where a safetensors file cannot be read, by its header and its size."""
     if is_pointer(path):
         yield f"{path} is a git-LFS pointer: {_AGAIN}"
-    elif why := _damage(path):
-        yield f"{path} {why}: download it again"
+        return
+    try:
+        tensor_headers(path)
+    except ValueError as error:
+        yield f"{path} {error}: download it again"
 
 
 def is_pointer(path: Path) -> bool:
@@ -89,24 +92,32 @@ def _weights(folder: Path, names: set[str]) -> tuple[list[str], list[str]]:
     return sorted(wanted & names), sorted(wanted - names)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a safetensors file."""
+def tensor_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type (`BF16`) and the shape of each tensor of a safetensors file, by its name.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no whole safetensors file; the message says what it is.
+    """
     if not path.is_file():
-        return "is a link to a file that is not there" if path.is_symlink() else "is not there"
+        raise ValueError("is a link to a file that is not there" if path.is_symlink() else "is not there")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _HEADER_SIZE:
-            return "is no safetensors file" if size else "is empty"
+            raise ValueError("is no safetensors file" if size else "is empty")
         header = file.read(length)
     if size < 8 + length:
-        return f"breaks off after {size} bytes"
+        raise ValueError(f"breaks off after {size} bytes")
     try:
-        tensors = [value for name, value in json.loads(header).items() if name != "__metadata__"]
-        whole = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return "is no safetensors file"
-    return None if size == whole else f"has {size} of {whole} bytes"
+        tensors = {name: each for name, each in json.loads(header).items() if name != "__metadata__"}
+        whole = 8 + length + max((int(each["data_offsets"][1]) for each in tensors.values()), default=0)
+        found = {name: (str(each["dtype"]), tuple(each["shape"])) for name, each in tensors.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError("is no safetensors file") from error
+    if size != whole:
+        raise ValueError(f"has {size} of {whole} bytes")
+    return found
 
 
 def _some(names: Iterable[str]) -> str:

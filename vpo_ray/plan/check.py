@@ -195,7 +195,10 @@ def absent_measures(recipe: Recipe) -> list[str]:
 
 def _reward(key: str, reward: Reward) -> Iterator[str]:
     for name, model in reward.models().items():
-        yield from folders.checkpoint_folder(f"{key}.{name}", model)
+        problems = list(folders.checkpoint_folder(f"{key}.{name}", model))
+        yield from problems
+        if not problems and reward.kind == "visionreward" and Path(model).is_dir():
+            yield from folders.reward_folder(f"{key}.{name}", model)
     if reward.kind == "vbench" or reward.is_plugin:
         yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
 

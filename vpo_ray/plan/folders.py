@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vpo_ray.engines.chat.adapter import AdapterError, adapter_of
+from vpo_ray.engines.reward.checkpoint import CheckpointError, check_tensors, read_config, tensor_shapes
 from vpo_ray.files.weight_files import folder_problems, lone_problems
 from vpo_ray.recipe import ChatModel, Lora
 
@@ -98,6 +99,17 @@ def _component(folder: Path) -> Iterator[str]:
         return
     binary = any(folder.glob("*.bin"))  # which diffusers takes
     yield from folder_problems(folder, is_model and not binary)
+
+
+def reward_folder(key: str, name: str) -> Iterator[str]:
+    """What of a folder is not that of a VisionReward: configuration, names and shapes of its weights."""
+    try:
+        check_tensors(name, tensor_shapes(read_config(name)))
+    except CheckpointError as error:
+        yield f"{key}: {' '.join(str(error).split())}"
+        return
+    if not Path(name, "tokenizer.json").is_file():
+        yield f"{key}: {name} has no tokenizer.json, the only kind of tokenizer that this reward reads"
 
 
 def lora_problems(settings: Lora) -> Iterator[str]:

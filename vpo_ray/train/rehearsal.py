@@ -153,8 +153,8 @@ def _config_of(model: str, local: str, revision: str | None, trust: bool) -> Any
     writes = config.model_type in taken or getattr(config, "auto_map", None)
     if not writes or getattr(config, "is_encoder_decoder", False) or heads.intersection(others):
         raise TrainError(
-            f"{model} is a {', '.join(sorted(heads)) or config.model_type}, which is not trained to continue "
-            "a text: name a causal language model, such as a Llama or a Qwen that follows instructions"
+            f"{model} is not a causal language model but a {' '.join([config.model_type, *sorted(heads)])}: "
+            "name one that continues a text, such as a Llama or a Qwen that follows instructions"
         )
     return config
 

@@ -52,6 +52,27 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(folder: Path) -> Non
     assert lines[3] == "  1 misshapen: model.vision.boi is [1, 1, 3], config.json makes it [1, 1, 64]"
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "base_model.model."])
+def test_a_prefix_of_every_name_is_said(folder: Path, prefix: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"every name begins with '{prefix}'"):
+        load(folder)
+
+
+def test_quantised_tensors_are_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"1 quantised: lm_head\.weight is I8"):
+        load(folder)
+
+
+def test_a_file_that_is_not_whole_is_named(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=rf"{weights} has \d+ of \d+ bytes: download it again"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -108,3 +108,12 @@ def test_both_rules_and_what_they_count() -> None:
 def test_a_word_that_is_no_token_is_refused(tiny_models: Path) -> None:
     with pytest.raises(CheckpointError, match=r"splits 'certainly not' into \d+ tokens"):
         build(settings(tiny_models / "reward", no_tokens=["certainly not"]))
+
+
+def test_answers_that_are_no_numbers_are_an_error_and_not_no(tiny_models: Path, videos: list[bytes]) -> None:
+    damaged = build(settings(tiny_models / "reward"))
+    assert isinstance(damaged, VisionReward)
+    damaged.model.llm.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    [found] = damaged.score(videos[:1], QUERIES[:1])
+    assert isinstance(found, RewardError)
+    assert "are no numbers" in str(found)

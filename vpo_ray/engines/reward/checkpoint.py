@@ -8,16 +8,18 @@ twice. No remote code is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpo_ray.files.weight_files import lone_problems, tensor_headers
 from vpo_ray.storage.model_cache import fetch
 
 ARCHITECTURE = "CogVLMVideoForCausalLM"
 INDEX = "model.safetensors.index.json"
 TensorShape = tuple[int, ...]
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class CheckpointError(ValueError):
@@ -218,34 +220,46 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 
 def check_tensors(folder: str | Path, expected: dict[str, TensorShape]) -> None:
-    """Compare the names and shapes in the shards' headers with the expected ones.
+    """Compare the names, shapes and types in the shards' headers with the expected ones.
 
     Raises:
-        CheckpointError: lists every missing, unexpected and misshapen tensor (the first ten each).
+        CheckpointError: lists every missing, unexpected, misshapen and quantised tensor (the first ten each),
+            or says which file is not whole.
     """
-    from safetensors import safe_open
-
-    found: dict[str, TensorShape] = {}
+    found: dict[str, tuple[str, TensorShape]] = {}
     for path in shard_files(folder):
-        with safe_open(path, "pt") as shard:
-            found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+        if problem := next(lone_problems(path), None):
+            raise CheckpointError(problem)
+        found |= tensor_headers(path)
     both = sorted(found.keys() & expected.keys())
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
         "misshapen": [
-            f"{name} is {list(found[name])}, config.json makes it {list(expected[name])}"
+            f"{name} is {list(found[name][1])}, config.json makes it {list(expected[name])}"
             for name in both
-            if found[name] != expected[name]
+            if found[name][1] != expected[name]
         ],
+        "quantised": [f"{name} is {found[name][0]}" for name in both if found[name][0] not in _FLOATS],
     }
     lines = [
         f"  {len(names)} {kind}: {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "")
         for kind, names in problems.items()
         if names
     ]
+    if prefix := _prefix(found, expected):
+        lines = [f"  every name begins with {prefix!r}, as a wrapper saves them: save them without it"]
     if lines:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json\n" + "\n".join(lines))
+
+
+def _prefix(found: Collection[str], expected: Collection[str]) -> str | None:
+    """What stands before every expected name, where these are the names but for that."""
+    first = next(iter(expected))
+    ends = [name.removesuffix(first) for name in found if name.endswith(first)]
+    return next(
+        (head for head in ends if head and {f"{head}{name}" for name in expected} == set(found)), None
+    )
 
 
 def read_tensors(folder: str | Path, device: str, prefix: str = "") -> Iterator[tuple[str, Any]]:

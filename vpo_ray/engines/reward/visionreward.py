@@ -82,7 +82,16 @@ class VisionReward:
         return [self.score([v], [q])[0] for v, q in zip(videos, queries, strict=True)]
 
     def _score(self, videos: Sequence[bytes | str], queries: Sequence[str]) -> list[Scored | Exception]:
-        return [r if isinstance(r, RewardError) else self.read(r) for r in self.logits(videos, queries)]
+        return [r if isinstance(r, RewardError) else self._scored(r) for r in self.logits(videos, queries)]
+
+    def _scored(self, logits: torch.Tensor) -> Scored | RewardError:
+        """As `read`; what is no number would read as no to every question."""
+        if not logits.isfinite().all():
+            return RewardError(
+                "the model's answers are no numbers: its weights are damaged, or reward.dtype "
+                f"{self.settings.dtype} is too narrow for them"
+            )
+        return self.read(logits)
 
     def logits(
         self, videos: Sequence[bytes | str], queries: Sequence[str]
