@@ -52,6 +52,40 @@ def test_text_says_what_is_not_here_and_no_number_is_made_up(capsys: pytest.Capt
     assert "wall time   not known" in text
 
 
+def test_queries_are_counted_without_words_that_are_not_here(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tmp_path / "blocked.txt"
+    sets = [part for key, value in tiny.items() for part in ("--set", f"{key}={value}")]
+    sets += ["--set", f"queries.rules.keywords={words}"]
+    for more in ([], ["--queries", "10"]):
+        status, found, _ = planned(capsys, "tiny", *sets, *more)
+        assert status == 5
+        assert found["missing"] == [f"queries.rules.keywords: cannot read {words}: No such file or directory"]
+        assert found["stages"]["sample"]["rows"] > 0
+        assert any(note.startswith("queries: at most") for note in found["notes"])
+    words.write_text("")
+    status, _, err = planned(capsys, "tiny", *sets)
+    assert (status, "holds no word" in err) == (2, True)
+
+
+@pytest.mark.parametrize("key", ["queries.path", "sft.data"])
+def test_an_empty_path_is_not_the_working_directory(
+    tiny: dict[str, Any], capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    sets = [part for name, value in tiny.items() for part in ("--set", f"{name}={value}")]
+    status, _, err = planned(capsys, "tiny", *sets, "--set", f"{key}=''")
+    assert (status, f"{key} is empty: name a file, a glob or a folder" in err) == (2, True), err
+
+
+def test_a_folder_in_the_place_of_a_file_is_told(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [part for name, value in tiny.items() for part in ("--set", f"{name}={value}")]
+    status, _, err = planned(capsys, "tiny", *sets, "--set", f"reward.checklist.file={tmp_path}")
+    assert (status, f"reward.checklist.file: {tmp_path} is a folder" in err) == (2, True), err
+
+
 def test_what_is_wrong_is_no_plan_whatever_else_is_missing(
     tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,8 @@ def find_files(
     """
     files: list[InputFile] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not pattern:
+            raise InputError(f"{key} is empty: name a file, a glob or a folder")
         try:
             if pattern.startswith("file://"):
                 found = _local_uri(pattern, kinds)

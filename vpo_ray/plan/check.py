@@ -340,7 +340,7 @@ def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str
 
 def _file(key: str, path: str | None) -> Iterator[str]:
     if path is not None and not _elsewhere(path) and not _here(path).is_file():
-        yield f"{key}: no such file: {path}"
+        yield f"{key}: {path} is a folder" if _here(path).is_dir() else f"{key}: no such file: {path}"
 
 
 def _elsewhere(path: str) -> bool:

@@ -157,7 +157,8 @@ def plan(
     )
     if not exact:
         made.notes.append(
-            "queries: at most, as near duplicates, languages and the subset wait for `vpo curate`"
+            "queries: at most, as near duplicates, languages, the subset and words that are not here wait "
+            "for `vpo curate`"
         )
     made.downloads = downloads(recipe)[0]
     made.notes += [*hub_ids(recipe), *absent_measures(recipe), *_endpoint_notes(recipe)]
@@ -191,10 +192,13 @@ def _counted(
 
     Raises InputError where there is no such list and they cannot be read.
     """
-    settings = recipe.queries
-    absent = [name for key, name in absent_sources(recipe).items() if key == "queries.path"]
-    if given is None and (missing is None or not absent):
-        return preview(settings)
+    settings, absent = recipe.queries, absent_sources(recipe)
+    whole = missing is None or "queries.rules.keywords" not in absent
+    if not whole:
+        settings = settings.model_copy(update={"rules": settings.rules.model_copy(update={"keywords": None})})
+    if given is None and (missing is None or "queries.path" not in absent):
+        found, exact = preview(settings)
+        return found, exact and whole
     try:
         preview(settings)
     except InputError as error:
