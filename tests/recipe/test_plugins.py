@@ -320,6 +320,22 @@ class Empty:
         pass
 class Bare(Empty):
     def render(self, prompts, seeds): ...
+class Alone(Empty):
+    def __init__(self): ...
+    def score(self, videos, queries): ...
+class Blind(Empty):
+    def score(self, videos): ...
+class Short(Empty):
+    async def complete(self, messages): ...
+class Asks(Empty):
+    def identity(self, settings, options): ...
+    def score(self, videos, queries): ...
+class Exits(Asks):
+    @staticmethod
+    def identity(settings, options): ...
+    @staticmethod
+    def problems(settings, options):
+        raise SystemExit(3)
 class Delegates(Empty):
     def __getattr__(self, name): ...
 class Told(Bare):
@@ -355,6 +371,15 @@ def test_a_builder_may_take_the_account_and_look_at_its_section(install: Install
         (Judge, "Bare", "Bare has no complete: let it have what vpo_ray.engines.chat.Chat has"),
         (Render, "Bare", "Bare has no animate_files, warm_up, cut, stored: let it have"),
         (Render, "Told", "no such weights"),
+        (Reward, "Alone", "it is called with (settings, options): too many positional arguments"),
+        (Reward, "Blind", "score is given 2 arguments: too many positional arguments"),
+        (Judge, "Short", "complete is given 3 arguments: too many positional arguments"),
+        (
+            Reward,
+            "Asks",
+            "identity is called with (settings, options), and no self, as a @staticmethod: missing",
+        ),
+        (Reward, "Exits", "SystemExit: 3"),
     ],
 )
 def test_the_plan_says_what_a_model_has_to_have(
@@ -365,6 +390,39 @@ def test_the_plan_says_what_a_model_has_to_have(
     assert says in plugins.plugin_problems({"it": section})["it"]
     with pytest.raises(PluginError, match=re.escape(says)):
         plugins.find(section).build(section)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("raise SystemExit('bye')", "cannot be imported: SystemExit: bye"),
+        ("def x(:", "cannot be imported: SyntaxError"),
+        (
+            "import pydantic\nclass Model:\n    class Options(pydantic.BaseModel):\n        a: 'Unknown'",
+            "its Options: name 'Unknown' is not defined",
+        ),
+    ],
+)
+def test_whatever_a_module_does_is_a_line_of_the_plan(install: Install, text: str, says: str) -> None:
+    install(text=text)
+    section = Reward.model_validate({"kind": "others:Model"})
+    assert says in plugins.plugin_problems({"it": section})["it"]
+
+
+def test_what_a_module_prints_is_no_result(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install(text=f"print('hello')\n{MODULE}")
+    plugins.load_builder("others:Model")
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_a_module_of_the_working_directory_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_alone.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    with pytest.raises(PluginError, match=r"It is in the working directory: set PYTHONPATH=\. or install it"):
+        plugins.load_builder("mine_alone:Model")
 
 
 def test_what_a_function_makes_is_looked_at_too_and_what_passes_all_on_is_not(install: Install) -> None:

@@ -21,16 +21,20 @@ to work.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, PydanticUserError, ValidationError, create_model
 
 from vpo_ray.recipe.base import Section, locate, sources
 
@@ -49,15 +53,18 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "vpo_ray.chat": {},
 }
 
-# What a model has, of every tuple one, and the class that says what each does.
-_INTERFACES: Mapping[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
-    "vpo_ray.rewards": ("engines.reward.RewardModel", (("score", "score_prompts"),)),
+# What a model has, of every mapping one, by the number of arguments that it is given (None: whatever
+# `VideoModel` has); and the class that says what each does.
+_INTERFACES: Mapping[str, tuple[str, tuple[Mapping[str, int | None], ...]]] = {
+    "vpo_ray.rewards": ("engines.reward.RewardModel", ({"score": 2, "score_prompts": 2},)),
     "vpo_ray.video": (
         "engines.video.VideoModel",
-        (("render",), ("animate_files",), ("warm_up",), ("cut",), ("stored",)),
+        ({"render": 2}, {"animate_files": None}, {"warm_up": None}, {"cut": None}, {"stored": None}),
     ),
-    "vpo_ray.chat": ("engines.chat.Chat", (("complete",),)),
+    "vpo_ray.chat": ("engines.chat.Chat", ({"complete": 3},)),
 }
+# What a builder may have, each called with the section and its options.
+_ASKED = ("problems", "variables", "identity", "dimensions")
 
 _NAME = re.compile(r"(?P<name>[\w.-]+|[\w.]+:[\w.]+)(@(?P<version>[\w.!+-]+))?")
 
@@ -158,8 +165,10 @@ class Plugin:
         """What is wrong with the section and the files that it names. Raises PluginError for options that the
         builder does not take."""
         self.checked(section)
-        lacks = self._lacks(section, self.builder) if isinstance(self.builder, type) else []
-        return [*lacks, *(self._listed("problems", section) or [])]
+        wrong = [*self._miscalled()]
+        if isinstance(self.builder, type):
+            wrong += [*self._lacks(section, self.builder), *self._misdefined(section)]
+        return wrong or self._listed("problems", section) or []
 
     def variables(self, section: Modelled) -> list[str]:
         """The environment variables that it reads where it runs. Raises PluginError."""
@@ -185,6 +194,26 @@ class Plugin:
         if lacks := self._lacks(section, model):
             raise PluginError(f"{self.pin}: {lacks[0]}")
         return model
+
+    def _miscalled(self) -> Iterator[str]:
+        """What of the builder does not take the arguments that it is called with."""
+        paid = 1 if getattr(self.builder, "takes_account", False) else 0
+        if (fault := _fault_of_call(self.builder, 2 + paid)) is not None:
+            yield f"it is called with (settings, options{', account' * paid}): {fault}"
+        for name in _ASKED:
+            part = getattr(self.builder, name, None)
+            if callable(part) and (fault := _fault_of_call(part, 2)) is not None:
+                yield f"{name} is called with (settings, options), and no self, as a @staticmethod: {fault}"
+
+    def _misdefined(self, section: Modelled) -> Iterator[str]:
+        """Which methods of a class do not take what a run gives them."""
+        for names in _INTERFACES[section.group][1]:
+            for name, count in names.items():
+                method = inspect.getattr_static(self.builder, name, None)
+                if count is None or not inspect.isfunction(method):
+                    continue
+                if (fault := _fault_of_call(method, count + 1)) is not None:
+                    yield f"{name} is given {count} arguments: {fault}"
 
     def _lacks(self, section: Modelled, model: Any) -> list[str]:
         """What a model, or its class, has to have and has not; nothing where that is made when asked for."""
@@ -216,8 +245,19 @@ class Plugin:
         options = self.checked(section)
         try:
             return part(section, options, *more)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{self.pin}: {type(error).__name__}: {error}") from error
+
+
+def _fault_of_call(part: Any, count: int) -> str | None:
+    """Why something cannot be called with so many arguments, or None."""
+    try:
+        inspect.signature(part).bind(*[None] * count)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # written in C, which says nothing of its arguments
+        return None
+    return None
 
 
 def _sentences(given: Any) -> list[str]:
@@ -258,21 +298,35 @@ def load_builder(target: str) -> Plugin:
     """The builder at `package.module:builder`. Raises PluginError."""
     name, _, path = target.partition(":")
     try:
-        module = import_module(name)
+        with redirect_stdout(sys.stderr):  # what a command writes is for programs, too
+            module = import_module(name)
         builder = attrgetter(path)(module)
-    except Exception as error:  # whatever a module does when it is imported
-        raise PluginError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
-    options = getattr(builder, "Options", None)
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        reason = f"{type(error).__name__}: {error}{_not_on_the_path(name, error)}"
+        raise PluginError(f"{target} cannot be imported: {reason}") from error
+    options: Any = getattr(builder, "Options", None)
     described = isinstance(options, type) and issubclass(options, BaseModel) and options is not BaseModel
     if not callable(builder) or not described:
         raise PluginError(
             f"{target} is no builder: it is called with (settings, options), and has an attribute `Options`, "
             "a class of pydantic's BaseModel"
         )
+    try:
+        options.model_rebuild()
+    except (PydanticUserError, NameError) as error:
+        raise PluginError(f"{target}: its Options: {str(error).splitlines()[0]}") from error
     version = getattr(builder, "version", None) or _version(module)
     if not isinstance(version, str) or not re.fullmatch(r"[\w.!+-]+", version):
         raise PluginError(f"{target}: its version {version!r} is no string of letters, digits and .!+-")
     return Plugin(target, version, builder)
+
+
+def _not_on_the_path(name: str, error: BaseException) -> str:
+    """What to do about a module that is in the working directory, where `vpo` does not look."""
+    top = name.partition(".")[0]
+    if getattr(error, "name", None) != top or not (Path(f"{top}.py").is_file() or Path(top).is_dir()):
+        return ""
+    return " on Python's path. It is in the working directory: set PYTHONPATH=. or install it"
 
 
 def entry_points(group: str) -> dict[str, list[Any]]:
