@@ -59,10 +59,15 @@ def test_output_that_nobody_takes(tmp_path: Path, shell: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    shell = '"$PY" -c "from vpo_ray.cli import console; console.forgive(); print(1, flush=True)" > /dev/full'
-    with pytest.raises(AssertionError, match="No space left"):
-        say(tmp_path, shell)
+@pytest.mark.parametrize("command", ["schema", "runs"])
+def test_a_full_disk_is_an_error_and_told_once(tmp_path: Path, command: str) -> None:
+    """More than a buffer takes, and less."""
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m vpo_ray.cli {command} > /dev/full'],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "vpo: error: the output cannot be written: No space left on device\n"
 
 
 def test_a_command_says_what_its_terminal_cannot_show(tmp_path: Path) -> None:

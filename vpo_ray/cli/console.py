@@ -49,15 +49,25 @@ def log_to_stderr(verbose: bool = False, shard: Shard | None = None) -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
+class OutputError(RuntimeError):
+    """What a command says goes to a file that takes no more."""
+
+
 class _Output(io.FileIO):
-    """A file descriptor that takes what nobody reads any more: a closed pipe, a terminal that hung up."""
+    """A file descriptor that takes what nobody reads any more: a closed pipe, a terminal that hung up. What a
+    full disk does not take is an error once, and what comes after it is lost."""
+
+    _full = False
 
     def write(self, data: Any) -> int:
+        if self._full:
+            return memoryview(data).nbytes
         try:
             return super().write(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                self._full = True
+                raise OutputError(f"the output cannot be written: {error.strerror}") from error
             return memoryview(data).nbytes
 
 

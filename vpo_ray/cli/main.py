@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console.log_to_stderr(arguments.verbose, getattr(arguments, "shard", None))
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as stop:
         # connection.Terminated, which is not imported for the commands that need no Ray.
         terminated = type(stop) is not KeyboardInterrupt
