@@ -55,9 +55,26 @@ def url(ray_cluster: None, checkpoint: str) -> Iterator[str]:
         yield url
 
 
+# Applications of `endpoint` in this module.
+_started: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_what_a_module_started() -> Iterator[None]:
+    """The session's cluster has four CPUs, which video models of the endpoint would keep from other tests."""
+    _started.clear()
+    yield
+    if _started:
+        from ray import serve
+
+        for name in _started:
+            serve.delete(name, _blocking=False)
+
+
 @pytest.fixture(scope="package")
 def endpoint(url: str, checkpoint: str) -> Callable[..., str]:
-    """Puts another ingress, with other settings, in front of the same engine: the URL of its `/v1`."""
+    """Puts another ingress, with other settings, in front of the same engine: the URL of its `/v1`. It ends
+    with the module, unless it is `lasting`."""
     from ray import serve
 
     from vpo_ray.engines.chat.tokenizer import load_tokenizer
@@ -66,7 +83,7 @@ def endpoint(url: str, checkpoint: str) -> Callable[..., str]:
 
     control = control_tokens(load_tokenizer(checkpoint))
 
-    def start(name: str, **settings: Any) -> str:
+    def start(name: str, lasting: bool = False, **settings: Any) -> str:
         engine = serve.get_deployment_handle("PolicyServer:vpo", "vpo")
         chosen = Serve.model_validate({**SETTINGS.model_dump(), "max_tokens": 20, **settings})
         serve.run(
@@ -74,6 +91,8 @@ def endpoint(url: str, checkpoint: str) -> Callable[..., str]:
             name=name,
             route_prefix=f"/{name}",
         )
+        if not lasting:
+            _started.append(name)
         where = url.replace("/v1", f"/{name}/v1")
         assert httpx.get(where.replace("/v1", "/health")).status_code == 200
         return where
@@ -86,4 +105,4 @@ def brief(endpoint: Callable[..., str]) -> str:
     """An ingress whose answers are short, and which the pages of one other site may call. The canary
     that takes half of the queries is the same engine."""
     canary = {"checkpoint": "the same", "share": 0.5}
-    return endpoint("brief", max_tokens=12, cors_origins=["https://studio.example"], canary=canary)
+    return endpoint("brief", True, max_tokens=12, cors_origins=["https://studio.example"], canary=canary)
