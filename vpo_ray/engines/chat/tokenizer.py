@@ -90,9 +90,9 @@ def _tokenizer(
 ) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        fetch(model, weights=False), revision=revision, trust_remote_code=trust_remote_code
-    )
+    local = fetch(model, weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_other_tokens(model, tokenizer, local, revision)
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         if "default" not in template:
@@ -113,6 +113,33 @@ def _tokenizer(
     tokenizer.chat_template = template
     return tokenizer
 
+
+def _refuse_other_tokens(model: str, tokenizer: Any, local: str, revision: str | None) -> None:
+    """Raises PromptError where a tokenizer's class splits text otherwise than its `tokenizer.json`, which the
+    model was trained on: some build their rules anew, whatever the file has (a Llama 3 that is called a
+    LlamaTokenizer). What comes before the first words may differ."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    kind = type(tokenizer)
+    if kind is PreTrainedTokenizerFast or not issubclass(kind, PreTrainedTokenizerFast):
+        return
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    path = cached_file(local, "tokenizer.json", revision=revision, **missing)
+    if path is None:
+        return
+    given = Tokenizer.from_file(path).encode(_SPLIT, add_special_tokens=False).ids
+    made = tokenizer.encode(_SPLIT, add_special_tokens=False)
+    end = len(given) // 2
+    if given[-end:] != made[-end:]:
+        raise PromptError(
+            f"{model}: its tokenizer_config.json names a class ({kind.__name__}) by which transformers makes "
+            'other tokens than its tokenizer.json: write "tokenizer_class": "PreTrainedTokenizerFast" there'
+        )
+
+
+_SPLIT = "A cat  naps,\nun café — 一只猫 don't (12.5%) while the two dogs of a neighbour watch it from afar."
 
 # Text that must pass through a template unchanged: forms that known templates cut, trim or rewrite.
 _PROBES = (
