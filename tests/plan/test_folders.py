@@ -93,6 +93,52 @@ def test_a_policy_is_one_that_training_loads(tiny: dict[str, Any], tiny_models: 
     assert "is a LoRA adapter and not a whole model" in line
 
 
+def rename(folder: Path, name: str, kind: str = "F32") -> None:
+    header = json.dumps({name: {"dtype": kind, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "I32", "is quantised, by its weights (model.layers.0"),
+        ("model.layers.0.mlp.up_proj.weight", "F8_E4M3", "is quantised, by its weights"),
+        ("module.model.norm.weight", "F32", "names all begin with 'module.'"),
+        ("base_model.model.model.norm.weight", "F32", "names all begin with 'base_model.model.'"),
+        ("model.norm.weight", "F32", None),
+    ],
+)
+def test_names_of_weights_say_whether_they_can_be_trained(
+    name: str, kind: str, says: str | None, tiny: dict[str, Any], tiny_models: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_models / "policy", tmp_path / "policy")
+    rename(folder, name, kind)
+    found = told(tiny, policy__model=folder)
+    assert len(found) == (says is not None)
+    assert says is None or says in found[0]
+    assert told(tiny, judge__model=folder) == []
+
+
+def test_folders_of_an_evaluation_are_looked_at(
+    tiny: dict[str, Any], tiny_models: Path, tmp_path: Path
+) -> None:
+    policy = shutil.copytree(tiny_models / "policy", tmp_path / "policy")
+    video = shutil.copytree(tiny_models / "video", tmp_path / "video")
+    settings = {
+        "policies": {"other": {"kind": "checkpoint", "path": str(policy)}, "query": {"kind": "query"}},
+        "transfer": {"further": {"model": str(video), "frames": 9, "height": 32, "width": 48}},
+    }
+    asked = {"evaluate": json.dumps(settings)}
+    assert told(tiny, **asked) == []
+    (policy / "model.safetensors").write_text(POINTER, "utf-8")
+    shutil.rmtree(video / "vae")
+    of_video, of_policy = told(tiny, **asked)
+    assert of_video.startswith(f"evaluate.transfer.further.model: {video} lacks the component vae")
+    assert of_policy.startswith(f"evaluate.policies.other.path: {policy} has git-LFS pointers")
+    shutil.rmtree(policy)
+    assert told(tiny, **asked) == [of_video], "it may be trained before"
+
+
 def test_the_weights_of_a_reward_are_those_of_its_configuration(
     tiny: dict[str, Any], tiny_models: Path, tmp_path: Path
 ) -> None:

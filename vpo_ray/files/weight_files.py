@@ -92,6 +92,12 @@ def _weights(folder: Path, names: set[str]) -> tuple[list[str], list[str]]:
     return sorted(wanted & names), sorted(wanted - names)
 
 
+def tensors_of_folder(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """As `tensor_headers`, of all files that a loader reads of a folder without problems."""
+    read, _ = _weights(folder, {path.name for path in folder.iterdir()})
+    return {name: each for file in read for name, each in tensor_headers(folder / file).items()}
+
+
 def tensor_headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The type (`BF16`) and the shape of each tensor of a safetensors file, by its name.
 

@@ -121,7 +121,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
     if recipe.render.kind == "diffusers":
         yield from folders.pipeline_folder("render.model", recipe.render.model)
     if recipe.render.lora is not None:
-        yield from folders.lora_problems(recipe.render.lora)
+        yield from folders.lora_problems("render.lora", recipe.render.lora)
     if recipe.render.cache is None and recipe.render.cache_options:
         yield "render.cache_options has no effect without render.cache: name a cache"
     rewards = {"reward": recipe.reward, **{f"more_rewards.{n}": r for n, r in recipe.more_rewards.items()}}
@@ -164,6 +164,7 @@ def _of_files(recipe: Recipe) -> Iterator[str]:
     if recipe.evaluate is not None:
         yield from _sets(recipe.evaluate)
         yield from _asked_in_evaluation(recipe.evaluate)
+        yield from _evaluated_folders(recipe.evaluate)
     lengths = recipe.sample.max_tokens, recipe.sample.engine.max_model_len
     if lengths[1] is not None and lengths[0] >= lengths[1]:
         yield f"sample.max_tokens {lengths[0]} leaves no room in engine.max_model_len {lengths[1]}"
@@ -291,6 +292,18 @@ def _asked_in_evaluation(settings: Evaluation) -> Iterator[str]:
                 KeywordList.read(path)
             except KeywordFileError as error:
                 yield f"evaluate.{name}: {error}"
+
+
+def _evaluated_folders(settings: Evaluation) -> Iterator[str]:
+    """Further video models and policies whose folders are here."""
+    for name, render in settings.transfer.items():
+        if render.kind == "diffusers" and Path(render.model).is_dir():
+            yield from folders.pipeline_folder(f"evaluate.transfer.{name}.model", render.model)
+        if render.lora is not None and Path(render.lora.path).exists():
+            yield from folders.lora_problems(f"evaluate.transfer.{name}.lora", render.lora)
+    for name, policy in settings.policies.items():
+        if policy.kind == "checkpoint" and policy.path is not None and Path(policy.path).is_dir():
+            yield from folders.llm_folder(f"evaluate.policies.{name}.path", policy.path)
 
 
 def _further_pairs(path: str) -> Iterator[str]:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from vpo_ray.engines.chat.adapter import AdapterError, adapter_of
 from vpo_ray.engines.reward.checkpoint import CheckpointError, check_tensors, read_config, tensor_shapes
-from vpo_ray.files.weight_files import folder_problems, lone_problems
+from vpo_ray.files.weight_files import folder_problems, lone_problems, tensors_of_folder
 from vpo_ray.recipe import ChatModel, Lora
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ADAPTER = "adapter_config.json"
+# Names of weights that GPTQ, AWQ and bitsandbytes pack; of models within torch's and peft's wrappers.
+_PACKED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_map)$")
+_WRAPPER = re.compile(r"(module\.|_orig_mod\.|base_model\.model\.)+")
 
 
 def checkpoint_folder(key: str, name: str) -> Iterator[str]:
@@ -40,6 +43,8 @@ def policy_folder(key: str, name: str, trained: bool) -> Iterator[str]:
     problems = list(checkpoint_folder(key, name))
     yield from problems
     indexed = any((path / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
+    if trained and path.is_dir() and not problems:
+        yield from (f"{key}: {name} {line}" for line in _untrainable(path))
     if trained and path.is_dir() and not problems and not indexed:
         yield (
             f"{key}: {name} has neither model.safetensors nor model.safetensors.index.json, by which "
@@ -47,24 +52,46 @@ def policy_folder(key: str, name: str, trained: bool) -> Iterator[str]:
         )
 
 
+def _untrainable(folder: Path) -> Iterator[str]:
+    """What the names and types of a model's weights say against training it."""
+    tensors = tensors_of_folder(folder)
+    packed = sorted(name for name, (kind, _) in tensors.items() if _PACKED.search(name) or kind[:2] == "F8")
+    # What its config.json says of that is looked at as training does.
+    if packed and "quantization_config" not in (folder / "config.json").read_text("utf-8", "replace"):
+        yield (
+            f"is quantised, by its weights ({packed[0]}): they cannot be trained. Name the model that it was "
+            "made from"
+        )
+    heads = {found[0] if (found := _WRAPPER.match(name)) else "" for name in tensors}
+    if tensors and len(heads) == 1 and (head := heads.pop()):
+        yield (
+            f"has weights whose names all begin with {head!r}, as a wrapper saves them, which nothing loads: "
+            "save them without it"
+        )
+
+
 def chat_folder(key: str, model: ChatModel) -> Iterator[str]:
-    """Problems of the folder of an LLM that runs here, which may be an adapter with its base model."""
-    if model.backend != "vllm":
-        return
-    if not Path(model.model, _ADAPTER).is_file():
-        yield from checkpoint_folder(f"{key}.model", model.model)
+    """Problems of the folder of an LLM that runs here."""
+    if model.backend == "vllm":
+        yield from llm_folder(f"{key}.model", model.model)
+
+
+def llm_folder(key: str, name: str) -> Iterator[str]:
+    """Problems of a folder that vLLM loads: a whole model, or an adapter with its base model."""
+    if not Path(name, _ADAPTER).is_file():
+        yield from checkpoint_folder(key, name)
         return
     try:
-        adapter = adapter_of(model.model)
+        adapter = adapter_of(name)
         assert adapter is not None
         adapter.engine_kwargs()
     except AdapterError as error:
-        yield f"{key}.model: {error}"
+        yield f"{key}: {error}"
         return
-    binary = Path(model.model, "adapter_model.bin").is_file()  # which vLLM takes
-    yield from (f"{key}.model: {line}" for line in folder_problems(Path(model.model), not binary))
-    base = checkpoint_folder(f"{key}.model", adapter.base)
-    yield from (f"{line}, which {model.model}/{_ADAPTER} names as its base model" for line in base)
+    binary = Path(name, "adapter_model.bin").is_file()  # which vLLM takes
+    yield from (f"{key}: {line}" for line in folder_problems(Path(name), not binary))
+    base = checkpoint_folder(key, adapter.base)
+    yield from (f"{line}, which {name}/{_ADAPTER} names as its base model" for line in base)
 
 
 def pipeline_folder(key: str, name: str) -> Iterator[str]:
@@ -112,7 +139,7 @@ def reward_folder(key: str, name: str) -> Iterator[str]:
         yield f"{key}: {name} has no tokenizer.json, the only kind of tokenizer that this reward reads"
 
 
-def lora_problems(settings: Lora) -> Iterator[str]:
+def lora_problems(key: str, settings: Lora) -> Iterator[str]:
     """Problems of a video model's LoRA, as the engine reads it: a safetensors file, or a folder with one that
     has to be named where there are several."""
     path = Path(settings.path)
@@ -121,22 +148,22 @@ def lora_problems(settings: Lora) -> Iterator[str]:
         if settings.weight_name is not None:
             names = [settings.weight_name]
             if not (path / settings.weight_name).is_file():
-                yield f"render.lora.weight_name: {settings.path} has no {settings.weight_name}"
+                yield f"{key}.weight_name: {settings.path} has no {settings.weight_name}"
                 return
         if len(names) != 1:
             given = f"has {', '.join(names) or 'none'}"
-            yield f"render.lora.path: {settings.path} {given}; name one of *.safetensors with weight_name"
+            yield f"{key}.path: {settings.path} {given}; name one of *.safetensors with weight_name"
             return
         path /= names[0]
     elif path.is_file():
         if path.suffix != ".safetensors":
-            yield f"render.lora.path: {settings.path} is no *.safetensors file"
+            yield f"{key}.path: {settings.path} is no *.safetensors file"
             return
     else:
         if "://" not in settings.path and not HUB_ID.fullmatch(settings.path):
-            yield f"render.lora.path: no such file or folder: {settings.path}"
+            yield f"{key}.path: no such file or folder: {settings.path}"
         return
-    yield from (f"render.lora.path: {line}" for line in lone_problems(path))
+    yield from (f"{key}.path: {line}" for line in lone_problems(path))
 
 
 def _nowhere(key: str, name: str) -> Iterator[str]:
