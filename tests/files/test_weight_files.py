@@ -47,6 +47,11 @@ def shards(folder: Path) -> None:
 FINE = {
     "one file": files(model__safetensors=WHOLE),
     "shards": both(shards, lambda f: index(f, *SHARDS)),
+    "shards in a folder of their own": lambda f: (
+        (f / "parts").mkdir(),
+        (f / "parts/one.safetensors").write_bytes(WHOLE),
+        index(f, "parts/one.safetensors"),
+    ),
     "shards without an index": shards,
     "a pointer that an index passes over": both(
         shards, lambda f: index(f, *SHARDS), files(consolidated__safetensors=POINTER)

@@ -11,6 +11,7 @@ import pytest
 from plan_recipes import recipe
 
 from vpo_ray.plan.check import _of_files
+from vpo_ray.plan.models import asks
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2298536\n"
 
@@ -37,6 +38,26 @@ def test_pointers_of_git_lfs_are_told(
     [line] = told(tiny, **{key.replace(".", "__"): folder})
     place = (folder / file).parent
     assert line.startswith(f"{key}: {place} has git-LFS pointers in the place of {Path(file).name}: ")
+
+
+def test_a_folder_by_its_uri_is_looked_at(tiny: dict[str, Any], tiny_models: Path, tmp_path: Path) -> None:
+    keys = {
+        "policy": "policy.model",
+        "judge": "judge.model",
+        "video": "render.model",
+        "reward": "reward.model",
+    }
+    asked = {}
+    for name, key in keys.items():
+        folder = shutil.copytree(tiny_models / name, tmp_path / f"a #{name}")
+        asked[key.replace(".", "__")] = folder.as_uri()
+    assert told(tiny, **asked) == []
+    assert {ask.key for ask in asks(recipe(tiny, **asked))} == {"policy.model", "judge.model"}
+    for path in tmp_path.glob("a #*/**/*.safetensors"):
+        path.write_text(POINTER, "utf-8")
+    assert {line.partition(":")[0] for line in told(tiny, **asked)} == set(keys.values())
+    [line] = told(tiny, policy__model=(tmp_path / "none").as_uri())
+    assert "no such folder" in line
 
 
 def cut(folder: Path) -> None:

@@ -7,6 +7,7 @@ them. A loader would tell what its parser met there, and only once it has a GPU.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -89,7 +90,8 @@ def _weights(folder: Path, names: set[str]) -> tuple[list[str], list[str]]:
             digits, count = len(shard["number"]), int(shard["count"])
             numbers = range(1, count + 1) if count <= 10_000 else ()
             wanted |= {f"{shard['name']}-{n:0{digits}}-of-{shard['count']}.safetensors" for n in numbers}
-    return sorted(wanted & names), sorted(wanted - names)
+    there = {name for name in wanted if name in names or os.path.lexists(folder / name)}
+    return sorted(there), sorted(wanted - there)
 
 
 def tensors_of_folder(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from vpo_ray.engines.reward import checklist as checklists
 from vpo_ray.files.folder import StorageError
-from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.keywords import KeywordFileError, KeywordList
 from vpo_ray.loop.policies import LoopError, with_profiles
 from vpo_ray.plan import folders, models
 from vpo_ray.plan.dimensions import fitness_problems, formula_problems
+from vpo_ray.plan.folders import local_path
 from vpo_ray.plan.images import image_problems
 from vpo_ray.prompts.policy_prompt import SLOT, PromptError, read_prompt
 from vpo_ray.recipe import (
@@ -198,7 +198,7 @@ def _reward(key: str, reward: Reward) -> Iterator[str]:
     for name, model in reward.models().items():
         problems = list(folders.checkpoint_folder(f"{key}.{name}", model))
         yield from problems
-        if not problems and reward.kind == "visionreward" and Path(model).is_dir():
+        if not problems and reward.kind == "visionreward" and local_path(model).is_dir():
             yield from folders.reward_folder(f"{key}.{name}", model)
     if reward.kind == "vbench" or reward.is_plugin:
         yield from (line for name, path in reward.files().items() for line in _file(f"{key}.{name}", path))
@@ -226,7 +226,7 @@ def _sft_data(recipe: Recipe, sft: Sft) -> Iterator[str]:
     path = sft.data
     if path is None or _elsewhere(path):
         return
-    absent = [] if glob.has_magic(path) or _here(path).is_dir() else list(_file("sft.data", path))
+    absent = [] if glob.has_magic(path) or local_path(path).is_dir() else list(_file("sft.data", path))
     yield from absent
     if absent:
         return
@@ -253,7 +253,7 @@ def _serving(settings: Serve) -> Iterator[str]:
         "serve.safety.keywords: ": (settings.safety.keywords, KeywordList.read),
     }
     for key, (path, use) in uses.items():
-        if path is not None and not _elsewhere(path) and _here(path).exists():
+        if path is not None and not _elsewhere(path) and local_path(path).exists():
             try:
                 use(path)
             except (KeyFileError, KeywordFileError) as error:
@@ -297,12 +297,12 @@ def _asked_in_evaluation(settings: Evaluation) -> Iterator[str]:
 def _evaluated_folders(settings: Evaluation) -> Iterator[str]:
     """Further video models and policies whose folders are here."""
     for name, render in settings.transfer.items():
-        if render.kind == "diffusers" and Path(render.model).is_dir():
+        if render.kind == "diffusers" and local_path(render.model).is_dir():
             yield from folders.pipeline_folder(f"evaluate.transfer.{name}.model", render.model)
-        if render.lora is not None and Path(render.lora.path).exists():
+        if render.lora is not None and local_path(render.lora.path).exists():
             yield from folders.lora_problems(f"evaluate.transfer.{name}.lora", render.lora)
     for name, policy in settings.policies.items():
-        if policy.kind == "checkpoint" and policy.path is not None and Path(policy.path).is_dir():
+        if policy.path is not None and policy.kind == "checkpoint" and local_path(policy.path).is_dir():
             yield from folders.llm_folder(f"evaluate.policies.{name}.path", policy.path)
 
 
@@ -310,7 +310,7 @@ def _further_pairs(path: str) -> Iterator[str]:
     if _elsewhere(path):
         return
     try:
-        if not Table(_here(path), PAIR, "pair_id").parts():
+        if not Table(local_path(path), PAIR, "pair_id").parts():
             yield f"pair.also: {path} holds no pairs"
     except StorageError as error:
         yield f"pair.also: {error}"
@@ -321,7 +321,7 @@ def _draft(settings: Draft) -> Iterator[str]:
 
 
 def _examples(key: str, path: str, shots: int) -> Iterator[str]:
-    found = _here(path).is_dir() or glob.has_magic(path)
+    found = local_path(path).is_dir() or glob.has_magic(path)
     absent = [] if found else list(_file(f"{key}.examples", path))
     yield from absent
     if absent or _elsewhere(path):
@@ -352,14 +352,9 @@ def _checklist(key: str, settings: Checklist, pair: Pair | None) -> Iterator[str
 
 
 def _file(key: str, path: str | None) -> Iterator[str]:
-    if path is not None and not _elsewhere(path) and not _here(path).is_file():
-        yield f"{key}: {path} is a folder" if _here(path).is_dir() else f"{key}: no such file: {path}"
+    if path is not None and not _elsewhere(path) and not local_path(path).is_file():
+        yield (f"{key}: {path} is a folder" if local_path(path).is_dir() else f"{key}: no such file: {path}")
 
 
 def _elsewhere(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
-
-
-def _here(path: str) -> Path:
-    """A path, or a `file://` URI, on this machine."""
-    return Path(path_of_uri(path) if path.startswith("file://") else path)

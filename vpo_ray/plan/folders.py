@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vpo_ray.engines.chat.adapter import AdapterError, adapter_of
 from vpo_ray.engines.reward.checkpoint import CheckpointError, check_tensors, read_config, tensor_shapes
+from vpo_ray.files.input_files import path_of_uri
 from vpo_ray.files.weight_files import folder_problems, lone_problems, tensors_of_folder
 from vpo_ray.recipe import ChatModel, Lora
 
@@ -21,7 +22,7 @@ _WRAPPER = re.compile(r"(module\.|_orig_mod\.|base_model\.model\.)+")
 
 def checkpoint_folder(key: str, name: str) -> Iterator[str]:
     """Problems of a folder with `config.json` and weights beside it."""
-    path = Path(name)
+    path = local_path(name)
     if not path.is_dir():
         yield from _nowhere(key, name)
     elif not (path / "config.json").is_file():
@@ -33,7 +34,7 @@ def checkpoint_folder(key: str, name: str) -> Iterator[str]:
 def policy_folder(key: str, name: str, trained: bool) -> Iterator[str]:
     """Problems of a policy's folder, which training loads by transformers: its weights are in one file or in
     those of an index, and beside an adapter's settings the adapter's base model would be loaded."""
-    path = Path(name)
+    path = local_path(name)
     if (path / _ADAPTER).is_file():
         yield (
             f"{key}: {name} has an {_ADAPTER}, so it is a LoRA adapter and not a whole model: merge it into "
@@ -78,7 +79,7 @@ def chat_folder(key: str, model: ChatModel) -> Iterator[str]:
 
 def llm_folder(key: str, name: str) -> Iterator[str]:
     """Problems of a folder that vLLM loads: a whole model, or an adapter with its base model."""
-    if not Path(name, _ADAPTER).is_file():
+    if not (local_path(name) / _ADAPTER).is_file():
         yield from checkpoint_folder(key, name)
         return
     try:
@@ -88,15 +89,15 @@ def llm_folder(key: str, name: str) -> Iterator[str]:
     except AdapterError as error:
         yield f"{key}: {error}"
         return
-    binary = Path(name, "adapter_model.bin").is_file()  # which vLLM takes
-    yield from (f"{key}: {line}" for line in folder_problems(Path(name), not binary))
+    binary = (local_path(name) / "adapter_model.bin").is_file()  # which vLLM takes
+    yield from (f"{key}: {line}" for line in folder_problems(local_path(name), not binary))
     base = checkpoint_folder(key, adapter.base)
     yield from (f"{line}, which {name}/{_ADAPTER} names as its base model" for line in base)
 
 
 def pipeline_folder(key: str, name: str) -> Iterator[str]:
     """Problems of a folder with a diffusers pipeline: `model_index.json`, and a folder for each component."""
-    path = Path(name)
+    path = local_path(name)
     if not path.is_dir():
         yield from _nowhere(key, name)
         return
@@ -130,19 +131,20 @@ def _component(folder: Path) -> Iterator[str]:
 
 def reward_folder(key: str, name: str) -> Iterator[str]:
     """What of a folder is not that of a VisionReward: configuration, names and shapes of its weights."""
+    path = local_path(name)
     try:
-        check_tensors(name, tensor_shapes(read_config(name)))
+        check_tensors(path, tensor_shapes(read_config(path)))
     except CheckpointError as error:
         yield f"{key}: {' '.join(str(error).split())}"
         return
-    if not Path(name, "tokenizer.json").is_file():
+    if not (path / "tokenizer.json").is_file():
         yield f"{key}: {name} has no tokenizer.json, the only kind of tokenizer that this reward reads"
 
 
 def lora_problems(key: str, settings: Lora) -> Iterator[str]:
     """Problems of a video model's LoRA, as the engine reads it: a safetensors file, or a folder with one that
     has to be named where there are several."""
-    path = Path(settings.path)
+    path = local_path(settings.path)
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.safetensors"))
         if settings.weight_name is not None:
@@ -160,15 +162,27 @@ def lora_problems(key: str, settings: Lora) -> Iterator[str]:
             yield f"{key}.path: {settings.path} is no *.safetensors file"
             return
     else:
-        if "://" not in settings.path and not HUB_ID.fullmatch(settings.path):
+        if ("://" not in settings.path or settings.path.startswith("file://")) and not HUB_ID.fullmatch(
+            settings.path
+        ):
             yield f"{key}.path: no such file or folder: {settings.path}"
         return
     yield from (f"{key}.path: {line}" for line in lone_problems(path))
 
 
+def local_path(name: str) -> Path:
+    """A folder or file by its path or `file://` URI."""
+    return Path(path_of_uri(name) if name.startswith("file://") else name)
+
+
 def _nowhere(key: str, name: str) -> Iterator[str]:
-    if "://" not in name and not HUB_ID.fullmatch(name):
+    if _is_path(name):
         yield f"{key}: no such folder: {name}"
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is of this machine alone, and neither another's URI nor a hub id."""
+    return name.startswith("file://") or ("://" not in name and not HUB_ID.fullmatch(name))
 
 
 def _other_folder(path: Path, marker: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_ray.engines.chat.tokenizer import load_chat_tokenizer, load_tokenizer
+from vpo_ray.plan.folders import local_path
 from vpo_ray.prompts.policy_prompt import PromptError, chat_ids, read_prompt
 from vpo_ray.recipe import Recipe, locate
 
@@ -64,9 +65,9 @@ def model_problems(recipe: Recipe, known: Set[str]) -> list[str]:
 def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[ModelCheck]:
     """The models in folders of this machine. An adapter is left out: its tokenizer may be another's."""
     policy, phase = recipe.policy, recipe.sft or recipe.learning
-    if Path(policy.model).is_dir() and "policy.task_prompt" not in known:
+    if local_path(policy.model).is_dir() and "policy.task_prompt" not in known:
         yield ModelCheck(
-            "policy.model", locate(policy.model), policy.revision, policy.trust_remote_code,
+            "policy.model", locate(str(local_path(policy.model))), policy.revision, policy.trust_remote_code,
             policy.chat_template_kwargs, read_prompt(policy.task_prompt), phase is not None,
             phase is not None and phase.lora is not None and not phase.lora.merge,
         )  # fmt: skip
@@ -74,10 +75,10 @@ def asks(recipe: Recipe, known: Set[str] = frozenset()) -> Iterator[ModelCheck]:
     of_evolve = recipe.evolve.llm if recipe.evolve is not None else None
     llms = {"judge.model": recipe.judge, "draft.llm.model": of_draft, "evolve.llm.model": of_evolve}
     for key, llm in llms.items():
-        if llm is None or llm.backend != "vllm" or not Path(llm.model).is_dir():
+        if llm is None or llm.backend != "vllm" or not local_path(llm.model).is_dir():
             continue
-        if not Path(llm.model, "adapter_config.json").is_file():
-            where = locate(llm.model), llm.revision
+        if not (local_path(llm.model) / "adapter_config.json").is_file():
+            where = locate(str(local_path(llm.model))), llm.revision
             yield ModelCheck(key, *where, llm.trust_remote_code, llm.chat_template_kwargs)
 
 
