@@ -78,6 +78,22 @@ def test_sizes_and_licences_come_first_and_list_downloads_nothing(
     assert not [path for _, path, _ in hub.asked if "/resolve/" in path]
 
 
+def test_a_component_without_safetensors_comes_as_it_is(hub: HubServer) -> None:
+    binary = {
+        "text_encoder/config.json": b"{}",
+        "text_encoder/pytorch_model.bin": b"weights",
+        "text_encoder/pytorch_model.fp16.bin": b"of another precision",
+        "transformer/diffusion_pytorch_model.bin": b"the same for others",
+        "original/model.bin": b"the same again",
+    }
+    hub.models["org/mixed"] = PIPELINE | binary
+    kept = {file.name for file in hub_model("org/mixed").files}
+    assert kept == PIPELINE.keys() - {"all-in-one.safetensors"} | {
+        "text_encoder/config.json",
+        "text_encoder/pytorch_model.bin",
+    }
+
+
 def test_a_folder_gets_what_engines_read_and_the_rest_of_what_broke_off(
     hub: HubServer,
     written: Any,

@@ -300,15 +300,17 @@ def _request(url: str, method: str, offset: int = 0, version: str = "") -> urlli
 
 def _read_by_engines(files: Iterable[HubFile]) -> Iterable[HubFile]:
     """Without what is for other libraries or people, other precisions, and single files that repeat a
-    pipeline's folders."""
+    pipeline's folders. A component of a pipeline that has no safetensors is loaded from its `*.bin`."""
     files = list(files)
     names = {file.name for file in files}
     pipeline = "model_index.json" in names
+    safe = {os.path.dirname(name) for name in names if name.endswith(".safetensors")}
     for file in files:
-        name = file.name
+        name, folder = file.name, os.path.dirname(file.name)
         twice = bool(_VARIANT.search(name)) and _VARIANT.sub("", name) in names
-        lone = pipeline and "/" not in name and name.endswith(".safetensors")
-        if not (_OTHERS.fullmatch(name) or twice or lone):
+        lone = pipeline and not folder and name.endswith(".safetensors")
+        only = pipeline and name.endswith(".bin") and f"{folder}/config.json" in names and folder not in safe
+        if (only or not _OTHERS.fullmatch(name)) and not twice and not lone:
             yield file
 
 
