@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from plan_recipes import recipe
 
-from vpo_ray.plan.check import _of_files
+from vpo_ray.plan.check import _of_files, absent_measures
 from vpo_ray.plan.models import asks
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2298536\n"
@@ -158,6 +158,23 @@ def test_folders_of_an_evaluation_are_looked_at(
     assert of_policy.startswith(f"evaluate.policies.other.path: {policy} has git-LFS pointers")
     shutil.rmtree(policy)
     assert told(tiny, **asked) == [of_video], "it may be trained before"
+
+
+def test_a_measure_that_is_here_and_broken_is_a_problem(
+    tiny: dict[str, Any], tiny_models: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_models / "reward", tmp_path / "reward")
+    checklist = {"file": str(folder / "checklist.yaml")}
+    asked = {"evaluate": json.dumps({"rewards": {"own": {"model": str(folder), "checklist": checklist}}})}
+    assert told(tiny, **asked) == absent_measures(recipe(tiny, **asked)) == []
+    (folder / "model.safetensors").write_text(POINTER, "utf-8")
+    [line] = told(tiny, **asked)
+    assert line.startswith(f"evaluate.rewards.own.model: {folder} has git-LFS pointers")
+    assert absent_measures(recipe(tiny, **asked)) == []
+    shutil.rmtree(folder)
+    assert told(tiny, **asked) == []
+    [left_out] = absent_measures(recipe(tiny, **asked))
+    assert left_out.endswith("no such folder: " + str(folder) + "; vpo evaluate leaves this measure out")
 
 
 def test_the_weights_of_a_reward_are_those_of_its_configuration(

@@ -189,9 +189,16 @@ def _evaluated_prompts(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], s
 def absent_measures(recipe: Recipe) -> list[str]:
     """A line for each measure of an evaluation whose files are not here. It is no problem: `vpo evaluate`
     leaves it out."""
-    rewards = recipe.evaluate.rewards if recipe.evaluate is not None else {}
-    found = [line for name, reward in rewards.items() for line in _reward(f"evaluate.rewards.{name}", reward)]
+    found = _measures(recipe.evaluate, absent=True) if recipe.evaluate is not None else ()
     return [f"{line}; vpo evaluate leaves this measure out" for line in found]
+
+
+def _measures(settings: Evaluation, absent: bool) -> Iterator[str]:
+    """What is wrong with measures: those whose files are not here, or those whose files are."""
+    for name, reward in settings.rewards.items():
+        places = (*reward.models().values(), *reward.files().values())
+        if any(folders.is_path(place) and not local_path(place).exists() for place in places) == absent:
+            yield from _reward(f"evaluate.rewards.{name}", reward)
 
 
 def _reward(key: str, reward: Reward) -> Iterator[str]:
@@ -295,7 +302,8 @@ def _asked_in_evaluation(settings: Evaluation) -> Iterator[str]:
 
 
 def _evaluated_folders(settings: Evaluation) -> Iterator[str]:
-    """Further video models and policies whose folders are here."""
+    """Measures, further video models and policies whose folders are here."""
+    yield from _measures(settings, absent=False)
     for name, render in settings.transfer.items():
         if render.kind == "diffusers" and local_path(render.model).is_dir():
             yield from folders.pipeline_folder(f"evaluate.transfer.{name}.model", render.model)

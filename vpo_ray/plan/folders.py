@@ -176,11 +176,11 @@ def local_path(name: str) -> Path:
 
 
 def _nowhere(key: str, name: str) -> Iterator[str]:
-    if _is_path(name):
+    if is_path(name):
         yield f"{key}: no such folder: {name}"
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether a name is of this machine alone, and neither another's URI nor a hub id."""
     return name.startswith("file://") or ("://" not in name and not HUB_ID.fullmatch(name))
 
