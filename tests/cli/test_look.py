@@ -74,6 +74,16 @@ def test_a_later_command_with_nothing_to_do_hides_no_work(
     assert "sft: step 9 of 9" in said
 
 
+@pytest.mark.parametrize("command", ["status", "runs", "logs"])
+def test_a_folder_that_is_not_there_is_no_folder_without_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    status, said = vpo(capsys, command, str(tmp_path / "typo"))
+    assert (status, f"there is no folder {tmp_path / 'typo'}" in said) == (2, True)
+    monkeypatch.chdir(tmp_path)
+    assert vpo(capsys, command)[0] == (1 if command == "logs" else 0), "nothing ran here yet"
+
+
 def test_the_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert vpo(capsys, "runs", str(tmp_path)) == (0, f"{tmp_path}: no run is here\n")
     run = a_run(tmp_path / "one")
@@ -160,5 +170,6 @@ def test_the_logs_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     a_run(tmp_path / "runs" / "two")
     status, said = vpo(capsys, "logs", str(tmp_path / "runs"))
     assert (status, "holds 2 runs, name one: " in said) == (1, True)
-    status, said = vpo(capsys, "logs", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    status, said = vpo(capsys, "logs", str(tmp_path / "empty"))
     assert (status, "is no run directory" in said) == (1, True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -54,12 +55,19 @@ def _add_folder(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _folder(arguments: argparse.Namespace) -> str:
-    if None not in (arguments.folder, arguments.out) and arguments.folder != arguments.out:
-        from vpo_ray.recipe import RecipeError
+    """Raises RecipeError: two folders, or one that is named and not there."""
+    from vpo_ray.files.folder import Folder
+    from vpo_ray.recipe import RecipeError
 
+    if None not in (arguments.folder, arguments.out) and arguments.folder != arguments.out:
         raise RecipeError(f"{arguments.folder} and --out {arguments.out}: give one folder")
     named = arguments.folder if arguments.folder is not None else arguments.out
-    return "runs" if named is None else str(named)
+    if named is None:
+        return "runs"
+    folder = Folder(named)
+    if folder.is_local and not os.path.isdir(folder.path):
+        raise RecipeError(f"there is no folder {named}: give a run's `out`, or a folder of runs")
+    return str(named)
 
 
 def show_status(arguments: argparse.Namespace) -> int:
