@@ -34,6 +34,17 @@ def test_a_class_that_makes_the_files_tokens_is_taken(policy: Path, name: str) -
     assert load_chat_tokenizer(str(policy)).encode(TEXT, add_special_tokens=False) == expected
 
 
+def test_what_a_file_pads_and_cuts_says_nothing_of_its_tokens(policy: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(policy / "tokenizer.json"))
+    tokenizer.enable_padding(length=128)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(policy / "tokenizer.json"))
+    call(policy, "Qwen2Tokenizer")
+    assert len(load_chat_tokenizer(str(policy)).encode(TEXT)) > 4
+
+
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast"])
 def test_a_class_that_makes_others_is_refused(policy: Path, name: str) -> None:
     call(policy, name)
@@ -56,5 +67,7 @@ def test_what_a_llama_2_puts_before_the_first_word_may_differ(
     )
     tokenizer.save(str(policy / "tokenizer.json"))
     own = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_prefix_space": spaced}
-    (policy / "tokenizer_config.json").write_text(json.dumps(own | {"tokenizer_class": "LlamaTokenizer"}))
+    (policy / "tokenizer_config.json").write_text(
+        json.dumps(own | {"tokenizer_class": "LlamaTokenizer"}), "utf-8"
+    )
     assert load_chat_tokenizer(str(policy)).convert_tokens_to_ids("<s>") == 1

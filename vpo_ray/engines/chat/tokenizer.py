@@ -129,7 +129,10 @@ def _refuse_other_tokens(model: str, tokenizer: Any, local: str, revision: str |
     path = cached_file(local, "tokenizer.json", revision=revision, **missing)
     if path is None:
         return
-    given = Tokenizer.from_file(path).encode(_SPLIT, add_special_tokens=False).ids
+    own = Tokenizer.from_file(path)
+    own.no_padding()
+    own.no_truncation()
+    given = own.encode(_SPLIT, add_special_tokens=False).ids
     made = tokenizer.encode(_SPLIT, add_special_tokens=False)
     end = len(given) // 2
     if given[-end:] != made[-end:]:
