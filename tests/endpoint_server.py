@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from typing import Any
 
 Request = dict[str, Any]
@@ -104,6 +105,7 @@ class VideoServer(EndpointServer):
         self.fault: Callable[[str, Request], Reply | None] = lambda what, fields: None
         self.jobs: dict[str, Request] = {}
         self.seen: Counter[str] = Counter()
+        self.numbers = count(1)
         super().__init__(lambda _: Reply())
 
     def reply_to(self, method: str, path: str, request: Request) -> Reply:
@@ -117,7 +119,7 @@ class VideoServer(EndpointServer):
             return Reply(self.make(self.jobs[job]), headers={"Content-Type": "video/mp4"})
         with self.lock:
             if what == "create":
-                job = f"video_{len(self.requests)}"
+                job = f"video_{next(self.numbers)}"
                 self.jobs[job] = request
             self.seen[job] += what == "poll"
         status = (

@@ -21,7 +21,7 @@ from vpo_ray.stages.preview import MEASURED, preview_run
 from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.storage.videos import VideoStore, video_key
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "jobs/recipes/tiny.yaml")

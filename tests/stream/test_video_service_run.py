@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -176,12 +177,19 @@ def test_a_replica_that_is_killed_pays_for_no_video_twice(
     recipe = recipe_for(tmp_path, server, tiny_models, f"limits.max_cost={PRICE * len(PROMPTS)}")
     run = run_of(recipe)
 
+    def kept() -> set[str]:
+        found = set()
+        for path in (tmp_path / "run/videos" / FOLDER).glob("*.json"):
+            with suppress(FileNotFoundError):
+                found.add(json.loads(path.read_text("utf-8"))["id"])
+        return found
+
     def kill() -> None:
-        jobs = tmp_path / "run/videos" / FOLDER
         deadline = time.monotonic() + 120
-        while len(server.requests) < 6 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        while len(list(jobs.glob("*.json"))) < 3 and time.monotonic() < deadline:
+        # The last three are known on disk, where those before them may still be.
+        while (
+            len(server.jobs) < 6 or not {*list(server.jobs)[3:]} <= kept()
+        ) and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
             if "MapBatches(render)" in " ".join(process.cmdline()):
