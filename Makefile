@@ -52,7 +52,7 @@ engines: $(READY)
 	$(BIN)/pytest -m "(engine or ray) and not slow" -v --durations=40 --seed $(ENGINE_SEED) \
 	  -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kills, rounds, roll-outs, exports and the queries of the real log with real engines: 45 minutes more.
+# Kills, rounds, roll-outs, exports and the queries of the real log with real engines: an hour and a half more.
 slow: $(READY)
 	$(BIN)/pytest -m slow -v --durations=25
 

@@ -17,7 +17,8 @@ from vpo_ray.storage.run_dir import RunDir
 from vpo_ray.stream.pipeline import generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
-TINY = str(Path(__file__).parents[2] / "jobs/recipes/tiny.yaml")
+ROOT = Path(__file__).parents[2]
+TINY, SFT = str(ROOT / "jobs/recipes/tiny.yaml"), ROOT / "vpo_ray/data/sft.jsonl"
 
 
 def run_of(folder: Path, split: str, *queries: str) -> RunDir:
@@ -31,7 +32,7 @@ def run_of(folder: Path, split: str, *queries: str) -> RunDir:
 def test_drafts_of_a_vllm_engine(
     tmp_path: Path, tiny_models: Path, tiny_sets: list[str], ray_cluster: None
 ) -> None:
-    drafts = "draft={examples: vpo_ray/data/sft.jsonl, temperature: 2.0, max_tokens: 400}"
+    drafts = f"draft={{examples: {SFT}, temperature: 2.0, max_tokens: 400}}"
     sets = [*tiny_sets[1::2], f"out={tmp_path / 'run'}", drafts, "sft.data=null", "judge.max_tokens=400"]
     recipe = load(TINY, sets)
     # The third does not fit the engine's context: it must not reach the engine, which it would kill.
