@@ -113,7 +113,9 @@ def test_a_round_is_sampled_and_rendered_while_the_round_before_trains(
 ) -> None:
     rl = {"epochs": 1, "lr": 1e-3, "warmup_ratio": 0, "workers": 1, "zero_stage": 0, "global_batch": 2}
     rl |= {"dtype": "float32", "overlap": True, "use_gpu": False, "resources_per_worker": {"CPU": 0.5}}
-    tree = recipe_of(tiny_sets, tmp_path).dump() | {"dpo": None, "rl": rl, "evaluate": None}
+    # A measure of pixels: answers of a reward with random weights may all be alike.
+    reward = {"kind": "vbench", "dimensions": ["temporal_flickering"], "pool": {"num_cpus": 0.1}}
+    tree = recipe_of(tiny_sets, tmp_path).dump() | {"dpo": None, "rl": rl, "evaluate": None, "reward": reward}
     recipe = parse({key: value for key, value in tree.items() if key != "pair"}, "the test's")
     first, second = RunDir(recipe.out), RunDir(f"{recipe.out}/rounds/2")
     third = RunDir(f"{recipe.out}/rounds/3")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from clusters import Simulated, alive, simulated, vpo
 
+from vpo_ray.loop.policies import policy_id
 from vpo_ray.recipe import load
 from vpo_ray.records import query_id
 from vpo_ray.stages.sample import candidates
@@ -65,7 +66,8 @@ def test_rows_of_a_full_node(
     rows = [
         {"query_id": query_id(q), "query": q, "source": "t", "split": "dpo", "unsafe": False} for q in queries
     ]
-    firsts = [next(iter(candidates(row, recipe.sample, "p", recipe.seed))) for row in rows]
+    policy = policy_id(recipe, run)
+    firsts = [next(iter(candidates(row, recipe.sample, policy, recipe.seed))) for row in rows]
     run.table("verdicts").append([{**row, "prompt": row["query"], "verdict": "aligned"} for row in firsts])
     store = tmp_path / "run/videos"
     store.mkdir()

@@ -87,7 +87,8 @@ def test_the_loop_runs_on_three_kinds_of_nodes(
     tiny_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each job hands on to the next: generation, training, evaluation on queries that neither saw."""
-    recipe, sets = recipe_of(tiny_sets, tmp_path, "queries.splits={dpo: 0.7, eval: 0.3}")
+    policies = "evaluate.policies={query: {kind: query}, dpo: {kind: dpo}}"
+    recipe, sets = recipe_of(tiny_sets, tmp_path, "queries.splits={dpo: 0.7, eval: 0.3}", policies)
     run = RunDir(recipe.out)
     with simulated(monkeypatch, **KINDS) as cluster:
         job(cluster, "generate", sets)
