@@ -59,6 +59,19 @@ def test_a_finished_phase_stays_finished_whatever_else_lies_beside_its_model(
     assert not train(moved, pairs(8)).trained
 
 
+def test_the_checkpoints_of_a_phase_that_ended_as_its_driver_did_are_deleted(
+    model: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(model, tmp_path / "run")
+    run, id = RunDir(spec.run_uri), job_id(spec, pairs(8))
+    finish(spec, id)
+    run.write_json(f"checkpoints/dpo-{id[:16]}/step-000003/progress.json", {"step": 3})
+    other = f"checkpoints/dpo-{'0' * 16}/step-000003/progress.json"
+    run.write_json(other, {"step": 3})
+    assert not train(spec, pairs(8)).trained
+    assert [name for name in run.files() if name.startswith("checkpoints/")] == [other]
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "chat_template.jinja", "config.json", "tokenizer.json"]
 )

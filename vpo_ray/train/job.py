@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pyarrow.fs as pafs
+
 from vpo_ray.engines.chat.tokenizer import load_tokenizer
 from vpo_ray.files.folder import Folder, join
 from vpo_ray.prompts.conditions import asked_of
@@ -86,6 +88,7 @@ def train(spec: PhaseSpec, rows: Iterable[Row] | str) -> TrainResult:
     done = marker(spec.out)
     if done is not None and done["job"] in (id, former):
         log.debug("%s is already trained: %s", phase, spec.out)
+        _discard(spec.kept_of(done["job"]))  # where the driver was killed between its end and this
         return _result(spec.out, done, trained=False)
     if spec.kept_of(former).files("progress.json"):
         id = former
@@ -214,7 +217,13 @@ def _fit(job: Job) -> None:
     if result.return_value and "stopped" in result.return_value:
         raise TrainError(f"{job.phase}: {result.return_value['stopped']}")
     run_lock.check(kept)
-    kept.fs.delete_dir(kept.path)
+    _discard(kept)
+
+
+def _discard(kept: Folder) -> None:
+    """Delete the checkpoints of a job that is done, if there are any."""
+    if kept.fs.get_file_info(kept.path).type == pafs.FileType.Directory:
+        kept.fs.delete_dir(kept.path)
 
 
 def retried(fit: Callable[[], Any], phase: str, retries: int) -> Any:
