@@ -193,6 +193,7 @@ def test_a_node_without_the_model_of_another_is_named(
 ) -> None:
     check_nodes(recipe(tiny))
     text = "import pydantic\nclass Model:\n    class Options(pydantic.BaseModel):\n        pass\n"
+    text += "    def __init__(self, settings, options): ...\n    def score(self, videos, queries): ...\n"
     (tmp_path / "only_at_the_driver.py").write_text(text, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     there = recipe(tiny, more_rewards="{mine: {kind: 'only_at_the_driver:Model'}}")
