@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sources import parsed
 
 import vpo_ray
 from vpo_ray.cli.main import _parser
@@ -81,7 +82,7 @@ def test_a_command_has_these_options(line: str) -> None:
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_finds_what_it_names(page: str, text: str) -> None:
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vpo_ray"):
             module = importlib.import_module(node.module)
             assert [name.name for name in node.names if not hasattr(module, name.name)] == []

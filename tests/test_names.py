@@ -4,10 +4,12 @@ import ast
 from collections import Counter
 from pathlib import Path
 
+from sources import parsed
+
 PACKAGE = Path(__file__).parents[1] / "vpo_ray"
 # The Python API has functions of the names of those that it calls.
 MODULES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "api.py"]
-TREES = [ast.parse(path.read_text("utf-8")) for path in MODULES]
+TREES = [parsed(path.read_text("utf-8")) for path in MODULES]
 
 # Functions that modules of one kind have alike, always called with their module's name.
 PER_MODULE = {

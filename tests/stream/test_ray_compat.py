@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.data import DataContext
+from sources import parsed
 
 from vpo_ray.stream import ray_compat
 
@@ -73,7 +74,7 @@ def private(name: str) -> bool:
     ],
 )
 def test_private_parts_are_recognised(code: str, found: bool) -> None:
-    assert any(map(private, uses(ast.parse(code)))) == found
+    assert any(map(private, uses(parsed(code)))) == found
 
 
 def test_no_other_module_touches_private_parts() -> None:
@@ -81,13 +82,13 @@ def test_no_other_module_touches_private_parts() -> None:
         str(path.relative_to(PACKAGE)): sorted(set(names))
         for path in PACKAGE.rglob("*.py")
         if path != Path(ray_compat.__file__)
-        and (names := [name for name in uses(ast.parse(path.read_text("utf-8"))) if private(name)])
+        and (names := [name for name in uses(parsed(path.read_text("utf-8"))) if private(name)])
     }
     assert not found
 
 
 def test_what_is_loaded_has_advice() -> None:
-    tree = ast.parse(Path(ray_compat.__file__).read_text("utf-8"))
+    tree = parsed(Path(ray_compat.__file__).read_text("utf-8"))
     words = [node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     loaded = {ast.literal_eval(word) for word in words if isinstance(word, ast.Constant)}
     assert {path for path in loaded if str(path).startswith("ray.") and ":" in str(path)} <= set(
